@@ -1,0 +1,25 @@
+// pybind11 module scalekern._C: what is not a tensor op. Build info; host-compiled device math for the tests.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "common/isa.h"
+
+namespace py = pybind11;
+
+#ifndef SCALEKERN_BUILD_INFO
+#define SCALEKERN_BUILD_INFO "{}"
+#endif
+
+namespace scalekern {
+void bind_device_math(py::module_& m);  // csrc/common/bind_device_math.cpp
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and host-side helpers of scalekern.";
+  m.def("build_info", [] { return py::module_::import("json").attr("loads")(SCALEKERN_BUILD_INFO); },
+        "What setup.py built: compilers, instruction sets, CUDA architectures.");
+  m.def("cpu_isa", [] { return std::string(scalekern::isa_name()); },
+        "Instruction-set level that the CPU kernels use in this process.");
+}

@@ -1,0 +1,16 @@
+"""scalekern: kernels for the cores that decide how far a sequence model scales."""
+
+from scalekern._dispatch import BackendError, backend
+from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.ops.selective_scan import selective_scan
+from scalekern.ops.selective_state_update import selective_state_update
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "backend",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_state_update",
+]

@@ -1,0 +1,50 @@
+"""Argument validation. Every message names the op, the argument, what was expected and what came."""
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _shape(sizes) -> str:
+    return "(" + ", ".join(str(s) for s in sizes) + ("," if len(sizes) == 1 else "") + ")"
+
+
+def tensor(op: str, name: str, value, *, dims: int | Sequence[int], dtypes=None) -> None:
+    """`value` must be a tensor with one of these numbers of dimensions and one of these dtypes."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    if value.dim() not in dims:
+        expected = " or ".join(str(d) for d in dims)
+        raise ValueError(f"{op}: {name} must have {expected} dimensions, got shape {_shape(value.shape)}")
+    if dtypes is not None and value.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def shape(op: str, name: str, value: torch.Tensor, *expected: Sequence[int]) -> None:
+    """`value` must have one of the `expected` shapes; None in a shape stands for any size."""
+    for sizes in expected:
+        if value.dim() == len(sizes) and all(e is None or s == e for s, e in zip(value.shape, sizes)):
+            return
+    wanted = " or ".join(_shape(["*" if e is None else e for e in sizes]) for sizes in expected)
+    raise ValueError(f"{op}: {name} must have shape {wanted}, got {_shape(value.shape)}")
+
+
+def same_device(op: str, like_name: str, like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None and value.device != like.device:
+            raise ValueError(f"{op}: {name} must be on {like.device} like {like_name}, got {value.device}")
+
+
+def dtype(op: str, name: str, value: torch.Tensor, *allowed: torch.dtype) -> None:
+    if value.dtype not in allowed:
+        expected = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def choice(op: str, name: str, value, allowed: Sequence) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

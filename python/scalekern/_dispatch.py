@@ -1,0 +1,163 @@
+"""Which backend runs a call, and why the others do not.
+
+An op holds a tuple of `Backend`s, best first. A call walks it: a backend is taken when it serves the device,
+is available on this machine, and its `supports(*args)` returns None. `scalekern.backend("triton")` or
+SCALEKERN_BACKEND narrow the walk to one backend; what that one cannot do is then an error.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+from scalekern import _env, _native
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("scalekern_backend", default=None)
+_warned: set[str] = set()
+
+
+class BackendError(NotImplementedError):
+    """No allowed backend can run this call; the message lists each one's reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation of an op. `run` takes the op's arguments and returns its outputs."""
+
+    name: str
+    run: Callable
+    supports: Callable[..., str | None] = lambda *args: None
+
+    def unavailable(self, device_type: str) -> str | None:
+        return unavailable(self.name, device_type) or _missing(self.run)
+
+
+@functools.cache
+def _missing(run: Callable) -> str | None:
+    """Why a native kernel is not there although its library is (an older build), else None."""
+    op = getattr(run, "native_op", None)
+    if op is None or hasattr(torch.ops.scalekern_native, op):
+        return None
+    return f"{op} is not in the library that was built (reinstall scalekern)"
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """None when backend `name` can run at all on this device type of this machine, else the reason."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return _native.load("cpu") if device_type == "cpu" else "serves CPU tensors only"
+    if name == "cuda":
+        return _native.load("cuda") if device_type == "cuda" else "serves CUDA tensors only"
+    if _triton_missing():
+        return _triton_missing()
+    if device_type == "cuda":
+        return None
+    return None if device_type == "cpu" and _env.triton_interpret() else "CPU tensors need TRITON_INTERPRET=1"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every scalekern op of this block on one backend: reference, cpu, triton or cuda."""
+    if name not in NAMES:
+        raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    name = _forced.get() or _env.backend()
+    if name is not None and name not in NAMES:
+        raise ValueError(f"SCALEKERN_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def explain(backends: tuple[Backend, ...], device_type: str, args: tuple, only: str | None) -> list[tuple[Backend, str | None]]:
+    """Each backend in the order of the walk with None (it can run the call) or the reason why not."""
+    rows = []
+    for entry in backends:
+        reason = entry.unavailable(device_type)
+        if reason is None and only is None and entry.name == "triton" and device_type == "cpu":
+            reason = "the interpreter runs only when asked for (backend('triton'))"
+        if reason is None and only is not None and entry.name != only:
+            reason = f"backend {only!r} was asked for"
+        if reason is None:
+            reason = entry.supports(*args)
+        rows.append((entry, reason))
+    return rows
+
+
+def select(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> Backend:
+    only = forced()
+    for entry in backends:  # the common case, without building reasons
+        if only is None and entry.name == "triton" and device_type == "cpu":
+            continue
+        if (only is None or entry.name == only) and not entry.unavailable(device_type) and not entry.supports(*args):
+            if entry.name == "reference" and only is None:
+                _fell_back(op_name, backends, device_type, args)
+            return entry
+    reasons = "; ".join(f"{b.name}: {why}" for b, why in explain(backends, device_type, args, only))
+    raise BackendError(f"{op_name}: no backend can run this call on {device_type} ({reasons})")
+
+
+def _fell_back(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> None:
+    """A call nobody asked to be slow is about to be: an error when strict on an accelerator, else one warning."""
+    rows = explain(backends, device_type, args, None)
+    reasons = "; ".join(f"{b.name}: {why}" for b, why in rows if why)
+    if device_type != "cpu" and _env.strict():
+        raise BackendError(f"{op_name}: SCALEKERN_STRICT=1 and only the reference is left ({reasons})")
+    key = f"{op_name}/{device_type}"
+    if reasons and key not in _warned:
+        _warned.add(key)
+        warnings.warn(f"{op_name}: running the slow reference on {device_type} ({reasons})", stacklevel=2)
+
+
+def filling(allocate: Callable, fill: Callable) -> Callable:
+    """A backend's run from a kernel that fills given outputs: fill(*outputs, *args)."""
+
+    def run(*args):
+        outputs = allocate(*args)
+        fill(*(outputs if isinstance(outputs, tuple) else (outputs,)), *args)
+        return outputs
+
+    run.native_op = getattr(fill, "native_op", None)
+    return run
+
+
+def native(op: str, kind: str) -> Callable:
+    """scalekern_native::<op>_<kind>, looked up at the first call (the library loads lazily)."""
+
+    @functools.cache
+    def overload():
+        return getattr(torch.ops.scalekern_native, f"{op}_{kind}").default
+
+    def call(*args):
+        return overload()(*args)
+
+    call.native_op = f"{op}_{kind}"
+    return call
+
+
+def triton(module: str, function: str) -> Callable:
+    """scalekern.triton_kernels.<module>.<function>, imported at the first call."""
+
+    @functools.cache
+    def launcher():
+        return getattr(importlib.import_module(f"scalekern.triton_kernels.{module}"), function)
+
+    return lambda *args: launcher()(*args)

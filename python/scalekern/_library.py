@@ -1,0 +1,139 @@
+"""The only caller of torch.library: schema, implementations, fake, autograd, autocast and vmap of every op."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from scalekern import _dispatch
+
+_lib = torch.library.Library("scalekern", "DEF")  # noqa: TOR901 (lives as long as the process)
+OPS: dict[str, "Op"] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One scalekern::name. Calling it goes through the dispatcher.
+
+    public    the public function that it serves (scan_fwd and scan_bwd serve scan)
+    empty     empty(*args) is True when the call has no work: the reference answers it, whatever its device
+    """
+
+    name: str
+    public: str
+    schema: str
+    backends: tuple[_dispatch.Backend, ...]
+    fake: Callable
+    empty: Callable[..., bool]
+    overload: torch._ops.OpOverload
+
+    def __call__(self, *args):
+        return self.overload(*args)
+
+    def run(self, *args):
+        """The implementation behind every device key: pick a backend and run it."""
+        reference = self.backends[-1]
+        device = args[0].device.type
+        chosen = reference if self.empty(*args) else _dispatch.select(self.name, self.backends, device, args)
+        return chosen.run(*args)
+
+
+def define(
+    public: str,
+    schema: str,
+    *,
+    backends: tuple[_dispatch.Backend, ...],
+    fake: Callable,
+    empty: Callable[..., bool] = lambda *args: False,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    autocast: tuple[str, ...] = (),
+) -> Op:
+    """Register scalekern::<schema>. The last backend must be the reference.
+
+    autocast: names of the arguments that are cast to the autocast dtype; the others keep theirs.
+    Without `backward` the op raises when something is differentiated through it (never silently wrong).
+    """
+    name = schema.partition("(")[0]
+    _lib.define(schema)
+    overload = getattr(torch.ops.scalekern, name).default
+    op = Op(name, public, schema, backends, fake, empty, overload)
+    for key in ("CPU", "CUDA"):
+        _lib.impl(name, op.run, key)
+    torch.library.register_fake(f"scalekern::{name}", fake, lib=_lib)
+    mutates = overload._schema.is_mutable
+    if backward is not None:
+        torch.library.register_autograd(f"scalekern::{name}", backward, setup_context=setup_context, lib=_lib)
+    elif not mutates:
+        torch.library.register_autograd(f"scalekern::{name}", _no_gradient(name), lib=_lib)
+    if autocast:
+        _register_autocast(name, overload, autocast)
+    if not mutates:
+        torch.library.register_vmap(f"scalekern::{name}", _vmap_by_loop(overload), lib=_lib)
+    OPS[name] = op
+    return op
+
+
+def _no_gradient(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{name}: second-order gradients are not implemented")
+
+    return backward
+
+
+def _register_autocast(name: str, overload, cast_names: tuple[str, ...]) -> None:
+    names = [a.name for a in overload._schema.arguments]
+    positions = frozenset(names.index(n) for n in cast_names)
+    keyset = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def kernel_for(device_type: str) -> Callable:
+        def kernel(*args):
+            dtype = torch.get_autocast_dtype(device_type)
+            args = [
+                a.to(dtype) if i in positions and a is not None and _castable(a) else a for i, a in enumerate(args)
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                return overload(*args)
+
+        return kernel
+
+    _lib.impl(name, kernel_for("cpu"), "AutocastCPU")
+    _lib.impl(name, kernel_for("cuda"), "AutocastCUDA")
+
+
+def _castable(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and value.dtype != torch.float64
+
+
+def _vmap_by_loop(overload) -> Callable:
+    """vmap as one call a slice: right for every op; an op that can fold the axis into its batch may do better."""
+
+    def vmap(info, in_dims, *args):
+        results = []
+        for i in range(info.batch_size):
+            results.append(overload(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims)]))
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(r) for r in zip(*results)), tuple(0 for _ in results[0])
+
+    return vmap
+
+
+class _InferenceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, out, *inputs):
+        ctx.op = op
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError(f"{ctx.op}: this in-place decoding op has no gradient; train with its sequence form")
+
+
+def inference_only(op: str, out: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """`out` of an in-place op, which raises when somebody differentiates through it."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _InferenceOnly.apply(op, out, *inputs)
+    return out

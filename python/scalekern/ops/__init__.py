@@ -1,0 +1,1 @@
+"""One module an op: public function, checks, schema, backends, fake, gradient."""

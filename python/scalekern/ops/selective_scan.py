@@ -1,0 +1,206 @@
+"""The selective scan of Mamba: public function, checks, schema, backends, fake and gradient.
+
+Shape letters: B batch, D channels, L length, N state size, G groups of B and C, S packed sequences.
+
+Checkpoints, which every backend's forward writes and every backend's backward reads: a tensor
+(B, checkpoint_count(L, N), D, N) in the state's dtype. Slot j holds the state on entering chunk j, which is
+[j K, (j + 1) K) with K = checkpoint_stride(N): before token j K, or, in reverse, before the chunk's last token.
+Packed sequences share the slots, since a token belongs to one sequence only; where a sequence begins, its
+initial state counts and not the slot.
+"""
+
+import torch
+
+from scalekern import _checks, _library
+from scalekern._dispatch import Backend, filling, native, triton
+from scalekern._packing import check_cu_seqlens, checkpoint_count
+from scalekern.reference.selective_scan import normalize_matrix
+from scalekern.reference.selective_scan import selective_scan_bwd as reference_bwd
+from scalekern.reference.selective_scan import selective_scan_fwd as reference_fwd
+
+NAME = "selective_scan"
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+def selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
+    *, initial_state=None, cu_seqlens=None, reverse=False,
+):  # fmt: skip
+    """Selective scan: h_t = exp(d_t A) h_{t-1} + d_t B_t u_t, out_t = (C_t h_t + D u_t) silu(z_t).
+
+    d_t is delta_t + delta_bias, through softplus if `delta_softplus`. Differentiable in every floating input,
+    through the last state too. The gate and the state are computed in float32 (float64 for float64 inputs).
+
+    Args:
+        u, delta, z: (B, D, L), float64, float32, float16 or bfloat16, any strides (channels-last is read in place).
+        A: (D, N), real (float32; float64 for float64 inputs) or complex, then out = 2 Re(C h).
+        B, C: (D, N), or (B, N, L), or (B, G, N, L) with G dividing D. For a complex A: complex, or real with the
+            last axis interleaved (..., 2 L) as mamba_ssm has it.
+        D, delta_bias: (D,).
+        delta_softplus: apply softplus to the step size.
+        return_last_state: also return the state after the last token.
+        initial_state: (B, D, N), or (S, D, N) when packed; zeros when None.
+        cu_seqlens: (S + 1,) int32 or int64, rising from 0 to L: the batch of 1 holds S sequences end to end,
+            each of which starts from its own initial state.
+        reverse: scan from the last token to the first, in place of flipping the inputs and the output.
+
+    Returns:
+        out (B, D, L) in u's dtype; with `return_last_state` also the last state (B, D, N) or (S, D, N), in float32
+        (float64), complex for a complex A. Inputs of different dtypes are promoted to a common one first.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: Gu & Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, sections 3.2 and 3.3;
+    argument order of state-spaces/mamba's selective_scan_fn.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    out_dtype = u.dtype
+    io = out_dtype
+    for x in (delta, z, *(m for m in (B, C) if not m.is_complex())):
+        io = io if x is None else torch.promote_types(io, x.dtype)
+    u, delta, z = _to(u, io), _to(delta, io), _to(z, io)
+    real = torch.float64 if io == torch.float64 else torch.float32
+    state = real.to_complex() if A.is_complex() else real
+    matrix = state if A.is_complex() else io
+    B, C = (_to(normalize_matrix(m, A.is_complex(), u.shape[-1]), matrix) for m in (B, C))
+    A, initial_state = _to(A, state), _to(initial_state, state)
+    D, delta_bias = _to(D, real), _to(delta_bias, real)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out, last_state, _ = selective_scan_fwd(*tensors, cu_seqlens, delta_softplus, reverse, save)
+    out = out if io == out_dtype else out.to(out_dtype)
+    return (out, last_state) if return_last_state else out
+
+
+def _to(tensor, dtype):
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens):
+    _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.FLOATING)
+    _checks.tensor(NAME, "A", A, dims=2, dtypes=_checks.FLOATING + COMPLEX)
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    for name, x in (("delta", delta), ("z", z)):
+        if x is not None or name == "delta":
+            _checks.tensor(NAME, name, x, dims=3, dtypes=_checks.FLOATING)
+            _checks.shape(NAME, name, x, (batch, channels, length))
+    _checks.shape(NAME, "A", A, (channels, None))
+    for name, x in (("B", B), ("C", C)):
+        _checks.tensor(NAME, name, x, dims=(2, 3, 4), dtypes=_checks.FLOATING + (COMPLEX if A.is_complex() else ()))
+        width = 2 * length if A.is_complex() and not x.is_complex() and x.dim() > 2 else length
+        if x.dim() == 2:
+            _checks.shape(NAME, name, x, (channels, states))
+        elif x.dim() == 3:
+            _checks.shape(NAME, name, x, (batch, states, width))
+        else:
+            _checks.shape(NAME, name, x, (batch, None, states, width))
+            groups = x.shape[1]
+            if groups == 0 or channels % groups:
+                raise ValueError(f"{NAME}: the groups of {name} must divide the {channels} channels, got {groups} groups")
+    for name, x in (("D", D), ("delta_bias", delta_bias)):
+        if x is not None:
+            _checks.tensor(NAME, name, x, dims=1, dtypes=_checks.FLOATING)
+            _checks.shape(NAME, name, x, (channels,))
+    check_cu_seqlens(NAME, cu_seqlens, batch, length)
+    if initial_state is not None:
+        rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _checks.tensor(NAME, "initial_state", initial_state, dims=3, dtypes=_checks.FLOATING + COMPLEX)
+        _checks.shape(NAME, "initial_state", initial_state, (rows, channels, states))
+        if initial_state.is_complex() and not A.is_complex():
+            raise TypeError(f"{NAME}: initial_state must be real like A, got {initial_state.dtype}")
+    _checks.same_device(
+        NAME, "u", u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
+        initial_state=initial_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def _allocate_fwd(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, save_checkpoints
+):  # fmt: skip
+    """The outputs, uninitialized: what the fake returns and what the kernels fill."""
+    batch, channels, length = u.shape
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = checkpoint_count(length, A.shape[1]) if save_checkpoints else 0
+    return torch.empty_like(u), A.new_empty(rows, *A.shape), A.new_empty(batch, slots, *A.shape)
+
+
+def _allocate_bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, *rest):
+    def like(x):
+        return u.new_empty(0) if x is None else torch.empty_like(x)
+
+    return tuple(like(x) for x in (u, delta, A, B, C, D, z, delta_bias, initial_state))
+
+
+def _empty_fwd(u, delta, A, *rest):
+    return u.numel() == 0 or A.numel() == 0
+
+
+def _empty_bwd(dout, dlast_state, u, delta, A, *rest):
+    return u.numel() == 0 or A.numel() == 0
+
+
+def _gpu_supports(u, delta, A, *rest):
+    """The limits that the Triton and CUDA kernels share."""
+    if A.is_complex():
+        return "a complex A is not implemented"
+    return None
+
+
+def _backward(ctx, dout, dlast_state, _dcheckpoints):
+    tensors, flags = ctx.saved_tensors[:-2], ctx.flags
+    cu_seqlens, checkpoints = ctx.saved_tensors[-2:]
+    if dout is None and dlast_state is None:
+        return (None,) * 13
+    dout = torch.zeros_like(tensors[0]) if dout is None else dout
+    if checkpoints.shape[1] == 0 and tensors[0].numel() and tensors[2].numel():
+        # The forward did not know that it would be differentiated (functorch, checkpointing wrappers).
+        checkpoints = selective_scan_fwd(*(_detached(t) for t in tensors), cu_seqlens, *flags, True)[2]
+    grads = selective_scan_bwd(dout, dlast_state, *tensors, cu_seqlens, checkpoints, *flags)
+    return *(g if t is not None else None for g, t in zip(grads, tensors)), None, None, None, None
+
+
+def _detached(tensor):
+    return None if tensor is None else tensor.detach()
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, cu_seqlens, delta_softplus, reverse, _ = inputs
+    ctx.flags = (delta_softplus, reverse)
+    ctx.save_for_backward(*tensors, cu_seqlens, output[2])
+    ctx.set_materialize_grads(False)
+
+
+selective_scan_fwd = _library.define(
+    NAME,
+    "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool reverse, "
+    "bool save_checkpoints) -> (Tensor, Tensor, Tensor)",
+    backends=(
+        Backend("cuda", filling(_allocate_fwd, native("selective_scan_fwd", "cuda")), _gpu_supports),
+        Backend("triton", filling(_allocate_fwd, triton("selective_scan", "selective_scan_fwd")), _gpu_supports),
+        Backend("cpu", filling(_allocate_fwd, native("selective_scan_fwd", "cpu"))),
+        Backend("reference", reference_fwd),
+    ),
+    fake=_allocate_fwd,
+    empty=_empty_fwd,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=("u", "delta", "B", "C", "z"),
+)
+
+selective_scan_bwd = _library.define(
+    NAME,
+    "selective_scan_bwd(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, "
+    "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backends=(
+        Backend("cuda", filling(_allocate_bwd, native("selective_scan_bwd", "cuda")), lambda g, h, *a: _gpu_supports(*a)),
+        Backend("triton", filling(_allocate_bwd, triton("selective_scan", "selective_scan_bwd")), lambda g, h, *a: _gpu_supports(*a)),
+        Backend("cpu", filling(_allocate_bwd, native("selective_scan_bwd", "cpu"))),
+        Backend("reference", reference_bwd),
+    ),
+    fake=_allocate_bwd,
+    empty=_empty_bwd,
+)  # fmt: skip

@@ -1,0 +1,242 @@
+"""Builds the native parts of scalekern with ninja; says in one line each what it built and what it skipped, and why.
+
+  lib/libscalekern_cpu.so    csrc/**/cpu_*.cpp; the *_kernel.cpp once for every instruction-set level
+  lib/libscalekern_cuda.so   csrc/**/cuda_*.cu (SCALEKERN_BUILD_CUDA=1|0|auto; TORCH_CUDA_ARCH_LIST)
+  _C                         csrc/bindings.cpp and csrc/**/bind_*.cpp (pybind11)
+  lib/build.json             what was built and what was not, read by `python -m scalekern doctor`
+
+Both libraries use torch's stable ABI only: one build serves every torch from 2.10 and every Python.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+CUDA_ARCHS = "8.0;9.0a;10.0a+PTX"
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": "-march=x86-64-v3",
+    "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
+}
+CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas"
+)
+
+
+def torch_root() -> pathlib.Path | None:
+    spec = importlib.util.find_spec("torch")
+    return pathlib.Path(spec.origin).parent if spec and spec.origin else None
+
+
+def find_ninja() -> str | None:
+    try:
+        import ninja
+
+        return str(pathlib.Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        return shutil.which("ninja")
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home and (pathlib.Path(home) / "bin" / "nvcc").exists():
+        return str(pathlib.Path(home) / "bin" / "nvcc")
+    default = pathlib.Path("/usr/local/cuda/bin/nvcc")
+    return shutil.which("nvcc") or (str(default) if default.exists() else None)
+
+
+def wanted(kind: str) -> str:
+    value = os.environ.get(f"SCALEKERN_BUILD_{kind.upper()}", "auto").lower()
+    if value not in ("1", "0", "auto"):
+        raise SystemExit(f"SCALEKERN_BUILD_{kind.upper()} must be 1, 0 or auto, got {value!r}")
+    return value
+
+
+def gencode(arch_list: str) -> list[str]:
+    flags = []
+    for arch in arch_list.replace(" ", ";").split(";"):
+        name, plus, _ = arch.partition("+")
+        number = name.replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if plus:  # plain PTX: the architecture-specific kind would not run on a later chip
+            plain = number.rstrip("af")
+            flags.append(f"-gencode=arch=compute_{plain},code=compute_{plain}")
+    return flags
+
+
+class NativeBuild:
+    """One build.ninja for the three products; skipped ones leave their reason in `skipped`."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.edges: list[str] = []
+        self.products: dict[str, pathlib.Path] = {}
+        self.skipped: dict[str, str] = {}
+        self.info: dict = {"python": platform.python_version(), "machine": platform.machine()}
+        self.torch = torch_root()
+        self.cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        self.ninja = find_ninja()
+        self.obstacle = (
+            "no C++ compiler was found (set CXX)" if not self.cxx
+            else "ninja is not installed" if not self.ninja
+            else "torch is not installed in the build environment" if not self.torch
+            else None
+        )  # fmt: skip
+
+    def compile(self, rule: str, source: pathlib.Path, label: str, flags: str) -> str:
+        target = f"obj/{label}/{source.relative_to(CSRC).with_suffix('.o').as_posix()}"
+        self.edges.append(f"build {target}: {rule} {source}\n  flags = {flags}\n")
+        return target
+
+    def link(self, name: str, output: str, objects: list[str], flags: str) -> None:
+        self.edges.append(f"build {output}: link {' '.join(objects)}\n  flags = {flags}\n")
+        self.products[name] = self.folder / output
+
+    @property
+    def torch_flags(self) -> str:
+        include = self.torch / "include"
+        return f"-I{CSRC} -isystem {include} -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY"
+
+    def link_flags(self) -> str:
+        # libtorch.so is named so that on a CUDA build of torch its symbols are found through it.
+        return f"-L{self.torch / 'lib'} -Wl,--no-as-needed -ltorch_cpu -ltorch"
+
+    def cpu(self) -> None:
+        if not self.allow("cpu"):
+            return
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        levels = ISA_FLAGS if x86 else {"baseline": ""}
+        objects = []
+        for source in sorted(CSRC.glob("*/cpu_*.cpp")):
+            if source.stem.endswith("_kernel"):
+                for level, march in levels.items():
+                    objects.append(
+                        self.compile("cxx", source, f"cpu_{level}", f"-I{CSRC} {march} -DSCALEKERN_ISA={level}")
+                    )
+            else:
+                objects.append(self.compile("cxx", source, "cpu", self.torch_flags))
+        self.link("lib/libscalekern_cpu.so", "libscalekern_cpu.so", objects, self.link_flags())
+        self.info["cpu"] = {"isa": list(levels), "compiler": first_line([self.cxx, "--version"])}
+
+    def cuda(self) -> None:
+        if not self.allow("cuda"):
+            return
+        nvcc = find_nvcc()
+        if nvcc is None:
+            if wanted("cuda") == "1":
+                raise SystemExit("SCALEKERN_BUILD_CUDA=1, but nvcc was not found (put it on PATH or set CUDA_HOME)")
+            self.skipped["cuda"] = "nvcc was not found (put it on PATH or set CUDA_HOME)"
+            return
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+        self.nvcc = nvcc
+        flags = " ".join([*gencode(archs), self.torch_flags.replace("-isystem ", "-isystem="), "-DUSE_CUDA"])
+        objects = [self.compile("nvcc", source, "cuda", flags) for source in sorted(CSRC.glob("*/cuda_*.cu"))]
+        if not objects:
+            self.skipped["cuda"] = "there are no CUDA sources"
+            return
+        home = pathlib.Path(nvcc).resolve().parent.parent
+        if not (home / "lib64").exists():
+            home = pathlib.Path("/usr/local/cuda")
+        cudart = f"-L{home / 'lib64'} -lcudart_static -lrt -lpthread -ldl"
+        self.link("lib/libscalekern_cuda.so", "libscalekern_cuda.so", objects, f"{self.link_flags()} {cudart}")
+        self.info["cuda"] = {"archs": archs, "compiler": last_line([nvcc, "--version"])}
+
+    def bindings(self) -> None:
+        if not self.allow("C"):
+            return
+        try:
+            import pybind11
+        except ImportError:
+            self.skipped["C"] = "pybind11 is not installed in the build environment"
+            return
+        include = f"-I{CSRC} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp", *sorted(CSRC.glob("*/bind_*.cpp"))]
+        objects = [self.compile("cxx", source, "bind", include) for source in sources]
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        self.link(f"_C{suffix}", f"_C{suffix}", objects, "")
+
+    def allow(self, kind: str) -> bool:
+        if kind != "C" and wanted(kind) == "0":
+            self.skipped[kind] = f"SCALEKERN_BUILD_{kind.upper()}=0"
+        elif self.obstacle:
+            self.skipped[kind] = self.obstacle
+        return kind not in self.skipped
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cpu()
+        self.cuda()
+        self.bindings()
+        if self.products:
+            rules = (
+                f"rule cxx\n  command = {self.cxx} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
+                f"  depfile = $out.d\n  deps = gcc\n  description = c++ $out\n"
+                f"rule nvcc\n  command = {getattr(self, 'nvcc', 'nvcc')} -std=c++20 -O3 --expt-relaxed-constexpr "
+                f"-Xcompiler -fPIC,-fvisibility=hidden -lineinfo --ptxas-options=-v $flags -MMD -MF $out.d -c $in -o $out"
+                f" > $out.log 2>&1 || (cat $out.log; false)\n"
+                f"  depfile = $out.d\n  deps = gcc\n  description = nvcc $out\n"
+                f"rule link\n  command = {self.cxx} -shared $in $flags -o $out\n  description = link $out\n"
+            )
+            ninja_file = self.folder / "build.ninja"
+            ninja_file.write_text(rules + "\n".join(self.edges))
+            jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+            subprocess.run([self.ninja, "-C", str(self.folder), "-j", jobs], check=True)
+        for name in self.products:
+            print(f"scalekern: built {name}")
+        for kind, reason in self.skipped.items():
+            print(f"scalekern: skipped {kind}: {reason}")
+
+
+def first_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def last_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1]
+
+
+class BuildNative(build_ext):
+    def run(self):
+        native = NativeBuild(ROOT / "build" / f"native-{sys.implementation.cache_tag}")
+        native.run()
+        inplace = self.inplace or getattr(self, "editable_mode", False)
+        package = (ROOT / "python" if inplace else pathlib.Path(self.build_lib)) / "scalekern"
+        (package / "lib").mkdir(parents=True, exist_ok=True)
+        for stale in [*(package / "lib").glob("libscalekern_*.so"), *package.glob("_C*.so")]:
+            stale.unlink()
+        for name, path in native.products.items():
+            # A rename, so that a process that has the old library mapped keeps it.
+            shutil.copy2(path, package / f"{name}.new")
+            os.replace(package / f"{name}.new", package / name)
+        record = {**native.info, "built": list(native.products), "skipped": native.skipped}
+        (package / "lib" / "build.json").write_text(json.dumps(record, indent=1))
+        self._written = [str(package / n) for n in (*native.products, "lib/build.json")]
+
+    def get_outputs(self):
+        return getattr(self, "_written", [])
+
+    def get_output_mapping(self):
+        return {}
+
+
+setup(
+    packages=[
+        "scalekern", "scalekern.ops", "scalekern.reference", "scalekern.testing", "scalekern.nn", "scalekern.compat",
+        "scalekern.integrations", "scalekern.benchmarks", "scalekern.triton_kernels", "scalekern.triton_kernels.configs",
+    ],
+    package_dir={"": "python", "scalekern.triton_kernels": "triton_kernels", "scalekern.benchmarks": "benchmarks"},
+    package_data={"scalekern.triton_kernels.configs": ["*.json"], "scalekern": ["py.typed"]},
+    ext_modules=[Extension("scalekern._C", sources=[])],
+    cmdclass={"build_ext": BuildNative},
+)  # fmt: skip
