@@ -92,12 +92,14 @@ static inline Vec<F> sum_lanes(Vec<F>* v) {
   return v[0];
 }
 
+// Lanes past `lanes` are 0. The tile's rows are `pitch` apart.
 template <class F, class S>
-static void load_tile(const S* p, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, F* tile) {
+static void load_tile(
+    const S* p, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, F* tile, int64_t pitch = kLanes<F>) {
   constexpr int W = kLanes<F>;
   int64_t row = 0;
   if (lanes == W && lane_stride == 1) {
-    for (; row < rows; ++row) store(tile + row * W, load_row<F>(p + row * row_stride));
+    for (; row < rows; ++row) store(tile + row * pitch, load_row<F>(p + row * row_stride));
   } else if (lanes == W && (row_stride == 1 || row_stride == -1) && lane_stride != 0) {
     const bool up = row_stride == 1;
     for (; row + W <= rows; row += W) {
@@ -105,31 +107,49 @@ static void load_tile(const S* p, int64_t lane_stride, int64_t row_stride, int l
       const S* first = up ? p + row : p - row - (W - 1);
       for (int i = 0; i < W; ++i) v[i] = load_row<F>(first + i * lane_stride);
       transpose<F>(v);
-      for (int i = 0; i < W; ++i) store(tile + (row + (up ? i : W - 1 - i)) * W, v[i]);
+      for (int i = 0; i < W; ++i) store(tile + (row + (up ? i : W - 1 - i)) * pitch, v[i]);
     }
   }
   for (; row < rows; ++row)
-    for (int i = 0; i < W; ++i) tile[row * W + i] = i < lanes ? F(to_float(p[row * row_stride + i * lane_stride])) : F(0);
+    for (int i = 0; i < W; ++i) tile[row * pitch + i] = i < lanes ? F(to_float(p[row * row_stride + i * lane_stride])) : F(0);
 }
 
 template <class F, class S>
-static void store_tile(S* p, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, const F* tile) {
+static void store_tile(
+    S* p, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, const F* tile, int64_t pitch = kLanes<F>) {
   constexpr int W = kLanes<F>;
   int64_t row = 0;
   if (lanes == W && lane_stride == 1) {
-    for (; row < rows; ++row) store_row<F>(p + row * row_stride, load(tile + row * W));
+    for (; row < rows; ++row) store_row<F>(p + row * row_stride, load(tile + row * pitch));
   } else if (lanes == W && (row_stride == 1 || row_stride == -1)) {
     const bool up = row_stride == 1;
     for (; row + W <= rows; row += W) {
       Vec<F> v[W];
-      for (int i = 0; i < W; ++i) v[i] = load(tile + (row + (up ? i : W - 1 - i)) * W);
+      for (int i = 0; i < W; ++i) v[i] = load(tile + (row + (up ? i : W - 1 - i)) * pitch);
       transpose<F>(v);
       S* first = up ? p + row : p - row - (W - 1);
       for (int i = 0; i < W; ++i) store_row<F>(first + i * lane_stride, v[i]);
     }
   }
   for (; row < rows; ++row)
-    for (int i = 0; i < lanes; ++i) from_float(p[row * row_stride + i * lane_stride], tile[row * W + i]);
+    for (int i = 0; i < lanes; ++i) from_float(p[row * row_stride + i * lane_stride], tile[row * pitch + i]);
+}
+
+// The same for a line of `count` elements, W to a row: lanes run along the line.
+template <class F, class S>
+static void load_line(const S* p, int64_t stride, int64_t count, F* line) {
+  constexpr int W = kLanes<F>;
+  const int64_t whole = count / W;
+  load_tile(p, stride, W * stride, W, whole, line);
+  if (count % W) load_tile(p + whole * W * stride, stride, 0, int(count % W), 1, line + whole * W);
+}
+
+template <class F, class S>
+static void store_line(S* p, int64_t stride, int64_t count, const F* line) {
+  constexpr int W = kLanes<F>;
+  const int64_t whole = count / W;
+  store_tile(p, stride, W * stride, W, whole, line);
+  if (count % W) store_tile(p + whole * W * stride, stride, 0, int(count % W), 1, line + whole * W);
 }
 
 }  // namespace
