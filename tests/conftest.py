@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import scalekern
-from scalekern import _env, _native
+from scalekern import _dispatch, _env, _native
 
 INTERPRET = _env.triton_interpret()
 
@@ -29,16 +29,35 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(reason)
 
 
-def backends() -> list[str]:
-    """The backends that this process can test on CPU tensors: the interpreter's process tests Triton alone."""
+def places() -> list:
+    """(device, backend) pairs that this process can test; the interpreter's process tests Triton alone.
+
+    Pairs on a CUDA device carry the mark gpu, so `pytest -m gpu` is the suite of a machine that has one.
+    """
     if INTERPRET:
-        return ["triton"]
-    return ["reference"] if _native.load("cpu") else ["cpu", "reference"]
+        return [pytest.param(("cpu", "triton"), id="triton")]
+    names = ["reference"] if _native.load("cpu") else ["cpu", "reference"]
+    found = [pytest.param(("cpu", name), id=name) for name in names]
+    if torch.cuda.is_available():
+        found += [
+            pytest.param(("cuda", name), id=f"gpu_{name}", marks=pytest.mark.gpu)
+            for name in ("cuda", "triton")
+            if _dispatch.unavailable(name, "cuda") is None
+        ]
+    return found
 
 
 def pytest_generate_tests(metafunc):
-    if "any_backend" in metafunc.fixturenames:
-        metafunc.parametrize("any_backend", backends())
+    if "place" in metafunc.fixturenames:
+        metafunc.parametrize("place", places())
+
+
+@pytest.fixture
+def any_backend(place):
+    """The backend's name alone, for tests on CPU tensors."""
+    if place[0] != "cpu":
+        pytest.skip("on CPU tensors only; the same kernels are tested on the device by the contract")
+    return place[1]
 
 
 @pytest.fixture(autouse=True)
@@ -52,4 +71,4 @@ def child_environment(**changes) -> dict:
     return {**os.environ, **{k: str(v) for k, v in changes.items()}}
 
 
-__all__ = ["INTERPRET", "backends", "child_environment", "scalekern"]
+__all__ = ["INTERPRET", "child_environment", "places", "scalekern"]

@@ -34,18 +34,22 @@ def small(cases, ids):
 
 
 @pytest.fixture
-def on(any_backend):
-    """Skips nothing silently: a backend that declines a sample must say so, and only Triton and complex do."""
+def on(place):
+    """on(function, ...): run it on the place's backend. on.device: where the sample's tensors belong.
+
+    Skips nothing silently: a backend that declines a sample must say so, and only a GPU kernel and complex A do.
+    """
+    device, backend = place
 
     def run(function, *args, **kwargs):
         try:
-            with scalekern.backend(any_backend):
+            with scalekern.backend(backend):
                 return function(*args, **kwargs)
         except scalekern.BackendError as declined:
-            assert any_backend == "triton" and "complex" in str(declined), declined
+            assert backend in ("triton", "cuda") and "complex" in str(declined), declined
             pytest.skip(str(declined))
 
-    run.backend = any_backend
+    run.device = device
     return run
 
 
@@ -55,7 +59,7 @@ def on(any_backend):
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_agrees_with_the_oracle(op, sample, dtype, on):
-    args, kwargs = sample.make(dtype=dtype, seed=1)
+    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=1)
     actual = on(forward, getattr(scalekern, op), op, args, kwargs)
     oracle = expected(op, args, kwargs)
     eager = forward(getattr(reference, op), op, args, kwargs)
@@ -89,7 +93,7 @@ def test_a_wrong_result_would_be_seen(op, sample):
 @every_trainable
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
-    args, kwargs = sample.make(dtype=dtype, seed=2)
+    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=2)
     _, actual = on(gradients, getattr(scalekern, op), args, kwargs)
     _, oracle = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
     _, eager = gradients(getattr(reference, op), args, kwargs)
@@ -106,7 +110,7 @@ def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
 
 @every_trainable
 def test_gradcheck(op, sample, on):
-    args, kwargs = sample.make(dtype=torch.float64, seed=3)
+    args, kwargs = sample.make(device=on.device, dtype=torch.float64, seed=3)
     args, kwargs = clones(args, kwargs)
     leaves = floating(tensors_of(args, kwargs))
     if sum(x.numel() for x in leaves.values()) > (400 if INTERPRET else 4000):
@@ -132,7 +136,7 @@ def test_second_order_is_refused(op, sample):
 
 @every_case
 def test_repeats_bit_for_bit(op, sample, on):
-    args, kwargs = sample.make(seed=4)
+    args, kwargs = sample.make(device=on.device, seed=4)
     if testing.specs()[op].inplace:
         runs = [on(forward, getattr(scalekern, op), op, args, kwargs) for _ in range(3)]
     else:
@@ -248,6 +252,29 @@ def test_vmap_equals_a_loop(op, sample):
             assert_close(a[i], e, tolerance=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op, sample", small(CASES, IDS))
+def test_captured_in_a_cuda_graph(op, sample, backend):
+    """No host synchronization: the call is captured and its replay computes new inputs."""
+    args, kwargs = sample.make(device="cuda")
+    function = getattr(scalekern, op)
+    with scalekern.backend(backend):
+        plain = forward(function, op, args, kwargs)
+        function(*clones(args, kwargs)[0], **clones(args, kwargs)[1])  # compiles outside the capture
+        torch.cuda.synchronize()
+        static_args, static_kwargs = clones(args, kwargs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = as_tuple(function(*static_args, **static_kwargs))
+        for a, e in zip(static_args, args):
+            if isinstance(a, torch.Tensor):
+                a.copy_(e)
+        graph.replay()
+    for a, e in zip(outputs, plain):
+        assert_close(a, e, tolerance=1e-6)
+
+
 # --- 5: shapes and strides -----------------------------------------------------------------------------------------
 
 
@@ -264,7 +291,7 @@ def _layouts(tensor):
 
 @every_case
 def test_strides_change_nothing(op, sample, on):
-    args, kwargs = sample.make(seed=9)
+    args, kwargs = sample.make(device=on.device, seed=9)
     tensors = tensors_of(args, kwargs)
     plain = on(forward, getattr(scalekern, op), op, args, kwargs)
     inplace = testing.specs()[op].inplace
@@ -287,11 +314,11 @@ def test_strides_change_nothing(op, sample, on):
 
 @every_trainable
 def test_an_expanded_gradient_is_read_in_place(op, sample, on):
-    args, kwargs = clones(*sample.make(seed=9))
+    args, kwargs = clones(*sample.make(device=on.device, seed=9))
     leaf = args[0].requires_grad_()
     (actual,) = on(lambda: torch.autograd.grad(sum(o.real.sum() for o in as_tuple(getattr(scalekern, op)(*args, **kwargs))), leaf))  # fmt: skip
     (wanted,) = torch.autograd.grad(
-        sum((o.real * torch.ones(o.shape)).sum() for o in as_tuple(getattr(reference, op)(*args, **kwargs))), leaf
+        sum((o.real * torch.ones(o.shape, device=o.device)).sum() for o in as_tuple(getattr(reference, op)(*args, **kwargs))), leaf
     )
     assert_close(actual, wanted, tolerance=1e-5)
 
@@ -321,18 +348,23 @@ def test_empty_axes(op, any_backend):
             with scalekern.backend(any_backend):
                 _, grads = gradients(getattr(scalekern, op), *both)
             assert all(g is None or torch.isfinite(g).all() for g in grads.values())
-    assert tried >= 2
+    assert tried >= 1
 
 
 # --- 6: bad input --------------------------------------------------------------------------------------------------
 
 
+def _wrong_dtype(value):
+    return torch.bool if value.is_floating_point() or value.is_complex() else torch.float32
+
+
 def _bad_calls(args, kwargs):
-    """(argument's number or name, call) with one argument spoiled: a wrong type, one axis too many, a wrong size."""
+    """(argument, call) with one argument spoiled: three axes too many, a wrong dtype, a size that fits nothing."""
     for name, value in tensors_of(args, kwargs).items():
-        spoiled = [value[None, None, None], value.to(torch.complex64) if not value.is_complex() else value.to(torch.int8)]
-        if value.dim() and value.shape[-1] > 1:
-            spoiled.append(torch.cat([value, value, value], -1))
+        spoiled = [value[None, None, None], value.to(_wrong_dtype(value))]
+        if name != "cu_seqlens":  # one more sequence is no error
+            axis = {4: 3, 3: 1}.get(value.dim(), 0)
+            spoiled.append(torch.cat([value, value.narrow(axis, 0, 1)], axis))
         for bad in spoiled:
             yield name, with_tensors(args, kwargs, {name: bad})
 
@@ -370,7 +402,7 @@ def test_not_a_tensor(op):
 @every_case
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
-    args, kwargs = sample.make(dtype=torch.float32, seed=12)
+    args, kwargs = sample.make(device=on.device, dtype=torch.float32, seed=12)
     target = 1 if op == "causal_conv1d_update" else 0
     for position in (0, -1):
         spoiled = copy.copy(list(args))
