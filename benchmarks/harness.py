@@ -39,6 +39,22 @@ class Clock:
 clock = Clock()
 
 
+def run_in_pytest(case: Case, benchmark) -> None:
+    """The body of every pytest-benchmark case; the records land in the folder of --records, when it is given."""
+    import pytest
+
+    device = torch.device(benchmark.scalekern["device"])
+    rounds = lambda run, count: benchmark.pedantic(run, rounds=count)
+    found = measure(case, device, seconds=benchmark.scalekern["seconds"], rounds=rounds)
+    if benchmark.scalekern["folder"]:
+        records.save(benchmark.scalekern["folder"], rates.slug(device), case.family, found)
+    benchmark.extra_info["records"] = found
+    failed = [f"{r['backend']}: {r['error']}" for r in found if r["status"] != "ok"]
+    assert not failed, "; ".join(failed)
+    if not found:
+        pytest.skip("no backend runs this case here (`python -m scalekern doctor` says why)")
+
+
 def plain_rounds(run: Callable, rounds: int) -> None:
     for _ in range(rounds):
         run()
@@ -232,12 +248,13 @@ def _timings(case, work, device, backend, samples, rivals, absent) -> dict:
     }  # fmt: skip
 
 
-def _record(case: Case, device: torch.device, *, backend: str, status: str = "ok", **fields) -> dict:
+def _record(case: Case, device: torch.device, *, backend: str, status: str = "ok", used=None, **fields) -> dict:
+    used = [(op, backend) for op in case.ops] if used is None and backend != "default" else used or []
     fields = {k: _round(v) if isinstance(v, float) else v for k, v in fields.items()}
     return {
         "case": case.name, "ops": list(case.ops), "direction": case.direction, "backend": backend, "status": status,
         "shape": case.shape, "targets": case.targets, "priority": case.priority, **fields,
-        "digests": {op: records.digest(op, backend) for op in case.ops},
+        "digests": records.digests(used),
         "versions": rates.versions(device), "device": rates.device_name(device), "device_kind": device.type,
         "threads": rates.threads(device), "date": records.today(),
     }  # fmt: skip

@@ -71,12 +71,21 @@ def digest(op: str, backend: str) -> str | None:
     return None
 
 
+def digests(used: list[tuple[str, str]]) -> dict[str, str | None]:
+    """{"op/backend": digest} of what a case ran."""
+    return {f"{op}/{backend}": digest(op, backend) for op, backend in used}
+
+
 def is_stale(record: dict) -> bool:
-    """Whether a source of what was measured has changed since (a source that is not here cannot tell)."""
-    now = {op: digest(op, record["backend"]) for op in record["digests"] if op in _library.OPS}
-    return len(now) < len(record["digests"]) or any(
-        current is not None and current != record["digests"][op] for op, current in now.items()
-    )
+    """Whether a source of what was measured has changed since, or is gone; sources that are not here cannot tell."""
+    for name, then in record["digests"].items():
+        op, _, backend = name.partition("/")
+        if op not in _library.OPS:
+            return True
+        now = digest(op, backend)
+        if now is not None and now != then:
+            return True
+    return False
 
 
 def combinations() -> list[tuple[str, str, str]]:
@@ -90,7 +99,7 @@ def status(folder: pathlib.Path) -> list[dict]:
     rows = []
     found = [r for r in load_all(folder) if r["direction"] not in ("memory", "end-to-end")]
     for op, backend, kind in combinations():
-        mine = [r for r in found if r["device_kind"] == kind and r["backend"] == backend and op in r["digests"]]
+        mine = [r for r in found if r["device_kind"] == kind and f"{op}/{backend}" in r["digests"]]
         good = [r for r in mine if r["status"] == "ok"]
         fresh = [r for r in good if not is_stale(r)]
         state = "measured" if fresh else "stale" if good else "failed" if mine else "never"
