@@ -87,12 +87,12 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
             except _dispatch.BackendError:
                 del found[backend]  # not for this device or these arguments: `doctor` says why
             except Exception as error:  # a kernel may fail in any way, and the others still want their turn
-                fields.update(status="failed", error=_one_line(error))
+                fields.update(status="failed", error=one_line(error))
                 if is_sticky(error):
-                    raise Sticky(case, backend, fields["error"]) from error
+                    raise Sticky(backend, fields["error"]) from error
             else:
                 contenders[backend] = _under(backend, work.run)
-        rivals, absent = _prepare_peers(work, expected, announce)
+        rivals, absent = _prepare_peers(work, expected, announce, skip or {})
         if not contenders:
             return [_record(case, device, **fields) for fields in found.values()]
         samples = _interleave(contenders, {n: r["run"] for n, r in rivals.items()}, device, seconds, deadline, rounds)
@@ -107,9 +107,9 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
 class Sticky(RuntimeError):
     """A CUDA error after which the process can do nothing more on the device."""
 
-    def __init__(self, case: Case, backend: str, error: str):
+    def __init__(self, contender: str, error: str):
         super().__init__(error)
-        self.case, self.backend, self.error = case, backend, error
+        self.contender, self.error = contender, error
 
 
 def is_sticky(error: Exception) -> bool:
@@ -142,10 +142,13 @@ def relative_error(got: tuple, expected: tuple) -> float:
     return max(errors, default=0.0)
 
 
-def _prepare_peers(work: Work, expected: tuple | None, announce: Callable) -> tuple[dict, dict]:
+def _prepare_peers(work: Work, expected: tuple | None, announce: Callable, skip: dict) -> tuple[dict, dict]:
     """({name: run, version, error}, {name: why it is not there}). A peer that fails costs its own line only."""
     ready, absent = {}, {}
     for name, make in work.peers.items():
+        if f"peer {name}" in skip:
+            absent[name] = f"failed: {skip[f'peer {name}']}"
+            continue
         announce(f"peer {name}")
         try:
             peer = make()
@@ -154,9 +157,9 @@ def _prepare_peers(work: Work, expected: tuple | None, announce: Callable) -> tu
             absent[name] = str(reason)
             continue
         except Exception as error:
-            absent[name] = f"failed: {_one_line(error)}"
+            absent[name] = f"failed: {one_line(error)}"
             if is_sticky(error):
-                raise
+                raise Sticky(f"peer {name}", one_line(error)) from error
             continue
         error = None if out is None or expected is None else relative_error(_as_tuple(out), expected)
         ready[name] = {"run": peer.run, "version": peer.version, "scale": peer.scale, "error": error}
@@ -181,7 +184,7 @@ def _interleave(backends: dict, rivals: dict, device, seconds, deadline, rounds)
         for name in runs:
             if deadline is not None and time.monotonic() > deadline and samples[name]:
                 continue
-            if i * wanted[name] // total != (i + 1) * wanted[name] // total:
+            if i * wanted[name] % total < wanted[name]:  # spread evenly, the first round included
                 samples[name].append(samplers[name]())
         clock.now += samples[main][-1] if samples[main] else 0.0
 
@@ -248,6 +251,10 @@ def _timings(case, work, device, backend, samples, rivals, absent) -> dict:
     }  # fmt: skip
 
 
+def failure(case: Case, device: torch.device, backend: str, error: str) -> dict:
+    return _record(case, device, backend=backend, status="failed", error=error)
+
+
 def _record(case: Case, device: torch.device, *, backend: str, status: str = "ok", used=None, **fields) -> dict:
     used = [(op, backend) for op in case.ops] if used is None and backend != "default" else used or []
     fields = {k: _round(v) if isinstance(v, float) else v for k, v in fields.items()}
@@ -289,7 +296,7 @@ def _round(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
 
