@@ -63,6 +63,7 @@ def define(
     torch.library.register_fake(f"scalekern::{name}", fake, lib=_lib)
     mutates = overload._schema.is_mutable
     if backward is not None:
+        setup_context, backward = _on_the_same_backend(setup_context, backward)
         torch.library.register_autograd(f"scalekern::{name}", backward, setup_context=setup_context, lib=_lib)
     elif not mutates:
         torch.library.register_autograd(f"scalekern::{name}", _no_gradient(name), lib=_lib)
@@ -72,6 +73,22 @@ def define(
         torch.library.register_vmap(f"scalekern::{name}", _vmap_by_loop(overload), lib=_lib)
     OPS[name] = op
     return op
+
+
+def _on_the_same_backend(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """`with backend(...)` around a forward holds for its backward, which autograd may run in another thread."""
+
+    def setup(ctx, inputs, output):
+        ctx.backend = _dispatch.chosen_by_context()
+        setup_context(ctx, inputs, output)
+
+    def run(ctx, *grads):
+        if ctx.backend is None:
+            return backward(ctx, *grads)
+        with _dispatch.backend(ctx.backend):
+            return backward(ctx, *grads)
+
+    return setup, run
 
 
 def _no_gradient(name: str) -> Callable:
