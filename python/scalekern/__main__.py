@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name == named:  # only the module of the command that was asked for is imported
-            module = importlib.import_module(f"scalekern.cli.{name}")
+            module = importlib.import_module("scalekern.demo" if name == "demo" else f"scalekern.cli.{name}")
             module.add_arguments(sub)
     args = parser.parse_args(argv)
     return module.main(args) or 0
