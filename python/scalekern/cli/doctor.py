@@ -31,13 +31,14 @@ def main(args) -> int:
 
 def examine() -> dict:
     checks = self_checks()
+    ops = [row for device in ("cpu", "cuda") for row in selfcheck.explain(device)]
     return {
         "versions": versions(),
         "build": build(),
         "gpus": gpus(),
-        "ops": [row for device in ("cpu", "cuda") for row in selfcheck.explain(device)],
+        "ops": ops,
         "checks": checks,
-        "hints": hints(),
+        "hints": hints() + fallbacks(ops),
         "ok": all(c["status"] != "failed" for c in checks),
     }
 
@@ -121,6 +122,11 @@ def hints() -> list[str]:
     if _version(torch.__version__) < (2, 10):
         found.append(f"torch {torch.__version__} is older than 2.10, which the native libraries need")
     return found + _gpu_hints()
+
+
+def fallbacks(ops: list[dict]) -> list[str]:
+    slow = [r["op"] for r in ops if r["device"] == "cpu" and r["runs"] == "reference"]
+    return [f"the slow reference runs on the CPU: {', '.join(slow)}"] if slow and not _native.load("cpu") else []
 
 
 def _gpu_hints() -> list[str]:
