@@ -35,7 +35,15 @@ class Op:
         reference = self.backends[-1]
         device = args[0].device.type
         chosen = reference if self.empty(*args) else _dispatch.select(self.name, self.backends, device, args)
-        return chosen.run(*args)
+        outputs = chosen.run(*args)
+        return self._laid_out(outputs, args) if chosen is reference else outputs
+
+    def _laid_out(self, outputs, args):
+        """The reference's outputs in the strides that the fake promises; kernels fill such tensors to begin with."""
+        single = isinstance(outputs, torch.Tensor)
+        outputs, promised = ((outputs,), (self.fake(*args),)) if single else (outputs, self.fake(*args))
+        outputs = tuple(o if o.stride() == p.stride() else p.copy_(o) for o, p in zip(outputs, promised))
+        return outputs[0] if single else outputs
 
 
 def define(

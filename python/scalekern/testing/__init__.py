@@ -14,8 +14,6 @@ import torch
 
 # Relative L2 error against the float64 oracle that no kernel may exceed, by the dtype of its inputs.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Gradients pass through more rounded intermediate values in half precision; the same factor for everybody.
-GRADIENT_FACTOR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +63,16 @@ class Factory:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A public op as the contract sees it. `inplace` names the argument that it changes (then: no gradient)."""
+    """A public op as the contract sees it.
+
+    inplace          the argument that it changes (then: no gradient)
+    gradient_factor  times TOLERANCE for gradients, which pass through twice the rounded values of the forward; a
+                     composition, which rounds between its parts as they do when called one by one, has more
+    """
 
     samples: tuple[Sample, ...]
     inplace: str | None = None
+    gradient_factor: float = 2
 
 
 def specs() -> dict[str, Spec]:

@@ -78,6 +78,26 @@ def _conv_update(B, D, W, K, *, T=None, silu=True, bias=True, seen=None, slots=N
     return build
 
 
+def _inner(B, D, L, N, R, M, *, W=4, conv_bias=True, out_bias=False, rms=False, complex_A=False, given=False, level=1):
+    """R rank of the step size, M model width; rms: FalconMamba's normalized B, C and step size."""
+
+    def build(f):
+        width = 2 * N if complex_A else N
+        A = -f.positive(D, N)
+        A = torch.complex(A, f.param(D, N)) if complex_A else A
+        matrices = (f.io(B, N, L), f.io(D, N)) if given else (None, None)
+        rows = R + (0 if given else 2 * width)
+        args = (
+            f.io(B, 2 * D, L), f.param(D, 1, W, scale=0.5), f.param(D) if conv_bias else None,
+            f.io(rows, D, scale=D**-0.5), f.io(D, R, scale=R**-0.5), f.io(M, D, scale=D**-0.5),
+            f.io(M) if out_bias else None, A, *matrices, f.param(D), f.param(D, scale=0.3),
+        )  # fmt: skip
+        weights = dict(b_rms_weight=f.param(N), c_rms_weight=f.param(N), dt_rms_weight=f.param(D)) if rms else {}
+        return args, dict(checkpoint_lvl=level, **weights)
+
+    return build
+
+
 SPECS = {
     "selective_scan": Spec(
         (
@@ -123,5 +143,14 @@ SPECS = {
             Sample("indices", _conv_update(3, 6, 4, 3, slots=5, indices=[4, -1, 0])),
         ),
         inplace="conv_state",
+    ),
+    "mamba_inner": Spec(
+        (
+            Sample("mamba", _inner(2, 6, 13, 4, 2, 5)),
+            Sample("rms", _inner(1, 5, 70, 3, 2, 4, rms=True, out_bias=True, conv_bias=False, level=0)),
+            Sample("given", _inner(2, 4, 9, 3, 1, 3, given=True, W=2)),
+            Sample("complex", _inner(1, 3, 11, 2, 2, 3, complex_A=True)),
+        ),
+        gradient_factor=6,  # three products, a convolution and a scan, each rounded to the io dtype
     ),
 }  # fmt: skip
