@@ -10,11 +10,15 @@ import torch
 import scalekern
 from scalekern.benchmarks import harness, hf, memory, oracles, peers
 from scalekern.benchmarks.case import Case, Work
-from scalekern.testing import GRADIENT_FACTOR, TOLERANCE
+from scalekern.testing import TOLERANCE, specs
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SCAN_OPS = ("selective_scan_fwd", "selective_scan_bwd")
 CONV_OPS = ("causal_conv1d_fwd", "causal_conv1d_bwd")
+
+
+def gradient_tolerance(op, dtype) -> float:
+    return specs()[op].gradient_factor * TOLERANCE[dtype]
 
 
 def test_case(case, benchmark):
@@ -78,7 +82,7 @@ def scan_bwd(device, dtype=FP32, **shape) -> Work:
 
     # The op's B and C have their axis of groups.
     sample = lambda: tuple(g.reshape(e.shape) for g, e in zip(run(), expected))
-    return Work(run, lambda: expected, GRADIENT_FACTOR * TOLERANCE[dtype], sample=sample, **scan_costs(dtype, **shape)[1])
+    return Work(run, lambda: expected, gradient_tolerance("selective_scan", dtype), sample=sample, **scan_costs(dtype, **shape)[1])
 
 
 def scan_train(device, dtype=FP32, **shape) -> Work:
@@ -95,7 +99,7 @@ def scan_train(device, dtype=FP32, **shape) -> Work:
     fwd, bwd = scan_costs(dtype, **shape)
     return Work(
         run=peers.forward_backward(lambda: scalekern.selective_scan(**kw), dout, inputs),
-        oracle=lambda: (*oracles.scan(kw), *expected), tolerance=GRADIENT_FACTOR * TOLERANCE[dtype],
+        oracle=lambda: (*oracles.scan(kw), *expected), tolerance=gradient_tolerance("selective_scan", dtype),
         **{name: fwd[name] + bwd[name] for name in fwd},
         peers={
             "mamba_ssm": lambda: against(peers.mamba_ssm_scan),
@@ -188,7 +192,7 @@ def conv_train(device, dtype=FP32, *, only_bwd=False, **shape) -> Work:
     if only_bwd:
         args = (dout, None, kw["x"], kw["weight"], kw["bias"], None, None, None, True)
         run = lambda: torch.ops.scalekern.causal_conv1d_bwd(*args)[:3]
-        return Work(run, lambda: expected, GRADIENT_FACTOR * TOLERANCE[dtype], **conv_costs(dtype, "bwd", **shape))
+        return Work(run, lambda: expected, gradient_tolerance("causal_conv1d", dtype), **conv_costs(dtype, "bwd", **shape))
     inputs = tuple(v.requires_grad_() for v in kw.values() if isinstance(v, torch.Tensor))
 
     def against(peer):
@@ -197,7 +201,7 @@ def conv_train(device, dtype=FP32, *, only_bwd=False, **shape) -> Work:
 
     return Work(
         run=peers.forward_backward(lambda: scalekern.causal_conv1d(**kw), dout, inputs),
-        oracle=lambda: (*oracles.conv(kw), *expected), tolerance=GRADIENT_FACTOR * TOLERANCE[dtype],
+        oracle=lambda: (*oracles.conv(kw), *expected), tolerance=gradient_tolerance("causal_conv1d", dtype),
         **conv_costs(dtype, "fwd+bwd", **shape),
         peers={"causal_conv1d": lambda: against(peers.causal_conv1d_fn),
                "F.conv1d + silu": lambda: against(peers.torch_conv)},

@@ -4,6 +4,7 @@
               that include one of the family's headers among those
   triton      the module of the launcher and the modules of scalekern that it imports
   reference   the oracle's module likewise
+  a composition (functools.partial of a function and the ops that it calls): the function's module, and those ops'
 
 Comments, docstrings and layout do not count: a comment that quotes a measurement must not make it stale.
 """
@@ -34,10 +35,16 @@ def digest(backend) -> str | None:
 
 
 def files(backend) -> set[pathlib.Path]:
+    run = backend.run
+    while hasattr(run, "__wrapped__"):
+        run = run.__wrapped__
+    if isinstance(run, functools.partial):
+        parts = [b for op in run.keywords.values() for b in getattr(op, "backends", ()) if b.name == backend.name]
+        return _python(run.func.__module__).union(*map(files, parts))
     if backend.name in ("cpu", "cuda"):
-        op = getattr(backend.run, "native_op", None)
+        op = getattr(run, "native_op", None)
         return _native(op, backend.name) if op else set()
-    module = getattr(backend.run, "triton_module", None) if backend.name == "triton" else backend.run.__module__
+    module = getattr(run, "triton_module", None) if backend.name == "triton" else run.__module__
     return _python(module) if module else set()
 
 
