@@ -187,6 +187,7 @@ def _setup_context(ctx, inputs, output):
 def _without_autocast(function):
     """A backward called inside an autocast region must not be cast a second time."""
 
+    @functools.wraps(function)
     def run(dout, *args):
         with torch.autocast(dout.device.type, enabled=False):
             return function(dout, *args)
