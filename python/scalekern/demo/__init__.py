@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 
-OUT = "demo_out"
+OUT, CHECKPOINT = "demo_out", "checkpoint.safetensors"
 SAVE_EVERY_S = 20
 PROMPT, SAMPLE = 96, 384  # bytes
 TEMPERATURE = 0.7
@@ -36,7 +36,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"scalekern demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nscalekern demo: stopped; the training that was saved goes on with: {_resume_command(args)}", file=sys.stderr)
+        saved = (pathlib.Path(args.out) / CHECKPOINT).exists()
+        how = f"go on from the saved training with: {_resume_command(args)}" if saved else "nothing was saved yet"
+        print(f"\nscalekern demo: stopped; {how}", file=sys.stderr)
         return 130
 
 
@@ -64,7 +66,7 @@ def _run(args) -> int:
     out = _folder(args.out)
     say = console.say
     say(f"text      {corpus.name}: {corpus.train.numel():,} bytes to train on, {corpus.held_out.numel():,} held out")
-    trainer = _trainer(args, corpus, out / "checkpoint.safetensors", device)
+    trainer = _trainer(args, corpus, out / CHECKPOINT, device)
     size = sum(p.numel() for p in trainer.model.parameters())
     say(f"model     {trainer.model.config.layers} Mamba layers of width {trainer.model.config.width}, {size:,} parameters")
     chosen = compare.backends(torch.device(device).type)
@@ -73,8 +75,8 @@ def _run(args) -> int:
         if backend == "reference":
             say(f"          {name} has only the slow reference here (python -m scalekern doctor says why)")
 
-    if not _train(trainer, out / "checkpoint.safetensors", args.steps is None):
-        print(f"stopped after {trainer.step} steps, saved; go on with: {_resume_command(args)}", file=sys.stderr)
+    if not _train(trainer, out / CHECKPOINT, args.steps is None):
+        print(f"scalekern demo: stopped and saved after step {trainer.step}; go on with: {_resume_command(args)}", file=sys.stderr)
         return 130
     final = trainer.curve[-1][1]
     say(f"trained   {trainer.step} steps in {trainer.seconds:.0f} s: {final:.3f} held-out bits per byte")

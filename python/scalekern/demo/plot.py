@@ -5,6 +5,8 @@ import pathlib
 
 from scalekern.demo.compare import Timing
 
+DARK, PALE, LIGHT = "#1f4e8c", "#9db7d5", "#c9c9c9"
+
 
 def draw(path: pathlib.Path, losses: list[float], curve: list[tuple[int, float]], timings: list[Timing], title: str) -> None:
     """Raises ImportError when matplotlib is not installed."""
@@ -23,10 +25,12 @@ def draw(path: pathlib.Path, losses: list[float], curve: list[tuple[int, float]]
 
 
 def _draw_curve(axes, losses: list[float], curve: list[tuple[int, float]]) -> None:
-    axes.plot(range(1, len(losses) + 1), losses, color="#9db7d5", linewidth=0.8, label="training batch")
-    axes.plot(*zip(*curve), color="#1f4e8c", marker="o", markersize=3.5, label="held-out text")
+    axes.plot(range(1, len(losses) + 1), losses, color=PALE, linewidth=0.8, label="training batch")
+    axes.plot(*zip(*curve), color=DARK, marker="o", markersize=3.5, label="held-out text")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.annotate(
-        f"{curve[-1][1]:.2f}", curve[-1], xytext=(0, 9), textcoords="offset points", ha="right", color="#1f4e8c"
+        f"{curve[-1][1]:.2f}", curve[-1], xytext=(0, 12), textcoords="offset points", ha="right", color=DARK, weight="bold",
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
     )
     axes.set(xlabel="training step", ylabel="bits per byte", ylim=(0, None))
     axes.grid(alpha=0.3)
@@ -36,7 +40,7 @@ def _draw_curve(axes, losses: list[float], curve: list[tuple[int, float]]) -> No
 def _draw_bars(axes, timings: list[Timing]) -> None:
     height = 0.38
     for i, timing in enumerate(timings):
-        for offset, value, color in ((-0.2, timing.scalekern_ms, "#1f4e8c"), (0.2, timing.pytorch_ms, "#c9c9c9")):
+        for offset, value, color in ((-0.2, timing.scalekern_ms, DARK), (0.2, timing.pytorch_ms, LIGHT)):
             axes.barh(i + offset, value, height, color=color)
             axes.annotate(
                 f"{value:.3g} ms", (value, i + offset), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
