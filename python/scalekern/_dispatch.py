@@ -80,6 +80,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def chosen_by_context() -> str | None:
+    """The backend of the innermost `with backend(...)`, None outside of one."""
+    return _forced.get()
+
+
 def forced() -> str | None:
     name = _forced.get() or _env.backend()
     if name is not None and name not in NAMES:
@@ -87,8 +92,10 @@ def forced() -> str | None:
     return name
 
 
-def explain(backends: tuple[Backend, ...], device_type: str, args: tuple, only: str | None) -> list[tuple[Backend, str | None]]:
-    """Each backend in the order of the walk with None (it can run the call) or the reason why not."""
+def explain(
+    backends: tuple[Backend, ...], device_type: str, args: tuple | None, only: str | None
+) -> list[tuple[Backend, str | None]]:
+    """Each backend in the order of the walk with None (it can run the call, or any call for args None) or why not."""
     rows = []
     for entry in backends:
         reason = entry.unavailable(device_type)
@@ -96,18 +103,22 @@ def explain(backends: tuple[Backend, ...], device_type: str, args: tuple, only: 
             reason = "the interpreter runs only when asked for (backend('triton'))"
         if reason is None and only is not None and entry.name != only:
             reason = f"backend {only!r} was asked for"
-        if reason is None:
+        if reason is None and args is not None:
             reason = entry.supports(*args)
         rows.append((entry, reason))
     return rows
 
 
+@functools.cache
+def _usable(backends: tuple[Backend, ...], device_type: str, only: str | None) -> tuple[Backend, ...]:
+    """The backends that can run at all here, in order; what depends on the arguments is asked call by call."""
+    return tuple(entry for entry, reason in explain(backends, device_type, None, only) if reason is None)
+
+
 def select(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> Backend:
     only = forced()
-    for entry in backends:  # the common case, without building reasons
-        if only is None and entry.name == "triton" and device_type == "cpu":
-            continue
-        if (only is None or entry.name == only) and not entry.unavailable(device_type) and not entry.supports(*args):
+    for entry in _usable(backends, device_type, only):
+        if entry.supports(*args) is None:
             if entry.name == "reference" and only is None:
                 _fell_back(op_name, backends, device_type, args)
             return entry

@@ -14,6 +14,7 @@ from torch import nn
 
 from scalekern import _checks
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 
@@ -113,7 +114,13 @@ class Mamba(nn.Module):
         return (out, states) if return_final_states else out
 
     def _forward_plain(self, hidden_states):
-        return self._forward_states(hidden_states, None, None, None)[0]
+        if not self.use_fast_path:
+            return self._forward_states(hidden_states, None, None, None)[0]
+        return mamba_inner(
+            self.in_proj(hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
+            self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(), D=self.D,
+            delta_bias=self.dt_proj.bias,
+        )  # fmt: skip
 
     def _forward_cached(self, hidden_states, inference_params, mask):
         conv_state, ssm_state = self._states_from_cache(inference_params, hidden_states.shape[0])
