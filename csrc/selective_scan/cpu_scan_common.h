@@ -28,6 +28,8 @@ struct RealState {
   static constexpr int comps = 1;        // scalars of an element
   static constexpr int row = kLanes<F>;  // scalars of a vector of elements
   static constexpr F scale = 1;          // y = scale Re(C h)
+  // exp(s A) of one lane in double.
+  static void wide_decay(double s, const F* A, F* out) { *out = F(__builtin_exp(s * A[0])); }
   static Value get(const F* p) { return load(p); }
   static void put(F* p, Value v) { store(p, v); }
   static Value all(const F* p) { return splat(*p); }
@@ -57,6 +59,10 @@ struct ComplexState {
   static constexpr int comps = 2;
   static constexpr int row = 2 * kLanes<F>;
   static constexpr F scale = 2;
+  static void wide_decay(double s, const F* A, F* out) {
+    const double size = __builtin_exp(s * A[0]), angle = s * A[kLanes<F>];
+    out[0] = F(size * __builtin_cos(angle)), out[kLanes<F>] = F(size * __builtin_sin(angle));
+  }
   static Value get(const F* p) { return {load(p), load(p + kLanes<F>)}; }
   static void put(F* p, Value v) { store(p, v.re), store(p + kLanes<F>, v.im); }
   static Value all(const F* p) { return {splat(p[0]), splat(p[1])}; }
@@ -137,6 +143,7 @@ struct Plan {
   int64_t groups;    // of channels that share both B and C, or that a cut of both respects
   int64_t blocks;    // of a group
   int64_t parts, segments, chunks, bundle;
+  int64_t span;      // times of a tile of inputs
 
   int64_t items(const ScanArgs& a) const { return a.batch * groups * parts * segments; }
 };
@@ -209,9 +216,12 @@ static Plan make_plan(const ScanArgs& a, int64_t max_parts) {
   const int64_t max_segments = least(4 * threads, p.chunks * a.chunk / most(1024, 2 * a.chunk));
   for (int64_t s = 2; s <= max_segments && efficiency(p.segments) < 0.8; ++s)
     if (efficiency(s) > efficiency(p.segments)) p.segments = s;
-  // With time contiguous, a few blocks at a time stream through memory; with channels contiguous, whole rows do.
+  // With channels contiguous, whole rows of many channels go through a tile together. With time contiguous, each of
+  // W channels times seven tensors lies in a page of its own: a few of them stream, 1 KiB at a time. (At L = 2^20,
+  // where the pages also fall into one set of the TLB, 256 B at a time made the backward 1.6 times slower.)
   const bool rows = a.u.s[2] != 1 && a.u.s[2] != -1;
   p.bundle = rows ? kMaxBundle : 2;
+  p.span = rows || a.length <= 64 ? 64 : 256;
   return p;
 }
 
@@ -473,18 +483,30 @@ static bool is_bounded(int64_t rows, const F* d, Vec<F> magnitude) {
   return all_true<F>(fine);
 }
 
-// The sum of d over `count` times, one a lane; with states as lanes the one sum in all lanes.
+// The sum of some steps, one a lane; with states as lanes the one sum in all lanes. In double: a complex A turns by
+// many radians in a segment, and the digits of the angle past 2 pi count.
 template <class F>
-static Vec<F> sum_flat(const Plan& plan, int64_t count, const F* d) {
-  Vec<F> sum{};
-  if (!plan.state_lanes) {
-    for (int64_t i = 0; i < count; ++i) sum += load(d + i * kLanes<F>);
-    return sum;
+struct Steps {
+  double sum[kLanes<F>] = {};
+
+  void add(const Plan& plan, int64_t count, const F* d) {
+    if (plan.state_lanes) {
+      double total = 0;
+      for (int64_t t = 0; t < count; ++t) total += d[t];
+      for (double& lane : sum) lane += total;
+    } else {
+      for (int64_t t = 0; t < count; ++t)
+        for (int i = 0; i < kLanes<F>; ++i) sum[i] += d[t * kLanes<F> + i];
+    }
   }
-  F total = 0;
-  for (int64_t i = 0; i < count; ++i) total += d[i];
-  return splat(total);
-}
+
+  // Whether what was there before these steps is negligible after them, in every state of every channel.
+  bool forget(const Plan& plan, Block k, Vec<F> slowest) const {
+    bool all = true;
+    for (int i = 0; i < (plan.state_lanes ? kLanes<F> : k.channels); ++i) all &= sum[i] * slowest[i] < -kNegligible;
+    return all;
+  }
+};
 
 // Flat [t] to [t][W], each value in all lanes; and back, as sums over the lanes.
 template <class F>
@@ -514,35 +536,38 @@ static void sum_rows(int64_t count, const F* rows, int64_t pitch, VecInt<F> mask
 template <class F>
 struct Carries {
   F* state;
-  F* steps;
+  double* steps;
   signed char* open;
 
   void take(Arena& arena, const ScanArgs& a, const Plan& plan, int comps) {
     if (plan.segments == 1) return;
     const int64_t rows = a.batch * plan.segments * a.channels;
-    state = arena.take<F>(rows * a.states * comps), steps = arena.take<F>(rows), open = arena.take<signed char>(rows);
+    state = arena.take<F>(rows * a.states * comps), steps = arena.take<double>(rows), open = arena.take<signed char>(rows);
   }
 };
 
 template <class O, class F = typename O::Scalar>
-static void save_carry(const ScanArgs& a, const Plan& plan, const Carries<F>& c, int64_t b, int64_t segment, Block k, const F* state, bool open, Vec<F> steps) {
+static void save_carry(const ScanArgs& a, const Plan& plan, const Carries<F>& c, int64_t b, int64_t segment, Block k, const F* state, bool open, const Steps<F>& steps) {
   const int64_t row = (b * plan.segments + segment) * a.channels;
   store_state<O>(a, plan, c.state + row * a.states * O::comps, a.states, 1, k, 0, plan.vectors, state);
   c.open[row + k.channel] = open;
-  for (int i = 0; i < k.channels; ++i) c.steps[row + k.channel + i] = steps[i];
+  for (int i = 0; i < k.channels; ++i) c.steps[row + k.channel + i] = steps.sum[i];
 }
 
-// state = carry of `segment` + its decay * state
+// state = carry of `segment` + its decay * state. `scratch` has room for two states.
 template <class O, bool kConj, class F = typename O::Scalar>
-static void join_carry(const ScanArgs& a, const Plan& plan, const Carries<F>& c, int64_t b, int64_t segment, Block k, const Decays<O>& decays, F* state, F* scratch) {
+static void join_carry(const ScanArgs& a, const Plan& plan, const Carries<F>& c, int64_t b, int64_t segment, Block k, F* state, F* scratch) {
   const int64_t row = (b * plan.segments + segment) * a.channels;
+  F* A = scratch + plan.vectors * O::row;
   load_state<O>(a, plan, c.state + row * a.states * O::comps, a.states, 1, k, 0, plan.vectors, scratch);
-  const Vec<F> steps = load_channels<F>(plan, {reinterpret_cast<char*>(c.steps + row), {1}}, k);
+  load_state<O>(a, plan, reinterpret_cast<const F*>(a.A.data), a.A.s[0], a.A.s[1], k, 0, plan.vectors, A);
   for (int64_t v = 0; v < plan.vectors; ++v) {
     auto joined = O::get(scratch + v * O::row);
     if (c.open[row + k.channel]) {
-      const auto decay = O::template decay<false>(steps, O::get(decays.scaled + v * O::row));
-      joined += (kConj ? O::conj(decay) : decay) * O::get(state + v * O::row);
+      F decay[O::row] = {};
+      for (int i = 0; i < lanes_of<F>(a, plan, k, v); ++i)
+        O::wide_decay(c.steps[row + k.channel + (plan.state_lanes ? 0 : i)], A + v * O::row + i, decay + i);
+      joined += (kConj ? O::conj(O::get(decay)) : O::get(decay)) * O::get(state + v * O::row);
     }
     O::put(state + v * O::row, joined);
   }

@@ -5,14 +5,14 @@
 // Bound: the exponentials. A vector of W elements (one state of W channels, one token) costs 15 operations, of which
 // 11 are exp2(d A log2 e); at two operations a cycle that is 7.5 cycles. Memory is far off: 16 bytes a channel and
 // token, gated fp32, against N of these.
-// Split: items (b, part of the channels, segment of time) over threads; inside, tiles of 64 tokens of W channels.
-// A tile's d, d u and y sit in L1 as [t][W]; four states at a time run through it in registers, so that B and C are
+// Split: items (b, part of the channels, segment of time) over threads; inside, tiles of 64 or 256 tokens of W channels.
+// A tile's d, d u and y sit in cache as [t][W]; 64 tokens at a time, four states at a time run through it in registers, so that B and C are
 // loads with a broadcast, and d, d u and y cost a quarter of a load each.
 #include "selective_scan/cpu_scan_common.h"
 
 namespace {
 
-constexpr int64_t kTile = 64;   // tokens; divides every chunk
+constexpr int64_t kRun = 64;    // tokens that a group of states runs through at once; divides every chunk
 #if defined(__AVX512F__)
 constexpr int kStates = 4;      // vectors of a state in registers
 #else
@@ -31,13 +31,13 @@ struct Scratch {
 
   Scratch(Arena& arena, const Plan& plan) {
     constexpr int row = O::row;
-    const int64_t tile = kTile * kLanes<F>, vectors = plan.vectors * row;
+    const int64_t tile = plan.span * kLanes<F>, vectors = plan.vectors * row;
     F** flat[] = {&d, &x, &u, &y, &z};
     for (F** p : flat) *p = arena.take<F>(tile);
     d_rows = d, x_rows = x, y_rows = y;
     if (plan.state_lanes) d_rows = arena.take<F>(tile), x_rows = arena.take<F>(tile), y_rows = arena.take<F>(tile);
-    B = arena.take<F>(kTile * row + kStates * row), C = arena.take<F>(kTile * row + kStates * row);
-    joined = arena.take<F>(vectors);
+    B = arena.take<F>((kRun + kStates) * row), C = arena.take<F>((kRun + kStates) * row);
+    joined = arena.take<F>(2 * vectors);
     state = arena.take<F>(vectors * plan.bundle), scaled = arena.take<F>(vectors * plan.bundle);
     bundle = arena.take<Block>(plan.bundle), decays_of = arena.take<Decays<O>>(plan.bundle);
   }
@@ -125,19 +125,19 @@ class Forward {
       decays.load_from(a_, plan_, k, s.scaled);
       const int64_t start = most(item.begin, a_.starts[sequence_at(a_, item.end - 1)]);
       int64_t t = item.end;
-      Vec<F> steps{};
+      Steps<F> steps;
       bool open = true;
       while (open && t > start) {
-        const int64_t count = least(kTile, t - start);
+        const int64_t count = least(plan_.span, t - start);
         t -= count;
         load_steps(item.b, k, t, count, s);
-        steps += sum_flat<F>(plan_, count, s.d);
-        open = !all_true<F>((steps * decays.slowest < F(-kNegligible)) | ~first_lanes<F>(plan_.state_lanes ? W : k.channels));
+        steps.add(plan_, count, s.d);
+        open = !steps.forget(plan_, k, decays.slowest);
       }
       if (start > item.begin || start == a_.starts[sequence_at(a_, start)]) open = false;
       for (int64_t i = 0; i < plan_.vectors * O::row; ++i) s.state[i] = 0;
       for (int64_t next; t < item.end; t = next) {
-        next = least(t + kTile, item.end);
+        next = least(t + plan_.span, item.end);
         tile(item.b, k, t, next, decays, s.state, false, s);
       }
       save_carry<O>(a_, plan_, carries_, item.b, item.segment, k, s.state, open, steps);
@@ -159,10 +159,10 @@ class Forward {
       s.decays_of[i].load_from(a_, plan_, s.bundle[i], s.scaled + i * size);
       for (int64_t j = 0; j < size; ++j) s.state[i * size + j] = 0;
       for (int64_t j = 0; j < item.segment; ++j)
-        join_carry<O, false>(a_, plan_, carries_, item.b, j, s.bundle[i], s.decays_of[i], s.state + i * size, s.joined);
+        join_carry<O, false>(a_, plan_, carries_, item.b, j, s.bundle[i], s.state + i * size, s.joined);
     }
     for (int64_t t = item.begin, next; t < item.end; t = next) {
-      next = least(t + kTile - (t + a_.pad) % kTile, item.end);  // tiles do not cross chunks
+      next = least(t + plan_.span - (t + a_.pad) % plan_.span, item.end);
       for (int64_t i = 0; i < blocks; ++i) tile(item.b, s.bundle[i], t, next, s.decays_of[i], s.state + i * size, true, s);
     }
     if (item.segment == plan_.segments - 1) return;
@@ -181,7 +181,7 @@ class Forward {
     const bool bounded = is_bounded<F>(count, s.d_rows, decays.magnitude);
     for (int64_t t = begin, next; t < end; t = next) {
       const int64_t sequence = sequence_at(a_, t);
-      next = least(end, a_.starts[sequence + 1]);
+      next = least(t + kRun - (t + a_.pad) % kRun, least(end, a_.starts[sequence + 1]));
       if (t == a_.starts[sequence]) load_row_state<O>(a_, plan_, a_.initial, b + sequence, k, state);
       if (write && a_.slots && (t == 0 || (t + a_.pad) % a_.chunk == 0))
         store_state<O>(a_, plan_, slot_at<O>(a_, b, t), a_.checkpoints.s[2], a_.checkpoints.s[3], k, 0, plan_.vectors, state);
