@@ -38,7 +38,8 @@ class Case:
     slow: float = 1.0  # scales A: decays close to 1 when small
 
     def __str__(self):
-        fields = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
+        values = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:]]
+        fields = [f"{name}={value}" for name, value, default in values if value != default]
         return "-".join(["x".join(map(str, self.shape)), *fields]).replace("torch.", "")
 
     def make(self, seed=0, device="cpu"):
@@ -51,7 +52,8 @@ class Case:
         def normal(*shape, dtype=real):
             x = torch.randn(*shape, generator=g, dtype=dtype)
             for axis in range(min(2, len(shape))):  # a scale of its own for every channel, group and batch
-                x = x * (0.5 + torch.rand(shape[axis], generator=g, dtype=real)).reshape(-1, *[1] * (len(shape) - axis - 1))
+                scales = 0.5 + torch.rand(shape[axis], generator=g, dtype=real)
+                x = x * scales.reshape(-1, *[1] * (len(shape) - axis - 1))
             return x
 
         def lay(x):
@@ -93,14 +95,17 @@ def call(function, case, tensors, options):
     return function(*inputs, case.softplus, True, initial_state=initial, **options)
 
 
+def projection(*outputs):
+    """Random gradients of the outputs, always the same ones."""
+    g = torch.Generator().manual_seed(7)
+    return [torch.randn(o.shape, generator=g, dtype=torch.float64) for o in outputs]
+
+
 def with_gradients(function, case, tensors, options, weights=None):
     """{name: tensor} of both outputs and of all gradients of a random projection of them."""
     leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if t is not None}
     outputs = call(function, case, {n: leaves.get(n) for n in NAMES}, options)
-    if weights is None:
-        g = torch.Generator().manual_seed(7)
-        weights = [torch.randn(o.shape, generator=g, dtype=torch.float64) for o in outputs]
-    weights = [w.to(o.device).to(o.dtype) for w, o in zip(weights, outputs)]
+    weights = [w.to(o.device).to(o.dtype) for w, o in zip(weights or projection(*outputs), outputs)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), weights)
     return {"out": outputs[0].detach(), "last_state": outputs[1].detach()} | {"d" + n: x for n, x in zip(leaves, grads)}
 
@@ -195,7 +200,7 @@ def test_arguments(case, place):
     check(case, place)
 
 
-@pytest.mark.parametrize("case", [Case((1, 2, 7, 2), torch.float64), Case((1, 2, 7, 2), torch.float64, complex=True)], ids=str)
+@pytest.mark.parametrize("case", [Case((1, 2, 7, 2), torch.float64, complex=c) for c in (False, True)], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradcheck(case, packed, any_backend):
     case = dataclasses.replace(case, bounds=(0, 3, 3, 7) if packed else None, reverse=packed)
@@ -214,7 +219,9 @@ def test_gradcheck(case, packed, any_backend):
 
 
 @pytest.mark.parametrize(
-    "case", [Case((2, 5, 150, 3)), Case((1, 3, 150, 20), reverse=True), Case((1, 17, 150, 2), bounds=(0, 10, 64, 150))], ids=str
+    "case",
+    [Case((2, 5, 150, 3)), Case((1, 3, 150, 20), reverse=True), Case((1, 17, 150, 2), bounds=(0, 10, 64, 150))],
+    ids=str,
 )
 def test_checkpoints_are_the_same_for_all_backends(case, any_backend):
     """A forward's checkpoints serve the oracle's backward, and the oracle's serve this backward."""
@@ -261,10 +268,8 @@ def test_reverse_equals_flips(place):
     flipped = {n: t.flip(-1) if n in ("u", "delta", "z", "B", "C") else t for n, t in tensors.items()}
     with scalekern.backend(place[1]):
         actual = with_gradients(scalekern.selective_scan, case, tensors, options)
-        weights = [torch.Generator().manual_seed(7), None]
-        weights = [torch.randn(actual[k].shape, generator=weights[0], dtype=torch.float64) for k in ("out", "last_state")]
-        weights[0] = weights[0].flip(-1)
-        expected = with_gradients(scalekern.selective_scan, case, flipped, {"reverse": False}, weights)
+        dout, dlast = projection(actual["out"], actual["last_state"])
+        expected = with_gradients(scalekern.selective_scan, case, flipped, {"reverse": False}, [dout.flip(-1), dlast])
     for name, value in expected.items():
         value = value.flip(-1) if name in ("out", "du", "ddelta", "dz", "dB", "dC") else value
         assert_close(actual[name], value.double(), tolerance=1e-6, what=name)
@@ -368,8 +373,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from test_selective_scan import Case, check
-for case in (Case((2, 17, 67, 5)), Case((1, 3, 70, 20)), Case((1, 9, 70, 3), torch.float64), Case((1, 18, 66, 4), torch.bfloat16),
-             Case((1, 18, 66, 4), torch.float16, layout="channels"), Case((1, 5, 66, 4), complex=True), Case((1, 2, 2100, 3))):
+for case in (
+    Case((2, 17, 67, 5)), Case((1, 3, 70, 20)), Case((1, 9, 70, 3), torch.float64), Case((1, 18, 66, 4), torch.bfloat16),
+    Case((1, 18, 66, 4), torch.float16, layout="channels"), Case((1, 5, 66, 4), complex=True), Case((1, 2, 2100, 3)),
+):
     check(case, ("cpu", "cpu"))
 print("checked")
 """
@@ -407,7 +414,9 @@ def test_expanded_inputs_and_gradients(any_backend):
 
 
 @needs_cpu
-@pytest.mark.parametrize("case", [Case((2, 40, 300, 5)), Case((1, 2, 4100, 16)), Case((1, 20, 300, 3), B="2", C="c")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case((2, 40, 300, 5)), Case((1, 2, 4100, 16)), Case((1, 20, 300, 3), B="2", C="c")], ids=str
+)
 def test_deterministic(case):
     tensors, options = case.make()
     with scalekern.backend("cpu"):
