@@ -82,19 +82,22 @@ void dx_line(F* dy, int64_t tap, int64_t step, int64_t steps, const F* filter, i
   }
 }
 
-template <class F>
+template <class T, class F = Compute<T>>
 struct Lines {
-  ForwardLine<F> forward;
+  ForwardLine<F> forward;  // from tile to tile
+  ForwardLine<T> direct;   // from memory to memory
   decltype(&dpre_line<2, false, F>) dpre;
   decltype(&dx_line<2, F>) dx;
 };
 
-template <class F, int W = 2>
-Lines<F> lines_for(int64_t width, bool silu) {
+template <class T, int W = 2, class F = Compute<T>>
+Lines<T> lines_for(int64_t width, bool silu) {
   if constexpr (W < kConvMaxWidth) {
-    if (width > W) return lines_for<F, W + 1>(width, silu);
+    if (width > W) return lines_for<T, W + 1>(width, silu);
   }
-  return {forward_line_for<F>(width, silu), silu ? &dpre_line<W, true, F> : &dpre_line<W, false, F>, &dx_line<W, F>};
+  return {
+      forward_line_for<F>(width, silu), forward_line_for<T>(width, silu),
+      silu ? &dpre_line<W, true, F> : &dpre_line<W, false, F>, &dx_line<W, F>};
 }
 
 // --- tiles between memory and L1 ---
@@ -106,6 +109,7 @@ struct Block {
   Scratch<F>& l1;
   int64_t first, channels;          // channels of this block: one when lanes lie along time
   int64_t tap, step, lanes, pitch;  // lanes: vectors of a step cover them; pitch: between rows of the filter
+  static constexpr int64_t vector = kLanes<F>;
 
   Block(const ConvArgs& args, Scratch<F>& scratch, int64_t index) : a(args), l1(scratch) {
     first = a.along_time ? index : index * kConvBlock;
@@ -156,18 +160,52 @@ struct Block {
 
 // --- forward ---
 
-template <class T, class F>
-void forward_piece(Block<T>& block, const Lines<F>& lines, const ConvRun& run, const ConvPiece& piece) {
-  Scratch<F>& l1 = block.l1;
-  const int64_t tokens = piece.end - piece.begin;
-  if (run.padding) {
-    block.clear(l1.y, tokens);
-  } else {
-    block.stage_x(l1.x, run, piece.begin, piece.end);
-    for (int64_t c = 0; c < block.lanes; c += kLanes<F>)
-      lines.forward(l1.x + c, l1.y + c, block.tap, block.step, block.steps(tokens), l1.filter + c, block.pitch);
+// Tokens [begin, end) of a piece, through L1.
+template <class T>
+void forward_staged(Block<T>& block, const Lines<T>& lines, const ConvRun& run, int64_t begin, int64_t end) {
+  auto& l1 = block.l1;
+  const int64_t steps = block.steps(end - begin);
+  block.stage_x(l1.x, run, begin, end);
+  for (int64_t c = 0; c < block.lanes; c += block.vector)
+    lines.forward(l1.x + c, l1.y + c, block.tap, block.step, block.step, steps, l1.filter + c, block.pitch);
+  block.unstage(block.a.out, run.row, begin, l1.y, end - begin);
+}
+
+// Tokens [begin, end) from memory to memory: their histories lie in x, and there is at least one vector of lanes.
+// The last vector overlaps the one before it and writes the same numbers again.
+template <class T>
+void forward_direct(Block<T>& block, const Lines<T>& lines, const ConvRun& run, int64_t begin, int64_t end) {
+  const ConvArgs& a = block.a;
+  const int64_t vector = block.vector, lanes = a.along_time ? end - begin : block.channels;
+  const T* x = block.element(a.x, run.row, begin - (a.width - 1));
+  T* out = block.element(a.out, run.row, begin);
+  if (a.along_time) {
+    lines.direct(x, out, 1, vector, vector, lanes / vector, block.l1.filter, block.pitch);
+    if (lanes % vector)
+      lines.direct(x + lanes - vector, out + lanes - vector, 1, 0, 0, 1, block.l1.filter, block.pitch);
+    return;
   }
-  block.unstage(block.a.out, run.row, piece.begin, l1.y, tokens);
+  for (int64_t c = 0; c < lanes; c += vector) {
+    const int64_t at = c + vector <= lanes ? c : lanes - vector;
+    lines.direct(x + at, out + at, a.x.t, a.x.t, a.out.t, end - begin, block.l1.filter + at, block.pitch);
+  }
+}
+
+template <class T>
+void forward_piece(Block<T>& block, const Lines<T>& lines, const ConvRun& run, const ConvPiece& piece) {
+  const ConvArgs& a = block.a;
+  if (run.padding) {
+    block.clear(block.l1.y, piece.end - piece.begin);
+    return block.unstage(a.out, run.row, piece.begin, block.l1.y, piece.end - piece.begin);
+  }
+  int64_t direct = piece.begin;  // first token whose history lies in x
+  if (direct < run.begin + a.width - 1) direct = run.begin + a.width - 1;
+  if (a.along_time) direct = piece.begin + block.steps(direct - piece.begin) * block.vector;
+  const bool possible = a.along_time ? a.x.t == 1 && a.out.t == 1 && direct + block.vector <= piece.end
+                                     : a.x.d == 1 && a.out.d == 1 && block.channels >= block.vector && direct < piece.end;
+  if (!possible) return forward_staged(block, lines, run, piece.begin, piece.end);
+  if (direct > piece.begin) forward_staged(block, lines, run, piece.begin, direct);
+  forward_direct(block, lines, run, direct, piece.end);
 }
 
 // The last W - 1 inputs of every row or sequence; those before its begin come from its initial state.
@@ -210,7 +248,7 @@ void dinitial_of_run(Block<T>& block, const ConvRun& run, const F* dpre, F* tile
 }
 
 template <class T, class F>
-void backward_piece(Block<T>& block, const Lines<F>& lines, const ConvRun& run, const ConvPiece& piece) {
+void backward_piece(Block<T>& block, const Lines<T>& lines, const ConvRun& run, const ConvPiece& piece) {
   const ConvArgs& a = block.a;
   Scratch<F>& l1 = block.l1;
   const int64_t tokens = piece.end - piece.begin, after = run.end - piece.end;
@@ -271,7 +309,7 @@ void dinitial_of_empty_runs(const ConvArgs& a, Block<T>& block) {
 template <class T, bool backward>
 void run(const ConvArgs& a) {
   using F = Compute<T>;
-  const Lines<F> lines = lines_for<F>(a.width, a.silu);
+  const Lines<T> lines = lines_for<T>(a.width, a.silu);
   const int64_t blocks = a.along_time ? a.channels : (a.channels + kConvBlock - 1) / kConvBlock;
   parallel_if(a.parallel, a.group_count * blocks, [&](int64_t begin, int64_t end) {
     Scratch<F> l1;
@@ -283,7 +321,7 @@ void run(const ConvArgs& a) {
       for (int64_t p = a.groups[group]; p < a.groups[group + 1]; ++p) {
         const ConvPiece& piece = a.pieces[p];
         if (backward) backward_piece<T, F>(block, lines, a.runs[piece.run], piece);
-        else forward_piece<T, F>(block, lines, a.runs[piece.run], piece);
+        else forward_piece<T>(block, lines, a.runs[piece.run], piece);
       }
       if (backward) store_partials<T, F>(a, block, group);
     }
