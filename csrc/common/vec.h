@@ -5,7 +5,15 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push  // GCC 12 warns of its own headers' undefined operands when they are inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #if defined(__AVX512F__)
@@ -48,94 +56,171 @@ static inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// 2^x for float. Below -150 it is 0, above 128 inf, NaN stays NaN; within 2 ulp of the exact value elsewhere.
-// A degree-6 polynomial on [-1/2, 1/2] (minimax, relative error 2e-8), then two exact scalings, so that
-// subnormal results are right.
-static inline VecF exp2v(VecF x) {
+// Integers of a float type's width, and where its exponent sits.
+template <class F>
+struct IntOf {
+  using type = int32_t;
+  static constexpr int mantissa = 23, bias = 127;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+  static constexpr int mantissa = 52, bias = 1023;
+};
+template <class F>
+using VecInt = Vec<typename IntOf<F>::type>;
+
+// 1.5 * 2^mantissa: adding it to a small number rounds that to an integer, which the low bits of the sum then hold.
+template <class F>
+constexpr F kRoundMagic = F(int64_t(3) << (IntOf<F>::mantissa - 1));
+
+// 2^r on [-1/2, 1/2] as 1 + r q(r): exactly 1 at 0, so that a decay close to 1 keeps the digits of its distance from 1.
+// float: degree 6, fitted to 2e-9 relative before rounding. double: the Taylor series to degree 13, 1e-17.
+static inline VecF exp2_fraction(VecF r) {
+  VecF p = splat(1.5353362e-4f);
+  p = p * r + 1.3398875e-3f;
+  p = p * r + 9.6184369e-3f;
+  p = p * r + 5.5503324e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.9314718e-1f;
+  return p * r + 1.0f;
+}
+static inline VecD exp2_fraction(VecD r) {
+  const double ln2 = 0.693147180559945309417;
+  const VecD x = r * ln2;
+  VecD p = splat(1.0 / 6227020800.0);
+  const double factorials[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0};
+  for (double f : factorials) p = p * x + 1.0 / f;
+  return p * x + 1.0;
+}
+
+// p * 2^n, n an integer in magic + n form; the exponent is added in two exact steps, so subnormal results are right.
+template <class F>
+static inline Vec<F> scale_by_pow2(Vec<F> p, Vec<F> n_plus_magic) {
 #if defined(__AVX512F__)
-  const VecF n = (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const VecF r = x - n;
+  const Vec<F> n = n_plus_magic - kRoundMagic<F>;
+  if constexpr (sizeof(F) == 4) return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
+  else return (VecD)_mm512_scalef_pd((__m512d)p, (__m512d)n);
 #else
-  const VecF low = splat(-152.0f), high = splat(130.0f);
+  using I = IntOf<F>;
+  const F magic = kRoundMagic<F>;
+  typename I::type magic_bits;
+  __builtin_memcpy(&magic_bits, &magic, sizeof magic);
+  const VecInt<F> e = (VecInt<F>)n_plus_magic - magic_bits, half = e >> 1;
+  return p * (Vec<F>)((half + I::bias) << I::mantissa) * (Vec<F>)((e - half + I::bias) << I::mantissa);
+#endif
+}
+
+// 2^x: 0 below the subnormals, inf above the largest number, NaN for NaN; within 2 ulp elsewhere.
+template <class F>
+static inline Vec<F> exp2_any(Vec<F> x) {
+  const Vec<F> low = splat(F(-IntOf<F>::bias - IntOf<F>::mantissa - 3)), high = splat(F(IntOf<F>::bias + 3));
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const VecF n = (x + magic) - magic;
-  const VecF r = x - n;
-#endif
-  VecF p = splat(1.5403530e-4f);
-  p = p * r + 1.3333558e-3f;
-  p = p * r + 9.6181291e-3f;
-  p = p * r + 5.5504109e-2f;
-  p = p * r + 2.4022651e-1f;
-  p = p * r + 6.9314718e-1f;
-  p = p * r + 1.0f;
+  const Vec<F> t = x + kRoundMagic<F>;
+  return scale_by_pow2<F>(exp2_fraction(x - (t - kRoundMagic<F>)), t);
+}
+static inline VecF exp2v(VecF x) { return exp2_any<float>(x); }
+static inline VecD exp2v(VecD x) { return exp2_any<double>(x); }
+
+// 2^(x y) where |x y| is known to stay below 125 (1020 for double): one rounding less than exp2v(x * y), and 11 operations.
+template <class F>
+static inline Vec<F> exp2_product_bounded(Vec<F> x, Vec<F> y) {
+  const Vec<F> t = x * y + kRoundMagic<F>;
+  const Vec<F> r = x * y - (t - kRoundMagic<F>);
+  return (Vec<F>)((VecInt<F>)exp2_fraction(r) + ((VecInt<F>)t << IntOf<F>::mantissa));
+}
+template <class F>
+constexpr F kExp2Bound = F(IntOf<F>::bias - 2);
+
+// e^x = 2^n 2^r with n = round(x log2 e) and r from x - n ln 2, ln 2 in two parts: exact for large |x| too.
+template <class F>
+static inline Vec<F> exp_any(Vec<F> x) {
+  constexpr bool f32 = sizeof(F) == 4;
+  const F log2e = F(1.44269504088896340736), ln2_hi = f32 ? F(0.693359375) : F(0x1.62e42feep-1);
+  const F ln2_lo = f32 ? F(-2.12194440e-4) : F(1.9082149292705877e-10);
+  const Vec<F> low = splat(F(f32 ? -106 : -750)), high = splat(F(f32 ? 91 : 712));
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vec<F> t = x * log2e + kRoundMagic<F>, n = t - kRoundMagic<F>;
+  const Vec<F> r = ((x - n * ln2_hi) - n * ln2_lo) * log2e;
+  return scale_by_pow2<F>(exp2_fraction(r), t);
+}
+static inline VecF expv(VecF x) { return exp_any<float>(x); }
+static inline VecD expv(VecD x) { return exp_any<double>(x); }
+
+// 1 / x for x in [1, inf]: an estimate and one Newton step (2 ulp) where the machine has one, else a division.
+template <class F>
+static inline Vec<F> reciprocal_of_at_least_one(Vec<F> x) {
 #if defined(__AVX512F__)
-  // x = +-inf makes r NaN; scalef of a clean 1 is what is meant there.
-  p = (VecF)_mm512_mask_mov_ps((__m512)p, _mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(256.0f), _CMP_GT_OQ),
-                               _mm512_set1_ps(1.0f));
-  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const VecI e = __builtin_convertvector(n, VecI);
-  const VecI half = e >> 1;
-  const VecF scale1 = (VecF)((half + 127) << 23), scale2 = (VecF)((e - half + 127) << 23);
-  return p * scale1 * scale2;
+  if constexpr (sizeof(F) == 4) {
+    const Vec<F> y = (VecF)_mm512_rcp14_ps((__m512)x);
+    const Vec<F> better = y + y * (1 - x * y);
+    return x < 1e37f ? better : y;  // 0 * inf would be NaN; x != x takes y, a NaN
+  }
 #endif
-}
-
-static inline VecF expv(VecF x) {
-  // x log2(e) in two parts: the product's rounding error would be multiplied by |x|.
-  const VecF log2e_hi = splat(1.44269502f), log2e_lo = splat(1.92596299e-8f);
-  const VecF y = x * log2e_hi;
-#if defined(__FMA__)
-  const VecF error = x * log2e_hi - y + x * log2e_lo;
-#else
-  const VecF error = x * log2e_lo;
-#endif
-  const VecF e = exp2v(y);
-  // 2^(y + error) = 2^y (1 + error ln 2); where e is 0 or inf, or error is not finite, the correction is left out.
-  const VecF correction = error * 0.693147181f;
-  const VecF small = splat(1e-3f);
-  const VecF safe = (correction < small) & (correction > -small) ? correction : VecF{};
-  return e + e * safe;
-}
-
-static inline VecD expv(VecD x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-
-static inline VecD exp2v(VecD x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
-  return x;
+  return 1 / x;
 }
 
 template <class V>
+struct ScalarOf {
+  using type = float;
+};
+template <>
+struct ScalarOf<VecD> {
+  using type = double;
+};
+template <class V>
 static inline V sigmoidv(V x) {
-  return 1 / (1 + expv(-x));
+  return reciprocal_of_at_least_one<typename ScalarOf<V>::type>(1 + expv(-x));
 }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|). log1p on [0, 1] through s = w / (2 + w), |s| <= 1/3:
-// log1p(w) = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...), accurate for tiny w too.
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which stays accurate on both sides.
 static inline VecF softplusv(VecF x) {
   const VecF zero{};
-  const VecF magnitude = x < zero ? -x : x;
-  const VecF w = expv(-magnitude);
-  const VecF s = w / (2.0f + w), q = s * s;
-  VecF p = splat(1.0f / 13);
-  p = p * q + 1.0f / 11;
-  p = p * q + 1.0f / 9;
-  p = p * q + 1.0f / 7;
-  p = p * q + 1.0f / 5;
-  p = p * q + 1.0f / 3;
-  const VecF log1p_w = 2.0f * (s + s * q * p);
-  return (x > zero ? x : zero) + log1p_w + (x != x ? x : zero);
+  const VecF w = expv(x > zero ? -x : x);
+  // log1p(w) / w on [0, 1], degree 8, 3e-8 relative
+  VecF p = splat(5.2326946e-3f);
+  p = p * w - 2.9505244e-2f;
+  p = p * w + 7.8225963e-2f;
+  p = p * w - 1.3663247e-1f;
+  p = p * w + 1.9106008e-1f;
+  p = p * w - 2.4842982e-1f;
+  p = p * w + 3.3319098e-1f;
+  p = p * w - 4.9999493e-1f;
+  p = p * w + 9.9999994e-1f;
+  return p * w + (x > zero ? x : zero) + (x != x ? x : zero);
 }
 
 static inline VecD softplusv(VecD x) {
   for (int i = 0; i < kLanes<double>; ++i)
     x[i] = x[i] > 0 ? x[i] + __builtin_log1p(__builtin_exp(-x[i])) : __builtin_log1p(__builtin_exp(x[i]));
   return x;
+}
+
+// Sine and cosine of x quarter turns (x pi / 2), by Taylor series on an eighth of a turn; NaN for inf and NaN.
+template <class F>
+static inline void sincos_quarters(Vec<F> x, Vec<F>& sine, Vec<F>& cosine) {
+  const auto round = [](Vec<F> v) {
+    const F limit = F(int64_t(1) << (IntOf<F>::mantissa - 1));  // above it v has at most one fractional bit
+    const Vec<F> rounded = (v + kRoundMagic<F>) - kRoundMagic<F>;
+    return (v < limit) & (v > -limit) ? rounded : v;
+  };
+  const Vec<F> n = round(x), y = (x - n) * F(1.57079632679489661923), q = y * y;
+  const Vec<F> quadrant = n - 4 * round(n * F(0.25));  // -2 .. 2
+  constexpr int terms = sizeof(F) == 4 ? 5 : 9;
+  Vec<F> s = splat(F(1)), c = splat(F(1));
+  for (int k = terms; k >= 1; --k) {
+    s = 1 - s * q * F(1.0 / (2 * k * (2 * k + 1)));
+    c = 1 - c * q * F(1.0 / (2 * k * (2 * k - 1)));
+  }
+  s = s * y;
+  const auto odd = (quadrant == 1) | (quadrant == -1);
+  const auto flip_s = (quadrant == 2) | (quadrant == -2) | (quadrant == -1);
+  const auto flip_c = (quadrant == 2) | (quadrant == -2) | (quadrant == 1);
+  const Vec<F> s_abs = odd ? c : s, c_abs = odd ? s : c;
+  sine = flip_s ? -s_abs : s_abs;
+  cosine = flip_c ? -c_abs : c_abs;
 }
 
 // --- storage types: conversions to and from float, element by element (the compiler vectorizes the loops) ---

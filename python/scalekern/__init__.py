@@ -2,6 +2,7 @@
 
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 
@@ -11,6 +12,7 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "mamba_inner",
     "selective_scan",
     "selective_state_update",
 ]

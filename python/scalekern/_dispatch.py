@@ -1,6 +1,7 @@
 """Which backend runs a call, and why the others do not.
 
-An op holds a tuple of `Backend`s, best first. A call walks it: a backend is taken when it serves the device,
+An op holds a tuple of `Backend`s, best first (on a GPU that has records, `fastest.json`, written by
+`python -m scalekern report`, puts the one that was measured fastest for a call's size in front). A call walks it: a backend is taken when it serves the device,
 is available on this machine, and its `supports(*args)` returns None. `scalekern.backend("triton")` or
 SCALEKERN_BACKEND narrow the walk to one backend; what that one cannot do is then an error.
 """
@@ -11,6 +12,8 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
+import pathlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -80,6 +83,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def chosen_by_context() -> str | None:
+    """The backend of the innermost `with backend(...)`, None outside of one."""
+    return _forced.get()
+
+
 def forced() -> str | None:
     name = _forced.get() or _env.backend()
     if name is not None and name not in NAMES:
@@ -87,8 +95,10 @@ def forced() -> str | None:
     return name
 
 
-def explain(backends: tuple[Backend, ...], device_type: str, args: tuple, only: str | None) -> list[tuple[Backend, str | None]]:
-    """Each backend in the order of the walk with None (it can run the call) or the reason why not."""
+def explain(
+    backends: tuple[Backend, ...], device_type: str, args: tuple | None, only: str | None
+) -> list[tuple[Backend, str | None]]:
+    """Each backend in the order of the walk with None (it can run the call, or any call for args None) or why not."""
     rows = []
     for entry in backends:
         reason = entry.unavailable(device_type)
@@ -96,23 +106,49 @@ def explain(backends: tuple[Backend, ...], device_type: str, args: tuple, only: 
             reason = "the interpreter runs only when asked for (backend('triton'))"
         if reason is None and only is not None and entry.name != only:
             reason = f"backend {only!r} was asked for"
-        if reason is None:
+        if reason is None and args is not None:
             reason = entry.supports(*args)
         rows.append((entry, reason))
     return rows
 
 
+@functools.cache
+def _usable(backends: tuple[Backend, ...], device_type: str, only: str | None) -> tuple[Backend, ...]:
+    """The backends that can run at all here, in order; what depends on the arguments is asked call by call."""
+    return tuple(entry for entry, reason in explain(backends, device_type, None, only) if reason is None)
+
+
 def select(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> Backend:
     only = forced()
-    for entry in backends:  # the common case, without building reasons
-        if only is None and entry.name == "triton" and device_type == "cpu":
-            continue
-        if (only is None or entry.name == only) and not entry.unavailable(device_type) and not entry.supports(*args):
+    usable = _usable(backends, device_type, only)
+    if device_type == "cuda" and only is None:
+        usable = _fastest_first(op_name, usable, args[0])
+    for entry in usable:
+        if entry.supports(*args) is None:
             if entry.name == "reference" and only is None:
                 _fell_back(op_name, backends, device_type, args)
             return entry
     reasons = "; ".join(f"{b.name}: {why}" for b, why in explain(backends, device_type, args, only))
     raise BackendError(f"{op_name}: no backend can run this call on {device_type} ({reasons})")
+
+
+FASTEST = pathlib.Path(__file__).parent / "fastest.json"
+
+
+@functools.cache
+def _measured(device_name: str) -> dict[str, dict[int, str]]:
+    """{op: {log2 of the elements of its first argument: the backend that the records found fastest}}"""
+    table = json.loads(FASTEST.read_text()) if FASTEST.exists() else {}
+    return {op: {int(size): name for size, name in sizes.items()} for op, sizes in table.get(device_name, {}).items()}
+
+
+def _fastest_first(op_name: str, usable: tuple[Backend, ...], first: torch.Tensor) -> tuple[Backend, ...]:
+    """The order of the tuple, with the fastest of the measured case of the nearest size in front."""
+    sizes = _measured(torch.cuda.get_device_name(first.device)).get(op_name)
+    if not sizes:
+        return usable
+    fastest = sizes[min(sizes, key=lambda size: abs(size - first.numel().bit_length()))]
+    return tuple(sorted(usable, key=lambda entry: entry.name != fastest))
 
 
 def _fell_back(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> None:
@@ -136,6 +172,7 @@ def filling(allocate: Callable, fill: Callable) -> Callable:
         return outputs
 
     run.native_op = getattr(fill, "native_op", None)
+    run.triton_module = getattr(fill, "triton_module", None)
     return run
 
 
@@ -160,4 +197,8 @@ def triton(module: str, function: str) -> Callable:
     def launcher():
         return getattr(importlib.import_module(f"scalekern.triton_kernels.{module}"), function)
 
-    return lambda *args: launcher()(*args)
+    def call(*args):
+        return launcher()(*args)
+
+    call.triton_module = f"scalekern.triton_kernels.{module}"  # the benchmarks' digests start from it
+    return call

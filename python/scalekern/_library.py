@@ -35,7 +35,15 @@ class Op:
         reference = self.backends[-1]
         device = args[0].device.type
         chosen = reference if self.empty(*args) else _dispatch.select(self.name, self.backends, device, args)
-        return chosen.run(*args)
+        outputs = chosen.run(*args)
+        return self._laid_out(outputs, args) if chosen is reference else outputs
+
+    def _laid_out(self, outputs, args):
+        """The reference's outputs in the strides that the fake promises; kernels fill such tensors to begin with."""
+        single = isinstance(outputs, torch.Tensor)
+        outputs, promised = ((outputs,), (self.fake(*args),)) if single else (outputs, self.fake(*args))
+        outputs = tuple(o if o.stride() == p.stride() else p.copy_(o) for o, p in zip(outputs, promised))
+        return outputs[0] if single else outputs
 
 
 def define(
@@ -63,6 +71,7 @@ def define(
     torch.library.register_fake(f"scalekern::{name}", fake, lib=_lib)
     mutates = overload._schema.is_mutable
     if backward is not None:
+        setup_context, backward = _on_the_same_backend(setup_context, backward)
         torch.library.register_autograd(f"scalekern::{name}", backward, setup_context=setup_context, lib=_lib)
     elif not mutates:
         torch.library.register_autograd(f"scalekern::{name}", _no_gradient(name), lib=_lib)
@@ -72,6 +81,22 @@ def define(
         torch.library.register_vmap(f"scalekern::{name}", _vmap_by_loop(overload), lib=_lib)
     OPS[name] = op
     return op
+
+
+def _on_the_same_backend(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """`with backend(...)` around a forward holds for its backward, which autograd may run in another thread."""
+
+    def setup(ctx, inputs, output):
+        ctx.backend = _dispatch.chosen_by_context()
+        setup_context(ctx, inputs, output)
+
+    def run(ctx, *grads):
+        if ctx.backend is None:
+            return backward(ctx, *grads)
+        with _dispatch.backend(ctx.backend):
+            return backward(ctx, *grads)
+
+    return setup, run
 
 
 def _no_gradient(name: str) -> Callable:

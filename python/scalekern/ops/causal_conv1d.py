@@ -48,7 +48,9 @@ def causal_conv1d(
     weight, bias = _to(weight, real), _to(bias, real)
     silu = activation is not None
     out, final = causal_conv1d_fwd(_to(x, io), weight, bias, seq_idx, cu_seqlens, _to(initial_states, io), silu)
-    return (_to(out, out_dtype), _to(final, out_dtype)) if return_final_states else _to(out, out_dtype)
+    if io != out_dtype:  # not under autocast, whose dtype stays
+        out, final = out.to(out_dtype), final.to(out_dtype)
+    return (out, final) if return_final_states else out
 
 
 def causal_conv1d_update(

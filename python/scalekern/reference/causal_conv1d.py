@@ -83,11 +83,10 @@ def causal_conv1d_bwd(dout, dfinal_states, x, weight, bias, seq_idx, cu_seqlens,
             dinitial[row] = dpart[:, : width - 1]
     if dinitial is not None and dfinal_states is not None and cu_seqlens is None and x.shape[2] == 0:
         dinitial += dfinal_states.to(real)
-    empty = x.new_empty(0)
     return (
         dx.to(x.dtype), dweight.to(weight.dtype),
-        empty if bias is None else dbias.to(bias.dtype),
-        empty if dinitial is None else dinitial.to(initial_states.dtype),
+        x.new_empty(0) if bias is None else dbias.to(bias.dtype),
+        x.new_empty(0) if dinitial is None else dinitial.to(initial_states.dtype),
     )  # fmt: skip
 
 

@@ -111,30 +111,29 @@ def selective_scan_bwd(
                 h = decay * previous + (d[rows, :, t] * x[rows, :, t])[..., None] * b
                 y[rows, :, t] = _project(h, C, rows, t)
                 dyt = dy[rows, :, t, None]
-                g = g + scale * c.conj() * dyt
-                _accumulate(dC, scale * h.conj() * dyt, rows, t)
+                g = g + scale * _conj(c) * dyt
+                _accumulate(dC, scale * _conj(h) * dyt, rows, t)
                 _accumulate(dB, g * (d[rows, :, t] * x[rows, :, t])[..., None], rows, t)
-                dE = g * (decay * previous).conj()
+                dE = g * _conj(decay * previous)
                 dA += (dE * d[rows, :, t, None]).sum(0)
-                gb = _real((g * b.conj()).sum(-1))
-                dd[rows, :, t] = _real((dE * A_.conj()).sum(-1)) + gb * x[rows, :, t]
+                gb = _real((g * _conj(b)).sum(-1))
+                dd[rows, :, t] = _real((dE * _conj(A_)).sum(-1)) + gb * x[rows, :, t]
                 dx[rows, :, t] = gb * d[rows, :, t]
-                g = decay.conj() * g
+                g = _conj(decay) * g
         dinitial.append(g)
     skip = 0 if D is None else D.to(real)[:, None]
     dx = dx + skip * dy
     ddelta = dd * raw.sigmoid() if delta_softplus else dd
-    empty = u.new_empty(0)
-    dz = empty
+    dz = u.new_empty(0)
     if z is not None:
         silu_slope = gate * (1 + z.to(real) * (1 - gate))
         dz = (gated * (y + skip * x) * silu_slope).to(z.dtype)
     return (
         dx.to(u.dtype), ddelta.to(delta.dtype), dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype),
-        empty if D is None else (dy * x).sum((0, 2)).to(D.dtype),
+        u.new_empty(0) if D is None else (dy * x).sum((0, 2)).to(D.dtype),
         dz,
-        empty if delta_bias is None else ddelta.sum((0, 2)).to(delta_bias.dtype),
-        empty if initial_state is None else torch.cat(dinitial).to(initial_state.dtype)
+        u.new_empty(0) if delta_bias is None else ddelta.sum((0, 2)).to(delta_bias.dtype),
+        u.new_empty(0) if initial_state is None else torch.cat(dinitial).to(initial_state.dtype)
         if dinitial else torch.zeros_like(initial_state),
     )  # fmt: skip
 
@@ -203,3 +202,8 @@ def _accumulate(total, contribution, rows, t):
 
 def _real(x):
     return x.real if x.is_complex() else x
+
+
+def _conj(x):
+    """The conjugate as values: a lazy one (x.conj()) loses its mark inside compiled graphs (seen on torch 2.13)."""
+    return torch.conj_physical(x)

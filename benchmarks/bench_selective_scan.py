@@ -1,0 +1,311 @@
+"""Cases of the selective_scan family: what is timed, on which shapes, against whom, and what it must cost at least.
+
+Shape letters: B batch, D channels, N state size, L length, W filter width.
+"""
+
+import functools
+
+import torch
+
+import scalekern
+from scalekern.benchmarks import harness, hf, memory, oracles, peers
+from scalekern.benchmarks.case import Case, Work
+from scalekern.testing import TOLERANCE, specs
+
+FP32, BF16 = torch.float32, torch.bfloat16
+SCAN_OPS = ("selective_scan_fwd", "selective_scan_bwd")
+CONV_OPS = ("causal_conv1d_fwd", "causal_conv1d_bwd")
+
+
+def gradient_tolerance(op, dtype) -> float:
+    return specs()[op].gradient_factor * TOLERANCE[dtype]
+
+
+def test_case(case, benchmark):
+    harness.run_in_pytest(case, benchmark)
+
+
+# ---- selective_scan ----------------------------------------------------------------------------------------------
+
+
+def scan_inputs(device, dtype, B, D, N, L, seed=0) -> dict:
+    """Values as a trained Mamba has them: A = -(1 ... N), steps from 1e-3 to 1e-1, everything else normal."""
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g).to(device)
+    step = torch.exp(torch.rand(D, generator=g) * 4.6 - 6.9)
+    return {
+        "u": randn(B, D, L).to(dtype), "delta": (0.5 * randn(B, D, L)).to(dtype),
+        "A": -(torch.arange(1, N + 1).to(device) * (1 + 0.1 * randn(D, 1).tanh())),
+        "B": randn(B, N, L).to(dtype), "C": randn(B, N, L).to(dtype), "D": randn(D),
+        "z": randn(B, D, L).to(dtype), "delta_bias": torch.log(torch.expm1(step)).to(device), "delta_softplus": True,
+    }  # fmt: skip
+
+
+def scan_costs(dtype, B, D, N, L) -> tuple[dict, dict]:
+    """Least costs of forward and backward: every tensor moved once, every decay computed once in each direction.
+
+    Forward, an element and a state: d A, its exp, d u B, the update (2), the product with C (2).
+    Backward: those again, and for each gradient about two more.
+    """
+    size, elements = dtype.itemsize, B * D * L
+    matrices = 2 * B * N * L * size
+    fwd = {"bytes_moved": 4 * elements * size + matrices, "flops": elements * (6 * N + 12)}
+    bwd = {"bytes_moved": 7 * elements * size + 2 * matrices, "flops": elements * (18 * N + 40)}
+    exps = {"exponentials": elements * (N + 2)}  # the decays, the softplus and the gate
+    return fwd | exps, bwd | exps
+
+
+def scan_fwd(device, dtype=FP32, rivals=True, **shape) -> Work:
+    kw = scan_inputs(device, dtype, **shape)
+    work = Work(
+        run=lambda: scalekern.selective_scan(**kw), oracle=lambda: oracles.scan(kw), tolerance=TOLERANCE[dtype],
+        **scan_costs(dtype, **shape)[0],
+    )  # fmt: skip
+    if rivals:
+        work.peers = {
+            "mamba_ssm": lambda: peers.mamba_ssm_scan(**kw),
+            "transformers slow path": lambda: peers.transformers_scan(**kw),
+            "mambapy": lambda: peers.mambapy_scan(**kw),
+            "torch.exp alone": lambda: peers.torch_exp(kw["u"].numel() * shape["N"], device),
+        }
+    return work
+
+
+def scan_bwd(device, dtype=FP32, **shape) -> Work:
+    """The backward op by itself, from checkpoints of the oracle's forward."""
+    kw = scan_inputs(device, dtype, **shape)
+    dout = torch.randn(kw["u"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    args, expected = oracles.scan_bwd(kw, dout)
+
+    def run():
+        return tuple(g for g in torch.ops.scalekern.selective_scan_bwd(*args) if g.numel())
+
+    # The op's B and C have their axis of groups.
+    sample = lambda: tuple(g.reshape(e.shape) for g, e in zip(run(), expected))
+    return Work(run, lambda: expected, gradient_tolerance("selective_scan", dtype), sample=sample, **scan_costs(dtype, **shape)[1])
+
+
+def scan_train(device, dtype=FP32, **shape) -> Work:
+    """Forward and backward through autograd, as training runs them."""
+    kw = scan_inputs(device, dtype, **shape)
+    dout = torch.randn(kw["u"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    _, expected = oracles.scan_bwd(kw, dout)
+    inputs = tuple(v.requires_grad_() for v in kw.values() if isinstance(v, torch.Tensor))
+
+    def against(peer):
+        found = peer(**kw)
+        return peers.Peer(peers.forward_backward(found.run, dout, inputs), found.version)
+
+    fwd, bwd = scan_costs(dtype, **shape)
+    return Work(
+        run=peers.forward_backward(lambda: scalekern.selective_scan(**kw), dout, inputs),
+        oracle=lambda: (*oracles.scan(kw), *expected), tolerance=gradient_tolerance("selective_scan", dtype),
+        **{name: fwd[name] + bwd[name] for name in fwd},
+        peers={
+            "mamba_ssm": lambda: against(peers.mamba_ssm_scan),
+            "mambapy": lambda: against(peers.mambapy_scan),
+            "transformers slow path": lambda: against(peers.transformers_scan),
+        },
+    )  # fmt: skip
+
+
+def scan_long(device, dtype=FP32, *, short, **shape) -> Work:
+    """A very long scan; its rival is the same scan at length `short`, scaled: time per element must not grow."""
+    work = scan_fwd(device, dtype, rivals=False, **shape)
+    kw = scan_inputs(device, dtype, **shape)
+    channels = (0, shape["D"] // 3, shape["D"] - 1)  # the oracle runs three of them
+    work.oracle = lambda: oracles.scan_in_chunks(kw, channels)
+    work.sample = lambda: scalekern.selective_scan(**kw)[:, channels]
+    few = scan_inputs(device, dtype, **{**shape, "L": short})
+
+    def make():
+        scale = shape["L"] / short
+        return peers.Peer(lambda: scalekern.selective_scan(**few) and None, "scalekern", scale)
+
+    work.peers = {f"itself at L={short:,}, scaled": make}
+    return work
+
+
+# ---- selective_state_update --------------------------------------------------------------------------------------
+
+
+def update(device, dtype=FP32, *, B, D, N) -> Work:
+    kw = scan_inputs(device, dtype, B, D, N, 1)
+    args = {"x": kw["u"][..., 0], "dt": kw["delta"][..., 0], "A": kw["A"], "B": kw["B"][..., 0], "C": kw["C"][..., 0],
+            "D": kw["D"], "z": kw["z"][..., 0], "dt_bias": kw["delta_bias"], "dt_softplus": True}  # fmt: skip
+    args = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+    state = torch.randn(B, D, N, generator=torch.Generator().manual_seed(2)).to(device)
+
+    def stepping(function, **kwargs):
+        mine = state.clone()
+        return lambda: (function(mine, **kwargs), mine)
+
+    def against(peer):
+        mine = state.clone()
+        found = peer(mine, **args)
+        return peers.Peer(lambda: (found.run(), mine), found.version)
+
+    elements = B * D
+    return Work(
+        run=lambda: scalekern.selective_state_update(state, **args),
+        sample=lambda: stepping(scalekern.selective_state_update, **args)(),
+        oracle=lambda: oracles.update(state, args), tolerance=TOLERANCE[dtype],
+        bytes_moved=elements * (2 * N * 4 + 4 * dtype.itemsize) + D * (N + 2) * 4, flops=elements * (6 * N + 8),
+        exponentials=elements * (N + 2),
+        peers={"mamba_ssm": lambda: against(peers.mamba_ssm_update),
+               "transformers slow path": lambda: against(peers.transformers_update)},
+    )  # fmt: skip
+
+
+# ---- causal_conv1d -----------------------------------------------------------------------------------------------
+
+
+def conv_inputs(device, dtype, B, D, L, W, channels_last=False) -> dict:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, L, D, generator=g).to(device, dtype).transpose(1, 2)
+    x = x if channels_last else x.contiguous()
+    return {"x": x, "weight": torch.randn(D, W, generator=g).to(device), "bias": torch.randn(D, generator=g).to(device),
+            "activation": "silu"}  # fmt: skip
+
+
+def conv_costs(dtype, direction, B, D, L, W) -> dict:
+    elements = B * D * L
+    tensors, flops = {"fwd": (2, 2 * W + 4), "bwd": (3, 6 * W + 10), "fwd+bwd": (5, 8 * W + 14)}[direction]
+    exps = elements * (2 if direction == "fwd+bwd" else 1)
+    return {"bytes_moved": tensors * elements * dtype.itemsize, "flops": elements * flops, "exponentials": exps}
+
+
+def conv_fwd(device, dtype=FP32, channels_last=False, **shape) -> Work:
+    kw = conv_inputs(device, dtype, **shape, channels_last=channels_last)
+    return Work(
+        run=lambda: scalekern.causal_conv1d(**kw), oracle=lambda: oracles.conv(kw), tolerance=TOLERANCE[dtype],
+        **conv_costs(dtype, "fwd", **shape),
+        peers={"causal_conv1d": lambda: peers.causal_conv1d_fn(**kw),
+               "F.conv1d + silu": lambda: peers.torch_conv(**kw)},
+    )  # fmt: skip
+
+
+def conv_train(device, dtype=FP32, *, only_bwd=False, **shape) -> Work:
+    kw = conv_inputs(device, dtype, **shape)
+    dout = torch.randn(kw["x"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    expected = oracles.conv_bwd(kw, dout)
+    if only_bwd:
+        args = (dout, None, kw["x"], kw["weight"], kw["bias"], None, None, None, True)
+        run = lambda: torch.ops.scalekern.causal_conv1d_bwd(*args)[:3]
+        return Work(run, lambda: expected, gradient_tolerance("causal_conv1d", dtype), **conv_costs(dtype, "bwd", **shape))
+    inputs = tuple(v.requires_grad_() for v in kw.values() if isinstance(v, torch.Tensor))
+
+    def against(peer):
+        found = peer(**kw)
+        return peers.Peer(peers.forward_backward(found.run, dout, inputs), found.version)
+
+    return Work(
+        run=peers.forward_backward(lambda: scalekern.causal_conv1d(**kw), dout, inputs),
+        oracle=lambda: (*oracles.conv(kw), *expected), tolerance=gradient_tolerance("causal_conv1d", dtype),
+        **conv_costs(dtype, "fwd+bwd", **shape),
+        peers={"causal_conv1d": lambda: against(peers.causal_conv1d_fn),
+               "F.conv1d + silu": lambda: against(peers.torch_conv)},
+    )  # fmt: skip
+
+
+def conv_update(device, dtype=FP32, *, B, D, W) -> Work:
+    kw = conv_inputs(device, dtype, B, D, 1, W)
+    x, rest = kw["x"][..., 0].contiguous(), (kw["weight"], kw["bias"], "silu")
+    state = torch.randn(B, D, W - 1, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+
+    def sample():
+        mine = state.clone()
+        return scalekern.causal_conv1d_update(x, mine, *rest), mine
+
+    def against(peer):
+        mine = state.clone()
+        found = peer(x, mine, *rest)
+        return peers.Peer(lambda: (found.run(), mine), found.version)
+
+    elements, size = B * D, dtype.itemsize
+    return Work(
+        run=lambda: scalekern.causal_conv1d_update(x, state, *rest), sample=sample,
+        oracle=lambda: oracles.conv_update(x, state, rest), tolerance=TOLERANCE[dtype],
+        bytes_moved=elements * size * (2 + 2 * (W - 1)) + D * (W + 1) * 4, flops=elements * (2 * W + 4),
+        exponentials=elements,
+        peers={"causal_conv1d": lambda: against(peers.causal_conv1d_update),
+               "transformers slow path": lambda: against(peers.transformers_conv_update)},
+    )  # fmt: skip
+
+
+# ---- the list ----------------------------------------------------------------------------------------------------
+
+
+def case(kind, build, ops, direction, device, priority, shape, dtype=FP32, note="", **fields) -> Case:
+    """One case, named after what it does: scan_fwd_b1_d1536_n16_l2048_fp32."""
+    sizes = "_".join(f"{k.lower()}{v}" for k, v in shape.items())
+    short = {FP32: "fp32", BF16: "bf16", torch.float16: "fp16"}[dtype]
+    name = "_".join(x for x in (kind, direction.replace("+", ""), sizes, short, note) if x)
+    build = functools.partial(build, dtype=dtype, **shape)
+    return Case(name, ops, direction, (device,), priority, {**shape, "dtype": short}, build, **fields)
+
+
+_SCAN = {"B": 1, "D": 1536, "N": 16, "L": 2048}
+_CONV = {"B": 1, "D": 1536, "L": 2048, "W": 4}
+_LONG = {"B": 1, "D": 64, "N": 16}
+_STEP = ("selective_state_update",)
+_CONV_STEP = ("causal_conv1d_update",)
+_FAST = ("cuda", "triton", "cpu")  # without the reference, whose loop over time would take minutes
+
+CPU = [
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 10, _SCAN,
+         targets={"transformers slow path": 50, "torch.exp alone": 1 / 3}),
+    case("scan", scan_train, SCAN_OPS, "fwd+bwd", "cpu", 20, _SCAN, targets={"mambapy": 30}),
+    case("conv", conv_fwd, CONV_OPS[:1], "fwd", "cpu", 30, _CONV, targets={"F.conv1d + silu": 3}),
+    hf.case("prefill", "cpu", 40, layers=4, width=768, length=512, target=6),
+    hf.case("decode", "cpu", 41, layers=4, width=768, length=64, target=2),
+    memory.case("fwd", "cpu", 50, _SCAN),
+    memory.case("bwd", "cpu", 51, _SCAN),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 60, {**_LONG, "L": 8192}),
+    case("scan", functools.partial(scan_long, short=8192), SCAN_OPS[:1], "fwd", "cpu", 61, {**_LONG, "L": 2**20},
+         backends=_FAST, targets={"itself at L=8,192, scaled": 1 / 1.3}),
+    case("scan", scan_bwd, SCAN_OPS[1:], "bwd", "cpu", 70, _SCAN),
+    case("conv", conv_train, CONV_OPS, "fwd+bwd", "cpu", 80, _CONV),
+    case("conv", functools.partial(conv_train, only_bwd=True), CONV_OPS[1:], "bwd", "cpu", 81, _CONV),
+    case("update", update, _STEP, "step", "cpu", 90, {"B": 1, "D": 1536, "N": 16}),
+    case("update", update, _STEP, "step", "cpu", 91, {"B": 64, "D": 1536, "N": 16}),
+    case("conv_update", conv_update, _CONV_STEP, "step", "cpu", 92, {"B": 1, "D": 1536, "W": 4}),
+    case("conv_update", conv_update, _CONV_STEP, "step", "cpu", 93, {"B": 64, "D": 1536, "W": 4}),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 100, _SCAN, BF16),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 101, {"B": 8, "D": 256, "N": 16, "L": 256}),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 102, {"B": 1, "D": 256, "N": 64, "L": 1024}),
+    case("conv", conv_fwd, CONV_OPS[:1], "fwd", "cpu", 103, _CONV, BF16),
+    case("conv", functools.partial(conv_fwd, channels_last=True), CONV_OPS[:1], "fwd", "cpu", 104, _CONV,
+         note="channels_last"),
+]  # fmt: skip
+
+_BIG = {"B": 8, "D": 4096, "N": 16, "L": 4096}
+_BIG_CONV = {"B": 8, "D": 4096, "L": 4096, "W": 4}
+CUDA = [
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 10, _BIG, BF16, targets={"mamba_ssm": 2}),
+    case("scan", scan_bwd, SCAN_OPS[1:], "bwd", "cuda", 20, _BIG, BF16, backends=_FAST),
+    case("scan", scan_train, SCAN_OPS, "fwd+bwd", "cuda", 21, _BIG, BF16, backends=_FAST, targets={"mamba_ssm": 1.5}),
+    case("update", update, _STEP, "step", "cuda", 30, {"B": 256, "D": 8192, "N": 16}, BF16, targets={"limit": 0.85}),
+    case("conv", conv_fwd, CONV_OPS[:1], "fwd", "cuda", 40, _BIG_CONV, BF16, targets={"limit": 0.85}),
+    case("conv", functools.partial(conv_train, only_bwd=True), CONV_OPS[1:], "bwd", "cuda", 50, _BIG_CONV, BF16),
+    case("conv_update", conv_update, _CONV_STEP, "step", "cuda", 60, {"B": 256, "D": 8192, "W": 4}, BF16),
+    hf.case("prefill", "cuda", 70, layers=24, width=768, length=2048),
+    hf.case("decode", "cuda", 71, layers=24, width=768, length=64),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 80, {"B": 1, "D": 1536, "N": 16, "L": 16384}, BF16,
+         backends=_FAST),
+    case("scan", scan_bwd, SCAN_OPS[1:], "bwd", "cuda", 81, {"B": 1, "D": 1536, "N": 16, "L": 4096}, BF16,
+         backends=_FAST),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 82, _BIG, FP32, backends=_FAST),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 83, {"B": 8, "D": 2048, "N": 64, "L": 2048}, BF16,
+         backends=_FAST),
+    case("update", update, _STEP, "step", "cuda", 84, {"B": 1, "D": 5120, "N": 16}, BF16),
+    case("conv", conv_train, CONV_OPS, "fwd+bwd", "cuda", 85, _BIG_CONV, BF16),
+    case("conv", functools.partial(conv_fwd, channels_last=True), CONV_OPS[:1], "fwd", "cuda", 86, _BIG_CONV, BF16,
+         note="channels_last"),
+    memory.case("fwd", "cuda", 90, _BIG),
+    memory.case("bwd", "cuda", 91, _BIG),
+    case("scan", functools.partial(scan_long, short=8192), SCAN_OPS[:1], "fwd", "cuda", 95,
+         {"B": 1, "D": 1024, "N": 16, "L": 2**20}, BF16, backends=_FAST),
+]  # fmt: skip
+
+CASES = [*CPU, *CUDA]

@@ -1,0 +1,99 @@
+"""`make gpu`: everything that needs a GPU, in order, each part within its time, nothing downloaded.
+
+    python -m benchmarks.gpu_suite --out DIR [--budget 480] [--tests 300] [--sanitizer 180]
+
+Leaves in DIR: doctor.json, tests.txt, sanitizer.txt, <device>/<family>.json (a record after each case), summary.json.
+A part whose tool is missing is skipped with the reason; a part that fails does not stop the next one.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+UNUSABLE = ("Device not supported", "Unable to find injection", "not supported on this")  # the tool's own refusals
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/gpu"))
+    parser.add_argument("--budget", type=float, default=480, help="seconds for the benchmarks")
+    parser.add_argument("--tests", type=float, default=300, help="seconds for the tests (0: leave them out)")
+    parser.add_argument("--sanitizer", type=float, default=180, help="seconds for compute-sanitizer (0: leave it out)")
+    args = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu: torch sees no CUDA device here; nothing was run")
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = {"doctor": doctor, "tests": tests, "sanitizer": sanitizer, "bench": bench}
+    summary = {}
+    for name, part in parts.items():
+        begin = time.monotonic()
+        outcome = part(args)
+        summary[name] = {"outcome": outcome, "seconds": round(time.monotonic() - begin, 1)}
+        print(f"gpu: {name}: {outcome} ({summary[name]['seconds']} s)", flush=True)
+        (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return 0 if all(s["outcome"].startswith(("passed", "skipped")) for s in summary.values()) else 1
+
+
+def doctor(args) -> str:
+    return call([sys.executable, "-m", "scalekern", "doctor", "--json"], args.out / "doctor.json", 120)
+
+
+def tests(args) -> str:
+    if not args.tests:
+        return "skipped: left out"
+    if importlib.util.find_spec("pytest") is None:
+        return "skipped: pytest is not installed"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
+    return call(command, args.out / "tests.txt", args.tests)
+
+
+def sanitizer(args) -> str:
+    """memcheck over the doctor's self-checks: every op and backend on its smallest samples."""
+    if not args.sanitizer:
+        return "skipped: left out"
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not pathlib.Path(tool).exists():
+        return "skipped: compute-sanitizer is not installed"
+    log = args.out / "sanitizer.txt"
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "scalekern", "doctor"]
+    # Without the caching allocator an access past a tensor is an access past an allocation.
+    outcome = call(command, log, args.sanitizer, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    text = log.read_text(errors="replace")
+    return f"skipped: {tool} cannot run here" if any(u in text for u in UNUSABLE) else outcome
+
+
+def bench(args) -> str:
+    command = [sys.executable, "-m", "scalekern", "bench", "--device", "cuda", "--budget", str(args.budget), "--out", str(args.out.resolve())]
+    return call(command, None, args.budget + 60)
+
+
+def call(command: list[str], log: pathlib.Path | None, seconds: float, **environment) -> str:
+    """Runs a command within a time; its output goes to `log`, or to the terminal."""
+    out = open(log, "w") if log else None
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "SCALEKERN_STRICT": "1", **environment}
+    try:
+        code = subprocess.run(
+            command, stdout=out, stderr=subprocess.STDOUT if out else None, timeout=seconds, cwd=ROOT, env=environment
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return f"failed: not done within {seconds:.0f} s"
+    finally:
+        if out:
+            out.close()
+    if code and log:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+    return "passed" if code == 0 else f"failed: exit status {code}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Peak memory of a selective scan beyond its inputs, measured in a fresh process.
+
+On the CPU it is the process's high-water mark of resident memory (reset just before the call), which sees scratch
+buffers of native code that no allocator of torch counts; on a GPU, torch's peak. The promise (a record's `bound`):
+forward, its outputs and checkpoints; backward, twice its inputs.
+"""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+from scalekern.benchmarks.case import Case
+
+RESOLUTION = 2**20  # the kernel counts resident pages in batches for each thread
+
+
+def case(direction: str, device: str, priority: int, shape: dict) -> Case:
+    sizes = "_".join(f"{k.lower()}{v}" for k, v in shape.items())
+    ops = ("selective_scan_fwd",) if direction == "fwd" else ("selective_scan_bwd",)
+    return Case(
+        f"scan_{direction}_memory_{sizes}_fp32", ops, "memory", (device,), priority, {**shape, "dtype": "fp32"}, None,
+        procedure=lambda case, device, seconds, deadline: [_measure(direction, device, shape)],
+        targets={"promised bound": 1.0},
+    )  # fmt: skip
+
+
+def _measure(direction: str, device: torch.device, shape: dict) -> dict:
+    command = [sys.executable, "-m", "scalekern.benchmarks.memory", direction, device.type, json.dumps(shape)]
+    # Freed blocks go back to the system at once, so that the mark shows what was alive and not what was kept.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return {"backend": "default", "status": "failed", "error": lines[-1][:300] if lines else "no output"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = [{"name": "promised bound", "ratio": found["bound_bytes"] / max(found["peak_extra_bytes"], 1)}]
+    return {**found, "backend": "default", "peers": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("direction", choices=("fwd", "bwd"))
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    parser.add_argument("shape", type=json.loads)
+    args = parser.parse_args()
+    from scalekern.benchmarks.bench_selective_scan import scan_inputs
+    from scalekern.benchmarks.trace import backends_used
+
+    device = torch.device(args.device)
+
+    def prepared(shape):
+        kw = scan_inputs(device, torch.float32, **shape)
+        tensors = [v for v in kw.values() if isinstance(v, torch.Tensor)]
+        return _calls(kw, args.direction), sum(t.numel() * t.element_size() for t in tensors)
+
+    warm, _ = prepared({**args.shape, "D": 64, "L": 128})
+    with backends_used() as used:
+        warm()()  # libraries and threads are up before anything is counted
+    run, inputs = prepared(args.shape)
+    call = run()
+    gc.collect()
+    before = _reset(device)
+    outputs = call()
+    extra = _peak(device) - before
+    produced = sum(t.numel() * t.element_size() for t in outputs)
+    bound = (produced if args.direction == "fwd" else 2 * inputs) + (RESOLUTION if device.type == "cpu" else 0)
+    wanted = [pair for pair in used if pair[0].endswith(args.direction)]
+    print(json.dumps({"peak_extra_bytes": extra, "bound_bytes": bound, "inputs_bytes": inputs,
+                      "outputs_bytes": produced, "used": wanted}))  # fmt: skip
+
+
+def _calls(kw: dict, direction: str):
+    """A function that prepares the call to be measured and returns it: forward with checkpoints, or backward."""
+    lead = [kw[k] for k in ("u", "delta", "A")]
+    matrices = [kw[k][:, None] for k in ("B", "C")]
+    args = (*lead, *matrices, *(kw[k] for k in ("D", "z", "delta_bias")), None, None)
+    ops = torch.ops.scalekern
+
+    def prepare():
+        if direction == "fwd":
+            return lambda: ops.selective_scan_fwd(*args, True, False, True)
+        _, _, checkpoints = ops.selective_scan_fwd(*args, True, False, True)
+        dout = torch.ones_like(kw["u"])
+        return lambda: ops.selective_scan_bwd(dout, None, *args, checkpoints, True, False)
+
+    return prepare
+
+
+def _reset(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise SystemExit(f"the peak of resident memory cannot be reset here: {error}") from None
+    return _resident("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    main()

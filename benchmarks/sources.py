@@ -1,0 +1,110 @@
+"""Which files implement an op on a backend, found by following the code, and their digest.
+
+  cpu, cuda   the csrc file that registers the native op, what it includes, and the kernel files of the same backend
+              that include one of the family's headers among those
+  triton      the module of the launcher and the modules of scalekern that it imports
+  reference   the oracle's module likewise
+  a composition (functools.partial of a function and the ops that it calls): the function's module, and those ops'
+
+Comments, docstrings and layout do not count: a comment that quotes a measurement must not make it stale.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+# What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
+FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing")
+NATIVE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
+
+
+def digest(backend) -> str | None:
+    """Of a scalekern._dispatch.Backend; None when its sources are not on this machine."""
+    found = files(backend)
+    if not found:
+        return None
+    total = hashlib.sha256()
+    for path in sorted(found):
+        total.update(path.name.encode() + b"\0" + _normalized(path, path.stat().st_mtime_ns).encode() + b"\0")
+    return total.hexdigest()[:16]
+
+
+def files(backend) -> set[pathlib.Path]:
+    run = backend.run
+    while hasattr(run, "__wrapped__"):
+        run = run.__wrapped__
+    if isinstance(run, functools.partial):
+        parts = [b for op in run.keywords.values() for b in getattr(op, "backends", ()) if b.name == backend.name]
+        return _python(run.func.__module__).union(*map(files, parts))
+    if backend.name in ("cpu", "cuda"):
+        op = getattr(run, "native_op", None)
+        return _native(op, backend.name) if op else set()
+    module = getattr(run, "triton_module", None) if backend.name == "triton" else run.__module__
+    return _python(module) if module else set()
+
+
+def _native(op: str, backend: str) -> set[pathlib.Path]:
+    units = [p for p in sorted(CSRC.glob("*/*")) if p.suffix in NATIVE_SUFFIXES]
+    roots = [p for p in units if re.search(rf'"\s*{re.escape(op)}\(', p.read_text())]
+    found = _with_includes(roots)
+    headers = {p for p in found if p.suffix in (".h", ".cuh") and p.parent.name != "common"}
+    own = [p for p in units if p.name.startswith(f"{backend}_") and p.suffix in (".cpp", ".cu")]
+    kernels = [p for p in own if headers & _with_includes([p])]
+    return found | _with_includes(kernels)
+
+
+def _with_includes(paths) -> set[pathlib.Path]:
+    found, open_ = set(), list(paths)
+    while open_:
+        path = open_.pop()
+        if path in found or not path.exists():
+            continue
+        found.add(path)
+        for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+            open_ += [CSRC / name, path.parent / name]
+    return {p.resolve() for p in found}
+
+
+def _python(module: str) -> set[pathlib.Path]:
+    found, open_, seen = set(), [module], set()
+    while open_:
+        name = open_.pop()
+        if name in seen or not name.startswith(FOLLOWED):
+            continue
+        seen.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        except ImportError:  # a name imported from a module, not a module
+            continue
+        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+            continue
+        path = pathlib.Path(spec.origin)
+        if path.name == "__init__.py":
+            continue  # packages only gather; their modules are followed by name
+        found.add(path.resolve())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                open_ += [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent) if node.level else node.module
+                open_ += [base, *(f"{base}.{a.name}" for a in node.names)]
+    return found
+
+
+@functools.cache
+def _normalized(path: pathlib.Path, _mtime: int) -> str:
+    text = path.read_text()
+    if path.suffix != ".py":
+        text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
+        return " ".join(re.sub(r"//[^\n]*", " ", text).split())
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body.pop(0)
+    return ast.dump(tree)

@@ -1,0 +1,131 @@
+// scalekern_native::selective_scan_{fwd,bwd}_cpu: tensors to pointers and strides in scan order, then the kernels of
+// this machine's ISA.
+#include <vector>
+
+#include "common/tensor.h"
+#include "selective_scan/scan.h"
+
+namespace {
+
+using namespace scalekern;
+
+int64_t element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f16: case Dtype::bf16: return 2;
+    case Dtype::f32: case Dtype::i32: return 4;
+    case Dtype::c128: return 16;
+    default: return 8;
+  }
+}
+
+ScanTensor view(const Tensor& t, int reversed_dim = -1) {
+  ScanTensor v{static_cast<char*>(data(t)), {}};
+  for (int i = 0; i < t.dim(); ++i) v.s[i] = stride(t, i);
+  if (reversed_dim >= 0 && t.size(reversed_dim) > 0) {
+    v.data += (t.size(reversed_dim) - 1) * v.s[reversed_dim] * element_size(dtype_of(t));
+    v.s[reversed_dim] = -v.s[reversed_dim];
+  }
+  return v;
+}
+
+ScanTensor view(const OptionalTensor& t, int reversed_dim = -1) {
+  return t.has_value() ? view(*t, reversed_dim) : ScanTensor{};
+}
+
+// The sequences' first times in scan order, and L.
+std::vector<int64_t> sequence_starts(const OptionalTensor& cu_seqlens, int64_t length, bool reverse) {
+  if (!cu_seqlens.has_value()) return {0, length};
+  const int64_t count = cu_seqlens->size(0), step = stride(*cu_seqlens, 0);
+  const bool wide = dtype_of(*cu_seqlens) == Dtype::i64;
+  std::vector<int64_t> starts(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t value = wide ? static_cast<const int64_t*>(data(*cu_seqlens))[i * step]
+                               : static_cast<const int32_t*>(data(*cu_seqlens))[i * step];
+    starts[reverse ? count - 1 - i : i] = reverse ? length - value : value;
+  }
+  return starts;
+}
+
+int64_t checkpoint_stride(int64_t states) {  // python/scalekern/_packing.py
+  int64_t stride = 64;
+  while (stride < 2 * states) stride *= 2;
+  return stride;
+}
+
+// What forward and backward share: everything but the outputs.
+ScanArgs arguments(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+    const OptionalTensor& z, const OptionalTensor& bias, const OptionalTensor& initial,
+    const std::vector<int64_t>& starts, const Tensor& checkpoints, bool softplus, bool reverse) {
+  ScanArgs a{};
+  a.batch = u.size(0), a.channels = u.size(1), a.length = u.size(2), a.states = A.size(1);
+  a.groups_B = B.dim() == 2 ? 0 : B.size(1), a.groups_C = C.dim() == 2 ? 0 : C.size(1);
+  a.sequences = int64_t(starts.size()) - 1, a.starts = starts.data();
+  a.chunk = checkpoint_stride(a.states), a.slots = checkpoints.size(1);
+  const int64_t chunks = (a.length + a.chunk - 1) / a.chunk;
+  a.pad = reverse ? chunks * a.chunk - a.length : 0;
+  a.io = int(dtype_of(u)), a.complex_A = dtype_of(A) == Dtype::c64 || dtype_of(A) == Dtype::c128, a.softplus = softplus;
+  const int time = reverse ? 2 : -1, row = reverse && a.batch == 1 ? 0 : -1;
+  a.u = view(u, time), a.delta = view(delta, time), a.z = view(z, time), a.A = view(A);
+  a.B = view(B, reverse && a.groups_B ? 3 : -1), a.C = view(C, reverse && a.groups_C ? 3 : -1);
+  a.D = view(D), a.bias = view(bias), a.initial = view(initial, row);
+  a.checkpoints = view(checkpoints, reverse ? 1 : -1);
+  return a;
+}
+
+Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
+}
+
+void selective_scan_fwd(
+    Tensor out, Tensor last_state, Tensor checkpoints, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+    OptionalTensor D, OptionalTensor z, OptionalTensor bias, OptionalTensor initial, OptionalTensor cu_seqlens,
+    bool softplus, bool reverse, bool save_checkpoints) {
+  const auto starts = sequence_starts(cu_seqlens, u.size(2), reverse);
+  ScanArgs a = arguments(u, delta, A, B, C, D, z, bias, initial, starts, checkpoints, softplus, reverse);
+  a.out = view(out, reverse ? 2 : -1);
+  a.last = view(last_state, reverse && a.batch == 1 ? 0 : -1);
+  const Tensor workspace = allocate_workspace(u, SCALEKERN_CALL(selective_scan_fwd_workspace, (a)));
+  a.workspace = static_cast<char*>(data(workspace));
+  SCALEKERN_CALL(selective_scan_fwd, (a));
+}
+
+void selective_scan_bwd(
+    Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor dbias, Tensor dinitial,
+    Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+    OptionalTensor z, OptionalTensor bias, OptionalTensor initial, OptionalTensor cu_seqlens, Tensor checkpoints,
+    bool softplus, bool reverse) {
+  const auto starts = sequence_starts(cu_seqlens, u.size(2), reverse);
+  ScanArgs a = arguments(u, delta, A, B, C, D, z, bias, initial, starts, checkpoints, softplus, reverse);
+  const int time = reverse ? 2 : -1, row = reverse && a.batch == 1 ? 0 : -1;
+  a.dout = view(dout, time), a.du = view(du, time), a.ddelta = view(ddelta, time), a.dA = view(dA);
+  a.dB = view(dB, reverse && a.groups_B ? 3 : -1), a.dC = view(dC, reverse && a.groups_C ? 3 : -1);
+  a.dlast = view(dlast_state, row);
+  if (D.has_value()) a.dD = view(dD);
+  if (z.has_value()) a.dz = view(dz, time);
+  if (bias.has_value()) a.dbias = view(dbias);
+  if (initial.has_value()) a.dinitial = view(dinitial, row);
+  const Tensor workspace = allocate_workspace(u, SCALEKERN_CALL(selective_scan_bwd_workspace, (a)));
+  a.workspace = static_cast<char*>(data(workspace));
+  SCALEKERN_CALL(selective_scan_bwd, (a));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
+  m.def(
+      "selective_scan_fwd_cpu(Tensor(a!) out, Tensor(b!) last_state, Tensor(c!) checkpoints, Tensor u, Tensor delta, "
+      "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool delta_softplus, bool reverse, bool save_checkpoints) -> ()");
+  m.def(
+      "selective_scan_bwd_cpu(Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
+      "Tensor(f!) dD, Tensor(g!) dz, Tensor(h!) ddelta_bias, Tensor(i!) dinitial_state, Tensor dout, "
+      "Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, bool delta_softplus, "
+      "bool reverse) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
+  m.impl("selective_scan_fwd_cpu", TORCH_BOX(&selective_scan_fwd));
+  m.impl("selective_scan_bwd_cpu", TORCH_BOX(&selective_scan_bwd));
+}

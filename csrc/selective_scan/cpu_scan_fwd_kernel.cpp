@@ -1,0 +1,277 @@
+// Selective scan, forward.
+//
+// Shape letters: B batch, D channels, L length, N state size; W lanes of a vector.
+//
+// Bound: the exponentials. A vector of W elements (one state of W channels, one token) costs 15 operations, of which
+// 11 are exp2(d A log2 e); at two operations a cycle that is 7.5 cycles. Memory is far off: 16 bytes a channel and
+// token, gated fp32, against N of these.
+// Split: items (b, part of the channels, segment of time) over threads; inside, tiles of 64 tokens of W channels.
+// A tile's d, d u and y sit in L1 as [t][W]; four states at a time run through it in registers, so that B and C are
+// loads with a broadcast, and d, d u and y cost a quarter of a load each.
+#include "selective_scan/cpu_scan_common.h"
+
+namespace {
+
+constexpr int64_t kTile = 64;   // tokens; divides every chunk
+#if defined(__AVX512F__)
+constexpr int kStates = 4;      // vectors of a state in registers
+#else
+constexpr int kStates = 2;      // 16 registers
+#endif
+
+template <class F>
+struct Scratch {
+  F *d, *x, *u, *y, *z;         // flat tiles: step, d u, u, the sum over states, gate
+  F *d_rows, *x_rows, *y_rows;  // [t][W]; the flat ones themselves with channels as lanes
+  F *B, *C, *joined;
+  F *state, *log2_A;            // of a bundle of blocks
+
+  Scratch(Arena& arena, const Plan& plan, int row) {
+    const int64_t tile = kTile * kLanes<F>, vectors = plan.vectors * row;
+    F** flat[] = {&d, &x, &u, &y, &z};
+    for (F** p : flat) *p = arena.take<F>(tile);
+    d_rows = d, x_rows = x, y_rows = y;
+    if (plan.state_lanes) d_rows = arena.take<F>(tile), x_rows = arena.take<F>(tile), y_rows = arena.take<F>(tile);
+    B = arena.take<F>(kTile * row + kStates * row), C = arena.take<F>(kTile * row + kStates * row);
+    joined = arena.take<F>(vectors);
+    state = arena.take<F>(vectors * plan.bundle), log2_A = arena.take<F>(vectors * plan.bundle);
+  }
+};
+
+// kCount vectors of the state through the times [t0, t1) of a tile.
+template <class O, bool kShared, bool kBounded, int kCount, class F = typename O::Scalar>
+void advance(
+    const F* d_rows, const F* x_rows, F* y_rows, F* state, const F* log2_A, MatrixView<F> B, MatrixView<F> C,
+    int64_t t0, int64_t t1, VecInt<F> valid) {
+  using Value = typename O::Value;
+  constexpr int W = kLanes<F>;
+  Value h[kCount], A[kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) h[i] = O::get(state + i * O::row), A[i] = O::get(log2_A + i * O::row);
+  for (int64_t t = t0; t < t1; ++t) {
+    const Vec<F> d = load(d_rows + t * W), x = load(x_rows + t * W);
+    Vec<F> y = load(y_rows + t * W);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      h[i] = O::template decay<kBounded>(d, A[i]) * h[i] + x * element<O, kShared>(B, i, t - t0);
+      const Vec<F> term = O::real(element<O, kShared>(C, i, t - t0) * h[i]);
+      if constexpr (kShared) y += term;
+      else y += keep<F>(term, valid);  // a lane past the state may hold NaN
+    }
+    store(y_rows + t * W, y);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) O::put(state + i * O::row, h[i]);
+}
+
+template <class O>
+class Forward {
+  using F = typename O::Scalar;
+  static constexpr int W = kLanes<F>;
+
+ public:
+  Forward(const ScanArgs& a, const Plan& plan, Arena arena) : a_(a), plan_(plan) {
+    carries_.take(arena, a, plan, O::comps);
+    broken_ = arena.take<int>(1);
+    bytes_ = arena.used();
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  void run() {
+    *broken_ = 0;
+    pass_empty_sequences();
+    if (plan_.segments > 1) {
+      for_items([&](const Item& item, Scratch<F>& s) { prepare(item, s); });
+    }
+    for_items([&](const Item& item, Scratch<F>& s) { scan(item, s); });
+    if (*broken_) {
+      // A state left of a boundary is not finite: what lies right of it has to see that, however long ago it was.
+      plan_.segments = 1;
+      for_items([&](const Item& item, Scratch<F>& s) { scan(item, s); });
+    }
+  }
+
+ private:
+  template <class Body>
+  void for_items(const Body& body) {
+    Arena size(nullptr);
+    Scratch<F>(size, plan_, O::row);
+    scalekern::parallel(plan_.items(a_), [&](int64_t begin, int64_t end) {
+      with_scratch(size.used(), [&](char* memory) {
+        Arena arena(memory);
+        Scratch<F> scratch(arena, plan_, O::row);
+        for (int64_t i = begin; i < end; ++i) body(item_at(a_, plan_, i), scratch);
+      });
+    });
+  }
+
+  void pass_empty_sequences() {
+    for (int64_t s = 0; s < a_.sequences; ++s) {
+      if (a_.starts[s] != a_.starts[s + 1]) continue;
+      for (int64_t d = 0; d < a_.channels; ++d)
+        for (int64_t n = 0; n < a_.states * O::comps; ++n) {
+          const auto at = [&](const ScanTensor& x) {
+            return reinterpret_cast<F*>(x.data) + (s * x.s[0] + d * x.s[1] + n / O::comps * x.s[2]) * O::comps + n % O::comps;
+          };
+          *at(a_.last) = a_.initial.data ? *at(a_.initial) : F(0);
+        }
+    }
+  }
+
+  // Step sizes of a tile, into s.d.
+  void load_steps(int64_t b, Block k, int64_t t, int64_t count, Scratch<F>& s) {
+    load_flat<F>(a_, plan_, a_.delta, b, k, t, count, s.d);
+    step_sizes<F>(a_, flat_rows<F>(plan_, count), load_channels<F>(plan_, a_.bias, k), s.d, nullptr);
+  }
+
+  // What the last tokens of a segment make of its state: as many as still count at its end.
+  void prepare(const Item& item, Scratch<F>& s) {
+    if (item.segment == plan_.segments - 1) return;
+    for_blocks<F>(a_, plan_, item, [&](Block k) {
+      Decays<O> decays;
+      decays.load_from(a_, plan_, k, s.log2_A);
+      const int64_t start = most(item.begin, a_.starts[sequence_at(a_, item.end - 1)]);
+      int64_t t = item.end;
+      Vec<F> steps{};
+      bool open = true;
+      while (open && t > start) {
+        const int64_t count = least(kTile, t - start);
+        t -= count;
+        load_steps(item.b, k, t, count, s);
+        steps += sum_flat<F>(plan_, count, s.d);
+        open = !all_true<F>((steps * decays.slowest < F(-kNegligible)) | ~first_lanes<F>(plan_.state_lanes ? W : k.channels));
+      }
+      if (start > item.begin || start == a_.starts[sequence_at(a_, start)]) open = false;
+      for (int64_t i = 0; i < plan_.vectors * O::row; ++i) s.state[i] = 0;
+      for (int64_t next; t < item.end; t = next) {
+        next = least(t + kTile, item.end);
+        tile(item.b, k, t, next, decays, s.state, false, s);
+      }
+      save_carry<O>(a_, plan_, carries_, item.b, item.segment, k, s.state, open, steps);
+    });
+  }
+
+  void scan(const Item& item, Scratch<F>& s) {
+    Block bundle[kMaxBundle];
+    int64_t count = 0;
+    for_blocks<F>(a_, plan_, item, [&](Block k) {
+      bundle[count++] = k;
+      if (count == plan_.bundle) scan_bundle(item, bundle, count, s), count = 0;
+    });
+    if (count > 0) scan_bundle(item, bundle, count, s);
+  }
+
+  void scan_bundle(const Item& item, const Block* bundle, int64_t blocks, Scratch<F>& s) {
+    const int64_t size = plan_.vectors * O::row;
+    Decays<O> decays[kMaxBundle];
+    for (int64_t i = 0; i < blocks; ++i) {
+      decays[i].load_from(a_, plan_, bundle[i], s.log2_A + i * size);
+      for (int64_t j = 0; j < size; ++j) s.state[i * size + j] = 0;
+      for (int64_t j = 0; j < item.segment; ++j)
+        join_carry<O, false>(a_, plan_, carries_, item.b, j, bundle[i], decays[i], s.state + i * size, s.joined);
+    }
+    for (int64_t t = item.begin, next; t < item.end; t = next) {
+      next = least(t + kTile - (t + a_.pad) % kTile, item.end);  // tiles do not cross chunks
+      for (int64_t i = 0; i < blocks; ++i) tile(item.b, bundle[i], t, next, decays[i], s.state + i * size, true, s);
+    }
+    if (item.segment == plan_.segments - 1) return;
+    for (int64_t i = 0; i < blocks; ++i)
+      if (!is_finite<O>(a_, plan_, bundle[i], s.state + i * size)) __atomic_store_n(broken_, 1, __ATOMIC_RELAXED);
+  }
+
+  // One block through the times [begin, end), at most a tile. Without `write` only the state is advanced.
+  void tile(int64_t b, Block k, int64_t begin, int64_t end, const Decays<O>& decays, F* state, bool write, Scratch<F>& s) {
+    const int64_t count = end - begin, rows = flat_rows<F>(plan_, count);
+    load_steps(b, k, begin, count, s);
+    load_flat<F>(a_, plan_, a_.u, b, k, begin, count, s.u);
+    for (int64_t i = 0; i < rows; ++i) store(s.x + i * W, load(s.d + i * W) * load(s.u + i * W));
+    for (int64_t i = 0; i < count; ++i) store(s.y_rows + i * W, Vec<F>{});
+    if (plan_.state_lanes) spread<F>(count, s.d, s.d_rows), spread<F>(count, s.x, s.x_rows);
+    const bool bounded = is_bounded<F>(count, s.d_rows, decays.magnitude);
+    for (int64_t t = begin, next; t < end; t = next) {
+      const int64_t sequence = sequence_at(a_, t);
+      next = least(end, a_.starts[sequence + 1]);
+      if (t == a_.starts[sequence]) load_row_state<O>(a_, plan_, a_.initial, b + sequence, k, state);
+      if (write && a_.slots && (t == 0 || (t + a_.pad) % a_.chunk == 0))
+        store_state<O>(a_, plan_, slot_at<O>(a_, b, t), a_.checkpoints.s[2], a_.checkpoints.s[3], k, 0, plan_.vectors, state);
+      if (is_shared(a_, plan_)) states<true>(b, k, begin, t, next, decays.log2_A, state, bounded, s);
+      else states<false>(b, k, begin, t, next, decays.log2_A, state, bounded, s);
+      if (write && next == a_.starts[sequence + 1]) store_row_state<O>(a_, plan_, a_.last, b + sequence, k, state);
+    }
+    if (write) finish(b, k, begin, count, s);
+  }
+
+  // All vectors of the state through the times [t, next) of the tile that begins at `begin`.
+  template <bool kShared>
+  void states(int64_t b, Block k, int64_t begin, int64_t t, int64_t next, const F* log2_A, F* state, bool bounded, Scratch<F>& s) {
+    int64_t v = 0;
+    if constexpr (kShared)
+      for (; v + kStates <= plan_.vectors; v += kStates) group<kShared, kStates>(b, k, v, begin, t, next, log2_A, state, bounded, s);
+    for (; v < plan_.vectors; ++v) group<kShared, 1>(b, k, v, begin, t, next, log2_A, state, bounded, s);
+  }
+
+  template <bool kShared, int kCount>
+  void group(int64_t b, Block k, int64_t v, int64_t begin, int64_t t, int64_t next, const F* log2_A, F* state, bool bounded, Scratch<F>& s) {
+    const auto B = view_matrix<O>(a_, plan_, a_.B, a_.groups_B, b, k, v, kCount, t, next - t, s.B);
+    const auto C = view_matrix<O>(a_, plan_, a_.C, a_.groups_C, b, k, v, kCount, t, next - t, s.C);
+    const auto valid = first_lanes<F>(lanes_of<F>(a_, plan_, k, v));
+    F* h = state + v * O::row;
+    const F* A = log2_A + v * O::row;
+    constexpr bool can_be_bounded = O::comps == 1 && sizeof(F) == 4;  // the other types have one version
+    if (can_be_bounded && bounded)
+      advance<O, kShared, can_be_bounded, kCount>(s.d_rows, s.x_rows, s.y_rows, h, A, B, C, t - begin, next - begin, valid);
+    else advance<O, kShared, false, kCount>(s.d_rows, s.x_rows, s.y_rows, h, A, B, C, t - begin, next - begin, valid);
+  }
+
+  // out = (y + D u) silu(z)
+  void finish(int64_t b, Block k, int64_t t, int64_t count, Scratch<F>& s) {
+    if (plan_.state_lanes) sum_rows<F>(count, s.y_rows, W, first_lanes<F>(W), s.y, false);
+    const Vec<F> D = load_channels<F>(plan_, a_.D, k);
+    const bool gated = a_.z.data != nullptr, skip = a_.D.data != nullptr;
+    if (gated) load_flat<F>(a_, plan_, a_.z, b, k, t, count, s.z);
+    for (int64_t i = 0; i < flat_rows<F>(plan_, count); ++i) {
+      Vec<F> y = load(s.y + i * W) * O::scale;
+      if (skip) y += D * load(s.u + i * W);
+      if (gated) {
+        const Vec<F> z = load(s.z + i * W);
+        y *= z * sigmoidv(z);
+      }
+      store(s.y + i * W, y);
+    }
+    store_flat<F>(a_, plan_, a_.out, b, k, t, count, s.y);
+  }
+
+  const ScanArgs& a_;
+  Plan plan_;
+  Carries<F> carries_{};
+  int* broken_;
+  int64_t bytes_;
+};
+
+// The kernel of the tensors' types. `what` gets a Forward whose memory begins at `base`.
+template <class Body>
+void with_forward(const ScanArgs& a, char* base, const Body& body) {
+  const auto run = [&](auto operations) {
+    using O = decltype(operations);
+    body(Forward<O>(a, make_plan<typename O::Scalar>(a, a.channels), Arena(base)));
+  };
+  if (a.io == 1) a.complex_A ? run(ComplexState<double>{}) : run(RealState<double>{});
+  else a.complex_A ? run(ComplexState<float>{}) : run(RealState<float>{});
+}
+
+}  // namespace
+
+namespace scalekern::SCALEKERN_ISA {
+
+int64_t selective_scan_fwd_workspace(const ScanArgs& a) {
+  int64_t bytes = 0;
+  with_forward(a, nullptr, [&](auto&& forward) { bytes = forward.bytes(); });
+  return bytes;
+}
+
+void selective_scan_fwd(const ScanArgs& a) {
+  with_forward(a, a.workspace, [&](auto&& forward) { forward.run(); });
+}
+
+}  // namespace scalekern::SCALEKERN_ISA

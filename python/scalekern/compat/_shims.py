@@ -1,0 +1,163 @@
+"""What the shimmed packages contain: upstream's signatures on scalekern's ops, and a count of their calls.
+
+The signatures are upstream's to the letter where callers look at them (transformers passes only the keywords that it
+finds in a signature).
+"""
+
+import collections
+import functools
+
+import torch
+
+import scalekern
+from scalekern import nn, reference
+
+calls: collections.Counter = collections.Counter()
+
+
+def _counted(function):
+    name = function.__name__
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        if not torch.compiler.is_compiling():  # a counter in a graph would be a guard that fails at every call
+            calls[name] += 1
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_counted
+def selective_scan_fn(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):  # fmt: skip
+    return scalekern.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+def selective_scan_ref(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):  # fmt: skip
+    return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+@_counted
+def mamba_inner_fn(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, C=None,
+    D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1,
+    b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-6,
+):  # fmt: skip
+    return scalekern.mamba_inner(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus, checkpoint_lvl, b_rms_weight, c_rms_weight,
+        dt_rms_weight, b_c_dt_rms_eps,
+    )  # fmt: skip
+
+
+def mamba_inner_ref(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, C=None,
+    D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True,
+):  # fmt: skip
+    return reference.mamba_inner(
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
+        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
+    )  # fmt: skip
+
+
+@_counted
+def selective_state_update(
+    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None
+):  # fmt: skip
+    return scalekern.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+
+
+def selective_state_update_ref(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+    return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+@_counted
+def causal_conv1d_fn(
+    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
+    activation=None,
+):  # fmt: skip
+    wanted = return_final_states or final_states_out is not None
+    result = scalekern.causal_conv1d(x, weight, bias, seq_idx, initial_states, wanted, activation)
+    if not wanted:
+        return result
+    out, final_states = result
+    if final_states_out is not None:
+        final_states = final_states_out.copy_(final_states)
+    return (out, final_states) if return_final_states else out
+
+
+def causal_conv1d_ref(
+    x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None
+):  # fmt: skip
+    out, final_states = reference.causal_conv1d(x, weight, bias, None, initial_states, True, activation)
+    if final_states_out is not None:
+        final_states = final_states_out.copy_(final_states)
+    return (out, final_states) if return_final_states else out
+
+
+@_counted
+def causal_conv1d_update(
+    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
+):  # fmt: skip
+    return scalekern.causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+
+
+def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
+    return reference.causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens)
+
+
+@_counted
+def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
+    """x (T, D), S sequences end to end -> (S, D, state_len), the last tokens of each, zeros before its first."""
+    return _varlen_states(x, cu_seqlens, state_len)
+
+
+def causal_conv1d_varlen_states_ref(x, cu_seqlens, state_len):
+    return _varlen_states(x, cu_seqlens, state_len)
+
+
+def _varlen_states(x, cu_seqlens, state_len):
+    begins, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    positions = ends - state_len + torch.arange(state_len, device=x.device)  # [S, state_len]
+    inside = positions >= begins
+    tokens = x[positions.clamp(min=0)] if x.shape[0] else x.new_zeros(*positions.shape, x.shape[1])
+    return torch.where(inside[..., None], tokens, 0).transpose(1, 2).contiguous()
+
+
+# Distribution name -> version. mamba_ssm: the last release whose contents were Mamba-1 only, which is what is here.
+VERSIONS = {"mamba_ssm": "1.2.2+scalekern", "causal_conv1d": "1.5.2+scalekern"}
+
+# Module -> its attributes. Every parent of a module is listed too.
+MODULES = {
+    "mamba_ssm": {
+        "__version__": VERSIONS["mamba_ssm"], "selective_scan_fn": selective_scan_fn,
+        "mamba_inner_fn": mamba_inner_fn, "Mamba": nn.Mamba,
+    },
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.selective_scan_interface": {
+        "selective_scan_fn": selective_scan_fn, "selective_scan_ref": selective_scan_ref,
+        "mamba_inner_fn": mamba_inner_fn, "mamba_inner_ref": mamba_inner_ref,
+        "causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update,
+    },
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.selective_state_update": {
+        "selective_state_update": selective_state_update, "selective_state_update_ref": selective_state_update_ref,
+    },
+    "mamba_ssm.modules": {},
+    "mamba_ssm.modules.mamba_simple": {"Mamba": nn.Mamba},
+    "causal_conv1d": {
+        "__version__": VERSIONS["causal_conv1d"], "causal_conv1d_fn": causal_conv1d_fn,
+        "causal_conv1d_update": causal_conv1d_update, "causal_conv1d_varlen_states": causal_conv1d_varlen_states,
+    },
+    "causal_conv1d.causal_conv1d_interface": {
+        "causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_ref": causal_conv1d_ref,
+        "causal_conv1d_update": causal_conv1d_update, "causal_conv1d_update_ref": causal_conv1d_update_ref,
+    },
+    "causal_conv1d.causal_conv1d_varlen": {
+        "causal_conv1d_varlen_states": causal_conv1d_varlen_states,
+        "causal_conv1d_varlen_states_ref": causal_conv1d_varlen_states_ref,
+    },
+}  # fmt: skip

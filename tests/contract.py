@@ -1,0 +1,99 @@
+"""What test_contract.py does with every op: run it and its oracle on one sample, with gradients."""
+
+import torch
+
+import scalekern
+from scalekern import reference, testing
+
+CASES = [(op, sample) for op, spec in testing.specs().items() for sample in spec.samples]
+TRAINABLE = [(op, sample) for op, sample in CASES if testing.specs()[op].inplace is None]
+IDS = [f"{op}-{sample.name}" for op, sample in CASES]
+TRAINABLE_IDS = [f"{op}-{sample.name}" for op, sample in TRAINABLE]
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def tensors_of(args, kwargs):
+    """{name: tensor} of all tensor arguments; positional ones are named by their number."""
+    named = {str(i): a for i, a in enumerate(args)} | dict(kwargs)
+    return {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+
+
+def with_tensors(args, kwargs, tensors):
+    return (
+        tuple(tensors.get(str(i), a) for i, a in enumerate(args)),
+        {k: tensors.get(k, v) for k, v in kwargs.items()},
+    )
+
+
+def floating(tensors):
+    return {k: v for k, v in tensors.items() if v.is_floating_point() or v.is_complex()}
+
+
+def clones(args, kwargs, dtype=None):
+    """Fresh leaves (of the oracle's dtype if given), so that in-place ops and gradients stay apart."""
+    tensors = {
+        k: (testing.upcast(v, dtype) if dtype else v.detach()).clone() for k, v in tensors_of(args, kwargs).items()
+    }
+    return with_tensors(args, kwargs, tensors)
+
+
+def forward(function, op, args, kwargs):
+    """All that a call changes or returns: outputs, then the argument that it changes in place."""
+    args, kwargs = clones(args, kwargs)
+    outputs = as_tuple(function(*args, **kwargs))
+    if testing.specs()[op].inplace:
+        changed = args[{"state": 0, "conv_state": 1}[testing.specs()[op].inplace]]
+        outputs += (changed,)
+    return outputs
+
+
+def expected(op, args, kwargs, dtype=torch.float64):
+    return forward(getattr(reference, op), op, *clones(args, kwargs, dtype))
+
+
+def gradients(function, args, kwargs, weights=None):
+    """(outputs, {argument: gradient}) of a random projection of the outputs, through every floating argument."""
+    args, kwargs = clones(args, kwargs)
+    leaves = floating(tensors_of(args, kwargs))
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    outputs = as_tuple(function(*args, **kwargs))
+    return outputs, dict(zip(leaves, torch.autograd.grad(loss(outputs, weights), leaves.values(), allow_unused=True)))
+
+
+def loss(outputs, weights=None):
+    total = 0
+    for i, out in enumerate(outputs):
+        generator = torch.Generator().manual_seed(17 + i)
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+        wide = out.to(torch.complex128 if out.is_complex() else torch.float64)
+        total = total + (torch.view_as_real(wide).sum(-1) * weight if out.is_complex() else wide * weight).sum()
+    return total
+
+
+def tolerance(dtype, actual_dtype):
+    """Outputs in a wider dtype than the inputs (states of half inputs) still carry the inputs' rounding once."""
+    return testing.TOLERANCE[dtype]
+
+
+def captured_calls(op, args, kwargs):
+    """The registered ops that one call, and its backward, go through, with their arguments."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Capture(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, a=(), k=None):
+            if func.namespace == "scalekern":
+                calls.append((func, a))
+            return func(*a, **(k or {}))
+
+    with Capture():
+        if testing.specs()[op].inplace:
+            getattr(scalekern, op)(*clones(args, kwargs)[0], **clones(args, kwargs)[1])
+        else:
+            gradients(getattr(scalekern, op), args, kwargs)
+    return calls

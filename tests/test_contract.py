@@ -1,0 +1,464 @@
+"""Every op through the whole contract of the design: the numbers are those of scalekern.testing."""
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+from conftest import INTERPRET
+from contract import (
+    CASES, IDS, TRAINABLE, TRAINABLE_IDS, as_tuple, captured_calls, clones, expected, floating, forward, gradients,
+    loss, tensors_of, with_tensors,
+)  # fmt: skip
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import scalekern
+from scalekern import _library, reference, testing
+from scalekern.testing import TOLERANCE, assert_close, error
+
+# The interpreter takes seconds where a kernel takes microseconds: there every sample runs once forward and backward in
+# float32, and the rest of the contract on one sample an op (the tests of the families add what is particular).
+DTYPES = (torch.float32,) if INTERPRET else (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+def small(cases, ids):
+    """One case an op, for what does not depend on the sample."""
+    seen, out = set(), []
+    for (op, sample), name in zip(cases, ids):
+        if op not in seen:
+            seen.add(op)
+            out.append(pytest.param(op, sample, id=name))
+    return out
+
+
+every_case = pytest.mark.parametrize("op, sample", CASES, ids=IDS)
+every_trainable = pytest.mark.parametrize("op, sample", TRAINABLE, ids=TRAINABLE_IDS)
+some_case = pytest.mark.parametrize("op, sample", small(CASES, IDS)) if INTERPRET else every_case
+some_trainable = pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
+every_op = pytest.mark.parametrize("op", list(testing.specs()))
+compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, not the torch integration")
+
+
+@pytest.fixture
+def on(place):
+    """on(function, ...): run it on the place's backend. on.device: where the sample's tensors belong.
+
+    Skips nothing silently: a backend that declines a sample must say so, and only a GPU kernel and complex A do.
+    """
+    device, backend = place
+
+    def run(function, *args, **kwargs):
+        try:
+            with scalekern.backend(backend):
+                return function(*args, **kwargs)
+        except scalekern.BackendError as declined:
+            assert backend in ("triton", "cuda") and "complex" in str(declined), declined
+            pytest.skip(str(declined))
+
+    run.device = device
+    return run
+
+
+# --- 1 and 2: the oracle and agreement with it ---------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_agrees_with_the_oracle(op, sample, dtype, on):
+    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=1)
+    actual = on(forward, getattr(scalekern, op), op, args, kwargs)
+    oracle = expected(op, args, kwargs)
+    eager = forward(getattr(reference, op), op, args, kwargs)
+    assert len(actual) == len(oracle)
+    for i, (a, e, plain) in enumerate(zip(actual, oracle, eager)):
+        assert a.dtype == plain.dtype and a.shape == e.shape
+        allowed = min(TOLERANCE[dtype], max(2 * error(plain, e), 1e-14 if dtype == torch.float64 else 1e-6))
+        assert_close(a, e, tolerance=allowed, what=f"output {i}")
+
+
+@compiled_only
+@every_case
+def test_a_wrong_result_would_be_seen(op, sample):
+    """The mutants that a weak comparison lets pass: zeros, a permuted channel, a dropped last element."""
+    args, kwargs = sample.make(dtype=torch.float32, seed=1)
+    oracle = expected(op, args, kwargs)
+    out = oracle[0]
+    mutants = [torch.zeros_like(out), out * 1.05]
+    if out.shape[1] > 1:
+        mutants.append(out.roll(1, 1))
+    if out.shape[-1] > 1:
+        mutants.append(out.roll(1, -1))
+        mutants.append(torch.cat([out[..., :-1], torch.zeros_like(out[..., -1:])], -1))
+    for mutant in mutants:
+        with pytest.raises(AssertionError):
+            assert_close(mutant, out, tolerance=TOLERANCE[torch.bfloat16])
+
+
+# --- 3: gradients --------------------------------------------------------------------------------------------------
+
+
+@every_trainable
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
+    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=2)
+    _, actual = on(gradients, getattr(scalekern, op), args, kwargs)
+    _, oracle = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
+    _, eager = gradients(getattr(reference, op), args, kwargs)
+    assert set(actual) == set(oracle)
+    for name, e in oracle.items():
+        if e is None:
+            assert actual[name] is None or not actual[name].any()
+            continue
+        assert actual[name].dtype == eager[name].dtype
+        floor = 1e-13 if dtype == torch.float64 else 3e-6
+        bound = testing.specs()[op].gradient_factor * TOLERANCE[dtype]
+        allowed = min(bound, max(2 * error(eager[name], e), floor))
+        assert_close(actual[name], e, tolerance=allowed, what=f"gradient of argument {name}")
+
+
+@some_trainable
+def test_gradcheck(op, sample, on):
+    args, kwargs = sample.make(device=on.device, dtype=torch.float64, seed=3)
+    args, kwargs = clones(args, kwargs)
+    leaves = floating(tensors_of(args, kwargs))
+    if sum(x.numel() for x in leaves.values()) > (400 if INTERPRET else 4000):
+        pytest.skip("gradcheck runs on the smaller samples; the larger ones are compared with autograd of the oracle")
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+
+    def function(*values):
+        return getattr(scalekern, op)(*(both := with_tensors(args, kwargs, dict(zip(leaves, values))))[0], **both[1])
+
+    on(torch.autograd.gradcheck, function, tuple(leaves.values()), atol=1e-6, rtol=1e-5, fast_mode=True)
+
+
+@compiled_only
+@every_trainable
+def test_second_order_is_refused(op, sample):
+    args, kwargs = sample.make(dtype=torch.float64, seed=3)
+    args, kwargs = clones(args, kwargs)
+    leaf = args[0].requires_grad_()
+    (grad,) = torch.autograd.grad(loss(as_tuple(getattr(scalekern, op)(*args, **kwargs))), leaf, create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError), match="second-order|does not require grad"):
+        torch.autograd.grad(grad.sum(), leaf)
+
+
+@some_case
+def test_repeats_bit_for_bit(op, sample, on):
+    args, kwargs = sample.make(device=on.device, seed=4)
+    if testing.specs()[op].inplace:
+        runs = [on(forward, getattr(scalekern, op), op, args, kwargs) for _ in range(3)]
+    else:
+        runs = []
+        for _ in range(3):
+            outputs, grads = on(gradients, getattr(scalekern, op), args, kwargs)
+            runs.append((*outputs, *(g for g in grads.values() if g is not None)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
+
+
+@compiled_only
+@pytest.mark.parametrize("op, sample", [c for c in CASES if testing.specs()[c[0]].inplace])
+def test_differentiating_an_in_place_op_raises(op, sample):
+    args, kwargs = clones(*sample.make())
+    for tensor in floating(tensors_of(args, kwargs)).values():
+        tensor.requires_grad_()
+    position = {"state": 0, "conv_state": 1}[testing.specs()[op].inplace]
+    args = tuple(a.detach() if i == position else a for i, a in enumerate(args))
+    with pytest.raises(NotImplementedError, match=f"{op}: this in-place"):
+        getattr(scalekern, op)(*args, **kwargs).sum().backward()
+
+
+# --- 4: the torch integration --------------------------------------------------------------------------------------
+
+
+@compiled_only
+@every_case
+def test_opcheck(op, sample):
+    args, kwargs = sample.make()
+    calls = captured_calls(op, args, kwargs)
+    assert calls
+    for overload, call_args in calls:
+        call_args = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in call_args)
+        differentiable = overload._schema.name.endswith("_fwd")
+        for a in call_args if differentiable else ():
+            if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex()):
+                a.requires_grad_()
+        torch.library.opcheck(overload, call_args)
+
+
+@compiled_only
+@pytest.mark.parametrize("op, sample", small(CASES, IDS))
+def test_compiles_without_a_graph_break_and_for_new_lengths(op, sample):
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(scalekern, op), fullgraph=True, dynamic=True, backend="aot_eager")
+    args, kwargs = sample.make(seed=5)
+    for _ in range(2):
+        for a, e in zip(forward(compiled, op, args, kwargs), forward(getattr(scalekern, op), op, args, kwargs)):
+            assert_close(a, e, tolerance=1e-6)
+        if not testing.specs()[op].inplace:
+            _, grads = gradients(compiled, args, kwargs)
+            _, eager = gradients(getattr(scalekern, op), args, kwargs)
+            for name, e in eager.items():
+                assert_close(grads[name], e, tolerance=1e-6, what=name)
+            args, kwargs = _longer(args, kwargs)
+
+
+def _longer(args, kwargs):
+    """The same sample with its time axis doubled, where it has one."""
+    length = args[0].shape[-1]
+    tensors = {
+        k: torch.cat([v, v * 0.5], -1) if v.dim() > 2 and v.shape[-1] == length else v
+        for k, v in tensors_of(args, kwargs).items()
+    }
+    return with_tensors(args, kwargs, tensors)
+
+
+@compiled_only
+@pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS))
+def test_exports(op, sample):
+    args, kwargs = sample.make(seed=5)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            both = with_tensors(args, kwargs, dict(zip(tensors_of(args, kwargs), tensors)))
+            return getattr(scalekern, op)(*both[0], **both[1])
+
+    program = torch.export.export(Module(), tuple(tensors_of(args, kwargs).values()))
+    for a, e in zip(
+        as_tuple(program.module()(*tensors_of(args, kwargs).values())),
+        as_tuple(getattr(scalekern, op)(*args, **kwargs)),
+    ):
+        assert_close(a, e, tolerance=1e-6)
+
+
+@compiled_only
+@pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS))
+def test_autocast_casts_what_is_meant_to_be_cast(op, sample):
+    args, kwargs = sample.make(seed=6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, grads = gradients(getattr(scalekern, op), args, kwargs)
+    oracle, oracle_grads = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
+    assert outputs[0].dtype == torch.bfloat16
+    assert_close(outputs[0], oracle[0], tolerance=2e-2)  # inputs and outputs are both rounded to bfloat16
+    for name, e in oracle_grads.items():
+        assert_close(grads[name], e, tolerance=4e-2, what=name)
+
+
+@compiled_only
+@pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS))
+def test_vmap_equals_a_loop(op, sample):
+    calls = [sample.make(seed=s) for s in (7, 8)]
+    names = list(tensors_of(*calls[0]))
+    stacked = [torch.stack([tensors_of(*call)[n] for call in calls]) for n in names]
+
+    def function(*tensors):
+        both = with_tensors(*calls[0], dict(zip(names, tensors)))
+        return getattr(scalekern, op)(*both[0], **both[1])
+
+    batched = as_tuple(torch.func.vmap(function)(*stacked))
+    for i, (args, kwargs) in enumerate(calls):
+        for a, e in zip(batched, as_tuple(getattr(scalekern, op)(*args, **kwargs))):
+            assert_close(a[i], e, tolerance=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op, sample", small(CASES, IDS))
+def test_captured_in_a_cuda_graph(op, sample, backend):
+    """No host synchronization: the call is captured and its replay computes new inputs."""
+    args, kwargs = sample.make(device="cuda")
+    function = getattr(scalekern, op)
+    with scalekern.backend(backend):
+        plain = forward(function, op, args, kwargs)
+        function(*clones(args, kwargs)[0], **clones(args, kwargs)[1])  # compiles outside the capture
+        torch.cuda.synchronize()
+        static_args, static_kwargs = clones(args, kwargs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = as_tuple(function(*static_args, **static_kwargs))
+        for a, e in zip(static_args, args):
+            if isinstance(a, torch.Tensor):
+                a.copy_(e)
+        graph.replay()
+    for a, e in zip(outputs, plain):
+        assert_close(a, e, tolerance=1e-6)
+
+
+# --- 5: shapes and strides -----------------------------------------------------------------------------------------
+
+
+def _layouts(tensor):
+    """The same values with other strides: last axis first, sliced out of a larger buffer, channels last."""
+    yield tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    padded = torch.full([s + 3 for s in tensor.shape], float("nan") if tensor.is_floating_point() else 3).to(tensor)
+    window = padded[tuple(slice(2, 2 + s) for s in tensor.shape)]
+    window.copy_(tensor)
+    yield window
+    if tensor.dim() > 2:
+        yield tensor.transpose(1, -1).contiguous().transpose(1, -1)
+
+
+@some_case
+def test_strides_change_nothing(op, sample, on):
+    args, kwargs = sample.make(device=on.device, seed=9)
+    tensors = tensors_of(args, kwargs)
+    plain = on(forward, getattr(scalekern, op), op, args, kwargs)
+    inplace = testing.specs()[op].inplace
+    if not inplace:
+        _, plain_grads = on(gradients, getattr(scalekern, op), args, kwargs)
+    for layouts in itertools.islice(zip(*(itertools.cycle(_layouts(t)) for t in tensors.values())), 3):
+        both = with_tensors(args, kwargs, dict(zip(tensors, layouts)))
+        leaves = {k: v.requires_grad_(not inplace) for k, v in floating(tensors_of(*both)).items()}
+        outputs = as_tuple(on(getattr(scalekern, op), *both[0], **both[1]))
+        for a, e in zip(outputs, plain):
+            assert_close(a, e, tolerance=2e-6)
+        if inplace:
+            changed = both[0][{"state": 0, "conv_state": 1}[inplace]]
+            assert_close(changed, plain[-1], tolerance=2e-6, what=inplace)
+        else:
+            grads = on(lambda o, ls: torch.autograd.grad(loss(o), ls), outputs, tuple(leaves.values()))
+            for name, grad in zip(leaves, grads):
+                assert_close(grad, plain_grads[name], tolerance=5e-6, what=name)
+
+
+@some_trainable
+def test_an_expanded_gradient_is_read_in_place(op, sample, on):
+    args, kwargs = clones(*sample.make(device=on.device, seed=9))
+    leaf = args[0].requires_grad_()
+    (actual,) = on(lambda: torch.autograd.grad(sum(o.real.sum() for o in as_tuple(getattr(scalekern, op)(*args, **kwargs))), leaf))  # fmt: skip
+    (wanted,) = torch.autograd.grad(
+        sum((o.real * torch.ones(o.shape, device=o.device)).sum() for o in as_tuple(getattr(reference, op)(*args, **kwargs))), leaf
+    )
+    assert_close(actual, wanted, tolerance=1e-5)
+
+
+@every_op
+def test_empty_axes(op, any_backend):
+    """Every axis at size 0, wherever the op itself accepts it: outputs and gradients exist and are finite."""
+    sample = testing.samples(op)[0]
+    args, kwargs = sample.make(seed=10)
+    sizes = {s for t in tensors_of(args, kwargs).values() for s in t.shape}
+    tried = 0
+    for size in sizes:
+        both = with_tensors(args, kwargs, {
+            k: v[tuple(slice(0, 0) if s == size else slice(None) for s in v.shape)].clone()
+            for k, v in tensors_of(args, kwargs).items()
+        })  # fmt: skip
+        try:
+            with scalekern.backend(any_backend):
+                outputs = as_tuple(getattr(scalekern, op)(*both[0], **both[1]))
+        except ValueError as refused:
+            assert str(refused).startswith(op), refused
+            continue
+        tried += 1
+        for a, e in zip(outputs, as_tuple(getattr(reference, op)(*clones(*both)[0], **clones(*both)[1]))):
+            assert torch.equal(a, e)
+        if not testing.specs()[op].inplace:
+            with scalekern.backend(any_backend):
+                _, grads = gradients(getattr(scalekern, op), *both)
+            assert all(g is None or torch.isfinite(g).all() for g in grads.values())
+    assert tried >= 1
+
+
+# --- 6: bad input --------------------------------------------------------------------------------------------------
+
+
+def _wrong_dtype(value):
+    return torch.bool if value.is_floating_point() or value.is_complex() else torch.float32
+
+
+def _bad_calls(args, kwargs):
+    """{argument: calls that must all fail}, with that argument spoiled: three axes too many, a wrong dtype."""
+    for name, value in tensors_of(args, kwargs).items():
+        for bad in (value[None, None, None], value.to(_wrong_dtype(value))):
+            yield with_tensors(args, kwargs, {name: bad})
+
+
+def _resized_calls(args, kwargs):
+    """For each argument, calls with one of its axes a step longer; at least one of them fits nothing."""
+    for name, value in tensors_of(args, kwargs).items():
+        if name != "cu_seqlens":  # one more sequence is no error
+            yield [
+                with_tensors(args, kwargs, {name: torch.cat([value, value.narrow(axis, 0, 1)], axis)})
+                for axis in range(value.dim())
+            ]
+
+
+def _refusal(op, args, kwargs, fake):
+    """The message with which a call is refused before anything runs, None when it is not."""
+    try:
+        if fake:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                tensors = {k: mode.from_tensor(v) for k, v in tensors_of(args, kwargs).items()}
+                both = with_tensors(args, kwargs, tensors)
+                getattr(scalekern, op)(*both[0], **both[1])
+        else:
+            getattr(scalekern, op)(*args, **kwargs)
+    except (ValueError, TypeError) as refused:
+        return str(refused)
+    return None
+
+
+@compiled_only
+@every_case
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_bad_input_is_named(op, sample, fake):
+    """The op, an argument and what was expected and got are in the message; the fake says the same."""
+    args, kwargs = sample.make(seed=11)
+    messages = [_refusal(op, *call, fake) for call in _bad_calls(args, kwargs)]
+    for calls in _resized_calls(args, kwargs):
+        refusals = [m for m in (_refusal(op, *call, fake) for call in calls) if m is not None]
+        assert refusals, "an argument may have any size at all"
+        messages += refusals
+    for message in messages:
+        assert message is not None and re.match(rf"^{op}: .*(must|need|divide|pass one).*got", message), message
+
+
+@every_op
+def test_not_a_tensor(op):
+    args, kwargs = testing.samples(op)[0].make()
+    with pytest.raises(TypeError, match=rf"{op}: \w+ must be a torch.Tensor, got list"):
+        getattr(scalekern, op)([1.0], *args[1:], **kwargs)
+
+
+# --- 7: NaN and Inf ------------------------------------------------------------------------------------------------
+
+
+@some_case
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
+    args, kwargs = sample.make(device=on.device, dtype=torch.float32, seed=12)
+    target = 1 if op == "causal_conv1d_update" else 0
+    for position in (0, -1):
+        spoiled = copy.copy(list(args))
+        spoiled[0] = args[0].clone()
+        spoiled[0].view(-1)[position] = value
+        actual = on(forward, getattr(scalekern, op), op, spoiled, kwargs)
+        oracle = expected(op, spoiled, kwargs)
+        for i, (a, e) in enumerate(zip(actual, oracle)):
+            assert torch.equal(a.isnan(), e.isnan()), f"output {i}, target {target}"
+            finite = torch.isfinite(torch.view_as_real(e) if e.is_complex() else e)
+            got = torch.view_as_real(a) if a.is_complex() else a
+            want = torch.view_as_real(e) if e.is_complex() else e
+            assert_close(got[finite], want[finite], tolerance=1e-5)
+
+
+# --- the registry itself -------------------------------------------------------------------------------------------
+
+
+def test_every_registered_op_is_public_and_sampled():
+    public = {o.public if not o.name.endswith("_update") else o.name for o in _library.OPS.values()}
+    assert public == set(testing.specs())
+    for op in public:
+        assert callable(getattr(scalekern, op)) and callable(getattr(reference, op))
+        assert op in scalekern.__all__ and op in reference.__all__
+
+
+@every_op
+def test_same_signature_as_the_oracle_and_a_real_docstring(op):
+    import inspect
+
+    assert inspect.signature(getattr(scalekern, op)) == inspect.signature(getattr(reference, op))
+    doc = getattr(scalekern, op).__doc__
+    for part in ("Args:", "Returns:", "Raises:", "Source:"):
+        assert part in doc
