@@ -245,12 +245,13 @@ def _causal_conv1d_bwd_kernel(
         at = b * stride_dx_b + t[None, :] * stride_dx_l + d[:, None] * stride_dx_d
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=in_d[:, None] & (t < L)[None, :])
     else:
-        _dinitial(
-            dinitial_ptr, dout_ptr, dfinal_ptr, x_ptr, seq_ptr, cu_ptr, initial_ptr, taps, bias, d, in_d, b,
-            tile - tiles, L, S, search_top, stride_dinitial_b, stride_dinitial_d, stride_dinitial_w,
-            stride_dout_d, stride_dout_l, stride_dfinal_b, stride_dfinal_d, stride_dfinal_w, stride_x_d, stride_x_l,
-            stride_seq_l, stride_initial_b, stride_initial_d, stride_initial_w, SILU, acc, W, INT64,
-        )  # fmt: skip
+        if dinitial_ptr is not None:
+            _dinitial(
+                dinitial_ptr, dout_ptr, dfinal_ptr, x_ptr, seq_ptr, cu_ptr, initial_ptr, taps, bias, d, in_d, b,
+                tile - tiles, L, S, search_top, stride_dinitial_b, stride_dinitial_d, stride_dinitial_w,
+                stride_dout_d, stride_dout_l, stride_dfinal_b, stride_dfinal_d, stride_dfinal_w, stride_x_d, stride_x_l,
+                stride_seq_l, stride_initial_b, stride_initial_d, stride_initial_w, SILU, acc, W, INT64,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -383,27 +384,24 @@ def causal_conv1d_bwd(dx, dweight, dbias, dinitial, *args):
         dbias.copy_(dfilter[:, width])
 
 
-def _sample(dtype: torch.dtype, channels_last: bool):
-    """Meta tensors of a typical call: x, final or initial states, weight, bias."""
+def _spec(kind: str, options: str, dtype: torch.dtype) -> Launch:
+    """A typical launch; options: "d" channels-last, "packed", "runs" (seq_idx, 64-bit offsets)."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    B, D, L, W = 8, 4096, 4096, 4
-    x = meta(B, L, D, dtype=dtype).transpose(1, 2) if channels_last else meta(B, D, L, dtype=dtype)
-    return x, meta(B, D, W - 1, dtype=dtype), meta(D, W, dtype=real), meta(D, dtype=real)
+    B, D, L, W = (1, 4096, 2**20, 4) if options == "runs" else (1 if options == "packed" else 8, 4096, 4096, 4)
+    x = meta(B, L, D, dtype=dtype).transpose(1, 2) if options == "d" else meta(B, D, L, dtype=dtype)
+    cu = meta(65, dtype=torch.int32) if options == "packed" else None
+    runs = meta(B, L, dtype=torch.int64) if options == "runs" else None
+    states = meta(B if cu is None else 64, D, W - 1, dtype=dtype)
+    initial = states if cu is not None or runs is not None else None
+    call = (x, meta(D, W, dtype=real), meta(D, dtype=real), runs, cu, initial, True)
+    if kind == "fwd":
+        return plan_causal_conv1d_fwd(x, states, *call)
+    blocks = _blocks("causal_conv1d_bwd", x, W)
+    dfilter = meta(B * triton.cdiv(L, blocks["BLOCK_L"]), D, W + 1, dtype=real)
+    return plan_causal_conv1d_bwd(x, dfilter, initial, x, initial, *call, blocks=blocks)
 
 
-def _fwd_spec(dtype: torch.dtype, channels_last: bool) -> Launch:
-    x, states, weight, bias = _sample(dtype, channels_last)
-    return plan_causal_conv1d_fwd(x, states, x, weight, bias, None, None, None, True)
-
-
-def _bwd_spec(dtype: torch.dtype, channels_last: bool) -> Launch:
-    x, _, weight, bias = _sample(dtype, channels_last)
-    blocks = _blocks("causal_conv1d_bwd", x, 4)
-    tiles = x.shape[0] * triton.cdiv(x.shape[2], blocks["BLOCK_L"])
-    dfilter = meta(tiles, x.shape[1], 5, dtype=weight.dtype)
-    return plan_causal_conv1d_bwd(x, dfilter, None, x, None, x, weight, bias, None, None, None, True, blocks=blocks)
-
-
-for _name, _spec in (("fwd", _fwd_spec), ("bwd", _bwd_spec)):
-    for _suffix, _last in (("", False), ("_d", True)):
-        compile_spec(f"causal_conv1d_{_name}{_suffix}")(lambda dtype, f=_spec, last=_last: f(dtype, last))
+for _kind in ("fwd", "bwd"):
+    for _options in ("", "d", "packed", "runs"):
+        _name = f"causal_conv1d_{_kind}" + (f"_{_options}" if _options else "")
+        compile_spec(_name)(lambda dtype, kind=_kind, options=_options: _spec(kind, options, dtype))

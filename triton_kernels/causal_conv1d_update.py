@@ -120,8 +120,12 @@ def causal_conv1d_update(*args):
     plan_causal_conv1d_update(*args).run()
 
 
-@compile_spec("causal_conv1d_update")
-def _spec(dtype: torch.dtype) -> Launch:
+def _spec(dtype: torch.dtype, circular: bool) -> Launch:
     real = torch.float64 if dtype == torch.float64 else torch.float32
     x, state, weight = meta(64, 4096, 1, dtype=dtype), meta(64, 4096, 4, dtype=dtype), meta(4096, 4, dtype=real)
-    return plan_causal_conv1d_update(x, state, x, weight, meta(4096, dtype=real), None, None, True)
+    slots = meta(64, dtype=torch.int64) if circular else None
+    return plan_causal_conv1d_update(x, state, x, weight, meta(4096, dtype=real), slots, slots, True)
+
+
+compile_spec("causal_conv1d_update")(lambda dtype: _spec(dtype, False))
+compile_spec("causal_conv1d_update_circular")(lambda dtype: _spec(dtype, True))

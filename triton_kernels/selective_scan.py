@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._packing import checkpoint_count, checkpoint_stride
+from .._packing import checkpoint_stride
 from . import scan_device as dev
-from .common import Launch, compile_spec, index, meta, pick, put, sigmoid, strides, wide
+from .common import Launch, compile_spec, index, pick, put, sigmoid, strides, wide
 from .scan_device import (
     advance, bounds, channels_of, decay_rates, load_channels, load_constant, load_matrix, load_tile, over_states,
     step_size, token,
@@ -157,21 +157,13 @@ def selective_scan_fwd(*args):
     plan_selective_scan_fwd(*args).run()
 
 
-def _sample(dtype: torch.dtype, states: int = 16, channels_last: bool = False):
-    """Meta tensors of a typical call: the outputs, then the op's arguments."""
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    B, D, L = 8, 4096, 4096
-
-    def sequence():
-        return meta(B, L, D, dtype=dtype).transpose(1, 2) if channels_last else meta(B, D, L, dtype=dtype)
-
-    matrix, vector = meta(B, 1, states, L, dtype=dtype), meta(D, dtype=real)
-    last, saved = meta(B, D, states, dtype=real), meta(B, checkpoint_count(L, states), D, states, dtype=real)
-    inputs = (sequence(), sequence(), meta(D, states, dtype=real), matrix, matrix, vector, sequence(), vector, None, None)
-    return sequence(), last, saved, *inputs
+def _spec(dtype: torch.dtype, options: str) -> Launch:
+    inputs, checkpoints = dev.sample(dtype, options)
+    u, A, initial = inputs[0], inputs[2], inputs[8]
+    last = A.new_empty(u.shape[0], *A.shape) if initial is None else initial
+    return plan_selective_scan_fwd(u, last, checkpoints, *inputs, True, options == "packed", True)
 
 
-for _name, _options in {
-    "selective_scan_fwd": {}, "selective_scan_fwd_N64": {"states": 64}, "selective_scan_fwd_d": {"channels_last": True},
-}.items():  # fmt: skip
-    compile_spec(_name)(lambda dtype, o=_options: plan_selective_scan_fwd(*_sample(dtype, **o), True, False, True))
+for _options in ("", "d", "N64", "packed", "wide"):
+    _name = "selective_scan_fwd" + (f"_{_options}" if _options else "")
+    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))

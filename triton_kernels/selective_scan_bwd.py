@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._packing import checkpoint_count, checkpoint_stride
+from .._packing import checkpoint_stride
 from . import scan_device as dev
-from .common import LN2, Launch, compile_spec, index, meta, pick, put, sigmoid, silu_slope, strides, wide
+from .common import LN2, Launch, compile_spec, index, pick, put, sigmoid, silu_slope, strides, wide
 from .scan_device import (
     advance, bounds, channels_of, decay_rates, load_channels, load_constant, load_matrix, load_tile, over_channels,
     over_states, step_size, token,
@@ -330,3 +330,23 @@ def selective_scan_bwd(du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, *args):
     for gradient, partial in ((dA, rows_dA), (dD, rows_dD), (dbias, rows_dbias)):
         if partial is not None:
             gradient.copy_(partial.sum(0))
+
+
+def _spec(dtype: torch.dtype, options: str) -> Launch:
+    inputs, checkpoints = dev.sample(dtype, options)
+    x, _, A, B, C, vector, _, _, initial, cu = inputs
+    blocks, _, count, scratch_shape = plan_buffers(x, A, B, C, cu)
+    rows = scratch_shape[0]
+    matrices = [
+        A.new_empty(rows, *A.shape) if m.dim() == 2 else A.new_empty(x.shape[0], count, *m.shape[2:]) for m in (B, C)
+    ]
+    vectors = A.new_empty(rows, A.shape[0])
+    return plan_selective_scan_bwd(
+        x, x, A.new_empty(rows, *A.shape), *matrices, vectors, x, vectors, initial, A.new_empty(scratch_shape),
+        x, initial, *inputs, checkpoints, True, options == "packed", blocks=blocks, first_block=0, count=count,
+    )  # fmt: skip
+
+
+for _options in ("", "d", "N64", "packed", "wide"):
+    _name = "selective_scan_bwd" + (f"_{_options}" if _options else "")
+    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))

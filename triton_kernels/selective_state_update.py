@@ -96,9 +96,14 @@ def selective_state_update(*args):
     plan_selective_state_update(*args).run()
 
 
-@compile_spec("selective_state_update")
-def _spec(dtype: torch.dtype) -> Launch:
+def _spec(dtype: torch.dtype, heads: int, dim: int, states: int, slots: bool) -> Launch:
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    x, A, matrix = meta(64, 1, 4096, dtype=dtype), meta(1, 4096, 16, dtype=real), meta(64, 1, 16, dtype=dtype)
-    vector, state = meta(1, 4096, dtype=real), meta(64, 1, 4096, 16, dtype=real)
-    return plan_selective_state_update(x, state, x, x, A, matrix, matrix, vector, x, vector, None, True)
+    x, A = meta(64, heads, dim, dtype=dtype), meta(heads, dim, states, dtype=real)
+    matrix, vector = meta(64, 1, states, dtype=dtype), meta(heads, dim, dtype=real)
+    state = meta(64, heads, dim, states, dtype=dtype if slots else real)
+    index = meta(64, dtype=torch.int32) if slots else None
+    return plan_selective_state_update(x, state, x, x, A, matrix, matrix, vector, x, vector, index, True)
+
+
+compile_spec("selective_state_update")(lambda dtype: _spec(dtype, 1, 4096, 16, False))
+compile_spec("selective_state_update_heads")(lambda dtype: _spec(dtype, 64, 64, 128, True))
