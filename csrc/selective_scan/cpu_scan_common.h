@@ -332,6 +332,17 @@ static void store_row_state(const ScanArgs& a, const Plan& plan, const ScanTenso
   store_state<O>(a, plan, p, x.s[1], x.s[2], k, 0, plan.vectors, state);
 }
 
+// The rows of empty sequences: what enters is what leaves, zeros when `from` is absent.
+template <class O, class F = typename O::Scalar>
+static void copy_empty_sequences(const ScanArgs& a, const ScanTensor& from, const ScanTensor& to) {
+  const auto at = [](const ScanTensor& x, int64_t row, int64_t d, int64_t n) {
+    return reinterpret_cast<F*>(x.data) + (row * x.s[0] + d * x.s[1] + n / O::comps * x.s[2]) * O::comps + n % O::comps;
+  };
+  for (int64_t row = 0; row < a.sequences; ++row)
+    for (int64_t d = 0; a.starts[row] == a.starts[row + 1] && d < a.channels; ++d)
+      for (int64_t n = 0; n < a.states * O::comps; ++n) *at(to, row, d, n) = from.data ? *at(from, row, d, n) : F(0);
+}
+
 // Slot of the chunk that starts at time t.
 template <class O, class F = typename O::Scalar>
 static F* slot_at(const ScanArgs& a, int64_t b, int64_t t) {
