@@ -56,6 +56,9 @@ static inline void widen(F* __restrict dst, const T* __restrict src, int64_t str
   int64_t i = 0;
   if (stride == 1)
     for (; i + kLanes<F> <= count; i += kLanes<F>) store(dst + i, load_as<F>(src + i));
+  else if (stride == 4)  // a filter or a decoding state of width 4: a stride that the compiler knows becomes permutes
+    for (; i + kLanes<F> <= count; i += kLanes<F>)
+      for (int j = 0; j < kLanes<F>; ++j) dst[i + j] = to_float(src[(i + j) * 4]);
   for (; i < count; ++i) dst[i] = to_float(src[i * stride]);
 }
 
