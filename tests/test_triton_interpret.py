@@ -19,6 +19,7 @@ from triton.runtime import interpreter  # noqa: E402
 import scalekern  # noqa: E402
 from scalekern import reference  # noqa: E402
 from scalekern.ops.selective_scan import selective_scan_bwd, selective_scan_fwd  # noqa: E402
+from scalekern.triton_kernels import selective_scan as scan_fwd_module  # noqa: E402
 from scalekern.triton_kernels import selective_scan_bwd as scan_bwd_module  # noqa: E402
 
 _patched: set[int] = set()
@@ -187,6 +188,33 @@ def test_scan_gradient_through_the_last_state_alone():
     expected = torch.autograd.grad(loss(reference.selective_scan, inputs64), [inputs64[i] for i in wanted])
     for i, f, e in zip(wanted, found, expected):
         assert_close(f, e, F32, SCAN_NAMES[i])
+
+
+@pytest.mark.parametrize("reverse, L", ((False, 19), (True, 17), (False, 70), (True, 70)))
+def test_scan_split_over_time(monkeypatch, reverse, L):
+    """Parts of 8 tokens (36 for the longer one, so that checkpoints lie inside) join to what one program computes."""
+    torch.manual_seed(17)
+    tokens = 8 if L < 20 else 36
+    inputs = [*scan_inputs(B=2 if L < 20 else 1, D=3, L=L, N=3, G=1), randn(2 if L < 20 else 1, 3, 3)]
+    inputs[3][..., 9] = 0
+    whole = selective_scan_fwd(*inputs, None, True, reverse, True)
+    monkeypatch.setattr(scan_fwd_module, "_parts", lambda *_: (-(-L // tokens), tokens))
+    for found, expected in zip(selective_scan_fwd(*inputs, None, True, reverse, True), whole):
+        assert_close(found, expected, F32)
+    out, last = scalekern.selective_scan(*inputs[:8], True, True, initial_state=inputs[8], reverse=reverse)
+    inputs64 = [x.double() for x in inputs]
+    expected = reference.selective_scan(*inputs64[:8], True, True, initial_state=inputs64[8], reverse=reverse)
+    assert_close(out, expected[0], F32)
+    assert_close(last, expected[1], F32)
+
+
+def test_scan_split_over_time_with_negative_steps(monkeypatch):
+    """An infinite decay over a part leaves a zero state zero."""
+    inputs = [x.abs() for x in scan_inputs(B=1, D=2, L=24, N=2, full=False)[:5]]
+    inputs[1][..., :16], inputs[1][..., 16:], inputs[2] = -20.0, 1.0, -inputs[2] - 1
+    inputs[0][..., :16] = 0
+    monkeypatch.setattr(scan_fwd_module, "_parts", lambda *_: (3, 8))
+    assert_close(scalekern.selective_scan(*inputs), reference.selective_scan(*[x.double() for x in inputs]), F32)
 
 
 @pytest.mark.parametrize("reverse", (False, True))
