@@ -26,6 +26,7 @@ from scalekern.triton_kernels import (  # noqa: E402
     selective_scan,
     selective_scan_bwd,
     selective_state_update,
+    tuning,
 )
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
@@ -102,6 +103,36 @@ def test_backward_buffers_stay_within_their_bounds(packed):
         rows, size = scratch[0], torch.Size(scratch).numel()
         assert rows == 1 or size <= max(u.numel(), selective_scan_bwd.SCRATCH_FLOOR), (B, D, L, N, G, scratch)
         assert rows <= (B if cu is None else cu.shape[0] - 1) or rows == 1
+
+
+def test_tuning_is_found_by_its_key(monkeypatch, tmp_path):
+    """The fastest candidate is stored for this GPU and used from then on, for its key alone; a broken file is ignored."""
+    monkeypatch.setenv("SCALEKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (made up)")
+    device, default = torch.device("cuda", 0), {"BLOCK_D": 32, "T": 8, "num_warps": 1}
+    seen = []
+
+    def launch(key="bfloat16-N16"):
+        seen.append(tuning.config("selective_scan_fwd", key, device, default))
+
+    def time_ms(call):
+        call()
+        return abs(seen[-1]["BLOCK_D"] - 64) + seen[-1]["T"]
+
+    key, times = tuning.tune("selective_scan_fwd", launch, device, time_ms=time_ms)
+    assert key == "bfloat16-N16" and len(times) == len(tuning.CANDIDATES["selective_scan_fwd"])
+    assert times[0][0]["BLOCK_D"] == 64 and times[0][0]["T"] == 1
+    launch()
+    launch("float32-N16")
+    assert seen[-2] == times[0][0] and seen[-1] == default
+    (file,) = tmp_path.glob("triton/*.json")
+    file.write_text("{broken")
+    tuning._tunings.cache_clear()
+    launch()
+    assert seen[-1] == default
+    tuning._tunings.cache_clear()
+    with pytest.raises(RuntimeError, match="2 of its keys"):
+        tuning.tune("selective_scan_fwd", lambda: (launch(), launch("other")), device, time_ms=time_ms)
 
 
 def record() -> None:

@@ -146,6 +146,11 @@ def units(channels: int, B: torch.Tensor, C: torch.Tensor) -> dict[str, int]:
     }
 
 
+def tuning_key(u: torch.Tensor, block_n: int, unit: int) -> str:
+    time_fastest = "l" if u.stride(2) == 1 else "d"
+    return f"{str(u.dtype)[6:]}-N{block_n}-D{min(power_of_two(unit), 128)}-{time_fastest}"
+
+
 def sample(dtype: torch.dtype, options: str) -> tuple:
     """For the compile specs: meta tensors of a typical call up to cu_seqlens, and its checkpoints.
 

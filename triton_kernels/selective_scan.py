@@ -163,22 +163,16 @@ def _default(u: torch.Tensor, block_n: int, unit: int) -> dict:
     }
 
 
-def tuning_key(u: torch.Tensor, block_n: int, unit: int) -> str:
-    time_fastest = "l" if u.stride(2) == 1 else "d"
-    return f"{str(u.dtype)[6:]}-N{block_n}-D{min(dev.power_of_two(unit), 128)}-{time_fastest}"
-
-
 def plan_selective_scan_fwd(
     out, last_state, checkpoints, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus,
-    reverse, save_checkpoints, *, blocks=None,
+    reverse, save_checkpoints,
 ):  # fmt: skip
-    """The launches (two when time is split), from shapes and dtypes alone. `blocks` overrides the config (tuning)."""
+    """The launches, two when time is split, from shapes, strides and dtypes alone."""
     (batch, channels, length), states = u.shape, A.shape[1]
     units = dev.units(channels, B, C)
     block_n, chunk = dev.power_of_two(states), checkpoint_stride(states)
-    if blocks is None:
-        key = tuning_key(u, block_n, units["unit"])
-        blocks = config("selective_scan_fwd", key, u.device, _default(u, block_n, units["unit"]))
+    key = dev.tuning_key(u, block_n, units["unit"])
+    blocks = config("selective_scan_fwd", key, u.device, _default(u, block_n, units["unit"]))
     per_unit = triton.cdiv(units["unit"], blocks["BLOCK_D"])
     grid = (last_state.shape[0], channels // units["unit"] * per_unit)
     parts, part_tokens = 1, length
