@@ -324,17 +324,18 @@ def _runs(x, seq_idx, cu_seqlens, blocks, per_sequence: bool) -> dict:
     tiles = triton.cdiv(x.shape[2], blocks["BLOCK_L"])
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return dict(
-        cu_ptr=cu_seqlens, seq_ptr=seq_idx, S=sequences, search_top=1 << max(sequences.bit_length() - 1, 0), D=x.shape[1],
-        L=x.shape[2], tiles=tiles, programs=tiles + (sequences if per_sequence else 0), **strides("seq", seq_idx, "bl"),
+        cu_ptr=cu_seqlens, seq_ptr=seq_idx, S=sequences, search_top=1 << max(sequences.bit_length() - 1, 0),
+        D=x.shape[1], L=x.shape[2], tiles=tiles, programs=tiles + (sequences if per_sequence else 0),
+        **strides("seq", seq_idx, "bl"),
     )  # fmt: skip
 
 
 def plan_causal_conv1d_fwd(
-    out, final_states, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu, *, blocks=None
+    out, final_states, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu
 ):  # fmt: skip
-    """The launch, from shapes and dtypes alone. `blocks` overrides the config (tuning)."""
+    """The launch, from shapes, strides and dtypes alone."""
     width = weight.shape[1]
-    blocks = _blocks("causal_conv1d_fwd", x, width) if blocks is None else blocks
+    blocks = _blocks("causal_conv1d_fwd", x, width)
     args = dict(
         out_ptr=out, final_ptr=final_states, x_ptr=x, weight_ptr=weight, bias_ptr=bias, initial_ptr=initial_states,
         **_runs(x, seq_idx, cu_seqlens, blocks, True), **strides("out", out, "bdl"),
