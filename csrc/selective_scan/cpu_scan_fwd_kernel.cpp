@@ -19,14 +19,18 @@ constexpr int kStates = 4;      // vectors of a state in registers
 constexpr int kStates = 2;      // 16 registers
 #endif
 
-template <class F>
+template <class O, class F = typename O::Scalar>
 struct Scratch {
   F *d, *x, *u, *y, *z;         // flat tiles: step, d u, u, the sum over states, gate
   F *d_rows, *x_rows, *y_rows;  // [t][W]; the flat ones themselves with channels as lanes
   F *B, *C, *joined;
-  F *state, *log2_A;            // of a bundle of blocks
+  F *state, *scaled;            // of a bundle of blocks
 
-  Scratch(Arena& arena, const Plan& plan, int row) {
+  Block* bundle;
+  Decays<O>* decays_of;
+
+  Scratch(Arena& arena, const Plan& plan) {
+    constexpr int row = O::row;
     const int64_t tile = kTile * kLanes<F>, vectors = plan.vectors * row;
     F** flat[] = {&d, &x, &u, &y, &z};
     for (F** p : flat) *p = arena.take<F>(tile);
@@ -34,20 +38,21 @@ struct Scratch {
     if (plan.state_lanes) d_rows = arena.take<F>(tile), x_rows = arena.take<F>(tile), y_rows = arena.take<F>(tile);
     B = arena.take<F>(kTile * row + kStates * row), C = arena.take<F>(kTile * row + kStates * row);
     joined = arena.take<F>(vectors);
-    state = arena.take<F>(vectors * plan.bundle), log2_A = arena.take<F>(vectors * plan.bundle);
+    state = arena.take<F>(vectors * plan.bundle), scaled = arena.take<F>(vectors * plan.bundle);
+    bundle = arena.take<Block>(plan.bundle), decays_of = arena.take<Decays<O>>(plan.bundle);
   }
 };
 
 // kCount vectors of the state through the times [t0, t1) of a tile.
 template <class O, bool kShared, bool kBounded, int kCount, class F = typename O::Scalar>
 void advance(
-    const F* d_rows, const F* x_rows, F* y_rows, F* state, const F* log2_A, MatrixView<F> B, MatrixView<F> C,
+    const F* d_rows, const F* x_rows, F* y_rows, F* state, const F* scaled, MatrixView<F> B, MatrixView<F> C,
     int64_t t0, int64_t t1, VecInt<F> valid) {
   using Value = typename O::Value;
   constexpr int W = kLanes<F>;
   Value h[kCount], A[kCount];
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i) h[i] = O::get(state + i * O::row), A[i] = O::get(log2_A + i * O::row);
+  for (int i = 0; i < kCount; ++i) h[i] = O::get(state + i * O::row), A[i] = O::get(scaled + i * O::row);
   for (int64_t t = t0; t < t1; ++t) {
     const Vec<F> d = load(d_rows + t * W), x = load(x_rows + t * W);
     Vec<F> y = load(y_rows + t * W);
@@ -80,15 +85,15 @@ class Forward {
 
   void run() {
     *broken_ = 0;
-    pass_empty_sequences();
+    copy_empty_sequences<O>(a_, a_.initial, a_.last);
     if (plan_.segments > 1) {
-      for_items([&](const Item& item, Scratch<F>& s) { prepare(item, s); });
+      for_items([&](const Item& item, Scratch<O>& s) { prepare(item, s); });
     }
-    for_items([&](const Item& item, Scratch<F>& s) { scan(item, s); });
+    for_items([&](const Item& item, Scratch<O>& s) { scan(item, s); });
     if (*broken_) {
       // A state left of a boundary is not finite: what lies right of it has to see that, however long ago it was.
       plan_.segments = 1;
-      for_items([&](const Item& item, Scratch<F>& s) { scan(item, s); });
+      for_items([&](const Item& item, Scratch<O>& s) { scan(item, s); });
     }
   }
 
@@ -96,41 +101,28 @@ class Forward {
   template <class Body>
   void for_items(const Body& body) {
     Arena size(nullptr);
-    Scratch<F>(size, plan_, O::row);
+    Scratch<O>(size, plan_);
     scalekern::parallel(plan_.items(a_), [&](int64_t begin, int64_t end) {
       with_scratch(size.used(), [&](char* memory) {
         Arena arena(memory);
-        Scratch<F> scratch(arena, plan_, O::row);
+        Scratch<O> scratch(arena, plan_);
         for (int64_t i = begin; i < end; ++i) body(item_at(a_, plan_, i), scratch);
       });
     });
   }
 
-  void pass_empty_sequences() {
-    for (int64_t s = 0; s < a_.sequences; ++s) {
-      if (a_.starts[s] != a_.starts[s + 1]) continue;
-      for (int64_t d = 0; d < a_.channels; ++d)
-        for (int64_t n = 0; n < a_.states * O::comps; ++n) {
-          const auto at = [&](const ScanTensor& x) {
-            return reinterpret_cast<F*>(x.data) + (s * x.s[0] + d * x.s[1] + n / O::comps * x.s[2]) * O::comps + n % O::comps;
-          };
-          *at(a_.last) = a_.initial.data ? *at(a_.initial) : F(0);
-        }
-    }
-  }
-
   // Step sizes of a tile, into s.d.
-  void load_steps(int64_t b, Block k, int64_t t, int64_t count, Scratch<F>& s) {
+  void load_steps(int64_t b, Block k, int64_t t, int64_t count, Scratch<O>& s) {
     load_flat<F>(a_, plan_, a_.delta, b, k, t, count, s.d);
     step_sizes<F>(a_, flat_rows<F>(plan_, count), load_channels<F>(plan_, a_.bias, k), s.d, nullptr);
   }
 
   // What the last tokens of a segment make of its state: as many as still count at its end.
-  void prepare(const Item& item, Scratch<F>& s) {
+  void prepare(const Item& item, Scratch<O>& s) {
     if (item.segment == plan_.segments - 1) return;
     for_blocks<F>(a_, plan_, item, [&](Block k) {
       Decays<O> decays;
-      decays.load_from(a_, plan_, k, s.log2_A);
+      decays.load_from(a_, plan_, k, s.scaled);
       const int64_t start = most(item.begin, a_.starts[sequence_at(a_, item.end - 1)]);
       int64_t t = item.end;
       Vec<F> steps{};
@@ -152,36 +144,34 @@ class Forward {
     });
   }
 
-  void scan(const Item& item, Scratch<F>& s) {
-    Block bundle[kMaxBundle];
+  void scan(const Item& item, Scratch<O>& s) {
     int64_t count = 0;
     for_blocks<F>(a_, plan_, item, [&](Block k) {
-      bundle[count++] = k;
-      if (count == plan_.bundle) scan_bundle(item, bundle, count, s), count = 0;
+      s.bundle[count++] = k;
+      if (count == plan_.bundle) scan_bundle(item, count, s), count = 0;
     });
-    if (count > 0) scan_bundle(item, bundle, count, s);
+    if (count > 0) scan_bundle(item, count, s);
   }
 
-  void scan_bundle(const Item& item, const Block* bundle, int64_t blocks, Scratch<F>& s) {
+  void scan_bundle(const Item& item, int64_t blocks, Scratch<O>& s) {
     const int64_t size = plan_.vectors * O::row;
-    Decays<O> decays[kMaxBundle];
     for (int64_t i = 0; i < blocks; ++i) {
-      decays[i].load_from(a_, plan_, bundle[i], s.log2_A + i * size);
+      s.decays_of[i].load_from(a_, plan_, s.bundle[i], s.scaled + i * size);
       for (int64_t j = 0; j < size; ++j) s.state[i * size + j] = 0;
       for (int64_t j = 0; j < item.segment; ++j)
-        join_carry<O, false>(a_, plan_, carries_, item.b, j, bundle[i], decays[i], s.state + i * size, s.joined);
+        join_carry<O, false>(a_, plan_, carries_, item.b, j, s.bundle[i], s.decays_of[i], s.state + i * size, s.joined);
     }
     for (int64_t t = item.begin, next; t < item.end; t = next) {
       next = least(t + kTile - (t + a_.pad) % kTile, item.end);  // tiles do not cross chunks
-      for (int64_t i = 0; i < blocks; ++i) tile(item.b, bundle[i], t, next, decays[i], s.state + i * size, true, s);
+      for (int64_t i = 0; i < blocks; ++i) tile(item.b, s.bundle[i], t, next, s.decays_of[i], s.state + i * size, true, s);
     }
     if (item.segment == plan_.segments - 1) return;
     for (int64_t i = 0; i < blocks; ++i)
-      if (!is_finite<O>(a_, plan_, bundle[i], s.state + i * size)) __atomic_store_n(broken_, 1, __ATOMIC_RELAXED);
+      if (!is_finite<O>(a_, plan_, s.bundle[i], s.state + i * size)) __atomic_store_n(broken_, 1, __ATOMIC_RELAXED);
   }
 
   // One block through the times [begin, end), at most a tile. Without `write` only the state is advanced.
-  void tile(int64_t b, Block k, int64_t begin, int64_t end, const Decays<O>& decays, F* state, bool write, Scratch<F>& s) {
+  void tile(int64_t b, Block k, int64_t begin, int64_t end, const Decays<O>& decays, F* state, bool write, Scratch<O>& s) {
     const int64_t count = end - begin, rows = flat_rows<F>(plan_, count);
     load_steps(b, k, begin, count, s);
     load_flat<F>(a_, plan_, a_.u, b, k, begin, count, s.u);
@@ -195,8 +185,8 @@ class Forward {
       if (t == a_.starts[sequence]) load_row_state<O>(a_, plan_, a_.initial, b + sequence, k, state);
       if (write && a_.slots && (t == 0 || (t + a_.pad) % a_.chunk == 0))
         store_state<O>(a_, plan_, slot_at<O>(a_, b, t), a_.checkpoints.s[2], a_.checkpoints.s[3], k, 0, plan_.vectors, state);
-      if (is_shared(a_, plan_)) states<true>(b, k, begin, t, next, decays.log2_A, state, bounded, s);
-      else states<false>(b, k, begin, t, next, decays.log2_A, state, bounded, s);
+      if (is_shared(a_, plan_)) states<true>(b, k, begin, t, next, decays.scaled, state, bounded, s);
+      else states<false>(b, k, begin, t, next, decays.scaled, state, bounded, s);
       if (write && next == a_.starts[sequence + 1]) store_row_state<O>(a_, plan_, a_.last, b + sequence, k, state);
     }
     if (write) finish(b, k, begin, count, s);
@@ -204,20 +194,20 @@ class Forward {
 
   // All vectors of the state through the times [t, next) of the tile that begins at `begin`.
   template <bool kShared>
-  void states(int64_t b, Block k, int64_t begin, int64_t t, int64_t next, const F* log2_A, F* state, bool bounded, Scratch<F>& s) {
+  void states(int64_t b, Block k, int64_t begin, int64_t t, int64_t next, const F* scaled, F* state, bool bounded, Scratch<O>& s) {
     int64_t v = 0;
     if constexpr (kShared)
-      for (; v + kStates <= plan_.vectors; v += kStates) group<kShared, kStates>(b, k, v, begin, t, next, log2_A, state, bounded, s);
-    for (; v < plan_.vectors; ++v) group<kShared, 1>(b, k, v, begin, t, next, log2_A, state, bounded, s);
+      for (; v + kStates <= plan_.vectors; v += kStates) group<kShared, kStates>(b, k, v, begin, t, next, scaled, state, bounded, s);
+    for (; v < plan_.vectors; ++v) group<kShared, 1>(b, k, v, begin, t, next, scaled, state, bounded, s);
   }
 
   template <bool kShared, int kCount>
-  void group(int64_t b, Block k, int64_t v, int64_t begin, int64_t t, int64_t next, const F* log2_A, F* state, bool bounded, Scratch<F>& s) {
+  void group(int64_t b, Block k, int64_t v, int64_t begin, int64_t t, int64_t next, const F* scaled, F* state, bool bounded, Scratch<O>& s) {
     const auto B = view_matrix<O>(a_, plan_, a_.B, a_.groups_B, b, k, v, kCount, t, next - t, s.B);
     const auto C = view_matrix<O>(a_, plan_, a_.C, a_.groups_C, b, k, v, kCount, t, next - t, s.C);
     const auto valid = first_lanes<F>(lanes_of<F>(a_, plan_, k, v));
     F* h = state + v * O::row;
-    const F* A = log2_A + v * O::row;
+    const F* A = scaled + v * O::row;
     constexpr bool can_be_bounded = O::comps == 1 && sizeof(F) == 4;  // the other types have one version
     if (can_be_bounded && bounded)
       advance<O, kShared, can_be_bounded, kCount>(s.d_rows, s.x_rows, s.y_rows, h, A, B, C, t - begin, next - begin, valid);
@@ -225,7 +215,7 @@ class Forward {
   }
 
   // out = (y + D u) silu(z)
-  void finish(int64_t b, Block k, int64_t t, int64_t count, Scratch<F>& s) {
+  void finish(int64_t b, Block k, int64_t t, int64_t count, Scratch<O>& s) {
     if (plan_.state_lanes) sum_rows<F>(count, s.y_rows, W, first_lanes<F>(W), s.y, false);
     const Vec<F> D = load_channels<F>(plan_, a_.D, k);
     const bool gated = a_.z.data != nullptr, skip = a_.D.data != nullptr;

@@ -18,6 +18,7 @@ MIXERS = {
     "transformers.models.falcon_mamba.modeling_falcon_mamba": ("FalconMambaMixer", lambda mask: True),
 }
 _CLOSURE = {"applicable_params", "func_name", "implementation", "is_new_implementation", "package", "torch_function"}
+_AVAILABILITY = ("is_mamba_ssm_available", "is_mamba_2_ssm_available", "is_causal_conv1d_available")
 _packages: set[str] = set()
 
 
@@ -80,6 +81,9 @@ def _patch_mixer(module) -> None:
 
 def _resolve_again() -> None:
     """Run the decorator again for every kernel function of the shimmed packages, into the closure that is in use."""
+    checks = sys.modules.get("transformers.utils.import_utils")
+    for name in _AVAILABILITY:
+        getattr(getattr(checks, name, None), "cache_clear", lambda: None)()  # they remember their first answer
     hub_kernels = sys.modules.get("transformers.integrations.hub_kernels")
     decorate = getattr(hub_kernels, "use_kernel_func_from_hub_with_fallback", None)
     if decorate is None:

@@ -149,8 +149,8 @@ def _gpu_supports(u, delta, A, *rest):
 
 
 def _backward(ctx, dout, dlast_state, _dcheckpoints):
-    tensors, flags = ctx.saved_tensors[:-2], ctx.flags
-    cu_seqlens, checkpoints = ctx.saved_tensors[-2:]
+    *tensors, cu_seqlens, checkpoints = ctx.saved_tensors  # once: under activation checkpointing a read recomputes
+    flags = ctx.flags
     if dout is None and dlast_state is None:
         return (None,) * 13
     dout = torch.zeros_like(tensors[0]) if dout is None else dout

@@ -1,0 +1,203 @@
+"""Training: schedule, steps, held-out bits per byte, checkpoints, and a clean stop on Ctrl-C.
+
+Everything a step depends on is its number and the tensors of the checkpoint, so a resumed run goes on with the very
+losses that an uninterrupted one has (same machine, same number of threads).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import torch
+import torch.nn.functional as F
+
+from scalekern.demo import data
+from scalekern.demo.data import Corpus, InputError
+from scalekern.demo.model import Config, LanguageModel
+
+FORMAT = "scalekern-demo-1"
+TIME_LIMIT_S = 200  # of training, so that the whole demo ends within five minutes
+PROBE_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = 1200
+    batch: int = 8
+    window: int = 256
+    peak_rate: float = 4e-3
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    held_out_windows: int = 64
+    seed: int = 0
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warmup, then a cosine down to a twentieth of the peak. `step` counts from 0."""
+    warmup = max(1, min(60, settings.steps // 10))
+    if step < warmup:
+        return settings.peak_rate * (step + 1) / warmup
+    turn = math.pi * (step - warmup) / max(1, settings.steps - warmup)
+    return settings.peak_rate * (0.05 + 0.95 * (1 + math.cos(turn)) / 2)
+
+
+def bits_per_byte(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Mean of -log2 p(target): logits (..., 256), targets (...)."""
+    nats = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1))
+    return nats.item() / math.log(2)
+
+
+class Trainer:
+    """Model, optimizer and progress of one run; `step` is the number of steps done."""
+
+    def __init__(self, corpus: Corpus, config: Config, settings: Settings, device: str):
+        self.corpus, self.settings, self.device = corpus, settings, device
+        torch.manual_seed(settings.seed)
+        self.model = LanguageModel(config).to(device)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.held_out = data.held_out_windows(corpus.held_out, settings.held_out_windows, settings.window)
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []  # bits per byte on each step's batch
+        self.curve: list[tuple[int, float]] = []  # (steps done, held-out bits per byte)
+
+    def train_step(self) -> float:
+        start = time.perf_counter()
+        settings = self.settings
+        tokens = data.batch(self.corpus.train, self.step, settings.batch, settings.window, settings.seed)
+        tokens = tokens.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, settings)
+        loss = optimize(self.model, self.optimizer, tokens, settings.clip)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} at step {self.step + 1}")
+        self.step += 1
+        self.losses.append(loss / math.log(2))
+        self.seconds += time.perf_counter() - start
+        return self.losses[-1]
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Bits per byte over all targets of the held-out windows, each read from a zero state."""
+        total = 0.0
+        for tokens in self.held_out.split(16):
+            tokens = tokens.to(self.device)
+            total += bits_per_byte(self.model(tokens[:, :-1]), tokens[:, 1:]) * len(tokens)
+        self.curve.append((self.step, total / len(self.held_out)))
+        return self.curve[-1][1]
+
+    def evaluation_due(self) -> bool:
+        every = max(20, self.settings.steps // 16)
+        return self.step % every == 0 or self.step == self.settings.steps
+
+    def status(self) -> str:
+        recent = self.losses[-20:]
+        rate = self.step / self.seconds
+        return (
+            f"bits per byte: training {sum(recent) / len(recent):.3f}, held out {self.curve[-1][1]:.3f}; "
+            f"{rate:.1f} steps/s"
+        )
+
+    def fit_time_limit(self) -> bool:
+        """After the first steps: fewer steps, when this machine would not do all of them within TIME_LIMIT_S."""
+        if self.step != PROBE_STEPS:
+            return False
+        affordable = max(2 * PROBE_STEPS, int(TIME_LIMIT_S / (self.seconds / PROBE_STEPS)))
+        if affordable >= self.settings.steps:
+            return False
+        self.settings = dataclasses.replace(self.settings, steps=affordable)
+        return True
+
+    def save(self, path: pathlib.Path) -> None:
+        """One safetensors file, written beside its place and renamed into it: there is never half a checkpoint."""
+        from safetensors.torch import save_file
+
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        state = {
+            "format": FORMAT, "digest": self.corpus.digest, "config": dataclasses.asdict(self.model.config),
+            "settings": dataclasses.asdict(self.settings), "step": self.step, "seconds": self.seconds,
+            "losses": self.losses, "curve": self.curve,
+        }  # fmt: skip
+        temporary = path.with_name(path.name + ".new")
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+        os.replace(temporary, path)
+
+    @classmethod
+    def resume(cls, path: pathlib.Path, corpus: Corpus, steps: int | None, device: str) -> "Trainer":
+        """The run that `path` holds; `steps` re-plans its length."""
+        state, tensors = read_checkpoint(path)
+        if state["digest"] != corpus.digest:
+            raise InputError(f"{path} was trained on another text: give the same --text, or start over without --resume")
+        settings = Settings(**state["settings"])
+        settings = dataclasses.replace(settings, steps=max(steps or settings.steps, state["step"]))
+        trainer = cls(corpus, Config(**state["config"]), settings, device)
+        trainer.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, parameter in trainer.model.named_parameters():
+            moments = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if all(value is not None for value in moments.values()):
+                trainer.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
+        trainer.step, trainer.seconds = state["step"], state["seconds"]
+        trainer.losses, trainer.curve = state["losses"], [tuple(point) for point in state["curve"]]
+        return trainer
+
+
+def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; weights of matmuls decay, the rest (norms, biases, A, D, embedding) does not."""
+    kept = [p for n, p in model.named_parameters() if p.dim() < 2 or n.endswith("A_log") or "embedding" in n]
+    skip = set(kept)
+    decaying = [p for p in model.parameters() if p not in skip]
+    groups = [{"params": decaying, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.peak_rate, betas=(0.9, 0.98), fused=True)
+
+
+def optimize(model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, clip: float) -> float:
+    """One step on windows (B, L + 1); the loss in nats a byte."""
+    logits = model(tokens[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return loss.item()
+
+
+def read_checkpoint(path: pathlib.Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise InputError(f"there is nothing to resume: {path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+            if state.get("format") != FORMAT:
+                raise InputError(f"{path} is not a checkpoint of this demo")
+            return state, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint ({error})") from None
+
+
+class StopRequest:
+    """While open, Ctrl-C asks for a stop after the current step; a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *exception):
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
