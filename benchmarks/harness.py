@@ -83,7 +83,7 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
                 continue
             announce(backend)
             try:
-                fields["error_vs_oracle"] = _check(work, backend, expected)
+                fields["error_vs_oracle"] = check(work, backend, expected)
             except _dispatch.BackendError:
                 del found[backend]  # not for this device or these arguments: `doctor` says why
             except Exception as error:  # a kernel may fail in any way, and the others still want their turn
@@ -91,7 +91,7 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
                 if is_sticky(error):
                     raise Sticky(backend, fields["error"]) from error
             else:
-                contenders[backend] = _under(backend, work.run)
+                contenders[backend] = under(backend, work.run)
         rivals, absent = _prepare_peers(work, expected, announce, skip or {})
         if not contenders:
             return [_record(case, device, **fields) for fields in found.values()]
@@ -116,9 +116,9 @@ def is_sticky(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
-def _check(work: Work, backend: str, expected: tuple | None) -> float:
+def check(work: Work, backend: str, expected: tuple | None) -> float:
     with scalekern.backend(backend):
-        got = _as_tuple((work.sample or work.run)())
+        got = as_tuple((work.sample or work.run)())
     if expected is None:
         return 0.0
     error = relative_error(got, expected)
@@ -161,7 +161,7 @@ def _prepare_peers(work: Work, expected: tuple | None, announce: Callable, skip:
             if is_sticky(error):
                 raise Sticky(f"peer {name}", one_line(error)) from error
             continue
-        error = None if out is None or expected is None else relative_error(_as_tuple(out), expected)
+        error = None if out is None or expected is None else relative_error(as_tuple(out), expected)
         ready[name] = {"run": peer.run, "version": peer.version, "scale": peer.scale, "error": error}
     return ready, absent
 
@@ -287,15 +287,15 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def _under(backend: str, run: Callable) -> Callable:
-    def under():
+def under(backend: str, run: Callable) -> Callable:
+    def forced():
         with scalekern.backend(backend):
             return run()
 
-    return under
+    return forced
 
 
-def _as_tuple(out) -> tuple:
+def as_tuple(out) -> tuple:
     return (out,) if isinstance(out, torch.Tensor) else tuple(out)
 
 

@@ -11,7 +11,7 @@ import scalekern
 from scalekern import _library, testing
 from scalekern.__main__ import main
 from scalekern.benchmarks import records
-from scalekern.cli import doctor, report
+from scalekern.cli import doctor, report, tune
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, not the command line")
 MARKS = "# Title\n<!-- support:begin -->\n<!-- support:end -->\ntext\n<!-- results:begin -->\nold\n<!-- results:end -->\nend\n"
@@ -230,3 +230,24 @@ def test_support_table_asks_every_op_and_backend():
 def test_the_repository_readme_has_the_marks():
     text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
     assert all(f"<!-- {s}:{end} -->" in text for s in report.SECTIONS for end in ("begin", "end"))
+
+
+# ---- tune ----
+
+
+def test_tune_tries_the_default_first_and_its_neighbours():
+    found = tune.neighbours({"BLOCK_D": 8, "num_warps": 1, "flag": True})
+    assert found[0] == {"BLOCK_D": 8, "num_warps": 1, "flag": True} and len(found) == 6
+    assert all(c["flag"] is True and c["BLOCK_D"] in (4, 8, 16) and c["num_warps"] in (1, 2) for c in found)
+
+
+def test_tune_stands_between_a_launch_and_its_config():
+    pytest.importorskip("triton")
+    from scalekern.triton_kernels import selective_state_update as kernels
+    from scalekern.triton_kernels import tuning
+
+    original = tuning.config
+    with tune.intercepted({("k", "chosen"): {"BLOCK": 1}}) as asked:
+        assert kernels.config("k", "chosen", torch.device("cpu"), {"BLOCK": 8}) == {"BLOCK": 1}
+        assert kernels.config("k", "other", torch.device("cpu"), {"BLOCK": 8}) == {"BLOCK": 8}
+    assert asked == {("k", "other"): {"BLOCK": 8}} and kernels.config is original
