@@ -186,7 +186,7 @@ def _interleave(runs: dict, hints: dict, device, seconds, deadline, rounds) -> d
     samples = {name: [] for name in runs}
     total = max(wanted.values())
     turn = itertools.count()
-    main = next(iter(backends))
+    main = next(iter(runs))
 
     def one_round():
         i = next(turn)
