@@ -1,6 +1,5 @@
 """Every op through the whole contract of the design: the numbers are those of scalekern.testing."""
 
-import copy
 import itertools
 import re
 
@@ -428,19 +427,19 @@ def test_not_a_tensor(op):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
     args, kwargs = sample.make(device=on.device, dtype=torch.float32, seed=12)
-    target = 1 if op == "causal_conv1d_update" else 0
+    # A product of complex numbers makes NaN of Inf wherever its terms cancel, so which of the two arrives is a matter
+    # of the order of additions; that something not finite arrives is not.
+    complex_arithmetic = any(t.is_complex() for t in tensors_of(args, kwargs).values())
     for position in (0, -1):
-        spoiled = copy.copy(list(args))
-        spoiled[0] = args[0].clone()
+        spoiled = [args[0].clone(), *args[1:]]
         spoiled[0].view(-1)[position] = value
         actual = on(forward, getattr(scalekern, op), op, spoiled, kwargs)
-        oracle = expected(op, spoiled, kwargs)
-        for i, (a, e) in enumerate(zip(actual, oracle)):
-            assert torch.equal(a.isnan(), e.isnan()), f"output {i}, target {target}"
-            finite = torch.isfinite(torch.view_as_real(e) if e.is_complex() else e)
-            got = torch.view_as_real(a) if a.is_complex() else a
-            want = torch.view_as_real(e) if e.is_complex() else e
-            assert_close(got[finite], want[finite], tolerance=1e-5)
+        for i, (a, e) in enumerate(zip(actual, expected(op, spoiled, kwargs))):
+            finite = torch.isfinite(e)  # of a complex number: both parts
+            assert torch.equal(torch.isfinite(a), finite), f"output {i}"
+            if not complex_arithmetic:
+                assert torch.equal(a.isnan(), e.isnan()), f"output {i}"
+            assert_close(a[finite], e[finite], tolerance=1e-5, what=f"output {i}")
 
 
 # --- the registry itself -------------------------------------------------------------------------------------------
