@@ -330,11 +330,11 @@ def _runs(x, seq_idx, cu_seqlens, blocks, per_sequence: bool) -> dict:
 
 
 def plan_causal_conv1d_fwd(
-    out, final_states, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu, *, blocks=None
+    out, final_states, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu
 ):  # fmt: skip
-    """The launch, from shapes and dtypes alone. `blocks` overrides the config (tuning)."""
+    """The launch, from shapes, strides and dtypes alone."""
     width = weight.shape[1]
-    blocks = _blocks("causal_conv1d_fwd", x, width) if blocks is None else blocks
+    blocks = _blocks("causal_conv1d_fwd", x, width)
     args = dict(
         out_ptr=out, final_ptr=final_states, x_ptr=x, weight_ptr=weight, bias_ptr=bias, initial_ptr=initial_states,
         **_runs(x, seq_idx, cu_seqlens, blocks, True), **strides("out", out, "bdl"),

@@ -94,15 +94,15 @@ def _causal_conv1d_update_kernel(
 
 
 def plan_causal_conv1d_update(
-    out, conv_state, x, weight, bias, cache_seqlens, conv_state_indices, silu, *, blocks=None
+    out, conv_state, x, weight, bias, cache_seqlens, conv_state_indices, silu
 ):  # fmt: skip
-    """The launch, from shapes and dtypes alone. `blocks` overrides the config (tuning)."""
+    """The launch, from shapes, strides and dtypes alone."""
     (batch, channels, steps), width, held = x.shape, weight.shape[1], conv_state.shape[2]
     block_k = triton.next_power_of_2(held)
-    if blocks is None:
-        block_d = min(triton.next_power_of_2(channels), max(512 // block_k, 1))
-        default = {"BLOCK_D": block_d, "BLOCK_T": min(triton.next_power_of_2(steps), 16), "num_warps": 2}
-        blocks = config("causal_conv1d_update", f"{str(x.dtype)[6:]}-W{width}-K{block_k}-T{min(steps, 16)}", x.device, default)
+    block_d = min(triton.next_power_of_2(channels), max(512 // block_k, 1))
+    default = {"BLOCK_D": block_d, "BLOCK_T": min(triton.next_power_of_2(steps), 16), "num_warps": 2}
+    key = f"{str(x.dtype)[6:]}-W{width}-K{block_k}-T{default['BLOCK_T']}"
+    blocks = config("causal_conv1d_update", key, x.device, default)
     args = dict(
         out_ptr=out, state_ptr=conv_state, x_ptr=x, weight_ptr=weight, bias_ptr=bias, seqlens_ptr=cache_seqlens,
         indices_ptr=conv_state_indices, D=channels, T=steps, K=held, **strides("out", out, "bdt"),

@@ -146,13 +146,19 @@ def units(channels: int, B: torch.Tensor, C: torch.Tensor) -> dict[str, int]:
     }
 
 
+def tuning_key(u: torch.Tensor, block_n: int, unit: int) -> str:
+    time_fastest = "l" if u.stride(2) == 1 else "d"
+    return f"{str(u.dtype)[6:]}-N{block_n}-D{min(power_of_two(unit), 128)}-{time_fastest}"
+
+
 def sample(dtype: torch.dtype, options: str) -> tuple:
     """For the compile specs: meta tensors of a typical call up to cu_seqlens, and its checkpoints.
 
-    options: "d" channels-last, "N64", "packed" (initial states, constant C), "wide" (64-bit offsets, 3 states).
+    options: "d" channels-last, "N64", "packed" (initial states, constant C), "wide" (64-bit offsets, 3 states),
+    "small" (one short row).
     """
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    B, D, L = {"packed": (1, 4096, 4096), "wide": (1, 4096, 2**20)}.get(options, (8, 4096, 4096))
+    B, D, L = {"packed": (1, 4096, 4096), "wide": (1, 4096, 2**20), "small": (1, 1536, 2048)}.get(options, (8, 4096, 4096))
     N = {"N64": 64, "wide": 3}.get(options, 16)
     x = meta(B, L, D, dtype=dtype).transpose(1, 2) if options == "d" else meta(B, D, L, dtype=dtype)
     cu = meta(65, dtype=torch.int64) if options == "packed" else None

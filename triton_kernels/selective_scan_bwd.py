@@ -278,14 +278,13 @@ def plan_selective_scan_bwd(
     return Launch(_selective_scan_bwd_kernel, (scratch.shape[0], count), args, blocks["num_warps"])
 
 
-def plan_buffers(u, A, B, C, cu_seqlens, blocks=None):
+def plan_buffers(u, A, B, C, cu_seqlens):
     """(config, number of blocks, blocks a launch, scratch shape (row programs, blocks, tiles, states))."""
     batch, channels, length = u.shape
     states, unit = A.shape[1], dev.units(channels, B, C)["unit"]
     block_n = dev.power_of_two(states)
-    if blocks is None:
-        key = f"{str(u.dtype)[6:]}-N{block_n}-D{min(dev.power_of_two(unit), 128)}-{'l' if u.stride(2) == 1 else 'd'}"
-        blocks = config("selective_scan_bwd", key, u.device, _default(u, block_n, unit))
+    key = dev.tuning_key(u, block_n, unit)
+    blocks = config("selective_scan_bwd", key, u.device, _default(u, block_n, unit))
     total = channels // unit * triton.cdiv(unit, blocks["BLOCK_D"])
     several = any(m.dim() == 4 and total > m.shape[1] for m in (B, C))
     count = min(total, max(channels // (2 * states), 1)) if several else total

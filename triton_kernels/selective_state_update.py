@@ -67,17 +67,17 @@ def _selective_state_update_kernel(
 
 
 def plan_selective_state_update(
-    out, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus, *, blocks=None
+    out, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus
 ):  # fmt: skip
-    """The launch, from shapes and dtypes alone. `blocks` overrides the config (tuning)."""
+    """The launch, from shapes, strides and dtypes alone."""
     batch, heads, dim = x.shape
     states = A.shape[2]
     block_n = triton.next_power_of_2(states)
-    if blocks is None:
-        # A batch of 1 needs many small programs, a large one fewer and larger.
-        size = 2048 if batch * heads * dim * states < 2**21 else 4096
-        default = {"BLOCK_P": min(triton.next_power_of_2(dim), max(size // block_n, 1)), "num_warps": size // 1024}
-        blocks = config("selective_state_update", f"{state.dtype}-N{block_n}-B{batch}", x.device, default)
+    # A batch of 1 needs many small programs, a large one fewer and larger.
+    size = 2048 if batch * heads * dim * states < 2**21 else 4096
+    default = {"BLOCK_P": min(triton.next_power_of_2(dim), max(size // block_n, 1)), "num_warps": size // 1024}
+    key = f"{str(state.dtype)[6:]}-N{block_n}-H{heads}-B{triton.next_power_of_2(batch)}"
+    blocks = config("selective_state_update", key, x.device, default)
     args = dict(
         out_ptr=out, state_ptr=state, x_ptr=x, dt_ptr=dt, A_ptr=A, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z,
         bias_ptr=dt_bias, indices_ptr=state_batch_indices, P=dim, heads_per_group=heads // B.shape[1],

@@ -1,12 +1,13 @@
 """Block sizes: defaults computed from shapes, better ones read from JSON, new ones measured only when asked.
 
 A config is a dict of a kernel's block sizes and num_warps. For a (kernel, key) the user's own file wins over the one
-shipped for this GPU in configs/, which wins over the default. Nothing is ever timed at import or by a call;
-`python -m scalekern tune` calls `tune`.
+shipped for this GPU in configs/, which wins over the default; none is shipped so far, since nothing has been measured.
+Nothing is ever timed at import or by a call: `tune` is for `python -m scalekern tune`.
 
 File format, one file a GPU, `<device>.json`: {"<kernel>": {"<key>": {"BLOCK_D": 32, "num_warps": 1}}}.
 """
 
+import contextvars
 import functools
 import itertools
 import json
@@ -14,7 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -47,43 +48,72 @@ def _tunings(device: torch.device, cache_dir: str) -> dict:
     return merged
 
 
+_trial: contextvars.ContextVar[tuple[str, dict, set] | None] = contextvars.ContextVar("scalekern_trial", default=None)
+
+
 def config(kernel: str, key: str, device: torch.device, default: dict) -> dict:
     """The config of a launch: `default`, updated by what was tuned for this key on this GPU."""
+    trial = _trial.get()
+    if trial is not None and trial[0] == kernel:
+        trial[2].add(key)
+        return {**default, **trial[1]}
     if device.type != "cuda":
         return default
     return {**default, **_tunings(device, _env.cache_dir()).get(kernel, {}).get(key, {})}
 
 
-def grid(**choices: Iterable) -> list[dict]:
+def _grid(**choices: tuple) -> list[dict]:
     """Every combination of the choices, as configs."""
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
-def tune(kernel: str, key: str, device: torch.device, candidates: list[dict], run: Callable[[dict], None]) -> dict:
-    """Time run(config) for each candidate, record the fastest in the user's file, return {config json: ms}.
+_CONV = [c for c in _grid(BLOCK_D=(1, 2, 4, 8, 16, 32, 64), BLOCK_L=(16, 32, 64, 128, 256, 512), num_warps=(2, 4, 8))
+         if 512 <= c["BLOCK_D"] * c["BLOCK_L"] <= 4096]  # fmt: skip
+CANDIDATES = {
+    "selective_scan_fwd": _grid(BLOCK_D=(16, 32, 64, 128), T=(1, 2, 4, 8), num_warps=(1, 2, 4)),
+    "selective_scan_bwd": _grid(BLOCK_D=(16, 32, 64, 128), T=(1, 2, 4), num_warps=(1, 2, 4, 8)),
+    "selective_state_update": _grid(BLOCK_P=(8, 16, 32, 64, 128, 256), num_warps=(1, 2, 4, 8)),
+    "causal_conv1d_fwd": _CONV,
+    "causal_conv1d_bwd": _CONV,
+    "causal_conv1d_update": _grid(BLOCK_D=(32, 64, 128, 256), num_warps=(1, 2, 4)),
+}
 
-    A candidate that does not compile or does not fit on the device is left out.
+
+def tune(
+    kernel: str, call: Callable[[], object], device: torch.device, *, candidates: list[dict] | None = None,
+    time_ms: Callable[[Callable], float] | None = None,
+) -> tuple[str, list[tuple[dict, float]]]:  # fmt: skip
+    """Time `call()`, which launches `kernel`, under each candidate and record the fastest in the user's file.
+
+    Returns (the key, [(config, milliseconds), ...] fastest first). A candidate that does not compile or does not fit
+    on the device is left out. time_ms defaults to the median of triton.testing.do_bench.
     """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    times = {}
-    for candidate in candidates:
+    time_ms = time_ms or functools.partial(do_bench, return_mode="median")
+    keys, times = set(), []
+    for candidate in CANDIDATES[kernel] if candidates is None else candidates:
+        token = _trial.set((kernel, candidate, keys))
         try:
-            run(candidate)
-            times[json.dumps(candidate)] = do_bench(lambda: run(candidate), return_mode="median")  # noqa: B023
+            times.append((candidate, time_ms(call)))
         except (OutOfResources, CompilationError):
-            continue
-    if not times:
-        raise RuntimeError(f"tune: no config of {kernel} runs on {device} ({len(candidates)} were tried)")
-    best = json.loads(min(times, key=times.get))
-    path = _user_file(device_slug(torch.cuda.get_device_name(device)))
+            pass
+        finally:
+            _trial.reset(token)
+    if not times or len(keys) != 1:
+        raise RuntimeError(f"tune: {len(times)} configs of {kernel} ran on {device}, and {len(keys)} of its keys came up")
+    times.sort(key=lambda entry: entry[1])
+    _store(_user_file(device_slug(torch.cuda.get_device_name(device))), kernel, *keys, times[0][0])
+    _tunings.cache_clear()
+    return *keys, times
+
+
+def _store(path: pathlib.Path, kernel: str, key: str, best: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     record = _read(path)
     record.setdefault(kernel, {})[key] = best
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".new") as new:
         json.dump(record, new, indent=1, sort_keys=True)
     os.replace(new.name, path)
-    _tunings.cache_clear()
-    return times

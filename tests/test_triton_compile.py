@@ -1,0 +1,148 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, with the registers and spills on record.
+
+`python tests/test_triton_compile.py` rewrites the record (tests/triton_resources.json) after a deliberate change.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("TRITON_INTERPRET=1 replaces the compiler by the interpreter", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from scalekern.triton_kernels import (  # noqa: E402
+    causal_conv1d,
+    causal_conv1d_update,
+    selective_scan,
+    selective_scan_bwd,
+    selective_state_update,
+    tuning,
+)
+from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
+
+MODULES = (causal_conv1d, causal_conv1d_update, selective_scan, selective_scan_bwd, selective_state_update)
+RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
+# ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.
+REGISTER_SLACK, STACK_SLACK = 8, 32
+MAIN = (
+    "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "selective_scan_fwd", "selective_scan_bwd",
+    "selective_state_update",
+)  # fmt: skip
+
+
+def cases() -> list[tuple[str, str, int]]:
+    """The main launch of each kernel for every dtype and GPU, its other branches once."""
+    main = [(name, "bfloat16", arch) for name in MAIN for arch in (80, 90, 100)]
+    dtypes = [(name, dtype, 90) for name in MAIN for dtype in ("float16", "float32", "float64")]
+    branches = [(name, "bfloat16", 90) for name in COMPILE_SPECS if name not in MAIN]
+    return main + dtypes + branches
+
+
+def resources(name: str, dtype: str, arch: int) -> dict[str, int]:
+    """Compile, and read what ptxas allotted from the cubin."""
+    compiled = COMPILE_SPECS[name](getattr(torch, dtype)).compile(GPUTarget("cuda", arch, 32))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout + text.stderr)
+    return {"registers": int(usage[1]), "stack": int(usage[2]), "shared": compiled.metadata.shared}
+
+
+def test_record_is_complete():
+    """Each kernel has a launch here, each launch a record, and no record is left over."""
+    kernels = {
+        value for module in MODULES for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction)
+    }  # fmt: skip
+    assert {COMPILE_SPECS[name](torch.float32).kernel for name in MAIN} == kernels
+    assert set(json.loads(RECORD.read_text())["kernels"]) == {"/".join(map(str, case)) for case in cases()}
+
+
+@pytest.mark.parametrize("name, dtype, arch", cases())
+def test_compiles_within_its_record(name, dtype, arch):
+    found = resources(name, dtype, arch)
+    record = json.loads(RECORD.read_text())
+    if record["triton"] != triton.__version__:
+        pytest.skip(f"compiled; the record is of Triton {record['triton']}, this is {triton.__version__}: {found}")
+    allowed = record["kernels"][f"{name}/{dtype}/{arch}"]
+    assert found["registers"] <= allowed["registers"] + REGISTER_SLACK, (found, allowed)
+    assert found["stack"] <= (allowed["stack"] + STACK_SLACK if allowed["stack"] else 0), (found, allowed)
+    assert found["shared"] <= allowed["shared"], (found, allowed)
+
+
+SHAPES = [
+    (B, D, L, N, G) for B, D, L in ((1, 64, 1), (8, 4096, 64), (2, 1536, 2048), (64, 48, 300), (1, 8192, 2**20))
+    for N in (1, 16, 64, 200) for G in (1, 2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_backward_buffers_stay_within_their_bounds(packed):
+    """Partial dB and dC: B D L numbers together; scratch: B D L or the floor; dA: the size of the last state."""
+    for B, D, L, N, G in SHAPES:
+        B, L = (1, B * L) if packed else (B, L)
+        u, A = torch.empty(B, D, L, device="meta", dtype=torch.bfloat16), torch.empty(D, N, device="meta")
+        matrix = torch.empty(B, G, N, L, device="meta", dtype=torch.bfloat16)
+        cu = torch.empty(L // 3 + 1, device="meta", dtype=torch.int32) if packed else None
+        blocks, total, count, scratch = selective_scan_bwd.plan_buffers(u, A, matrix, matrix, cu)
+        assert total * blocks["BLOCK_D"] >= D and 1 <= count <= total
+        if total > G:
+            assert count == 1 or 2 * B * count * N * L <= u.numel(), (B, D, L, N, G)
+        rows, size = scratch[0], torch.Size(scratch).numel()
+        assert rows == 1 or size <= max(u.numel(), selective_scan_bwd.SCRATCH_FLOOR), (B, D, L, N, G, scratch)
+        assert rows <= (B if cu is None else cu.shape[0] - 1) or rows == 1
+
+
+def test_tuning_is_found_by_its_key(monkeypatch, tmp_path):
+    """The fastest candidate is stored for this GPU and used from then on, for its key alone; a broken file is ignored."""
+    monkeypatch.setenv("SCALEKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (made up)")
+    device, default = torch.device("cuda", 0), {"BLOCK_D": 32, "T": 8, "num_warps": 1}
+    seen = []
+
+    def launch(key="bfloat16-N16"):
+        seen.append(tuning.config("selective_scan_fwd", key, device, default))
+
+    def time_ms(call):
+        call()
+        return abs(seen[-1]["BLOCK_D"] - 64) + seen[-1]["T"]
+
+    key, times = tuning.tune("selective_scan_fwd", launch, device, time_ms=time_ms)
+    assert key == "bfloat16-N16" and len(times) == len(tuning.CANDIDATES["selective_scan_fwd"])
+    assert times[0][0]["BLOCK_D"] == 64 and times[0][0]["T"] == 1
+    launch()
+    launch("float32-N16")
+    assert seen[-2] == times[0][0] and seen[-1] == default
+    (file,) = tmp_path.glob("triton/*.json")
+    file.write_text("{broken")
+    tuning._tunings.cache_clear()
+    launch()
+    assert seen[-1] == default
+    tuning._tunings.cache_clear()
+    with pytest.raises(RuntimeError, match="2 of its keys"):
+        tuning.tune("selective_scan_fwd", lambda: (launch(), launch("other")), device, time_ms=time_ms)
+
+
+def record() -> None:
+    kernels = {}
+    for case in cases():
+        kernels["/".join(map(str, case))] = resources(*case)
+        print(*case, kernels["/".join(map(str, case))], file=sys.stderr)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in kernels)
+    RECORD.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+
+
+if __name__ == "__main__":
+    record()
