@@ -242,19 +242,30 @@ def test_the_repository_readme_has_the_marks():
 # ---- tune ----
 
 
-def test_tune_tries_the_default_first_and_its_neighbours():
-    found = tune.neighbours({"BLOCK_D": 8, "num_warps": 1, "flag": True})
-    assert found[0] == {"BLOCK_D": 8, "num_warps": 1, "flag": True} and len(found) == 6
-    assert all(c["flag"] is True and c["BLOCK_D"] in (4, 8, 16) and c["num_warps"] in (1, 2) for c in found)
-
-
-def test_tune_stands_between_a_launch_and_its_config():
+def test_tune_finds_the_keys_of_a_call():
     pytest.importorskip("triton")
-    from scalekern.triton_kernels import selective_state_update as kernels
     from scalekern.triton_kernels import tuning
 
-    original = tuning.config
-    with tune.intercepted({("k", "chosen"): {"BLOCK": 1}}) as asked:
-        assert kernels.config("k", "chosen", torch.device("cpu"), {"BLOCK": 8}) == {"BLOCK": 1}
-        assert kernels.config("k", "other", torch.device("cpu"), {"BLOCK": 8}) == {"BLOCK": 8}
-    assert asked == {("k", "other"): {"BLOCK": 8}} and kernels.config is original
+    call = lambda: tuning.config("selective_scan_fwd", "fp32-N4", torch.device("cpu"), {"BLOCK_D": 8})
+    assert tune.keys_of("selective_scan_fwd", call) == {"fp32-N4"}
+    assert tune.keys_of("selective_scan_bwd", call) == set()
+    assert call() == {"BLOCK_D": 8}
+
+
+def test_tune_times_what_is_right_and_only_that(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from scalekern.benchmarks import harness
+    from scalekern.benchmarks.case import Case, Work
+    from scalekern.triton_kernels import tuning
+
+    x, kernel, timed = torch.ones(3), "selective_scan_fwd", []
+    config = lambda: tuning.config(kernel, "key", torch.device("cpu"), {"BLOCK_D": 1})
+    run = lambda: (config()["BLOCK_D"] != 2) * x  # a block of 2 gives a wrong result
+    work = Work(run, lambda: (x.double(),), 1e-6, bytes_moved=1)
+    case = Case("toy", (), "fwd", ("cuda",), 1, {}, lambda device: work)
+    monkeypatch.setattr(tuning, "_store", lambda path, kernel, key, best: timed.append((kernel, key, best)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a gpu")
+    candidates = [{"BLOCK_D": 4}, {"BLOCK_D": 2}, {"BLOCK_D": 8}]
+    tune.tune_case(case, torch.device("cpu"), candidates=candidates, time_ms=lambda call: (call(), config()["BLOCK_D"])[1])
+    assert timed == [(kernel, "key", {"BLOCK_D": 4})] and "4 ms" in capsys.readouterr().out
+    assert harness.check(work, "triton", work.oracle()) == 0
