@@ -8,12 +8,14 @@ import functools
 import torch
 
 import scalekern
+from scalekern import reference
 from scalekern.benchmarks import harness, hf, memory, oracles, peers
 from scalekern.benchmarks.case import Case, Work
 from scalekern.testing import TOLERANCE, specs
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SCAN_OPS = ("selective_scan_fwd", "selective_scan_bwd")
+INNER_OPS = ("mamba_inner_fwd", "mamba_inner_bwd")
 CONV_OPS = ("causal_conv1d_fwd", "causal_conv1d_bwd")
 
 
@@ -81,7 +83,15 @@ def scan_bwd(device, dtype=FP32, **shape) -> Work:
 
     # The op's B and C have their axis of groups.
     sample = lambda: tuple(g.reshape(e.shape) for g, e in zip(run(), expected))
-    return Work(run, lambda: tuple(expected), gradient_tolerance("selective_scan", dtype), sample=sample, **scan_costs(dtype, **shape)[1])
+
+    def upstream():
+        inputs = tuple(v.requires_grad_() for v in kw.values() if isinstance(v, torch.Tensor))
+        found = peers.mamba_ssm_scan(**kw)
+        out = found.run()
+        return peers.Peer(lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True), found.version)
+
+    return Work(run, lambda: tuple(expected), gradient_tolerance("selective_scan", dtype), sample=sample,
+                peers={"mamba_ssm": upstream}, **scan_costs(dtype, **shape)[1])  # fmt: skip
 
 
 def scan_train(device, dtype=FP32, **shape) -> Work:
@@ -231,6 +241,51 @@ def conv_update(device, dtype=FP32, *, B, D, W) -> Work:
     )  # fmt: skip
 
 
+# ---- mamba_inner -------------------------------------------------------------------------------------------------
+
+
+def inner_inputs(device, dtype, B, D, N, L) -> dict:
+    """A Mamba block of width D / 2: D channels, R = D / 32 ranks of the step size, filters of width 4."""
+    scan, conv = scan_inputs(device, dtype, B, D, N, L), conv_inputs(device, dtype, B, D, L, 4)
+    g = torch.Generator().manual_seed(3)
+    rank = max(D // 32, 1)
+    matrix = lambda rows, columns: (torch.randn(rows, columns, generator=g) / columns**0.5).to(device, dtype)
+    return {
+        "xz": torch.cat([scan["u"], scan["z"]], 1), "conv1d_weight": conv["weight"], "conv1d_bias": conv["bias"],
+        "x_proj_weight": matrix(rank + 2 * N, D), "delta_proj_weight": matrix(D, rank),
+        "out_proj_weight": matrix(D // 2, D), "out_proj_bias": None, "A": scan["A"], "D": scan["D"],
+        "delta_bias": scan["delta_bias"],
+    }  # fmt: skip
+
+
+def inner(device, dtype=FP32, *, train, **shape) -> Work:
+    """The block between its input projection and its output, forward or forward and backward."""
+    kw = inner_inputs(device, dtype, **shape)
+    B, D, N, L = (shape[k] for k in "BDNL")
+    inputs = tuple(v.requires_grad_(train) for v in kw.values() if v is not None)
+    dout = torch.randn(B, L, D // 2, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    passes = (lambda f: peers.forward_backward(f, dout, inputs)) if train else (lambda f: f)
+    wide = oracles.double(kw)
+    leaves = tuple(v.requires_grad_(train) for v in wide.values() if v is not None)
+    oracle = lambda: reference.mamba_inner(**wide)
+    scan = scan_costs(dtype, **shape)
+    conv = conv_costs(dtype, "fwd+bwd" if train else "fwd", B, D, L, 4)
+    parts = [conv, *(scan if train else scan[:1])]
+    costs = {name: sum(part[name] for part in parts) for name in conv}
+    # Three products; the backward has two of each, and recomputes the first two.
+    rank = max(D // 32, 1)
+    small, large = 2 * B * L * D * (2 * rank + 2 * N), 2 * B * L * D * D // 2
+    costs["flops"] += 4 * small + 3 * large if train else small + large
+    # Nothing between the two products has to reach memory: xz and out, and backward dout, xz again and its gradient.
+    costs["bytes_moved"] = (14 if train else 5) * B * D * L * dtype.itemsize // 2
+    return Work(
+        run=passes(lambda: scalekern.mamba_inner(**kw)),
+        oracle=lambda: peers.forward_backward(oracle, dout.double(), leaves)() if train else (oracle().detach(),),
+        tolerance=gradient_tolerance("mamba_inner", dtype) if train else TOLERANCE[dtype], **costs,
+        peers={"mamba_ssm": lambda: peers.mamba_ssm_inner(passes, **kw)},
+    )  # fmt: skip
+
+
 # ---- the list ----------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +300,7 @@ def case(kind, build, ops, direction, device, priority, shape, dtype=FP32, note=
 
 _SCAN = {"B": 1, "D": 1536, "N": 16, "L": 2048}
 _CONV = {"B": 1, "D": 1536, "L": 2048, "W": 4}
+_INNER = {"B": 1, "D": 512, "N": 16, "L": 512}
 _LONG = {"B": 1, "D": 64, "N": 16}
 _STEP = ("selective_state_update",)
 _CONV_STEP = ("causal_conv1d_update",)
@@ -269,6 +325,8 @@ CPU = [
     case("update", update, _STEP, "step", "cpu", 91, {"B": 64, "D": 1536, "N": 16}),
     case("conv_update", conv_update, _CONV_STEP, "step", "cpu", 92, {"B": 1, "D": 1536, "W": 4}),
     case("conv_update", conv_update, _CONV_STEP, "step", "cpu", 93, {"B": 64, "D": 1536, "W": 4}),
+    case("inner", functools.partial(inner, train=False), INNER_OPS[:1], "fwd", "cpu", 94, _INNER),
+    case("inner", functools.partial(inner, train=True), INNER_OPS, "fwd+bwd", "cpu", 95, _INNER),
     case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 100, _SCAN, BF16, backends=_FAST),
     case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 101, {"B": 8, "D": 256, "N": 16, "L": 256}),
     case("scan", scan_bwd, SCAN_OPS[1:], "bwd", "cpu", 101, {"B": 8, "D": 256, "N": 16, "L": 256}),
@@ -281,13 +339,17 @@ CPU = [
 _BIG = {"B": 8, "D": 4096, "N": 16, "L": 4096}
 _BIG_CONV = {"B": 8, "D": 4096, "L": 4096, "W": 4}
 CUDA = [
-    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 10, _BIG, BF16, targets={"mamba_ssm": 2}),
-    case("scan", scan_bwd, SCAN_OPS[1:], "bwd", "cuda", 20, _BIG, BF16, backends=_FAST),
-    case("scan", scan_train, SCAN_OPS, "fwd+bwd", "cuda", 21, _BIG, BF16, backends=_FAST, targets={"mamba_ssm": 1.5}),
+    case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 10, _BIG, BF16,
+         targets={"mamba_ssm": 2, "elements/s": 1.2e11}),
+    case("scan", scan_bwd, SCAN_OPS[1:], "bwd", "cuda", 20, _BIG, BF16, backends=_FAST,
+         targets={"mamba_ssm": 1.5}),
+    case("scan", scan_train, SCAN_OPS, "fwd+bwd", "cuda", 21, _BIG, BF16, backends=_FAST),
     case("update", update, _STEP, "step", "cuda", 30, {"B": 256, "D": 8192, "N": 16}, BF16, targets={"limit": 0.85}),
     case("conv", conv_fwd, CONV_OPS[:1], "fwd", "cuda", 40, _BIG_CONV, BF16, targets={"limit": 0.85}),
     case("conv", functools.partial(conv_train, only_bwd=True), CONV_OPS[1:], "bwd", "cuda", 50, _BIG_CONV, BF16),
     case("conv_update", conv_update, _CONV_STEP, "step", "cuda", 60, {"B": 256, "D": 8192, "W": 4}, BF16),
+    case("inner", functools.partial(inner, train=True), INNER_OPS, "fwd+bwd", "cuda", 65,
+         {"B": 8, "D": 2048, "N": 16, "L": 2048}, BF16, backends=_FAST),
     hf.case("prefill", "cuda", 70, layers=24, width=768, length=2048),
     hf.case("decode", "cuda", 71, layers=24, width=768, length=64),
     case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 80, {"B": 1, "D": 1536, "N": 16, "L": 16384}, BF16,

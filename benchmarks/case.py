@@ -40,7 +40,8 @@ class Case:
     priority    smaller runs earlier, when time is short
     build       build(device) -> Work; None for the kinds with a procedure of their own (memory, end-to-end)
     backends    the backends worth timing; those that cannot run the case are left out
-    targets     peer -> least ratio peer / scalekern that the project promises; "limit" -> least fraction of the limit
+    targets     peer -> least ratio peer / scalekern that the project promises;
+                "limit" -> least fraction of the device's limit; "elements/s" -> least B x D x L a second
     """
 
     name: str

@@ -20,7 +20,7 @@ from scalekern.benchmarks import peers, rates, records
 from scalekern.benchmarks.case import Case, Work
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
-PATIENCE = 3  # a contender so slow that MIN_ROUNDS would take this many times its share gets fewer, at least one
+PATIENCE = 8  # a contender so slow that MIN_ROUNDS would take this many times its share gets fewer, at least one
 
 
 class WrongResult(AssertionError):
@@ -75,15 +75,17 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
     with _clean(device):
         work = case.build(device)
         expected = work.oracle() if work.oracle else None
-        contenders, found = {}, {}
+        contenders, found, hints = {}, {}, {}
         for backend in case.backends:
             fields = found[backend] = {"backend": backend}
             if skip and backend in skip:
                 fields.update(status="failed", error=skip[backend])
                 continue
             announce(backend)
+            begin = time.perf_counter()
             try:
-                fields["error_vs_oracle"] = _check(work, backend, expected)
+                fields["error_vs_oracle"] = check(work, backend, expected)
+                hints[backend] = time.perf_counter() - begin
             except _dispatch.BackendError:
                 del found[backend]  # not for this device or these arguments: `doctor` says why
             except Exception as error:  # a kernel may fail in any way, and the others still want their turn
@@ -91,11 +93,13 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
                 if is_sticky(error):
                     raise Sticky(backend, fields["error"]) from error
             else:
-                contenders[backend] = _under(backend, work.run)
+                contenders[backend] = under(backend, work.run)
         rivals, absent = _prepare_peers(work, expected, announce, skip or {})
         if not contenders:
             return [_record(case, device, **fields) for fields in found.values()]
-        samples = _interleave(contenders, {n: r["run"] for n, r in rivals.items()}, device, seconds, deadline, rounds)
+        hints |= {name: rival["first"] for name, rival in rivals.items()}
+        runs = {**contenders, **{name: rival["run"] for name, rival in rivals.items()}}
+        samples = _interleave(runs, hints, device, seconds, deadline, rounds)
         for backend in contenders:
             if samples[backend]:
                 found[backend] |= _timings(case, work, device, backend, samples, rivals, absent)
@@ -116,9 +120,9 @@ def is_sticky(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
-def _check(work: Work, backend: str, expected: tuple | None) -> float:
+def check(work: Work, backend: str, expected: tuple | None) -> float:
     with scalekern.backend(backend):
-        got = _as_tuple((work.sample or work.run)())
+        got = as_tuple((work.sample or work.run)())
     if expected is None:
         return 0.0
     error = relative_error(got, expected)
@@ -152,7 +156,9 @@ def _prepare_peers(work: Work, expected: tuple | None, announce: Callable, skip:
         announce(f"peer {name}")
         try:
             peer = make()
+            begin = time.perf_counter()
             out = peer.run()
+            first = time.perf_counter() - begin
         except peers.Absent as reason:
             absent[name] = str(reason)
             continue
@@ -161,23 +167,26 @@ def _prepare_peers(work: Work, expected: tuple | None, announce: Callable, skip:
             if is_sticky(error):
                 raise Sticky(f"peer {name}", one_line(error)) from error
             continue
-        error = None if out is None or expected is None else relative_error(_as_tuple(out), expected)
-        ready[name] = {"run": peer.run, "version": peer.version, "scale": peer.scale, "error": error}
+        error = None if out is None or expected is None else relative_error(as_tuple(out), expected)
+        ready[name] = {"run": peer.run, "version": peer.version, "scale": peer.scale, "error": error,
+                       "first": first}  # fmt: skip
     return ready, absent
 
 
-def _interleave(backends: dict, rivals: dict, device, seconds, deadline, rounds) -> dict[str, list[float]]:
-    """Seconds a run of everybody, a sample each in turn; who is slow takes part in fewer of the rounds."""
-    runs = {**backends, **rivals}
+def _interleave(runs: dict, hints: dict, device, seconds, deadline, rounds) -> dict[str, list[float]]:
+    """Seconds a run of everybody, a sample each in turn; who is slow takes part in fewer of the rounds.
+
+    hints   what the first run of each took, which is enough to know of those that take long
+    """
     samplers, wanted = {}, {}
     for name, run in runs.items():
-        first = _first(device, run)
+        first = hints[name] if hints.get(name, 0.0) > 1.0 else _first(device, run)
         samplers[name] = _sampler(device, run, first)
         wanted[name] = _rounds(first, seconds)
     samples = {name: [] for name in runs}
     total = max(wanted.values())
     turn = itertools.count()
-    main = next(iter(backends))
+    main = next(iter(runs))
 
     def one_round():
         i = next(turn)
@@ -287,15 +296,15 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def _under(backend: str, run: Callable) -> Callable:
-    def under():
+def under(backend: str, run: Callable) -> Callable:
+    def forced():
         with scalekern.backend(backend):
             return run()
 
-    return under
+    return forced
 
 
-def _as_tuple(out) -> tuple:
+def as_tuple(out) -> tuple:
     return (out,) if isinstance(out, torch.Tensor) else tuple(out)
 
 

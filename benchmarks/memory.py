@@ -54,16 +54,11 @@ def main() -> None:
 
     device = torch.device(args.device)
 
-    def prepared(shape):
-        kw = scan_inputs(device, torch.float32, **shape)
-        tensors = [v for v in kw.values() if isinstance(v, torch.Tensor)]
-        return _calls(kw, args.direction), sum(t.numel() * t.element_size() for t in tensors)
-
-    warm, _ = prepared({**args.shape, "D": 64, "L": 128})
     with backends_used() as used:
-        warm()()  # libraries and threads are up before anything is counted
-    run, inputs = prepared(args.shape)
-    call = run()
+        _check(args.direction, device, {**args.shape, "D": 64, "L": 128})  # starts libraries and threads, too
+    kw = scan_inputs(device, torch.float32, **args.shape)
+    inputs = sum(t.numel() * t.element_size() for t in kw.values() if isinstance(t, torch.Tensor))
+    call = _call(kw, args.direction)
     gc.collect()
     before = _reset(device)
     outputs = call()
@@ -75,21 +70,32 @@ def main() -> None:
                       "outputs_bytes": produced, "used": wanted}))  # fmt: skip
 
 
-def _calls(kw: dict, direction: str):
-    """A function that prepares the call to be measured and returns it: forward with checkpoints, or backward."""
+def _call(kw: dict, direction: str):
+    """The call to be measured, ready to run: forward with checkpoints, or backward."""
     lead = [kw[k] for k in ("u", "delta", "A")]
     matrices = [kw[k][:, None] for k in ("B", "C")]
     args = (*lead, *matrices, *(kw[k] for k in ("D", "z", "delta_bias")), None, None)
     ops = torch.ops.scalekern
+    if direction == "fwd":
+        return lambda: ops.selective_scan_fwd(*args, True, False, True)
+    _, _, checkpoints = ops.selective_scan_fwd(*args, True, False, True)
+    dout = torch.ones_like(kw["u"])
+    return lambda: ops.selective_scan_bwd(dout, None, *args, checkpoints, True, False)
 
-    def prepare():
-        if direction == "fwd":
-            return lambda: ops.selective_scan_fwd(*args, True, False, True)
-        _, _, checkpoints = ops.selective_scan_fwd(*args, True, False, True)
-        dout = torch.ones_like(kw["u"])
-        return lambda: ops.selective_scan_bwd(dout, None, *args, checkpoints, True, False)
 
-    return prepare
+def _check(direction: str, device: torch.device, shape: dict) -> None:
+    """A kernel that is wrong may use no memory at all; its peak says nothing."""
+    from scalekern.benchmarks import harness, oracles
+    from scalekern.benchmarks.bench_selective_scan import gradient_tolerance, scan_inputs
+
+    kw = scan_inputs(device, torch.float32, **shape)
+    _, (out, *grads) = oracles.scan_bwd(kw, torch.ones_like(kw["u"]))
+    got = _call(kw, direction)()
+    expected = (out,) if direction == "fwd" else tuple(grads)
+    got = tuple(g.reshape(e.shape) for g, e in zip(got, expected))
+    error = harness.relative_error(got, expected)
+    if not error <= gradient_tolerance("selective_scan", torch.float32):
+        raise SystemExit(f"the result is wrong: relative error {error:.1e}")
 
 
 def _reset(device: torch.device) -> int:

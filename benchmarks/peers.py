@@ -78,6 +78,15 @@ def mamba_ssm_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Peer:
     return Peer(run, version("mamba_ssm"))
 
 
+def mamba_ssm_inner(passes: Callable, **kw) -> Peer:
+    """passes: what is timed, the forward or the forward and backward of a function."""
+    upstream = module("mamba_ssm.ops.selective_scan_interface", "mamba_ssm")
+    _cuda_only(kw["xz"], "mamba_ssm")
+    kw = {**kw, "conv1d_weight": kw["conv1d_weight"][:, None], "delta_softplus": True}
+    run = passes(lambda: upstream.mamba_inner_fn(**kw))
+    return Peer(run, version("mamba_ssm"))
+
+
 def causal_conv1d_fn(x, weight, bias, activation) -> Peer:
     upstream = module("causal_conv1d")
     _cuda_only(x, "causal_conv1d")

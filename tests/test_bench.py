@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import subprocess
 import sys
 import time
 
@@ -116,7 +118,7 @@ def test_rounds_end_at_the_deadline():
 
 def test_samples_follow_the_wanted_numbers():
     fast, slow = (lambda: None), (lambda: time.sleep(0.01))
-    samples = harness._interleave({"a": fast}, {"b": slow}, CPU, 0.05, None, harness.plain_rounds)
+    samples = harness._interleave({"a": fast, "b": slow}, {}, CPU, 0.05, None, harness.plain_rounds)
     assert len(samples["a"]) == harness.MAX_ROUNDS and harness.MIN_ROUNDS <= len(samples["b"]) < 10
 
 
@@ -144,8 +146,8 @@ def test_every_case_is_right_when_small(case):
         sizes = {**sizes, "B": 1, "L": 2 * 1024 + 5, "short": 64}  # the oracle in chunks needs several of them
     work = case.build(CPU, **sizes)
     with scalekern.backend("reference"):
-        error = harness.relative_error(harness._as_tuple((work.sample or work.run)()), work.oracle())
-        harness._as_tuple(work.run())
+        error = harness.relative_error(harness.as_tuple((work.sample or work.run)()), work.oracle())
+        harness.as_tuple(work.run())
     assert error <= work.tolerance
     assert min(work.bytes_moved, work.flops, work.exponentials) > 0
     for op in case.ops:
@@ -160,7 +162,7 @@ def test_case_names_are_unique_and_targets_name_their_rivals():
         extra = {"short": 8} if "1048576" in case.name else {}
         rivals = case.build(CPU, **sizes, **extra).peers
         for name in case.targets:
-            assert name == "limit" or any(name.split(" at ")[0] == rival.split(" at ")[0] for rival in rivals)
+            assert name in ("limit", "elements/s") or any(name.split(" at ")[0] == rival.split(" at ")[0] for rival in rivals)
 
 
 # ---- records ----
@@ -353,6 +355,21 @@ def test_the_child_records_after_each_case(tmp_path, monkeypatch):
     assert found == {"right": "ok", "wrong": "failed", "broken": "failed"}
     request["left"] = -1.0
     assert runner.serve(request, lambda e: pytest.fail("no time was left")) == 0
+
+
+# ---- pytest-benchmark ----
+
+
+def test_pytest_benchmarks_runs_the_cases_by_itself(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    stats, root = tmp_path / "stats.json", pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "conv_update_step_b1_", "--bench-device", "cpu",
+               "--bench-seconds", "0.01", "--records", str(tmp_path / "r"), "--benchmark-json", str(stats)]  # fmt: skip
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (entry,) = json.loads(stats.read_text())["benchmarks"]
+    (first, *_) = records.load_all(tmp_path / "r")
+    assert entry["stats"]["median"] * 1e6 == pytest.approx(first["median_us"], rel=1e-3)  # its clock is the harness's
 
 
 # ---- memory and end to end ----

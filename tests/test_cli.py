@@ -11,7 +11,7 @@ import scalekern
 from scalekern import _library, testing
 from scalekern.__main__ import main
 from scalekern.benchmarks import records
-from scalekern.cli import doctor, report
+from scalekern.cli import doctor, report, selfcheck, tune
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, not the command line")
 MARKS = "# Title\n<!-- support:begin -->\n<!-- support:end -->\ntext\n<!-- results:begin -->\nold\n<!-- results:end -->\nend\n"
@@ -185,6 +185,7 @@ def test_report_is_written_from_the_records_and_nothing_else(readme, tmp_path):
     assert text.startswith("# Title\n") and text.endswith("end\n") and "old" not in text and "| support |" in text
     assert "1.23 ms" in text and "8.1 % (memory)" in text and "4.56x F.conv1d + silu" in text and "1.2e-07" in text
     assert "3x F.conv1d + silu: yes" in text and "2x gone: not measured" in text
+    assert "Not compared with: gone (no)." in text
     assert "never measured on a GPU" in text and "causal_conv1d_fwd (triton)" in text
     figure = tmp_path / "r" / "cpu-x-2t" / "selective_scan.png"
     before = figure.read_bytes()
@@ -198,6 +199,9 @@ def test_report_marks_what_is_stale_failed_or_short_of_its_goal(readme, tmp_path
     text = write(readme, tmp_path / "r")
     assert "fp32 **stale** |" in text and "**failed**: boom \\| bang" in text
     assert "5x F.conv1d + silu: **no**, 0.85x limit: **no**" in text
+    save_record(tmp_path / "r", shape={"B": 2, "D": 1000, "L": 1000, "dtype": "fp32"}, median_us=10.0,
+                targets={"elements/s": 1.2e11})  # fmt: skip
+    assert "1.2e+11 elements/s: yes" in write(readme, tmp_path / "r")
 
 
 def test_report_with_nothing_measured(readme, tmp_path):
@@ -213,7 +217,10 @@ def test_report_refuses_a_readme_without_marks(tmp_path, capsys):
     assert main(["report", "--readme", str(tmp_path / "none.md")]) == 1
 
 
-def test_support_table_asks_every_op_and_backend():
+def test_support_table_asks_every_op_and_backend(monkeypatch):
+    monkeypatch.setattr(selfcheck, "DTYPES", (torch.float32, torch.bfloat16))
+    all_samples = testing.samples
+    monkeypatch.setattr(testing, "samples", lambda op: all_samples(op)[:2])
     lines = report.support().splitlines()
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]]
     assert {(r[0], r[2]) for r in rows} == {
@@ -221,7 +228,7 @@ def test_support_table_asks_every_op_and_backend():
     }  # fmt: skip
     for op, device, backend, dtypes, gradient, _, here in (r[:7] for r in rows):
         if backend == "reference":
-            assert (device, dtypes, here) == ("any", "fp64, fp32, fp16, bf16", "yes")
+            assert (device, dtypes, here) == ("any", "fp32, bf16", "yes")
             assert gradient == ("none (in place)" if testing.specs()[op].inplace else "yes")
         if backend in ("cuda", "triton"):
             assert here == "no"
@@ -230,3 +237,35 @@ def test_support_table_asks_every_op_and_backend():
 def test_the_repository_readme_has_the_marks():
     text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
     assert all(f"<!-- {s}:{end} -->" in text for s in report.SECTIONS for end in ("begin", "end"))
+
+
+# ---- tune ----
+
+
+def test_tune_finds_the_keys_of_a_call():
+    pytest.importorskip("triton")
+    from scalekern.triton_kernels import tuning
+
+    call = lambda: tuning.config("selective_scan_fwd", "fp32-N4", torch.device("cpu"), {"BLOCK_D": 8})
+    assert tune.keys_of("selective_scan_fwd", call) == {"fp32-N4"}
+    assert tune.keys_of("selective_scan_bwd", call) == set()
+    assert call() == {"BLOCK_D": 8}
+
+
+def test_tune_times_what_is_right_and_only_that(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from scalekern.benchmarks import harness
+    from scalekern.benchmarks.case import Case, Work
+    from scalekern.triton_kernels import tuning
+
+    x, kernel, timed = torch.ones(3), "selective_scan_fwd", []
+    config = lambda: tuning.config(kernel, "key", torch.device("cpu"), {"BLOCK_D": 1})
+    run = lambda: (config()["BLOCK_D"] != 2) * x  # a block of 2 gives a wrong result
+    work = Work(run, lambda: (x.double(),), 1e-6, bytes_moved=1)
+    case = Case("toy", (), "fwd", ("cuda",), 1, {}, lambda device: work)
+    monkeypatch.setattr(tuning, "_store", lambda path, kernel, key, best: timed.append((kernel, key, best)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a gpu")
+    candidates = [{"BLOCK_D": 4}, {"BLOCK_D": 2}, {"BLOCK_D": 8}]
+    tune.tune_case(case, torch.device("cpu"), candidates=candidates, time_ms=lambda call: (call(), config()["BLOCK_D"])[1])
+    assert timed == [(kernel, "key", {"BLOCK_D": 4})] and "4 ms" in capsys.readouterr().out
+    assert harness.check(work, "triton", work.oracle()) == 0

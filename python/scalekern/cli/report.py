@@ -4,6 +4,7 @@ Nothing in them is typed by hand: what is between <!-- results:begin --> and <!-
 <!-- support:begin --> and <!-- support:end -->, is replaced. The same records and sources give the same text.
 """
 
+import math
 import os
 import pathlib
 import re
@@ -89,6 +90,7 @@ def results(rows: list[dict], status: list[dict], figures: list[pathlib.Path], b
         mine = [r for r in rows if r["slug"] == slug]
         parts.append(f"### {device_line(mine)}")
         parts.append(table(mine))
+        parts.append(absent(mine))
         parts += [f"![{p.stem} on {slug}]({os.path.relpath(p, base)})" for p in figures if p.parent.name == slug]
     if rows:
         parts.append(LEGEND)
@@ -131,6 +133,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def absent(rows: list[dict]) -> str:
+    """The rivals that a case names and that did not take part, with the reasons."""
+    found = {f"{p['name']} ({p['absent']})": None for r in rows for p in r.get("peers", []) if "absent" in p}
+    return f"Not compared with: {cell(', '.join(found))}." if found else ""
+
+
 def backend_name(r: dict) -> str:
     if r["backend"] != "default":
         return r["backend"]
@@ -156,8 +164,9 @@ def goals(r: dict) -> str:
     reached = {p["name"]: p["ratio"] for p in r["peers"] if "ratio" in p}
     if "fraction_of_limit" in r:
         reached["limit"] = r["fraction_of_limit"]
+        reached["elements/s"] = math.prod(r["shape"].get(k, 1) for k in "BDL") / (r["median_us"] * 1e-6)
     return ", ".join(
-        f"{number(goal)}x {name}: " + ("not measured" if name not in reached else "yes" if reached[name] >= goal else "**no**")
+        f"{number(goal)}{' ' if name == 'elements/s' else 'x '}{name}: " + ("not measured" if name not in reached else "yes" if reached[name] >= goal else "**no**")
         for name, goal in r["targets"].items()
     )
 
@@ -167,7 +176,7 @@ def error(r: dict) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return f"{value:.0f}" if 100 <= value < 1e5 else f"{value:.3g}"
 
 
 def cell(text: str) -> str:
