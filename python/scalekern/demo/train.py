@@ -27,7 +27,7 @@ PROBE_STEPS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    steps: int = 1200
+    steps: int = 1600
     batch: int = 8
     window: int = 256
     peak_rate: float = 4e-3
@@ -63,6 +63,7 @@ class Trainer:
         self.held_out = data.held_out_windows(corpus.held_out, settings.held_out_windows, settings.window)
         self.step = 0
         self.seconds = 0.0
+        self.probe_from_s: float | None = None
         self.losses: list[float] = []  # bits per byte on each step's batch
         self.curve: list[tuple[int, float]] = []  # (steps done, held-out bits per byte)
 
@@ -105,9 +106,12 @@ class Trainer:
 
     def fit_time_limit(self) -> bool:
         """After the first steps: fewer steps, when this machine would not do all of them within TIME_LIMIT_S."""
-        if self.step != PROBE_STEPS:
+        if self.step == PROBE_STEPS // 2:  # the first ones warm up
+            self.probe_from_s = self.seconds
+        if self.step != PROBE_STEPS or self.probe_from_s is None:
             return False
-        affordable = max(2 * PROBE_STEPS, int(TIME_LIMIT_S / (self.seconds / PROBE_STEPS)))
+        seconds_a_step = (self.seconds - self.probe_from_s) / (PROBE_STEPS - PROBE_STEPS // 2)
+        affordable = max(2 * PROBE_STEPS, int(TIME_LIMIT_S / seconds_a_step))
         if affordable >= self.settings.steps:
             return False
         self.settings = dataclasses.replace(self.settings, steps=affordable)
