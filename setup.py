@@ -237,7 +237,7 @@ setup(
         "scalekern.triton_kernels.configs",
     ],
     package_dir={"": "python", "scalekern.triton_kernels": "triton_kernels", "scalekern.benchmarks": "benchmarks"},
-    package_data={"scalekern.triton_kernels.configs": ["*.json"], "scalekern": ["py.typed"]},
+    package_data={"scalekern.triton_kernels.configs": ["*.json"], "scalekern": ["py.typed", "fastest.json"]},
     ext_modules=[Extension("scalekern._C", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )  # fmt: skip

@@ -20,7 +20,7 @@ from scalekern.benchmarks import peers, rates, records
 from scalekern.benchmarks.case import Case, Work
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
-SLOW = 20.0  # a contender whose one run takes longer is sampled once
+PATIENCE = 3  # a contender so slow that MIN_ROUNDS would take this many times its share gets fewer, at least one
 
 
 class WrongResult(AssertionError):
@@ -171,9 +171,9 @@ def _interleave(backends: dict, rivals: dict, device, seconds, deadline, rounds)
     runs = {**backends, **rivals}
     samplers, wanted = {}, {}
     for name, run in runs.items():
-        samplers[name] = sampler = _sampler(device, run)
-        first = sampler()
-        wanted[name] = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(first, 1e-9)))) if first < SLOW else 1
+        first = _first(device, run)
+        samplers[name] = _sampler(device, run, first)
+        wanted[name] = _rounds(first, seconds)
     samples = {name: [] for name in runs}
     total = max(wanted.values())
     turn = itertools.count()
@@ -192,15 +192,27 @@ def _interleave(backends: dict, rivals: dict, device, seconds, deadline, rounds)
     return samples
 
 
-def _sampler(device: torch.device, run: Callable) -> Callable[[], float]:
-    return _device_sampler(run) if device.type == "cuda" else _host_sampler(run)
-
-
-def _host_sampler(run: Callable, least: float = 1e-3) -> Callable[[], float]:
-    """Host time of a run; short ones are repeated within a sample, until it lasts `least` seconds."""
+def _first(device: torch.device, run: Callable) -> float:
+    """Host seconds of a run that has been warmed up by its check."""
     begin = time.perf_counter()
     run()
-    repeats = max(1, int(least / (time.perf_counter() - begin)))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return max(time.perf_counter() - begin, 1e-9)
+
+
+def _rounds(first: float, seconds: float) -> int:
+    least = min(MIN_ROUNDS, max(1, int(PATIENCE * seconds / first)))
+    return max(least, min(MAX_ROUNDS, int(seconds / first)))
+
+
+def _sampler(device: torch.device, run: Callable, first: float) -> Callable[[], float]:
+    return _device_sampler(run) if device.type == "cuda" else _host_sampler(run, first)
+
+
+def _host_sampler(run: Callable, first: float, least: float = 1e-3) -> Callable[[], float]:
+    """Host time of a run; short ones are repeated within a sample, until it lasts `least` seconds."""
+    repeats = max(1, int(least / first))
 
     def sample() -> float:
         begin = time.perf_counter()

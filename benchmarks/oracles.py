@@ -19,16 +19,16 @@ def scan(kw: dict) -> tuple:
 
 
 def scan_bwd(kw: dict, dout: torch.Tensor) -> tuple[tuple, tuple]:
-    """(arguments of selective_scan_bwd in the kernel's own dtypes, its gradients in float64)."""
+    """(arguments of selective_scan_bwd in the kernel's own dtypes, the output and the gradients in float64)."""
     tensors = {**kw, "B": normalize_matrix(kw["B"], False, 0), "C": normalize_matrix(kw["C"], False, 0)}
     softplus = tensors.pop("delta_softplus")
     order = [tensors[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     wide = [t.detach().double() for t in order]
-    checkpoints = selective_scan_fwd(*wide, None, None, softplus, False, True)[2]
+    out, _, checkpoints = selective_scan_fwd(*wide, None, None, softplus, False, True)
     grads = selective_scan_bwd(dout.double(), None, *wide, None, None, checkpoints, softplus, False)
     args = (dout, None, *(t.detach() for t in order), None, None, checkpoints.to(kw["A"].dtype), softplus, False)
     shapes = [t.shape for t in (kw[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))]
-    return args, tuple(g.reshape(s) for g, s in zip(grads[:8], shapes))
+    return args, (out, *(g.reshape(s) for g, s in zip(grads[:8], shapes)))
 
 
 def scan_in_chunks(kw: dict, channels: tuple[int, ...]) -> tuple:

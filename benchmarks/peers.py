@@ -146,9 +146,8 @@ def torch_exp(elements: int, device: torch.device) -> Peer:
     """torch.exp of that many elements: on the CPU in cache-sized pieces, of the size that serves it best."""
     if device.type != "cpu":
         raise Absent("a yardstick for the CPU; on a GPU torch.exp measures memory")
-    sizes = [2**15, 2**16, 2**17, 2**18]
-    best = min(sizes, key=lambda n: rates.best_of(device, rates.exp_pieces(n, 1), 0.1) / n)
-    count = max(1, min(elements // best, 256))
+    best = min(rates.PIECES, key=lambda n: rates.best_of(device, rates.exp_pieces(n, 8), 0.2) / n)
+    count = max(1, min(elements, 2**27) // best)
     pieces = rates.exp_pieces(best, count)
 
     def run() -> None:

@@ -1,6 +1,5 @@
 """Every op through the whole contract of the design: the numbers are those of scalekern.testing."""
 
-import copy
 import itertools
 import re
 
@@ -17,13 +16,9 @@ import scalekern
 from scalekern import _library, reference, testing
 from scalekern.testing import TOLERANCE, assert_close, error
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-every_case = pytest.mark.parametrize("op, sample", CASES, ids=IDS)
-every_trainable = pytest.mark.parametrize("op, sample", TRAINABLE, ids=TRAINABLE_IDS)
-every_op = pytest.mark.parametrize("op", list(testing.specs()))
-compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, not the torch integration")
-
-
+# The interpreter takes seconds where a kernel takes microseconds: there every sample runs once forward and backward in
+# float32, and the rest of the contract on one sample an op (the tests of the families add what is particular).
+DTYPES = (torch.float32,) if INTERPRET else (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def small(cases, ids):
     """One case an op, for what does not depend on the sample."""
     seen, out = set(), []
@@ -32,6 +27,14 @@ def small(cases, ids):
             seen.add(op)
             out.append(pytest.param(op, sample, id=name))
     return out
+
+
+every_case = pytest.mark.parametrize("op, sample", CASES, ids=IDS)
+every_trainable = pytest.mark.parametrize("op, sample", TRAINABLE, ids=TRAINABLE_IDS)
+some_case = pytest.mark.parametrize("op, sample", small(CASES, IDS)) if INTERPRET else every_case
+some_trainable = pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
+every_op = pytest.mark.parametrize("op", list(testing.specs()))
+compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, not the torch integration")
 
 
 @pytest.fixture
@@ -71,6 +74,7 @@ def test_forward_agrees_with_the_oracle(op, sample, dtype, on):
         assert_close(a, e, tolerance=allowed, what=f"output {i}")
 
 
+@compiled_only
 @every_case
 def test_a_wrong_result_would_be_seen(op, sample):
     """The mutants that a weak comparison lets pass: zeros, a permuted channel, a dropped last element."""
@@ -110,7 +114,7 @@ def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
         assert_close(actual[name], e, tolerance=allowed, what=f"gradient of argument {name}")
 
 
-@every_trainable
+@some_trainable
 def test_gradcheck(op, sample, on):
     args, kwargs = sample.make(device=on.device, dtype=torch.float64, seed=3)
     args, kwargs = clones(args, kwargs)
@@ -126,6 +130,7 @@ def test_gradcheck(op, sample, on):
     on(torch.autograd.gradcheck, function, tuple(leaves.values()), atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
+@compiled_only
 @every_trainable
 def test_second_order_is_refused(op, sample):
     args, kwargs = sample.make(dtype=torch.float64, seed=3)
@@ -136,7 +141,7 @@ def test_second_order_is_refused(op, sample):
         torch.autograd.grad(grad.sum(), leaf)
 
 
-@every_case
+@some_case
 def test_repeats_bit_for_bit(op, sample, on):
     args, kwargs = sample.make(device=on.device, seed=4)
     if testing.specs()[op].inplace:
@@ -150,6 +155,7 @@ def test_repeats_bit_for_bit(op, sample, on):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
 
 
+@compiled_only
 @pytest.mark.parametrize("op, sample", [c for c in CASES if testing.specs()[c[0]].inplace])
 def test_differentiating_an_in_place_op_raises(op, sample):
     args, kwargs = clones(*sample.make())
@@ -291,7 +297,7 @@ def _layouts(tensor):
         yield tensor.transpose(1, -1).contiguous().transpose(1, -1)
 
 
-@every_case
+@some_case
 def test_strides_change_nothing(op, sample, on):
     args, kwargs = sample.make(device=on.device, seed=9)
     tensors = tensors_of(args, kwargs)
@@ -314,7 +320,7 @@ def test_strides_change_nothing(op, sample, on):
                 assert_close(grad, plain_grads[name], tolerance=5e-6, what=name)
 
 
-@every_trainable
+@some_trainable
 def test_an_expanded_gradient_is_read_in_place(op, sample, on):
     args, kwargs = clones(*sample.make(device=on.device, seed=9))
     leaf = args[0].requires_grad_()
@@ -392,6 +398,7 @@ def _refusal(op, args, kwargs, fake):
     return None
 
 
+@compiled_only
 @every_case
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 def test_bad_input_is_named(op, sample, fake):
@@ -416,23 +423,23 @@ def test_not_a_tensor(op):
 # --- 7: NaN and Inf ------------------------------------------------------------------------------------------------
 
 
-@every_case
+@some_case
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
     args, kwargs = sample.make(device=on.device, dtype=torch.float32, seed=12)
-    target = 1 if op == "causal_conv1d_update" else 0
+    # A product of complex numbers makes NaN of Inf wherever its terms cancel, so which of the two arrives is a matter
+    # of the order of additions; that something not finite arrives is not.
+    complex_arithmetic = any(t.is_complex() for t in tensors_of(args, kwargs).values())
     for position in (0, -1):
-        spoiled = copy.copy(list(args))
-        spoiled[0] = args[0].clone()
+        spoiled = [args[0].clone(), *args[1:]]
         spoiled[0].view(-1)[position] = value
         actual = on(forward, getattr(scalekern, op), op, spoiled, kwargs)
-        oracle = expected(op, spoiled, kwargs)
-        for i, (a, e) in enumerate(zip(actual, oracle)):
-            assert torch.equal(a.isnan(), e.isnan()), f"output {i}, target {target}"
-            finite = torch.isfinite(torch.view_as_real(e) if e.is_complex() else e)
-            got = torch.view_as_real(a) if a.is_complex() else a
-            want = torch.view_as_real(e) if e.is_complex() else e
-            assert_close(got[finite], want[finite], tolerance=1e-5)
+        for i, (a, e) in enumerate(zip(actual, expected(op, spoiled, kwargs))):
+            finite = torch.isfinite(e)  # of a complex number: both parts
+            assert torch.equal(torch.isfinite(a), finite), f"output {i}"
+            if not complex_arithmetic:
+                assert torch.equal(a.isnan(), e.isnan()), f"output {i}"
+            assert_close(a[finite], e[finite], tolerance=1e-5, what=f"output {i}")
 
 
 # --- the registry itself -------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, pick, softplus
+from .._packing import checkpoint_count
+from .common import LOG2E, meta, pick, softplus
 
 
 @triton.jit
@@ -143,3 +144,19 @@ def units(channels: int, B: torch.Tensor, C: torch.Tensor) -> dict[str, int]:
         "units_per_group_B": count // groups(B),
         "units_per_group_C": count // groups(C),
     }
+
+
+def sample(dtype: torch.dtype, options: str) -> tuple:
+    """For the compile specs: meta tensors of a typical call up to cu_seqlens, and its checkpoints.
+
+    options: "d" channels-last, "N64", "packed" (initial states, constant C), "wide" (64-bit offsets, 3 states).
+    """
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    B, D, L = {"packed": (1, 4096, 4096), "wide": (1, 4096, 2**20)}.get(options, (8, 4096, 4096))
+    N = {"N64": 64, "wide": 3}.get(options, 16)
+    x = meta(B, L, D, dtype=dtype).transpose(1, 2) if options == "d" else meta(B, D, L, dtype=dtype)
+    cu = meta(65, dtype=torch.int64) if options == "packed" else None
+    initial = meta(B if cu is None else 64, D, N, dtype=real) if cu is not None else None
+    C = meta(D, N, dtype=dtype) if options == "packed" else meta(B, 2, N, L, dtype=dtype)
+    inputs = (x, x, meta(D, N, dtype=real), meta(B, 1, N, L, dtype=dtype), C, meta(D, dtype=real), x, meta(D, dtype=real))
+    return (*inputs, initial, cu), meta(B, checkpoint_count(L, N), D, N, dtype=real)

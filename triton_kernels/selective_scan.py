@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._packing import checkpoint_count, checkpoint_stride
+from .._packing import checkpoint_stride
 from . import scan_device as dev
-from .common import Launch, compile_spec, index, meta, pick, put, sigmoid, strides, wide
+from .common import Launch, compile_spec, index, pick, put, sigmoid, strides, wide
 from .scan_device import (
     advance, bounds, channels_of, decay_rates, load_channels, load_constant, load_matrix, load_tile, over_states,
     step_size, token,
@@ -49,7 +49,7 @@ def _selective_scan_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = A_ptr.dtype.element_ty
-    block, row = tl.program_id(0), tl.program_id(1)
+    row, block = tl.program_id(0), tl.program_id(1)
     begin, end, b = bounds(cu_ptr, row, L)
     row = tl.cast(row, tl.int64)
     d_index, in_d = channels_of(block, unit, blocks_per_unit, BLOCK_D)
@@ -111,12 +111,12 @@ def _selective_scan_fwd_kernel(
 
 def _default(u: torch.Tensor, block_n: int, unit: int) -> dict:
     """16 states a thread, a warp across the channels where there are that many, one 16-byte vector of tokens a thread."""
-    block_d = min(dev.power_of_two(unit), 64 if block_n < 16 else 32)
+    block_d = min(dev.power_of_two(unit), 64 if block_n < 16 else 32, max(4096 // block_n, 1))
     tokens = 16 // u.element_size() if u.stride(2) == 1 else 2
     return {
         "BLOCK_D": block_d,
         "T": tokens if block_n <= 32 else min(tokens, 4),
-        "num_warps": min(max(block_n * block_d // 512, 1), 16),
+        "num_warps": min(max(block_n * block_d // 512, 1), 8),
     }
 
 
@@ -145,10 +145,10 @@ def plan_selective_scan_fwd(
         **strides("z", z, "bdl"), **strides("A", A, "dn"), **dev.matrix_strides("B", B), **dev.matrix_strides("C", C),
         **strides("D", D, "d"), **strides("bias", delta_bias, "d"), **strides("initial", initial_state, "bdn"),
         N=states, K=checkpoint_stride(states), CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
-        SOFTPLUS=bool(delta_softplus), REVERSE=bool(reverse), INT64=wide(out, u, delta, z, A, B, C, checkpoints),
+        SOFTPLUS=bool(delta_softplus), REVERSE=bool(reverse), INT64=wide(out, u, delta, z, A[None], B, C, checkpoints),
         PADDED_N=block_n != states, BLOCK_N=block_n, BLOCK_D=blocks["BLOCK_D"], T=blocks["T"],
     )  # fmt: skip
-    grid = (channels // units["unit"] * per_unit, last_state.shape[0])
+    grid = (last_state.shape[0], channels // units["unit"] * per_unit)
     return Launch(_selective_scan_fwd_kernel, grid, args, blocks["num_warps"])
 
 
@@ -157,21 +157,13 @@ def selective_scan_fwd(*args):
     plan_selective_scan_fwd(*args).run()
 
 
-def _sample(dtype: torch.dtype, states: int = 16, channels_last: bool = False):
-    """Meta tensors of a typical call: the outputs, then the op's arguments."""
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    B, D, L = 8, 4096, 4096
-
-    def sequence():
-        return meta(B, L, D, dtype=dtype).transpose(1, 2) if channels_last else meta(B, D, L, dtype=dtype)
-
-    matrix, vector = meta(B, 1, states, L, dtype=dtype), meta(D, dtype=real)
-    last, saved = meta(B, D, states, dtype=real), meta(B, checkpoint_count(L, states), D, states, dtype=real)
-    inputs = (sequence(), sequence(), meta(D, states, dtype=real), matrix, matrix, vector, sequence(), vector, None, None)
-    return sequence(), last, saved, *inputs
+def _spec(dtype: torch.dtype, options: str) -> Launch:
+    inputs, checkpoints = dev.sample(dtype, options)
+    u, A, initial = inputs[0], inputs[2], inputs[8]
+    last = A.new_empty(u.shape[0], *A.shape) if initial is None else initial
+    return plan_selective_scan_fwd(u, last, checkpoints, *inputs, True, options == "packed", True)
 
 
-for _name, _options in {
-    "selective_scan_fwd": {}, "selective_scan_fwd_N64": {"states": 64}, "selective_scan_fwd_d": {"channels_last": True},
-}.items():  # fmt: skip
-    compile_spec(_name)(lambda dtype, o=_options: plan_selective_scan_fwd(*_sample(dtype, **o), True, False, True))
+for _options in ("", "d", "N64", "packed", "wide"):
+    _name = "selective_scan_fwd" + (f"_{_options}" if _options else "")
+    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))

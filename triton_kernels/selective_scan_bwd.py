@@ -7,15 +7,15 @@ sequence's end, chunk by chunk (checkpoints, ops/selective_scan.py): first the s
 go into a scratch buffer, then tile by tile, backwards, the states of the T tokens are recomputed into registers and
 the gradients follow.
 
-What bounds it on an H100/H200 (predicted; never measured on a GPU): three exponentials a state and token, that is
-7e10 elements a second at N = 16; but the sums of dB and dC over the block's channels, 5 shuffles each for a state of
-32 channels, weigh more: 160 shuffles a warp and token at N = 16, about 5e10 elements a second.
+What bounds it on an H100/H200 (predicted; never measured on a GPU): three exponentials a state and token would allow
+7e10 elements a second at N = 16; but the sums of dB and dC over the block's channels weigh more, 113 shuffles a warp
+and token in the sm_90 code, and issuing about 900 instructions a warp and token allows about 3e10.
 
 Determinism: dB and dC leave as one partial sum a block (when a group has several blocks), dA, dD and ddelta_bias as
 one a row program; torch sums them in a fixed order. Nothing is atomic.
 
 Memory besides inputs and outputs, in floats (doubles for float64): partial dB and dC hold at most B D L together
-(blocks are launched in turns when that would be more, as it is for N above 128); scratch holds at most B D L, or
+(blocks are launched in turns when that would be more, as it is for N above 32); scratch holds at most B D L, or
 SCRATCH_FLOOR when that is more (fewer programs then share the rows); partial dA at most the last state's size.
 """
 
@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._packing import checkpoint_count, checkpoint_stride
+from .._packing import checkpoint_stride
 from . import scan_device as dev
-from .common import LN2, Launch, compile_spec, index, meta, pick, put, sigmoid, silu_slope, strides, wide
+from .common import LN2, Launch, compile_spec, index, pick, put, sigmoid, silu_slope, strides, wide
 from .scan_device import (
     advance, bounds, channels_of, decay_rates, load_channels, load_constant, load_matrix, load_tile, over_channels,
     over_states, step_size, token,
@@ -70,7 +70,7 @@ def _selective_scan_bwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = A_ptr.dtype.element_ty
-    program, row_program = tl.program_id(0), tl.program_id(1)
+    row_program, program = tl.program_id(0), tl.program_id(1)
     block = first_block + program
     d_index, in_d = channels_of(block, unit, blocks_per_unit, BLOCK_D)
     d_index, rows, n = index(d_index, INT64), tl.arange(0, T), index(tl.arange(0, BLOCK_N), INT64)
@@ -83,7 +83,7 @@ def _selective_scan_bwd_kernel(
     constant_B = load_constant(B_ptr, stride_B_b, stride_B_n, d_index, n, in_nd, acc, CONSTANT_B)
     constant_C = load_constant(C_ptr, stride_C_b, stride_C_n, d_index, n, in_nd, acc, CONSTANT_C)
     group = tl.cast(block // blocks_per_unit, tl.int64)
-    scratch_ptr += (tl.cast(row_program, tl.int64) * tl.num_programs(0) + program) * tiles_per_chunk * BLOCK_N * BLOCK_D
+    scratch_ptr += (tl.cast(row_program, tl.int64) * tl.num_programs(1) + program) * tiles_per_chunk * BLOCK_N * BLOCK_D
     saved = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # a state in the scratch
     acc_dA = tl.zeros([BLOCK_N, BLOCK_D], acc)
     acc_dB = tl.zeros([BLOCK_N, BLOCK_D], acc)  # of a constant B or C; unused ones cost nothing
@@ -91,7 +91,7 @@ def _selective_scan_bwd_kernel(
     acc_dD = tl.zeros([BLOCK_D], acc)
     acc_dbias = tl.zeros([BLOCK_D], acc)
 
-    for row in range(row_program, total_rows, tl.num_programs(1)):
+    for row in range(row_program, total_rows, tl.num_programs(0)):
         begin, end, b = bounds(cu_ptr, row, L)
         row_ = tl.cast(row, tl.int64)
         u_row, delta_row, dout_row = u_ptr + b * stride_u_b, delta_ptr + b * stride_delta_b, dout_ptr + b * stride_dout_b
@@ -218,15 +218,12 @@ def _selective_scan_bwd_kernel(
 
 
 def _default(u: torch.Tensor, block_n: int, unit: int) -> dict:
-    """BLOCK_D >= 2 N keeps partial dB and dC small; 16 states a thread, 32 where that takes more than 16 warps."""
-    wanted = min(max(2 * block_n, 512 // block_n, 32), 128)
-    block_d = min(dev.power_of_two(unit), wanted, max(16384 // block_n, 1))
-    per_thread = block_n * block_d // 512
-    return {
-        "BLOCK_D": block_d,
-        "T": 2 if per_thread > 16 or u.dtype == torch.float64 else 4,
-        "num_warps": min(max(per_thread, 1), 16),
-    }
+    """16 states a thread in at most 8 warps; within that BLOCK_D >= 2 N, which keeps partial dB and dC small.
+
+    T = 2: with 4 tokens a tile their 64 states alone spill (816 bytes of stack at N = 16 on sm_90, against 120).
+    """
+    block_d = min(dev.power_of_two(unit), max(2 * block_n, 512 // block_n, 32), 128, max(4096 // block_n, 1))
+    return {"BLOCK_D": block_d, "T": 2, "num_warps": min(max(block_n * block_d // 512, 1), 8)}
 
 
 def _partial(matrix, blocks_per_group, blocks, turns, batch, dtype):
@@ -274,11 +271,11 @@ def plan_selective_scan_bwd(
         **strides("D", D, "d"), **strides("bias", delta_bias, "d"), **strides("initial", initial_state, "bdn"),
         N=states, K=checkpoint_stride(states), CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
         SOFTPLUS=bool(delta_softplus), REVERSE=bool(reverse),
-        INT64=wide(du, ddelta, dz, dB, dC, dout, u, delta, z, A, B, C, checkpoints),
+        INT64=wide(du, ddelta, dz, dB, dC, dout, u, delta, z, A[None], B, C, checkpoints),
         PADDED_N=block_n != states, PADDED_D=units["unit"] % blocks["BLOCK_D"] != 0,
         BLOCK_N=block_n, BLOCK_D=blocks["BLOCK_D"], T=blocks["T"],
     )  # fmt: skip
-    return Launch(_selective_scan_bwd_kernel, (count, scratch.shape[0]), args, blocks["num_warps"])
+    return Launch(_selective_scan_bwd_kernel, (scratch.shape[0], count), args, blocks["num_warps"])
 
 
 def plan_buffers(u, A, B, C, cu_seqlens, blocks=None):
@@ -291,7 +288,7 @@ def plan_buffers(u, A, B, C, cu_seqlens, blocks=None):
         blocks = config("selective_scan_bwd", key, u.device, _default(u, block_n, unit))
     total = channels // unit * triton.cdiv(unit, blocks["BLOCK_D"])
     several = any(m.dim() == 4 and total > m.shape[1] for m in (B, C))
-    count = min(total, max(channels // states, 1)) if several else total
+    count = min(total, max(channels // (2 * states), 1)) if several else total
     tiles = triton.cdiv(min(checkpoint_stride(states), length), blocks["T"])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     row_size = count * tiles * block_n * blocks["BLOCK_D"]
@@ -333,3 +330,23 @@ def selective_scan_bwd(du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial, *args):
     for gradient, partial in ((dA, rows_dA), (dD, rows_dD), (dbias, rows_dbias)):
         if partial is not None:
             gradient.copy_(partial.sum(0))
+
+
+def _spec(dtype: torch.dtype, options: str) -> Launch:
+    inputs, checkpoints = dev.sample(dtype, options)
+    x, _, A, B, C, vector, _, _, initial, cu = inputs
+    blocks, _, count, scratch_shape = plan_buffers(x, A, B, C, cu)
+    rows = scratch_shape[0]
+    matrices = [
+        A.new_empty(rows, *A.shape) if m.dim() == 2 else A.new_empty(x.shape[0], count, *m.shape[2:]) for m in (B, C)
+    ]
+    vectors = A.new_empty(rows, A.shape[0])
+    return plan_selective_scan_bwd(
+        x, x, A.new_empty(rows, *A.shape), *matrices, vectors, x, vectors, initial, A.new_empty(scratch_shape),
+        x, initial, *inputs, checkpoints, True, options == "packed", blocks=blocks, first_block=0, count=count,
+    )  # fmt: skip
+
+
+for _options in ("", "d", "N64", "packed", "wide"):
+    _name = "selective_scan_bwd" + (f"_{_options}" if _options else "")
+    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))

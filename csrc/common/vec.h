@@ -130,6 +130,18 @@ static inline Vec<F> exp2_product_bounded(Vec<F> x, Vec<F> y) {
   const Vec<F> r = x * y - (t - kRoundMagic<F>);
   return (Vec<F>)((VecInt<F>)exp2_fraction(r) + ((VecInt<F>)t << IntOf<F>::mantissa));
 }
+
+// The same for any x and y.
+template <class F>
+static inline Vec<F> exp2_product(Vec<F> x, Vec<F> y) {
+  const Vec<F> low = splat(F(-IntOf<F>::bias - IntOf<F>::mantissa - 3)), high = splat(F(IntOf<F>::bias + 3));
+  const Vec<F> product = x * y;
+  Vec<F> clamped = product < low ? low : product;
+  clamped = clamped > high ? high : clamped;
+  const Vec<F> t = clamped + kRoundMagic<F>, n = t - kRoundMagic<F>;
+  return scale_by_pow2<F>(exp2_fraction(clamped == product ? x * y - n : clamped - n), t);
+}
+
 template <class F>
 constexpr F kExp2Bound = F(IntOf<F>::bias - 2);
 
@@ -198,19 +210,22 @@ static inline VecD softplusv(VecD x) {
   return x;
 }
 
-// Sine and cosine of x quarter turns (x pi / 2), by Taylor series on an eighth of a turn; NaN for inf and NaN.
+// Sine and cosine: x - n pi / 2 with pi / 2 in parts, then Taylor series on an eighth of a turn; NaN for inf and NaN.
 template <class F>
-static inline void sincos_quarters(Vec<F> x, Vec<F>& sine, Vec<F>& cosine) {
+static inline void sincosv(Vec<F> x, Vec<F>& sine, Vec<F>& cosine) {
+  constexpr bool f32 = sizeof(F) == 4;
   const auto round = [](Vec<F> v) {
     const F limit = F(int64_t(1) << (IntOf<F>::mantissa - 1));  // above it v has at most one fractional bit
     const Vec<F> rounded = (v + kRoundMagic<F>) - kRoundMagic<F>;
     return (v < limit) & (v > -limit) ? rounded : v;
   };
-  const Vec<F> n = round(x), y = (x - n) * F(1.57079632679489661923), q = y * y;
+  const F high = F(f32 ? 1.5703125 : 1.57079632673412561417), middle = F(f32 ? 4.837512969970703e-4 : 6.07710050650619224932e-11);
+  const F low = F(f32 ? 7.549789948768648e-8 : 0);
+  const Vec<F> n = round(x * F(0.63661977236758134308));
+  const Vec<F> y = ((x - n * high) - n * middle) - n * low, q = y * y;
   const Vec<F> quadrant = n - 4 * round(n * F(0.25));  // -2 .. 2
-  constexpr int terms = sizeof(F) == 4 ? 5 : 9;
   Vec<F> s = splat(F(1)), c = splat(F(1));
-  for (int k = terms; k >= 1; --k) {
+  for (int k = f32 ? 5 : 9; k >= 1; --k) {
     s = 1 - s * q * F(1.0 / (2 * k * (2 * k + 1)));
     c = 1 - c * q * F(1.0 / (2 * k * (2 * k - 1)));
   }

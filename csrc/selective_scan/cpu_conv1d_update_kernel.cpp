@@ -73,7 +73,7 @@ void update(const ConvUpdateArgs& a, ForwardLine<F> line, int64_t b, int64_t fir
     for (int64_t t = 0; t < tokens; ++t)
       widen(tile + (history + t) * kConvBlock, x + (begin + t) * a.x.t, a.x.d, channels);
     for (int64_t c = 0; c < channels; c += kLanes<F>)
-      line(tile + c, y + c, kConvBlock, kConvBlock, tokens, filter + c, kConvBlock);
+      line(tile + c, y + c, kConvBlock, kConvBlock, kConvBlock, tokens, filter + c, kConvBlock);
     for (int64_t t = 0; t < tokens; ++t) narrow(out + (begin + t) * a.out.t, a.out.d, y + t * kConvBlock, channels);
     __builtin_memmove(tile, tile + tokens * kConvBlock, size_t(history * kConvBlock) * sizeof(F));
   }

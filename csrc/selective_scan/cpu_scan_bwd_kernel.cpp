@@ -15,17 +15,17 @@ namespace {
 
 constexpr int kStates = 2;  // vectors of a state at a time: their history of a chunk of 64 tokens takes 16 KiB
 
-// sum += x, keeping what the addition loses in `lost`.
-template <class F>
-inline void add_compensated(F* sum, F* lost, Vec<F> x) {
-  const Vec<F> y = x - load(lost), s = load(sum), t = s + y;
-  // Once the sum is not finite the compensation would turn inf into NaN.
-  const Vec<F> rest = (t - s) - y;
-  store(lost, rest == rest ? rest : Vec<F>{});
-  store(sum, t);
-}
+// A sum over time of some vectors, compensated (Kahan): it keeps what each addition loses.
+template <class V>
+struct Compensated {
+  V sum{}, lost{};
+  void add(V x) {
+    const V y = x - lost, s = sum + y, rest = (s - sum) - y;
+    lost = rest == rest ? rest : V{};  // once the sum is infinite, inf - inf would turn it into NaN
+    sum = s;
+  }
+};
 
-// A sum over time of some vectors.
 template <class F>
 struct Sum {
   F *sum, *lost;
@@ -33,7 +33,11 @@ struct Sum {
   void clear(int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i) sum[i] = 0, lost[i] = 0;
   }
-  void add(int64_t at, Vec<F> x) { add_compensated(sum + at, lost + at, x); }
+  void add(int64_t at, Vec<F> x) {
+    Compensated<Vec<F>> c{load(sum + at), load(lost + at)};
+    c.add(x);
+    store(sum + at, c.sum), store(lost + at, c.lost);
+  }
 };
 
 // The gradient of B or of C. Grouped: rows of a chunk, [group of the item][row][t] with a row for each n and
@@ -54,7 +58,7 @@ struct Scratch {
   F *d_rows, *x_rows, *dy_rows, *y_rows, *dd_rows, *gb_rows;      // [t][W]
   F *decays, *states;                                             // history, [kStates][t][row]
   F *B, *C, *entering, *joined;
-  F *g, *log2_A, *A;                                              // of a bundle
+  F *g, *scaled, *A;                                              // of a bundle
   Sum<F> dA, dD, dbias;                                           // of a bundle
   MatrixGradient<F> dB, dC;
   Block* bundle;
@@ -74,7 +78,7 @@ struct Scratch {
     const int64_t matrix = (is_shared(a, plan) ? kStates * times * O::comps + W : times * O::row);
     B = arena.take<F>(matrix), C = arena.take<F>(matrix);
     entering = arena.take<F>(vectors), joined = arena.take<F>(vectors);
-    g = arena.take<F>(vectors * plan.bundle), log2_A = arena.take<F>(vectors * plan.bundle), A = arena.take<F>(vectors);
+    g = arena.take<F>(vectors * plan.bundle), scaled = arena.take<F>(vectors * plan.bundle), A = arena.take<F>(vectors);
     dA.take(arena, vectors * plan.bundle), dD.take(arena, W * plan.bundle), dbias.take(arena, W * plan.bundle);
     bundle = arena.take<Block>(plan.bundle), decays_of = arena.take<Decays<O>>(plan.bundle);
     dB = B_, dC = C_;
@@ -89,12 +93,12 @@ struct Scratch {
 // kCount vectors of the state forward through [t0, t1) of a chunk: histories of decays and of states before each time.
 template <class O, bool kShared, bool kBounded, int kCount, class F = typename O::Scalar>
 void rebuild(
-    const F* d_rows, const F* x_rows, F* y_rows, const F* entering, const F* log2_A, MatrixView<F> B, MatrixView<F> C,
+    const F* d_rows, const F* x_rows, F* y_rows, const F* entering, const F* scaled, MatrixView<F> B, MatrixView<F> C,
     F* decays, F* states, int64_t history, int64_t t0, int64_t t1, VecInt<F> valid) {
   constexpr int W = kLanes<F>;
   typename O::Value h[kCount], A[kCount];
 #pragma GCC unroll 2
-  for (int i = 0; i < kCount; ++i) h[i] = O::get(entering + i * O::row), A[i] = O::get(log2_A + i * O::row);
+  for (int i = 0; i < kCount; ++i) h[i] = O::get(entering + i * O::row), A[i] = O::get(scaled + i * O::row);
   for (int64_t t = t0; t < t1; ++t) {
     const Vec<F> d = load(d_rows + t * W), x = load(x_rows + t * W);
     Vec<F> y = load(y_rows + t * W);
@@ -153,9 +157,9 @@ void unwind(
 
 // Only g, through [t0, t1): what a segment passes on to the one before it.
 template <class O, bool kShared, class F = typename O::Scalar>
-void unwind_g(const F* d_rows, const F* dy_rows, F* g_state, const F* log2_A, MatrixView<F> C, int64_t t0, int64_t t1) {
+void unwind_g(const F* d_rows, const F* dy_rows, F* g_state, const F* scaled, MatrixView<F> C, int64_t t0, int64_t t1) {
   constexpr int W = kLanes<F>;
-  const auto A = O::get(log2_A);
+  const auto A = O::get(scaled);
   auto g = O::get(g_state);
   for (int64_t t = t1 - 1; t >= t0; --t) {
     g += load(dy_rows + t * W) * O::scale * O::conj(element<O, kShared>(C, 0, t - t0));
@@ -248,7 +252,7 @@ class Backward {
     if (item.segment == 0) return;
     for_blocks<F>(a_, plan_, item, [&](Block k) {
       Decays<O> decays;
-      decays.load_from(a_, plan_, k, s.log2_A);
+      decays.load_from(a_, plan_, k, s.scaled);
       const int64_t sequence = sequence_at(a_, item.begin), last = least(item.end, a_.starts[sequence + 1]);
       int64_t t = item.begin;
       Vec<F> steps{};
@@ -272,8 +276,8 @@ class Backward {
         load_dy(item.b, k, first, t - first, s);
         for (int64_t v = 0; v < plan_.vectors; ++v) {
           const auto C = view_matrix<O>(a_, plan_, a_.C, a_.groups_C, item.b, k, v, 1, first, t - first, s.C);
-          if (is_shared(a_, plan_)) unwind_g<O, true>(s.d_rows, s.dy_rows, s.g + v * O::row, s.log2_A + v * O::row, C, 0, t - first);
-          else unwind_g<O, false>(s.d_rows, s.dy_rows, s.g + v * O::row, s.log2_A + v * O::row, C, 0, t - first);
+          if (is_shared(a_, plan_)) unwind_g<O, true>(s.d_rows, s.dy_rows, s.g + v * O::row, s.scaled + v * O::row, C, 0, t - first);
+          else unwind_g<O, false>(s.d_rows, s.dy_rows, s.g + v * O::row, s.scaled + v * O::row, C, 0, t - first);
         }
       }
       save_carry<O>(a_, plan_, carries_, item.b, item.segment, k, s.g, open, steps);
@@ -294,7 +298,7 @@ class Backward {
     const int64_t size = plan_.vectors * O::row;
     for (int64_t i = 0; i < blocks; ++i) {
       F* g = s.g + i * size;
-      s.decays_of[i].load_from(a_, plan_, s.bundle[i], s.log2_A + i * size);
+      s.decays_of[i].load_from(a_, plan_, s.bundle[i], s.scaled + i * size);
       for (int64_t j = 0; j < size; ++j) g[j] = 0;
       for (int64_t j = plan_.segments - 1; j > item.segment; --j)
         join_carry<O, true>(a_, plan_, carries_, item.b, j, s.bundle[i], s.decays_of[i], g, s.joined);
@@ -337,32 +341,32 @@ class Backward {
       if (t == a_.starts[sequence + 1]) load_row_state<O>(a_, plan_, a_.dlast, b + sequence, k, g);
       if (first == start) load_row_state<O>(a_, plan_, a_.initial, b + sequence, k, s.entering);
       else load_state<O>(a_, plan_, slot_at<O>(a_, b, first), a_.checkpoints.s[2], a_.checkpoints.s[3], k, 0, plan_.vectors, s.entering);
-      if (is_shared(a_, plan_)) states<true>(item, k, i, begin, first, t, decays.log2_A, g, bounded, s);
-      else states<false>(item, k, i, begin, first, t, decays.log2_A, g, bounded, s);
+      if (is_shared(a_, plan_)) states<true>(item, k, i, begin, first, t, decays.scaled, g, bounded, s);
+      else states<false>(item, k, i, begin, first, t, decays.scaled, g, bounded, s);
       if (first == start) store_row_state<O>(a_, plan_, a_.dinitial, b + sequence, k, g);
     }
     finish(b, k, i, begin, count, s);
   }
 
   template <bool kShared>
-  void states(const Item& item, Block k, int64_t i, int64_t begin, int64_t t0, int64_t t1, const F* log2_A, F* g, bool bounded, Scratch<O>& s) {
+  void states(const Item& item, Block k, int64_t i, int64_t begin, int64_t t0, int64_t t1, const F* scaled, F* g, bool bounded, Scratch<O>& s) {
     int64_t v = 0;
     if constexpr (kShared)
-      for (; v + kStates <= plan_.vectors; v += kStates) group<kShared, kStates>(item, k, i, v, begin, t0, t1, log2_A, g, bounded, s);
-    for (; v < plan_.vectors; ++v) group<kShared, 1>(item, k, i, v, begin, t0, t1, log2_A, g, bounded, s);
+      for (; v + kStates <= plan_.vectors; v += kStates) group<kShared, kStates>(item, k, i, v, begin, t0, t1, scaled, g, bounded, s);
+    for (; v < plan_.vectors; ++v) group<kShared, 1>(item, k, i, v, begin, t0, t1, scaled, g, bounded, s);
   }
 
   // kCount vectors of the state, from v, through the times [t0, t1) of the chunk that begins at `begin`.
   template <bool kShared, int kCount>
-  void group(const Item& item, Block k, int64_t i, int64_t v, int64_t begin, int64_t t0, int64_t t1, const F* log2_A, F* g, bool bounded, Scratch<O>& s) {
+  void group(const Item& item, Block k, int64_t i, int64_t v, int64_t begin, int64_t t0, int64_t t1, const F* scaled, F* g, bool bounded, Scratch<O>& s) {
     const auto B = view_matrix<O>(a_, plan_, a_.B, a_.groups_B, item.b, k, v, kCount, t0, t1 - t0, s.B);
     const auto C = view_matrix<O>(a_, plan_, a_.C, a_.groups_C, item.b, k, v, kCount, t0, t1 - t0, s.C);
     const auto valid = first_lanes<F>(lanes_of<F>(a_, plan_, k, v));
     const int64_t history = times(), from = t0 - begin, to = t1 - begin, at = v * O::row;
     constexpr bool can_be_bounded = O::comps == 1 && sizeof(F) == 4;
     if (can_be_bounded && bounded)
-      rebuild<O, kShared, can_be_bounded, kCount>(s.d_rows, s.x_rows, s.y_rows, s.entering + at, log2_A + at, B, C, s.decays, s.states, history, from, to, valid);
-    else rebuild<O, kShared, false, kCount>(s.d_rows, s.x_rows, s.y_rows, s.entering + at, log2_A + at, B, C, s.decays, s.states, history, from, to, valid);
+      rebuild<O, kShared, can_be_bounded, kCount>(s.d_rows, s.x_rows, s.y_rows, s.entering + at, scaled + at, B, C, s.decays, s.states, history, from, to, valid);
+    else rebuild<O, kShared, false, kCount>(s.d_rows, s.x_rows, s.y_rows, s.entering + at, scaled + at, B, C, s.decays, s.states, history, from, to, valid);
     typename O::Value dA[kCount] = {};
     unwind<O, kShared, kCount>(s.d_rows, s.x_rows, s.dy_rows, s.dd_rows, s.gb_rows, g + at, s.A + at, B, C, s.decays, s.states, history, from, to, valid, dA);
     for (int j = 0; j < kCount; ++j) {
@@ -432,17 +436,18 @@ class Backward {
     }
     const Vec<F> D = load_channels<F>(plan_, a_.D, k);
     const bool gated = a_.z.data != nullptr, skip = a_.D.data != nullptr;
-    Vec<F> dD{}, dbias{};
+    Compensated<Vec<F>> dD{load(s.dD.sum + i * W), load(s.dD.lost + i * W)}, dbias{load(s.dbias.sum + i * W), load(s.dbias.lost + i * W)};
     for (int64_t j = 0; j < rows * W; j += W) {
       const Vec<F> u = load(s.u + j), dy = load(s.dy + j), gb = load(s.gb + j);
       Vec<F> y = load(s.y + j) * O::scale, du = gb * load(s.d + j);
       const Vec<F> ddelta = (load(s.dd + j) + gb * u) * load(s.slope + j);
       if (skip) y += D * u, du += D * dy;
-      dD += dy * u, dbias += ddelta;
+      dD.add(dy * u), dbias.add(ddelta);
       store(s.gb + j, du), store(s.dd + j, ddelta);
       if (gated) store(s.dz + j, load(s.dz + j) * y);
     }
-    s.dD.add(i * W, dD), s.dbias.add(i * W, dbias);
+    store(s.dD.sum + i * W, dD.sum), store(s.dD.lost + i * W, dD.lost);
+    store(s.dbias.sum + i * W, dbias.sum), store(s.dbias.lost + i * W, dbias.lost);
     store_flat<F>(a_, plan_, a_.du, b, k, t, count, s.gb);
     store_flat<F>(a_, plan_, a_.ddelta, b, k, t, count, s.dd);
     if (gated) store_flat<F>(a_, plan_, a_.dz, b, k, t, count, s.dz);

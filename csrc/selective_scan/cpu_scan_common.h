@@ -33,12 +33,13 @@ struct RealState {
   static Value all(const F* p) { return splat(*p); }
   static Value conj(Value v) { return v; }
   static Vec<F> real(Value v) { return v; }
-  static Value log2_form(Value A) { return A * F(1.44269504088896340736); }
-  static Vec<F> growth(Value log2_A) { return log2_A; }
+  // The form of A that decay() takes.
+  static Value scaled_A(Value A) { return A * F(1.44269504088896340736); }
+  static Vec<F> growth(Value A) { return A; }
   template <bool kBounded>
-  static Value decay(Vec<F> d, Value log2_A) {
-    if constexpr (kBounded) return exp2_product_bounded<F>(d, log2_A);
-    else return exp2v(d * log2_A);
+  static Value decay(Vec<F> d, Value scaled) {
+    if constexpr (kBounded) return exp2_product_bounded<F>(d, scaled);
+    else return exp2_product<F>(d, scaled);
   }
 };
 
@@ -61,14 +62,13 @@ struct ComplexState {
   static Value all(const F* p) { return {splat(p[0]), splat(p[1])}; }
   static Value conj(Value v) { return {v.re, -v.im}; }
   static Vec<F> real(Value v) { return v.re; }
-  // Growth in powers of 2, rotation in quarter turns.
-  static Value log2_form(Value A) { return {A.re * F(1.44269504088896340736), A.im * F(0.63661977236758134308)}; }
-  static Vec<F> growth(Value log2_A) { return log2_A.re; }
+  static Value scaled_A(Value A) { return A; }  // scaling the rotation would cost it digits
+  static Vec<F> growth(Value A) { return A.re * F(1.44269504088896340736); }
   template <bool kBounded>
-  static Value decay(Vec<F> d, Value log2_A) {
-    const Vec<F> size = exp2v(d * log2_A.re);
+  static Value decay(Vec<F> d, Value A) {
+    const Vec<F> size = expv(d * A.re);
     Vec<F> sine, cosine;
-    sincos_quarters<F>(d * log2_A.im, sine, cosine);
+    sincosv<F>(d * A.im, sine, cosine);
     return {size * cosine, size * sine};
   }
 };
@@ -422,19 +422,19 @@ constexpr int kNegligible = 130;
 template <class O>
 struct Decays {
   using F = typename O::Scalar;
-  F* log2_A;         // [vectors][row]
-  Vec<F> magnitude;  // a bound on |log2 A| that meets each lane of d; NaN or inf when an A is
+  F* scaled;         // [vectors][row]
+  Vec<F> magnitude;  // a bound on |A| log2 e that meets each lane of d; NaN or inf when an A is
   Vec<F> slowest;    // the largest growth
 
   void load_from(const ScanArgs& a, const Plan& plan, Block k, F* memory) {
-    log2_A = memory;
-    load_state<O>(a, plan, reinterpret_cast<const F*>(a.A.data), a.A.s[0], a.A.s[1], k, 0, plan.vectors, log2_A);
+    scaled = memory;
+    load_state<O>(a, plan, reinterpret_cast<const F*>(a.A.data), a.A.s[0], a.A.s[1], k, 0, plan.vectors, scaled);
     magnitude = Vec<F>{};
     slowest = splat(F(-__builtin_inf()));
     Vec<F> probe{};
     for (int64_t v = 0; v < plan.vectors; ++v) {
-      const auto A = O::log2_form(O::get(log2_A + v * O::row));
-      O::put(log2_A + v * O::row, A);
+      const auto A = O::scaled_A(O::get(scaled + v * O::row));
+      O::put(scaled + v * O::row, A);
       const Vec<F> g = O::growth(A), size = g < 0 ? -g : g;
       probe += g * 0;
       magnitude = size > magnitude ? size : magnitude;
@@ -541,7 +541,7 @@ static void join_carry(const ScanArgs& a, const Plan& plan, const Carries<F>& c,
   for (int64_t v = 0; v < plan.vectors; ++v) {
     auto joined = O::get(scratch + v * O::row);
     if (c.open[row + k.channel]) {
-      const auto decay = O::template decay<false>(steps, O::get(decays.log2_A + v * O::row));
+      const auto decay = O::template decay<false>(steps, O::get(decays.scaled + v * O::row));
       joined += (kConj ? O::conj(decay) : decay) * O::get(state + v * O::row);
     }
     O::put(state + v * O::row, joined);

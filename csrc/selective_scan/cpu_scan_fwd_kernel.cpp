@@ -24,7 +24,7 @@ struct Scratch {
   F *d, *x, *u, *y, *z;         // flat tiles: step, d u, u, the sum over states, gate
   F *d_rows, *x_rows, *y_rows;  // [t][W]; the flat ones themselves with channels as lanes
   F *B, *C, *joined;
-  F *state, *log2_A;            // of a bundle of blocks
+  F *state, *scaled;            // of a bundle of blocks
 
   Block* bundle;
   Decays<O>* decays_of;
@@ -38,7 +38,7 @@ struct Scratch {
     if (plan.state_lanes) d_rows = arena.take<F>(tile), x_rows = arena.take<F>(tile), y_rows = arena.take<F>(tile);
     B = arena.take<F>(kTile * row + kStates * row), C = arena.take<F>(kTile * row + kStates * row);
     joined = arena.take<F>(vectors);
-    state = arena.take<F>(vectors * plan.bundle), log2_A = arena.take<F>(vectors * plan.bundle);
+    state = arena.take<F>(vectors * plan.bundle), scaled = arena.take<F>(vectors * plan.bundle);
     bundle = arena.take<Block>(plan.bundle), decays_of = arena.take<Decays<O>>(plan.bundle);
   }
 };
@@ -46,13 +46,13 @@ struct Scratch {
 // kCount vectors of the state through the times [t0, t1) of a tile.
 template <class O, bool kShared, bool kBounded, int kCount, class F = typename O::Scalar>
 void advance(
-    const F* d_rows, const F* x_rows, F* y_rows, F* state, const F* log2_A, MatrixView<F> B, MatrixView<F> C,
+    const F* d_rows, const F* x_rows, F* y_rows, F* state, const F* scaled, MatrixView<F> B, MatrixView<F> C,
     int64_t t0, int64_t t1, VecInt<F> valid) {
   using Value = typename O::Value;
   constexpr int W = kLanes<F>;
   Value h[kCount], A[kCount];
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i) h[i] = O::get(state + i * O::row), A[i] = O::get(log2_A + i * O::row);
+  for (int i = 0; i < kCount; ++i) h[i] = O::get(state + i * O::row), A[i] = O::get(scaled + i * O::row);
   for (int64_t t = t0; t < t1; ++t) {
     const Vec<F> d = load(d_rows + t * W), x = load(x_rows + t * W);
     Vec<F> y = load(y_rows + t * W);
@@ -122,7 +122,7 @@ class Forward {
     if (item.segment == plan_.segments - 1) return;
     for_blocks<F>(a_, plan_, item, [&](Block k) {
       Decays<O> decays;
-      decays.load_from(a_, plan_, k, s.log2_A);
+      decays.load_from(a_, plan_, k, s.scaled);
       const int64_t start = most(item.begin, a_.starts[sequence_at(a_, item.end - 1)]);
       int64_t t = item.end;
       Vec<F> steps{};
@@ -156,7 +156,7 @@ class Forward {
   void scan_bundle(const Item& item, int64_t blocks, Scratch<O>& s) {
     const int64_t size = plan_.vectors * O::row;
     for (int64_t i = 0; i < blocks; ++i) {
-      s.decays_of[i].load_from(a_, plan_, s.bundle[i], s.log2_A + i * size);
+      s.decays_of[i].load_from(a_, plan_, s.bundle[i], s.scaled + i * size);
       for (int64_t j = 0; j < size; ++j) s.state[i * size + j] = 0;
       for (int64_t j = 0; j < item.segment; ++j)
         join_carry<O, false>(a_, plan_, carries_, item.b, j, s.bundle[i], s.decays_of[i], s.state + i * size, s.joined);
@@ -185,8 +185,8 @@ class Forward {
       if (t == a_.starts[sequence]) load_row_state<O>(a_, plan_, a_.initial, b + sequence, k, state);
       if (write && a_.slots && (t == 0 || (t + a_.pad) % a_.chunk == 0))
         store_state<O>(a_, plan_, slot_at<O>(a_, b, t), a_.checkpoints.s[2], a_.checkpoints.s[3], k, 0, plan_.vectors, state);
-      if (is_shared(a_, plan_)) states<true>(b, k, begin, t, next, decays.log2_A, state, bounded, s);
-      else states<false>(b, k, begin, t, next, decays.log2_A, state, bounded, s);
+      if (is_shared(a_, plan_)) states<true>(b, k, begin, t, next, decays.scaled, state, bounded, s);
+      else states<false>(b, k, begin, t, next, decays.scaled, state, bounded, s);
       if (write && next == a_.starts[sequence + 1]) store_row_state<O>(a_, plan_, a_.last, b + sequence, k, state);
     }
     if (write) finish(b, k, begin, count, s);
@@ -194,20 +194,20 @@ class Forward {
 
   // All vectors of the state through the times [t, next) of the tile that begins at `begin`.
   template <bool kShared>
-  void states(int64_t b, Block k, int64_t begin, int64_t t, int64_t next, const F* log2_A, F* state, bool bounded, Scratch<O>& s) {
+  void states(int64_t b, Block k, int64_t begin, int64_t t, int64_t next, const F* scaled, F* state, bool bounded, Scratch<O>& s) {
     int64_t v = 0;
     if constexpr (kShared)
-      for (; v + kStates <= plan_.vectors; v += kStates) group<kShared, kStates>(b, k, v, begin, t, next, log2_A, state, bounded, s);
-    for (; v < plan_.vectors; ++v) group<kShared, 1>(b, k, v, begin, t, next, log2_A, state, bounded, s);
+      for (; v + kStates <= plan_.vectors; v += kStates) group<kShared, kStates>(b, k, v, begin, t, next, scaled, state, bounded, s);
+    for (; v < plan_.vectors; ++v) group<kShared, 1>(b, k, v, begin, t, next, scaled, state, bounded, s);
   }
 
   template <bool kShared, int kCount>
-  void group(int64_t b, Block k, int64_t v, int64_t begin, int64_t t, int64_t next, const F* log2_A, F* state, bool bounded, Scratch<O>& s) {
+  void group(int64_t b, Block k, int64_t v, int64_t begin, int64_t t, int64_t next, const F* scaled, F* state, bool bounded, Scratch<O>& s) {
     const auto B = view_matrix<O>(a_, plan_, a_.B, a_.groups_B, b, k, v, kCount, t, next - t, s.B);
     const auto C = view_matrix<O>(a_, plan_, a_.C, a_.groups_C, b, k, v, kCount, t, next - t, s.C);
     const auto valid = first_lanes<F>(lanes_of<F>(a_, plan_, k, v));
     F* h = state + v * O::row;
-    const F* A = log2_A + v * O::row;
+    const F* A = scaled + v * O::row;
     constexpr bool can_be_bounded = O::comps == 1 && sizeof(F) == 4;  // the other types have one version
     if (can_be_bounded && bounded)
       advance<O, kShared, can_be_bounded, kCount>(s.d_rows, s.x_rows, s.y_rows, h, A, B, C, t - begin, next - begin, valid);

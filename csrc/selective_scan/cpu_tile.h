@@ -20,56 +20,78 @@ static inline void zero(F* p, int64_t count) {
   if (count > 0) __builtin_memset(p, 0, size_t(count) * sizeof(F));
 }
 
+typedef uint16_t Halves __attribute__((vector_size(SCALEKERN_VEC_BYTES / 2)));  // as many as floats in a vector
+typedef uint32_t Words __attribute__((vector_size(SCALEKERN_VEC_BYTES)));
+
+// One vector of a storage type, widened. In registers: a loop over to_float goes through memory in GCC 12, and its
+// fp16 element by element.
+template <class F, class T>
+static inline Vec<F> load_as(const T* p) {
+  if constexpr (__is_same(T, F)) {
+    return load(p);
+#if defined(__AVX512F__)
+  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
+    return VecF(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  } else if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return VecF(_mm512_slli_epi32(words, 16));
+#elif defined(__F16C__)
+  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
+    return VecF(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+  } else if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
+    Halves h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return VecF(__builtin_convertvector(h, Words) << 16);
+  } else {
+    F lanes[kLanes<F>];
+#pragma omp simd
+    for (int i = 0; i < kLanes<F>; ++i) lanes[i] = to_float(p[i]);
+    return load(lanes);
+  }
+}
+
+// The same back, rounded to nearest even.
+template <class F, class T>
+static inline void store_as(T* p, Vec<F> v) {
+  if constexpr (__is_same(T, F)) {
+    store(p, v);
+#if defined(__AVX512F__)
+  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), 0));
+#elif defined(__F16C__)
+  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), 0));
+#endif
+  } else if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
+    const Words bits = Words(v), high = bits >> 16;
+    const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
+    const Halves h = __builtin_convertvector(v != v ? high | 0x40 : rounded, Halves);
+    __builtin_memcpy(p, &h, sizeof h);
+  } else {
+    F lanes[kLanes<F>];
+    store(lanes, v);
+#pragma omp simd
+    for (int i = 0; i < kLanes<F>; ++i) from_float(p[i], lanes[i]);
+  }
+}
+
 // dst[i] = src[i * stride], widened.
 template <class T, class F>
 static inline void widen(F* __restrict dst, const T* __restrict src, int64_t stride, int64_t count) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < count; ++i) dst[i] = to_float(src[i * stride]);
-    return;
-  }
   int64_t i = 0;
-  if constexpr (sizeof(T) == sizeof(F)) {
-    for (; i + kLanes<F> <= count; i += kLanes<F>) store(dst + i, load(reinterpret_cast<const F*>(src) + i));
-  }
-#if defined(__AVX512F__)
-  if constexpr (__is_same(T, f16) && __is_same(F, float)) {  // GCC 12 converts halves one by one
-    for (; i + 16 <= count; i += 16)
-      store(dst + i, VecF(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)))));
-  }
-#elif defined(__F16C__)
-  if constexpr (__is_same(T, f16) && __is_same(F, float)) {
-    for (; i + 8 <= count; i += 8)
-      store(dst + i, VecF(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)))));
-  }
-#endif
-#pragma omp simd
-  for (int64_t j = i; j < count; ++j) dst[j] = to_float(src[j]);
+  if (stride == 1)
+    for (; i + kLanes<F> <= count; i += kLanes<F>) store(dst + i, load_as<F>(src + i));
+  for (; i < count; ++i) dst[i] = to_float(src[i * stride]);
 }
 
-// dst[i * stride] = src[i], rounded to nearest even.
+// dst[i * stride] = src[i], rounded.
 template <class T, class F>
 static inline void narrow(T* __restrict dst, int64_t stride, const F* __restrict src, int64_t count) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < count; ++i) from_float(dst[i * stride], src[i]);
-    return;
-  }
   int64_t i = 0;
-  if constexpr (sizeof(T) == sizeof(F)) {
-    for (; i + kLanes<F> <= count; i += kLanes<F>) store(reinterpret_cast<F*>(dst) + i, load(src + i));
-  }
-#if defined(__AVX512F__)
-  if constexpr (__is_same(T, f16) && __is_same(F, float)) {
-    for (; i + 16 <= count; i += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i), _mm512_cvtps_ph(__m512(load(src + i)), 0));
-  }
-#elif defined(__F16C__)
-  if constexpr (__is_same(T, f16) && __is_same(F, float)) {
-    for (; i + 8 <= count; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm256_cvtps_ph(__m256(load(src + i)), 0));
-  }
-#endif
-#pragma omp simd
-  for (int64_t j = i; j < count; ++j) from_float(dst[j], src[j]);
+  if (stride == 1)
+    for (; i + kLanes<F> <= count; i += kLanes<F>) store_as<F>(dst + i, load(src + i));
+  for (; i < count; ++i) from_float(dst[i * stride], src[i]);
 }
 
 template <class F>

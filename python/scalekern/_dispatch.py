@@ -1,6 +1,7 @@
 """Which backend runs a call, and why the others do not.
 
-An op holds a tuple of `Backend`s, best first. A call walks it: a backend is taken when it serves the device,
+An op holds a tuple of `Backend`s, best first (on a GPU that has records, `fastest.json`, written by
+`python -m scalekern report`, puts the one that was measured fastest for a call's size in front). A call walks it: a backend is taken when it serves the device,
 is available on this machine, and its `supports(*args)` returns None. `scalekern.backend("triton")` or
 SCALEKERN_BACKEND narrow the walk to one backend; what that one cannot do is then an error.
 """
@@ -11,6 +12,8 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
+import pathlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -117,13 +120,35 @@ def _usable(backends: tuple[Backend, ...], device_type: str, only: str | None) -
 
 def select(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> Backend:
     only = forced()
-    for entry in _usable(backends, device_type, only):
+    usable = _usable(backends, device_type, only)
+    if device_type == "cuda" and only is None:
+        usable = _fastest_first(op_name, usable, args[0])
+    for entry in usable:
         if entry.supports(*args) is None:
             if entry.name == "reference" and only is None:
                 _fell_back(op_name, backends, device_type, args)
             return entry
     reasons = "; ".join(f"{b.name}: {why}" for b, why in explain(backends, device_type, args, only))
     raise BackendError(f"{op_name}: no backend can run this call on {device_type} ({reasons})")
+
+
+FASTEST = pathlib.Path(__file__).parent / "fastest.json"
+
+
+@functools.cache
+def _measured(device_name: str) -> dict[str, dict[int, str]]:
+    """{op: {log2 of the elements of its first argument: the backend that the records found fastest}}"""
+    table = json.loads(FASTEST.read_text()) if FASTEST.exists() else {}
+    return {op: {int(size): name for size, name in sizes.items()} for op, sizes in table.get(device_name, {}).items()}
+
+
+def _fastest_first(op_name: str, usable: tuple[Backend, ...], first: torch.Tensor) -> tuple[Backend, ...]:
+    """The order of the tuple, with the fastest of the measured case of the nearest size in front."""
+    sizes = _measured(torch.cuda.get_device_name(first.device)).get(op_name)
+    if not sizes:
+        return usable
+    fastest = sizes[min(sizes, key=lambda size: abs(size - first.numel().bit_length()))]
+    return tuple(sorted(usable, key=lambda entry: entry.name != fastest))
 
 
 def _fell_back(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> None:

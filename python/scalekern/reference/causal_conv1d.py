@@ -72,7 +72,8 @@ def causal_conv1d_bwd(dout, dfinal_states, x, weight, bias, seq_idx, cu_seqlens,
         dpart = torch.zeros_like(part)
         for k in range(width):
             dpart[:, k : k + end - begin] += w[:, k, None] * dpre
-            dweight[:, k] += (dpre * part[:, k : k + end - begin]).sum(-1)
+            if not padding:  # whose inputs may be NaN
+                dweight[:, k] += (dpre * part[:, k : k + end - begin]).sum(-1)
         dbias += dpre.sum(-1)
         if dfinal_states is not None and (cu_seqlens is not None or last_of_row[row] == i):
             dpart[:, part.shape[1] - (width - 1) :] += dfinal_states[i if cu_seqlens is not None else row].to(real)

@@ -108,7 +108,7 @@ SPECS = {
             Sample("constant_B", _scan(2, 5, 9, 4, constant="B")),
             Sample("constant_C", _scan(2, 6, 9, 4, G=2, constant="C", state=True)),
             Sample("constant_BC", _scan(2, 5, 9, 4, constant="BC", softplus=False)),
-            Sample("reverse", _scan(2, 17, 130, 5, reverse=True, state=True)),
+            Sample("reverse", _scan(1, 17, 130, 5, reverse=True, state=True)),
             Sample("packed", _scan(1, 7, 150, 4, cu=[0, 1, 64, 64, 131, 150], state=True)),
             Sample("packed_reverse", _scan(1, 4, 81, 16, cu=[0, 70, 81], reverse=True)),
             Sample("large_state", _scan(1, 3, 66, 37, state=True)),
