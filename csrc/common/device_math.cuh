@@ -207,6 +207,16 @@ SK_FN float softplus(float x) {
 }
 SK_FN double softplus(double x) { return (x > 0 ? x : 0.0) + log1p(exp(-fabs(x))); }
 
-// d silu, d softplus of NaN are NaN through their arithmetic; softplus(NaN) is NaN since w is.
+// d softplus(x) / dx = sigmoid(x), from d = softplus(x) alone: 1 - e^-d, by its series where that would cancel.
+SK_FN float softplus_slope(float d) {
+  float p = fused(1.0f / 5040, d, -1.0f / 720);
+  p = fused(p, d, 1.0f / 120);
+  p = fused(p, d, -1.0f / 24);
+  p = fused(p, d, 1.0f / 6);
+  p = fused(p, d, -0.5f);
+  p = fused(p, d, 1.0f);
+  return d < 0.35f ? p * d : 1.0f - exp2_unit(d * -kLog2e);
+}
+SK_FN double softplus_slope(double d) { return -expm1(-d); }
 
 }  // namespace scalekern::device

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "selective_scan/cuda_scan_bwd_driver.h"
 #include "selective_scan/cuda_scan_fwd_driver.h"
 
 namespace py = pybind11;
@@ -64,10 +65,18 @@ void selective_scan_fwd(const Tensors& t, bool softplus, bool reverse, int proce
   scan::selective_scan_fwd(exec, view(t.at(0)), view(t.at(1)), view(t.at(2)), scan_inputs(t, 3, softplus, reverse));
 }
 
+void selective_scan_bwd(const Tensors& t, bool softplus, bool reverse, int processors, int order) {
+  HostExec exec(processors, order);
+  const auto at = [&](size_t i) { return view(t.at(i)); };
+  scan::selective_scan_bwd(exec, {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)}, at(9), at(10), at(21),
+                           scan_inputs(t, 11, softplus, reverse));
+}
+
 }  // namespace
 
 void bind_cuda_emulator(py::module_& m) {
   m.def("emulate_selective_scan_fwd", &selective_scan_fwd);
+  m.def("emulate_selective_scan_bwd", &selective_scan_bwd);
 }
 
 }  // namespace scalekern

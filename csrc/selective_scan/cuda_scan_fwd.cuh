@@ -42,6 +42,7 @@ struct ScanFwd {
   using F = Compute<T>;
   using Args = FwdArgs;
   static constexpr int kThreads = 128;
+  static constexpr int kBlocks = 1;
 
   // Where this thread works.
   struct Place {
@@ -229,6 +230,7 @@ struct ScanFwd {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) y[j] *= silu(z[j]);
     }
+    sync_warp();  // every lane has read u, whose place the output may take
     if (w.active && w.lane == 0) store_group(o.out, a.out_tile, o.row, first, reverse, y);
   }
 
@@ -243,6 +245,7 @@ struct ScanFwd {
       for (int m = 1; m < a.p.lanes; m *= 2) y += shuffle_xor(y, m);
       y = fused(w.D, u, y);
       if (o.z) y *= silu(F(widen(o.z[o.row * a.z.row + t * a.z.time])));
+      sync_warp();
       if (w.active && w.lane == 0) o.out[o.row * a.out_tile.row + t * a.out_tile.time] = narrow<T>(y);
     }
   }
@@ -320,6 +323,7 @@ template <class F>
 struct JoinChunks {
   using Args = FwdArgs;
   static constexpr int kThreads = 128;
+  static constexpr int kBlocks = 1;
 
   static SK_DEVICE void run(const Args& a) {
     const int64_t i = block_index() * kThreads + thread_index(), states = a.p.states;
@@ -348,6 +352,7 @@ struct EmptySequences {
     States to, from;
   };
   static constexpr int kThreads = 128;
+  static constexpr int kBlocks = 1;
 
   static SK_DEVICE void run(const Args& a) {
     const int64_t s = block_index();
