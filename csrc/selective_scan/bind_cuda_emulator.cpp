@@ -9,8 +9,10 @@
 #include <tuple>
 #include <vector>
 
+#include "selective_scan/cuda_conv1d_driver.h"
 #include "selective_scan/cuda_scan_bwd_driver.h"
 #include "selective_scan/cuda_scan_fwd_driver.h"
+#include "selective_scan/cuda_state_update.cuh"
 
 namespace py = pybind11;
 
@@ -72,11 +74,39 @@ void selective_scan_bwd(const Tensors& t, bool softplus, bool reverse, int proce
                            scan_inputs(t, 11, softplus, reverse));
 }
 
+void selective_state_update(const Tensors& t, bool softplus, int processors, int order) {
+  HostExec exec(processors, order);
+  const auto at = [&](size_t i) { return view(t.at(i)); };
+  update::selective_state_update(exec, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), softplus);
+}
+
+void causal_conv1d_fwd(const Tensors& t, bool silu, int processors, int order) {
+  HostExec exec(processors, order);
+  const auto at = [&](size_t i) { return view(t.at(i)); };
+  conv::causal_conv1d_fwd(exec, at(0), at(1), {at(2), at(3), at(4), at(5), at(6), at(7), silu});
+}
+
+void causal_conv1d_bwd(const Tensors& t, bool silu, int processors, int order) {
+  HostExec exec(processors, order);
+  const auto at = [&](size_t i) { return view(t.at(i)); };
+  conv::causal_conv1d_bwd(exec, at(0), at(1), at(2), at(3), at(4), at(5), {at(6), at(7), at(8), at(9), at(10), at(11), silu});
+}
+
+void causal_conv1d_update(const Tensors& t, bool silu, int processors, int order) {
+  HostExec exec(processors, order);
+  const auto at = [&](size_t i) { return view(t.at(i)); };
+  conv::causal_conv1d_update(exec, at(0), at(1), at(2), at(3), at(4), at(5), at(6), silu);
+}
+
 }  // namespace
 
 void bind_cuda_emulator(py::module_& m) {
   m.def("emulate_selective_scan_fwd", &selective_scan_fwd);
   m.def("emulate_selective_scan_bwd", &selective_scan_bwd);
+  m.def("emulate_selective_state_update", &selective_state_update);
+  m.def("emulate_causal_conv1d_fwd", &causal_conv1d_fwd);
+  m.def("emulate_causal_conv1d_bwd", &causal_conv1d_bwd);
+  m.def("emulate_causal_conv1d_update", &causal_conv1d_update);
 }
 
 }  // namespace scalekern
