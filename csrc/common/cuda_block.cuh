@@ -8,6 +8,7 @@
 #if defined(__CUDACC__)
 
 #define SK_DEVICE __device__ __forceinline__
+#define SK_APART __device__ __noinline__  // rare paths: out of the way of the registers of the common one
 
 namespace scalekern::device {
 
@@ -41,6 +42,7 @@ SK_DEVICE void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory")
 #include "common/emulator.h"
 
 #define SK_DEVICE inline
+#define SK_APART inline
 
 namespace scalekern::device {
 
@@ -76,6 +78,17 @@ struct alignas(16) Pack {
 template <class T>
 SK_FN bool aligned16(const T* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+}
+
+// Calls f with a null pointer of the type that `dtype` (enum Dtype) names.
+template <class Call>
+SK_FN void with_type(int dtype, Call&& f) {
+  switch (dtype) {
+    case 0: return f(static_cast<float*>(nullptr));
+    case 1: return f(static_cast<double*>(nullptr));
+    case 2: return f(static_cast<f16*>(nullptr));
+    case 3: return f(static_cast<bf16*>(nullptr));
+  }
 }
 
 // cu_seqlens or another index tensor of int32 or int64.

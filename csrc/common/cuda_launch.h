@@ -38,7 +38,7 @@ inline cudaStream_t current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(accessor != nullptr, "scalekern: this torch has no CUDA support (libtorch_cuda is not loaded)");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(accessor(device, &stream));
+  STD_TORCH_CHECK(accessor(device, &stream) == 0, "scalekern: torch's current stream of device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 

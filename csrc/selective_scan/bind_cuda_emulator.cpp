@@ -46,6 +46,7 @@ class HostExec {
 
   template <class Kernel>
   void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Args& args) {
+    if (shared_bytes > 163 * 1024) throw std::runtime_error("more shared memory than a block has on sm_80");
     emulator::block().template launch<Kernel>(blocks, shared_bytes, args);
   }
 

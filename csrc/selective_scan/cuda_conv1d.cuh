@@ -234,7 +234,7 @@ struct ConvFwd {
     return {b, (a.by_time ? inner : outer) * kTokens, d, int(left < V ? left : V)};
   }
 
-  static SK_DEVICE void by_element(const Args& a, const Place& p) {
+  static SK_APART void by_element(const Args& a, const Place& p) {
     for (int j = 0; j < kTokens && p.t0 + j < a.length; ++j) {
       const Run run = run_at(a, p.b, p.t0 + j);
       for (int v = 0; v < p.count; ++v) {
@@ -458,9 +458,5 @@ struct ReduceFilter {
     else if (a.dbias) static_cast<F*>(a.dbias)[d * a.bias_d] = sum;
   }
 };
-
-// Bytes along the channels that a thread takes where channels are contiguous.
-template <class T>
-constexpr int kChannels = 8 / int(sizeof(T));
 
 }  // namespace scalekern::conv

@@ -29,24 +29,14 @@ inline Args args_of(const Inputs& in) {
   return a;
 }
 
-// Calls f(null pointer of the io type, filter width 4 or 8, channels a thread) as compile-time values.
-template <class T, class F>
+// Calls f(filter width 4 or 8, channels a thread) with compile-time values.
+template <int kChannels, class F>
 void with_shape(const Args& a, F&& f) {
   const auto with_width = [&](auto channels) {
     a.width <= 4 ? f(std::integral_constant<int, 4>{}, channels) : f(std::integral_constant<int, 8>{}, channels);
   };
-  if constexpr (kChannels<T> == 1) with_width(std::integral_constant<int, 1>{});
-  else a.by_time ? with_width(std::integral_constant<int, 1>{}) : with_width(std::integral_constant<int, kChannels<T>>{});
-}
-
-template <class F>
-void with_io_type(int dtype, F&& f) {
-  switch (dtype) {  // the order of enum Dtype
-    case 0: return f(static_cast<float*>(nullptr));
-    case 1: return f(static_cast<double*>(nullptr));
-    case 2: return f(static_cast<f16*>(nullptr));
-    case 3: return f(static_cast<bf16*>(nullptr));
-  }
+  if constexpr (kChannels == 1) with_width(std::integral_constant<int, 1>{});
+  else a.by_time ? with_width(std::integral_constant<int, 1>{}) : with_width(std::integral_constant<int, kChannels>{});
 }
 
 template <class Exec>
@@ -54,8 +44,8 @@ void causal_conv1d_fwd(Exec& exec, const View& out, const View& final_states, co
   Args a = args_of(in);
   if (a.sequences == 0) return;
   a.out = rows_of(out), a.final = rows_of(final_states);
-  with_io_type(in.x.dtype, [&]<class T>(T*) {
-    with_shape<T>(a, [&](auto width, auto channels) {
+  with_type(in.x.dtype, [&]<class T>(T*) {
+    with_shape<8 / int(sizeof(T))>(a, [&](auto width, auto channels) {
       using Kernel = ConvFwd<T, width.value, channels.value>;
       const int64_t threads = a.batch * ceil_div(a.channels, channels.value) * ceil_div(a.length, kTokens);
       exec.template launch<Kernel>(ceil_div(threads, Kernel::kThreads), 0, a);
@@ -68,7 +58,7 @@ void causal_conv1d_fwd(Exec& exec, const View& out, const View& final_states, co
 template <class T, class Exec>
 void launch_bwd(Exec& exec, Args& a, const View& dweight, const View& dbias) {
   using F = Compute<T>;
-  with_shape<T>(a, [&](auto width, auto channels) {
+  with_shape<sizeof(T) == 8 ? 1 : 2>(a, [&](auto width, auto channels) {
     using Kernel = ConvBwd<T, width.value, channels.value>;
     constexpr int kV = channels.value;
     a.channel_lanes = a.by_time ? 1 : 32;
@@ -95,7 +85,7 @@ void causal_conv1d_bwd(
   if (a.sequences == 0) return;
   a.out = rows_of(dx), a.dout = rows_of(dout), a.final = rows_of(dfinal);
   if (in.initial) a.dinitial = rows_of(dinitial);
-  with_io_type(in.x.dtype, [&]<class T>(T*) { launch_bwd<T>(exec, a, dweight, dbias); });
+  with_type(in.x.dtype, [&]<class T>(T*) { launch_bwd<T>(exec, a, dweight, dbias); });
 }
 
 template <class Exec>
@@ -104,17 +94,15 @@ void causal_conv1d_update(
     const View& lengths, const View& slots, bool silu) {
   UpdateArgs a{};
   a.batch = x.size[0], a.channels = x.size[1], a.steps = x.size[2], a.size = state.size[2];
-  a.width = int(weight.size[1]), a.silu = silu;
+  a.width = int(weight.size[1]), a.state_dtype = state.dtype, a.silu = silu;
   a.out = out.data, a.x = x.data, a.state = state.data, a.weight = weight.data, a.bias = bias.data;
   a.x_b = x.stride[0], a.x_d = x.stride[1], a.x_t = x.stride[2];
   a.state_s = state.stride[0], a.state_d = state.stride[1], a.state_k = state.stride[2];
   a.weight_d = weight.stride[0], a.weight_w = weight.stride[1], a.bias_d = bias.stride[0];
   a.lengths = indices_of(lengths, 0), a.slots = indices_of(slots, 0);
-  with_io_type(x.dtype, [&]<class T>(T*) {
-    with_io_type(state.dtype, [&]<class S>(S*) {
-      using Kernel = ConvUpdate<T, S>;
-      exec.template launch<Kernel>(ceil_div(a.batch * a.channels, Kernel::kThreads), 0, a);
-    });
+  with_type(x.dtype, [&]<class T>(T*) {
+    using Kernel = ConvUpdate<T>;
+    exec.template launch<Kernel>(ceil_div(a.batch * a.channels, Kernel::kThreads), 0, a);
   });
 }
 

@@ -13,15 +13,15 @@ using namespace scalekern::device;
 
 struct UpdateArgs {
   int64_t batch, channels, steps, size;  // size: K tokens of the state
-  int width;
+  int width, state_dtype;
   bool silu;
   void *out, *x, *state, *weight, *bias;  // out (B, D, T) contiguous
   int64_t x_b, x_d, x_t, state_s, state_d, state_k, weight_d, weight_w, bias_d;
   Indices lengths, slots;  // cache_seqlens, conv_state_indices
 };
 
-// T: tokens. S: state.
-template <class T, class S>
+// T: tokens. The state's type is decided at run time.
+template <class T>
 struct ConvUpdate {
   using F = Compute<T>;
   using Args = UpdateArgs;
@@ -29,6 +29,11 @@ struct ConvUpdate {
   static constexpr int kWidth = 8;
 
   static SK_DEVICE void run(const Args& a) {
+    with_type(a.state_dtype, [&]<class S>(S*) { with_state<S>(a); });
+  }
+
+  template <class S>
+  static SK_DEVICE void with_state(const Args& a) {
     using Stored = Compute<S>;
     const int64_t i = block_index() * kThreads + thread_index();
     if (i >= a.batch * a.channels) return;

@@ -19,6 +19,7 @@ void plan_tiles(BwdArgs& a) {
   const Problem& p = a.p;
   a.padded = 4 * p.lanes;
   a.tokens = sizeof(F) == 8 || a.padded > 32 ? 32 : 64;
+  while (a.tokens > Kernel::kSteps && p.channels_per_block * a.tokens > 96 * 64) a.tokens /= 2;  // few states: many channels
   a.pitch = a.tokens + 4;
   int at = 0;
   const auto take = [&](int count) { return std::exchange(at, at + int(round_up(count * int(sizeof(F)), 16))); };
@@ -87,7 +88,7 @@ void selective_scan_bwd(Exec& exec, const Gradients& d, const View& dout, const 
   a.dout = sequences_of(dout), a.dlast = states_of(dlast);
   a.du = sequences_of(d.u), a.ddelta = sequences_of(d.delta), a.dz = sequences_of(d.z);
   if (in.initial) a.dinitial = states_of(d.initial);
-  with_io_type(in.u.dtype, [&]<class T>(T*) { launch_scan_bwd<T>(exec, a, in, d); });
+  with_type(in.u.dtype, [&]<class T>(T*) { launch_scan_bwd<T>(exec, a, in, d); });
 }
 
 }  // namespace scalekern::scan

@@ -130,7 +130,7 @@ struct ScanFwd {
       const int n = state_of(a.p.lanes, w.lane, i);
       w.A[i] = n < a.p.states ? scaled_A(A[n * a.p.A.n]) : F(0);
     }
-    if (a.p.D.p) w.D = static_cast<const F*>(a.p.D.p)[w.channel * a.p.D.d];
+    if (a.p.D.p && w.lane == 0) w.D = static_cast<const F*>(a.p.D.p)[w.channel * a.p.D.d];  // one lane adds D u
     if (a.p.bias.p) w.bias = static_cast<const F*>(a.p.bias.p)[w.channel * a.p.bias.d];
     load_states(a, w, !kLocal && place.chunk > 0 ? entry_row(a, w, place.chunk) : nullptr, 1);
     w.sequence = {0, 0, 0};
@@ -210,20 +210,18 @@ struct ScanFwd {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       const int t = first + (reverse ? kGroup - 1 - j : j);
-      y[j] = step(w, d[j], d[j] * u[j], o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
+      y[j] = fused(w.D, u[j], step(w, d[j], d[j] * u[j], o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride));
       if constexpr (kLocal) w.step_sum += d[j];
     }
-    if constexpr (!kLocal) finish_group(a, w, o, first, u, y);
+    if constexpr (!kLocal) finish_group(a, w, o, first, y);
   }
 
-  static SK_DEVICE void finish_group(const Args& a, const Walk& w, const Operands& o, int first, F (&u)[kGroup], F (&y)[kGroup]) {
+  static SK_DEVICE void finish_group(const Args& a, const Walk& w, const Operands& o, int first, F (&y)[kGroup]) {
     const bool reverse = a.p.reverse;
     for (int m = 1; m < a.p.lanes; m *= 2) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) y[j] += shuffle_xor(y[j], m);
     }
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) y[j] = fused(w.D, u[j], y[j]);
     if (o.z) {
       F z[kGroup];
       load_group(o.z, a.z, o.row, first, reverse, z);
@@ -238,12 +236,11 @@ struct ScanFwd {
   static SK_DEVICE void token(const Args& a, Walk& w, const Operands& o, int t) {
     const F u = widen(o.u[o.row * a.u.row + t * a.u.time]);
     const F d = step_size(F(widen(o.delta[o.row * a.delta.row + t * a.delta.time])), w.bias, a.p.softplus);
-    F y = step(w, d, d * u, o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
+    F y = fused(w.D, u, step(w, d, d * u, o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride));
     if constexpr (kLocal) {
       w.step_sum += d;
     } else {
       for (int m = 1; m < a.p.lanes; m *= 2) y += shuffle_xor(y, m);
-      y = fused(w.D, u, y);
       if (o.z) y *= silu(F(widen(o.z[o.row * a.z.row + t * a.z.time])));
       sync_warp();
       if (w.active && w.lane == 0) o.out[o.row * a.out_tile.row + t * a.out_tile.time] = narrow<T>(y);

@@ -57,7 +57,7 @@ void selective_scan_fwd(Exec& exec, const View& out, const View& last, const Vie
   a.p = problem_of(in, checkpoints);
   a.out = sequences_of(out), a.last = states_of(last);
   if (a.p.sequences == 0) return;
-  with_io_type(in.u.dtype, [&]<class T>(T*) {
+  with_type(in.u.dtype, [&]<class T>(T*) {
     using F = Compute<T>;
     if constexpr (std::is_same_v<T, double>) {
       split(a.p, 128, 4);

@@ -49,15 +49,4 @@ inline void split(Problem& p, int threads, int per_thread) {
   p.blocks_per_segment = ceil_div(p.segment, p.channels_per_block);
 }
 
-// Calls f with a null pointer of the type of an io dtype.
-template <class F>
-void with_io_type(int dtype, F&& f) {
-  switch (dtype) {  // the order of enum Dtype
-    case 0: return f(static_cast<float*>(nullptr));
-    case 1: return f(static_cast<double*>(nullptr));
-    case 2: return f(static_cast<f16*>(nullptr));
-    case 3: return f(static_cast<bf16*>(nullptr));
-  }
-}
-
 }  // namespace scalekern::scan

@@ -56,12 +56,12 @@ SK_DEVICE void store_four(T* p, int64_t stride, int count, bool packed, const F 
   }
 }
 
-// T: inputs and output. S: state.
-template <class T, class S>
+// T: inputs and output. The state's type is decided at run time, by one uniform branch at its loads and one at its stores.
+template <class T>
 struct StateUpdate {
   using F = Compute<T>;
   using Args = update::Args;
-  static constexpr int kThreads = 128, kBlocks = 1;
+  static constexpr int kThreads = 128, kBlocks = sizeof(F) == 8 ? 1 : 4;
   static constexpr int kBatch = 4;
 
   template <class X>
@@ -112,10 +112,13 @@ struct StateUpdate {
       const int count = u.states - n < 4 ? int(u.states - n) : 4;
       F A[4], states[kBatch][4];
       load_four(at<F>(u.A, h * u.A_h + p * u.A_p + n * u.A_n), u.A_n, count, a.A_packed, A);
-      S* base = static_cast<S*>(u.state) + h * u.state_h + p * u.state_p + n * u.state_n;
+      const int64_t offset = h * u.state_h + p * u.state_p + n * u.state_n;
+      with_type(u.state_dtype, [&]<class S>(S*) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (rows[i].slot >= 0) load_four(base + rows[i].slot * u.state_s, u.state_n, count, a.state_packed, states[i]);
+        for (int i = 0; i < kBatch; ++i)
+          if (rows[i].slot >= 0)
+            load_four(at<S>(u.state, offset + rows[i].slot * u.state_s), u.state_n, count, a.state_packed, states[i]);
+      });
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         Row& r = rows[i];
@@ -129,8 +132,13 @@ struct StateUpdate {
           states[i][e] = fused(decay, states[i][e], r.d * r.x * B[e]);
           if (e < count) r.y = fused(C[e], states[i][e], r.y);
         }
-        store_four(base + r.slot * u.state_s, u.state_n, count, a.state_packed, states[i]);
       }
+      with_type(u.state_dtype, [&]<class S>(S*) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (rows[i].slot >= 0)
+            store_four(static_cast<S*>(u.state) + offset + rows[i].slot * u.state_s, u.state_n, count, a.state_packed, states[i]);
+      });
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -146,27 +154,6 @@ inline bool packed(const View& v, int bytes) {
   bool ok = v.stride[last] == 1 && reinterpret_cast<uintptr_t>(v.data) % quad == 0;
   for (int i = 0; i < last; ++i) ok = ok && v.stride[i] * bytes % quad == 0;
   return ok;
-}
-
-template <class T, class S, class Exec>
-void launch(Exec& exec, Args& a, const View& state, const View& A, const View& B, const View& C) {
-  using Kernel = StateUpdate<T, S>;
-  a.state_packed = packed(state, sizeof(S)), a.A_packed = packed(A, sizeof(Compute<T>));
-  a.B_packed = packed(B, sizeof(T)), a.C_packed = packed(C, sizeof(T));
-  a.lanes = power_of_two_from(ceil_div(a.u.states, 4));
-  a.lanes = a.lanes > 32 ? 32 : a.lanes;
-  a.row_blocks = ceil_div(a.u.heads * a.u.dim, Kernel::kThreads / a.lanes);
-  exec.template launch<Kernel>(a.row_blocks * ceil_div(a.u.batch, Kernel::kBatch), 0, a);
-}
-
-template <class T, class Exec>
-void with_state(Exec& exec, Args& a, const View& state, const View& A, const View& B, const View& C) {
-  switch (a.u.state_dtype) {  // the order of enum Dtype
-    case 0: return launch<T, float>(exec, a, state, A, B, C);
-    case 1: return launch<T, double>(exec, a, state, A, B, C);
-    case 2: return launch<T, f16>(exec, a, state, A, B, C);
-    case 3: return launch<T, bf16>(exec, a, state, A, B, C);
-  }
 }
 
 template <class Exec>
@@ -189,12 +176,15 @@ void selective_state_update(
   u.C_b = C.stride[0], u.C_g = C.stride[1], u.C_n = C.stride[2];
   u.D_h = D.stride[0], u.D_p = D.stride[1], u.bias_h = dt_bias.stride[0], u.bias_p = dt_bias.stride[1];
   u.indices_b = indices.stride[0];
-  switch (u.io_dtype) {
-    case 0: return with_state<float>(exec, a, state, A, B, C);
-    case 1: return with_state<double>(exec, a, state, A, B, C);
-    case 2: return with_state<f16>(exec, a, state, A, B, C);
-    case 3: return with_state<bf16>(exec, a, state, A, B, C);
-  }
+  with_type(u.io_dtype, [&]<class T>(T*) {
+    using Kernel = StateUpdate<T>;
+    with_type(u.state_dtype, [&]<class S>(S*) { a.state_packed = packed(state, sizeof(S)); });
+    a.A_packed = packed(A, sizeof(Compute<T>)), a.B_packed = packed(B, sizeof(T)), a.C_packed = packed(C, sizeof(T));
+    a.lanes = power_of_two_from(ceil_div(u.states, 4));
+    a.lanes = a.lanes > 32 ? 32 : a.lanes;
+    a.row_blocks = ceil_div(u.heads * u.dim, Kernel::kThreads / a.lanes);
+    exec.template launch<Kernel>(a.row_blocks * ceil_div(u.batch, Kernel::kBatch), 0, a);
+  });
 }
 
 }  // namespace scalekern::update
