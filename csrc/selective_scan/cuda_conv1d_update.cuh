@@ -56,8 +56,7 @@ struct ConvUpdate {
     for (int k = 0; k < kWidth; ++k) {
       const int tap = k - (kWidth - a.width);
       w[k] = tap >= 0 ? static_cast<const F*>(a.weight)[d * a.weight_d + tap * a.weight_w] : F(0);
-      // One earlier than the place it will have: the first token shifts it there.
-      window[k] = tap >= 1 ? F(widen(state[place(a.size - a.width + tap)])) : F(0);
+      window[k] = tap >= 0 && tap < a.width - 1 ? F(widen(state[place(a.size - (a.width - 1) + tap)])) : F(0);
     }
     const F bias = a.bias ? static_cast<const F*>(a.bias)[d * a.bias_d] : F(0);
     // A window state moves `steps` tokens to the left; a circular one is written in place below.
