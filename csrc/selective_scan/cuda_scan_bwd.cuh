@@ -1,15 +1,17 @@
 // Backward selective scan.
 //
-// Bound: at N = 16 the special-function unit and the shuffles. The states are computed twice from each checkpoint (once
-// to leave one state in eight in shared memory, once more eight tokens at a time, whose 8 x 4 states and decays then
-// stay in registers), so 2 x 16 - 2 exponentials a token and channel, and some 6 for step sizes and gates, which
-// are computed once a token and channel and shared through shared memory; 9 shuffles a token and warp (a warp: 8
-// channels). By count 38 unit operations against 17 forward, so at most 1.1e11 tokens x channels a second on an H200,
-// before issue slots (about 75 instructions a state quad and token: 4 x 75 / 128 = 2.3 clocks a token and channel, 1.1e11
-// again). Predicted: 5e10 to 7e10. Never measured on a GPU.
+// Bound: at N = 16 the special-function unit, the shuffles and the issue slots about alike. The states are computed twice
+// from each checkpoint (once to leave one state in eight in shared memory, once more eight tokens at a time, whose 8 x 4
+// states and decays then stay in registers): 2 x 16 - 2 exponentials a token and channel, and some 8 for step sizes and
+// gates, which are computed once a token and channel and shared through shared memory; 9 shuffles a token and warp (a
+// warp: 8 channels). By count 40 unit operations against 18 forward, so at most 1.0e11 tokens x channels a second on an
+// H200, and as much by issue slots (about 75 instructions a state quad and token). Predicted: 4e10 to 7e10.
+// Never measured on a GPU.
 //
-// Split: a thread owns 4 states of a channel, N / 4 lanes a channel, 256 threads (64 channels at N = 16) a block; tokens in
-// sequence, from the last chunk to the first. 128 registers and about 105 KB a block: two blocks an SM.
+// Split: a thread owns 4 states of a channel, N / 4 lanes a channel, 384 threads (96 channels at N = 16) a block; tokens in
+// sequence, from the last chunk to the first. One block an SM: 168 registers, 146 KB. Counted and not taken: 256 threads
+// in two blocks (128 registers) spill 300 bytes, 256 threads in one block leave 8 warps an SM.
+// Time is not split: below about 132 x 96 channels times batch SMs stay idle, and Triton may be the better choice.
 // dB and dC are sums over channels: a warp reduces its 8 values (4 of dB, 4 of dC) over its channels by halving exchanges
 // (7 shuffles in place of 24), the warps meet in shared memory, and every channel block writes its sums to a slot of a
 // partial buffer; ReduceMatrix adds the slots in a fixed order. Where the slots of all blocks would be larger than a
