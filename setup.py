@@ -78,7 +78,10 @@ def gencode(arch_list: str) -> list[str]:
 
 def known_archs(nvcc: str, archs: str) -> str:
     """Those of `archs` that this nvcc can compile for (an older one does not know the newest)."""
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    try:
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    except OSError:
+        return archs  # nvcc_problem says it
     known = [a for a in archs.split(";") if f"sm_{a.partition('+')[0].replace('.', '').rstrip('af')}" in listed]
     return ";".join(known) or archs
 

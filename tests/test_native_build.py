@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from scalekern import _native
+from scalekern.ops import selective_scan as scan_op
 from scalekern.reference.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update_op
 from scalekern.reference.selective_scan import selective_scan_bwd, selective_scan_fwd
 from scalekern.reference.selective_state_update import selective_state_update_op as update_reference
@@ -376,6 +377,55 @@ def test_what_was_built_loads():
             assert _native.load(kind) is None
         else:
             assert record["skipped"][kind], f"{kind} was neither built nor skipped with a reason"
+
+
+def setup_functions():
+    """The functions of setup.py, without its call of setup()."""
+    source = (ROOT / "setup.py").read_text()
+    names = {"__file__": str(ROOT / "setup.py"), "__name__": "scalekern_setup"}
+    exec(compile(source[: source.rindex("\nsetup(")], "setup.py", "exec"), names)
+    return names
+
+
+def test_a_broken_nvcc_is_one_line(tmp_path):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\necho 'nvcc fatal: no cicc' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    problem = setup_functions()["nvcc_problem"]
+    assert problem(str(broken), []) == f"{broken} does not compile: nvcc fatal: no cicc"
+    assert "does not run" in problem(str(tmp_path / "absent"), [])
+
+
+def test_architecture_flags():
+    flags = setup_functions()["gencode"]("8.0;9.0a;10.0a+PTX")
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100a,code=sm_100a", "-gencode=arch=compute_100,code=compute_100",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "dtype, states, forward, backward",
+    [
+        (torch.float32, 128, True, True),
+        (torch.float32, 129, True, False),
+        (torch.float32, 512, True, False),
+        (torch.float32, 513, False, False),
+        (torch.float64, 128, True, True),
+        (torch.float64, 129, False, False),
+    ],
+)
+def test_what_the_cuda_scan_declines(dtype, states, forward, backward):
+    u, A = torch.zeros(1, 2, 3, dtype=dtype), torch.zeros(2, states, dtype=dtype)
+    assert (scan_op._cuda_supports_fwd(u, u, A) is None) == forward
+    assert (scan_op._cuda_supports_bwd(u, u, A) is None) == backward
+    assert scan_op._cuda_supports_fwd(u, u, torch.zeros(2, 4, dtype=torch.complex64))
+
+
+def test_the_largest_states_that_are_taken():
+    args = scan_inputs(B=1, D=2, L=9, N=512)
+    want = selective_scan_fwd(*doubled(args), True)
+    assert_all_close(emulated.selective_scan_fwd(*args, True), want, ("out", "last_state", "checkpoints"), 2e-6)
 
 
 CUDA_OPS = (

@@ -76,6 +76,9 @@ class Exec {
     if (shared_bytes > 48 * 1024) {
       check(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
             "shared memory of a block");
+      check(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 int(cudaSharedmemCarveoutMaxShared)),
+            "shared memory of an SM");
     }
     kernel_entry<Kernel><<<dim3(unsigned(blocks)), Kernel::kThreads, size_t(shared_bytes), stream_>>>(args);
     check(cudaGetLastError(), "launch");
