@@ -1,15 +1,15 @@
 // Backward selective scan.
 //
-// Bound: at N = 16 the special-function unit, the shuffles and the issue slots about alike. The states are computed twice
-// from each checkpoint (once to leave one state in eight in shared memory, once more eight tokens at a time, whose 8 x 4
-// states and decays then stay in registers): 2 x 16 - 2 exponentials a token and channel, and some 8 for step sizes and
-// gates, which are computed once a token and channel and shared through shared memory; 9 shuffles a token and warp (a
-// warp: 8 channels). By count 40 unit operations against 18 forward, so at most 1.0e11 tokens x channels a second on an
+// Bound: at N = 16 the special-function unit, the shuffles and the issue slots about alike. The states are computed
+// twice from each checkpoint (once to leave one state in eight in shared memory, once more eight tokens at a time,
+// whose 8 x 4 states and decays then stay in registers): 2 x 16 - 2 exponentials a token and channel, and some 8 for
+// step sizes and gates, which are computed once a token and channel and shared through shared memory; 9 shuffles a
+// token and warp (a warp: 8 channels). By count 40 unit operations against 18 forward, so at most 1.0e11 tokens x channels a second on an
 // H200, and as much by issue slots (about 75 instructions a state quad and token). Predicted: 4e10 to 7e10.
 // Never measured on a GPU.
 //
-// Split: a thread owns 4 states of a channel, N / 4 lanes a channel, 384 threads (96 channels at N = 16) a block; tokens in
-// sequence, from the last chunk to the first. One block an SM: 168 registers, 146 KB. Counted and not taken: 256 threads
+// Split: a thread owns 4 states of a channel, N / 4 lanes a channel, 384 threads (96 channels at N = 16) a block;
+// tokens in sequence, from the last chunk to the first. One block an SM: 168 registers, 146 KB. Counted and not taken: 256 threads
 // in two blocks (128 registers) spill 300 bytes, 256 threads in one block leave 8 warps an SM.
 // Time is not split: below about 132 x 96 channels times batch SMs stay idle, and Triton may be the better choice.
 // dB and dC are sums over channels: a warp reduces its 8 values (4 of dB, 4 of dC) over its channels by halving exchanges
@@ -260,9 +260,10 @@ struct ScanBwd {
     }
   }
 
-  // Sums over the lanes of a channel of three values a token, by halving; then du, ddelta and y of the tokens that fall to
-  // this thread replace u, the step size and dy in the tile.
-  static SK_DEVICE void finish_tokens(const Args& a, Walk& w, Span span, int g, F (&y)[kSteps], F (&gB)[kSteps], F (&gA)[kSteps]) {
+  // Sums over the lanes of a channel of three values a token, by halving; then du, ddelta and y of the tokens that
+  // fall to this thread replace u, the step size and dy in the tile.
+  static SK_DEVICE void finish_tokens(
+      const Args& a, Walk& w, Span span, int g, F (&y)[kSteps], F (&gB)[kSteps], F (&gA)[kSteps]) {
     int base = 0, left = kSteps;
 #pragma unroll
     for (int k = 0; (kSteps >> k) > 1; ++k) {
@@ -428,51 +429,6 @@ struct ScanBwd {
       }
     }
     save_parameter_gradients(a, w);
-  }
-};
-
-// dB or dC (B, G, N, L) from the slots of the channel blocks, added in order.
-template <class T>
-struct ReduceMatrix {
-  using F = Compute<T>;
-  struct Args {
-    const void* partial;  // (B, segments, slots, L, width)
-    void* out;
-    int64_t b, g, n, l;   // strides of out
-    int64_t batch, groups, length, slots;  // slots: of all segments of one group
-    int states, width, first;              // first: 0 for dB, padded for dC
-  };
-  static constexpr int kThreads = 128;
-  static constexpr int kBlocks = 1;
-
-  static SK_DEVICE void run(const Args& a) {
-    const int64_t i = block_index() * kThreads + thread_index();
-    if (i >= a.batch * a.groups * a.length * a.states) return;
-    const int64_t n = i % a.states, t = i / a.states % a.length, row = i / a.states / a.length;
-    const F* from = static_cast<const F*>(a.partial) + (row * a.slots * a.length + t) * a.width + a.first + n;
-    F sum = 0;
-    for (int64_t s = 0; s < a.slots; ++s) sum += from[s * a.length * a.width];
-    static_cast<T*>(a.out)[row / a.groups * a.b + row % a.groups * a.g + n * a.n + t * a.l] = narrow<T>(sum);
-  }
-};
-
-// A parameter's gradient (D, N) from its rows (B, D, N), added in order; N = 1 for vectors.
-template <class F, class T>
-struct ReduceBatch {
-  struct Args {
-    const void* partial;
-    void* out;
-    int64_t d, n, batch, channels, states;
-  };
-  static constexpr int kThreads = 128;
-  static constexpr int kBlocks = 1;
-
-  static SK_DEVICE void run(const Args& a) {
-    const int64_t i = block_index() * kThreads + thread_index(), count = a.channels * a.states;
-    if (i >= count) return;
-    F sum = 0;
-    for (int64_t b = 0; b < a.batch; ++b) sum += static_cast<const F*>(a.partial)[b * count + i];
-    static_cast<T*>(a.out)[i / a.states * a.d + i % a.states * a.n] = narrow<T>(sum);
   }
 };
 

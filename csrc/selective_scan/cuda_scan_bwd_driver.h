@@ -5,6 +5,7 @@
 #include "selective_scan/cuda_scan_bwd.cuh"
 #include "selective_scan/cuda_scan_fwd.cuh"
 #include "selective_scan/cuda_scan_problem.h"
+#include "selective_scan/cuda_scan_reduce.cuh"
 
 namespace scalekern::scan {
 
@@ -19,7 +20,8 @@ void plan_tiles(BwdArgs& a) {
   const Problem& p = a.p;
   a.padded = 4 * p.lanes;
   a.tokens = sizeof(F) == 8 || a.padded > 32 ? 32 : 64;
-  while (a.tokens > Kernel::kSteps && p.channels_per_block * a.tokens > 96 * 64) a.tokens /= 2;  // few states: many channels
+  // Few states a channel, many channels a block: shorter tiles.
+  while (a.tokens > Kernel::kSteps && p.channels_per_block * a.tokens > 96 * 64) a.tokens /= 2;
   a.pitch = a.tokens + 4;
   int at = 0;
   const auto take = [&](int count) { return std::exchange(at, at + int(round_up(count * int(sizeof(F)), 16))); };
@@ -42,7 +44,8 @@ void reduce_matrix(Exec& exec, const BwdArgs& a, const Matrix& m, const View& ou
   r.batch = p.batch, r.groups = p.channels / m.group, r.length = p.length;
   r.slots = m.group / p.segment * a.slots;
   r.states = p.states, r.width = 2 * a.padded, r.first = first;
-  exec.template launch<ReduceMatrix<T>>(ceil_div(r.batch * r.groups * r.length * r.states, ReduceMatrix<T>::kThreads), 0, r);
+  const int64_t count = r.batch * r.groups * r.length * r.states;
+  exec.template launch<ReduceMatrix<T>>(ceil_div(count, ReduceMatrix<T>::kThreads), 0, r);
 }
 
 template <class F, class T, class Exec>
@@ -81,7 +84,8 @@ void launch_scan_bwd(Exec& exec, BwdArgs& a, const Inputs& in, const Gradients& 
 }
 
 template <class Exec>
-void selective_scan_bwd(Exec& exec, const Gradients& d, const View& dout, const View& dlast, const View& checkpoints, const Inputs& in) {
+void selective_scan_bwd(
+    Exec& exec, const Gradients& d, const View& dout, const View& dlast, const View& checkpoints, const Inputs& in) {
   BwdArgs a{};
   a.p = problem_of(in, checkpoints);
   if (a.p.sequences == 0) return;
