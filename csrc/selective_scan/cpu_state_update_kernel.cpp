@@ -49,8 +49,8 @@ static inline Vec<F> first_lanes(Vec<F> v, int64_t count) {
 // One vector of states, from n on, of `channels` channels: moves them on and adds C h to each channel's `sums`.
 template <bool whole, class T, class S, class F>
 void states(
-    const StateUpdateArgs& a, const T* B, const T* C, const F* A, S* state, int64_t left, int64_t channels, const F* rate,
-    const F* input, Vec<F>* sums) {
+    const StateUpdateArgs& a, const T* B, const T* C, const F* A, S* state, int64_t left, int64_t channels,
+    const F* rate, const F* input, Vec<F>* sums) {
   const int64_t count = whole ? kLanes<F> : left;
   const int64_t A_n = whole ? 1 : a.A_n, state_n = whole ? 1 : a.state_n;
   const Vec<F> b = gather<F>(B, a.B_n, count), c = gather<F>(C, a.C_n, count);
