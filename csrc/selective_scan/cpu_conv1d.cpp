@@ -44,7 +44,8 @@ struct Plan {
   ConvArgs args{};
 };
 
-void find_runs(Plan& plan, const Tensor& x, const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool initial) {
+void find_runs(
+    Plan& plan, const Tensor& x, const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool initial) {
   const int64_t batch = x.size(0), length = x.size(2);
   if (cu_seqlens.has_value()) {
     const Integers bounds(*cu_seqlens);
@@ -116,8 +117,8 @@ void causal_conv1d_fwd(
 }
 
 void causal_conv1d_bwd(
-    Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial, Tensor dout, OptionalTensor dfinal, Tensor x, Tensor weight,
-    OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor cu_seqlens, OptionalTensor initial_states, bool silu) {
+    Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial, Tensor dout, OptionalTensor dfinal, Tensor x,
+    Tensor weight, OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor cu_seqlens, OptionalTensor initial_states, bool silu) {
   Plan plan = make_plan(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu);
   ConvArgs& a = plan.args;
   a.dx = view(dx), a.dweight = view_filter(dweight), a.dout = view(dout), a.dfinal = view(dfinal);
@@ -133,7 +134,8 @@ void causal_conv1d_update(
     Tensor out, Tensor conv_state, Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor cache_seqlens,
     OptionalTensor indices, bool silu) {
   ConvUpdateArgs a{};
-  a.batch = x.size(0), a.channels = x.size(1), a.steps = x.size(2), a.width = weight.size(1), a.window = conv_state.size(2);
+  a.batch = x.size(0), a.channels = x.size(1), a.steps = x.size(2);
+  a.width = weight.size(1), a.window = conv_state.size(2);
   a.dtype = int(dtype_of(x)), a.state_dtype = int(dtype_of(conv_state)), a.silu = silu;
   a.x = view(x), a.out = view(out), a.state = view(conv_state), a.weight = view_filter(weight);
   if (bias.has_value()) a.bias = view_bias(*bias);
@@ -144,8 +146,8 @@ void causal_conv1d_update(
   for (int64_t b = 0; indices.has_value() && b < a.batch; ++b) {
     const int64_t slot = Integers(*indices)[b];
     STD_TORCH_CHECK(
-        slot < conv_state.size(0), "causal_conv1d_update: conv_state_indices must be below ", conv_state.size(0), ", got ",
-        slot);
+        slot < conv_state.size(0), "causal_conv1d_update: conv_state_indices must be below ", conv_state.size(0),
+        ", got ", slot);
   }
   SCALEKERN_CALL(conv1d_update, (a));
 }
@@ -157,8 +159,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "causal_conv1d_fwd_cpu(Tensor(a!) out, Tensor(b!) final_states, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? seq_idx, Tensor? cu_seqlens, Tensor? initial_states, bool silu) -> ()");
   m.def(
-      "causal_conv1d_bwd_cpu(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor(d!) dinitial_states, Tensor dout, "
-      "Tensor? dfinal_states, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? cu_seqlens, "
+      "causal_conv1d_bwd_cpu(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor(d!) dinitial_states, "
+      "Tensor dout, Tensor? dfinal_states, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? cu_seqlens, "
       "Tensor? initial_states, bool silu) -> ()");
   m.def(
       "causal_conv1d_update_cpu(Tensor(a!) out, Tensor(b!) conv_state, Tensor x, Tensor weight, Tensor? bias, "

@@ -31,7 +31,8 @@ void selective_state_update(
     const int64_t slot = a.indices_are_int64 ? static_cast<const int64_t*>(a.indices)[b * a.indices_b]
                                              : static_cast<const int32_t*>(a.indices)[b * a.indices_b];
     STD_TORCH_CHECK(
-        slot < state.size(0), "selective_state_update: state_batch_indices must be below ", state.size(0), ", got ", slot);
+        slot < state.size(0), "selective_state_update: state_batch_indices must be below ", state.size(0), ", got ",
+        slot);
   }
   SCALEKERN_CALL(selective_state_update, (a));
 }

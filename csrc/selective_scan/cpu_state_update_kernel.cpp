@@ -60,11 +60,30 @@ F total(Vec<F> v) {
   return lanes[0];
 }
 
+<<<<<<< HEAD
 // What a vector of neighbouring rows (of one batch row and head) needs once a row.
 template <class F>
 struct RowScalars {
   F step[kLanes<F>], input[kLanes<F>], gate[kLanes<F>];
 };
+=======
+// One vector of states, from n on, of `channels` channels: moves them on and adds C h to each channel's `sums`.
+template <bool whole, class T, class S, class F>
+void states(
+    const StateUpdateArgs& a, const T* B, const T* C, const F* A, S* state, int64_t left, int64_t channels,
+    const F* rate, const F* input, Vec<F>* sums) {
+  const int64_t count = whole ? kLanes<F> : left;
+  const int64_t A_n = whole ? 1 : a.A_n, state_n = whole ? 1 : a.state_n;
+  const Vec<F> b = gather<F>(B, a.B_n, count), c = gather<F>(C, a.C_n, count);
+  for (int64_t p = 0; p < channels; ++p, A += a.A_p, state += a.state_p) {
+    const Vec<F> decay = exp2v(rate[p] * gather<F>(A, A_n, count));
+    const Vec<F> hidden = decay * gather<F>(state, state_n, count) + input[p] * b;
+    scatter<F>(state, state_n, count, hidden);
+    const Vec<F> term = hidden * c;
+    sums[p] += whole ? term : first_lanes<F>(term, count);
+  }
+}
+>>>>>>> cpuconv
 
 template <class T, class F>
 RowScalars<F> row_scalars(const StateUpdateArgs& a, int64_t b, int64_t h, int64_t p, int count) {

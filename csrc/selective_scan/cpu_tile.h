@@ -35,7 +35,7 @@ static inline Vec<F> load_as(const T* p) {
 typedef uint16_t Halves __attribute__((vector_size(SCALEKERN_VEC_BYTES / 2)));  // as many as floats in a vector
 typedef uint32_t Words __attribute__((vector_size(SCALEKERN_VEC_BYTES)));
 
-// The same back, rounded to nearest even; bf16 in registers, where a loop over from_float goes through memory in GCC 12.
+// The same back, rounded to nearest even; bf16 in registers: a loop over from_float goes through memory in GCC 12.
 template <class F, class T>
 static inline void store_as(T* p, Vec<F> v) {
   if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
