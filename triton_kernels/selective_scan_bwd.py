@@ -345,10 +345,10 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     vectors = A.new_empty(rows, A.shape[0])
     return plan_selective_scan_bwd(
         x, x, A.new_empty(rows, *A.shape), *matrices, vectors, x, vectors, initial, A.new_empty(scratch_shape),
-        x, initial, *inputs, checkpoints, True, options == "packed", blocks=blocks, first_block=0, count=count,
+        x, initial, *inputs, checkpoints, options != "plain", options == "packed", blocks=blocks, first_block=0, count=count,
     )  # fmt: skip
 
 
-for _options in ("", "d", "N64", "packed", "wide"):
+for _options in ("", "d", "N64", "packed", "wide", "plain"):
     _name = "selective_scan_bwd" + (f"_{_options}" if _options else "")
     compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
