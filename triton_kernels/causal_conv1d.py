@@ -386,7 +386,7 @@ def causal_conv1d_bwd(dx, dweight, dbias, dinitial, *args):
 
 
 def _spec(kind: str, options: str, dtype: torch.dtype) -> Launch:
-    """A typical launch; options: "d" channels-last, "packed", "runs" (seq_idx, 64-bit offsets), "plain" (no bias, no silu)."""
+    """A typical launch; "d" channels-last, "packed", "runs" seq_idx and 64-bit offsets, "plain" no bias, no silu."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
     B, D, L, W = (1, 4096, 2**20, 4) if options == "runs" else (1 if options == "packed" else 8, 4096, 4096, 4)
     x = meta(B, L, D, dtype=dtype).transpose(1, 2) if options == "d" else meta(B, D, L, dtype=dtype)

@@ -345,7 +345,8 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     vectors = A.new_empty(rows, A.shape[0])
     return plan_selective_scan_bwd(
         x, x, A.new_empty(rows, *A.shape), *matrices, vectors, x, vectors, initial, A.new_empty(scratch_shape),
-        x, initial, *inputs, checkpoints, options != "plain", options == "packed", blocks=blocks, first_block=0, count=count,
+        x, initial, *inputs, checkpoints, options != "plain", options == "packed", blocks=blocks, first_block=0,
+        count=count,
     )  # fmt: skip
 
 
