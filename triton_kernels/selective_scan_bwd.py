@@ -95,9 +95,7 @@ def _selective_scan_bwd_kernel(
         begin, end, b = bounds(cu_ptr, row, L)
         row_ = tl.cast(row, tl.int64)
         u_row, delta_row = u_ptr + b * stride_u_b, delta_ptr + b * stride_delta_b
-        dout_row, z_row = dout_ptr + b * stride_dout_b, z_ptr
-        if z_ptr is not None:
-            z_row += b * stride_z_b
+        dout_row = dout_ptr + b * stride_dout_b
         B_row = B_ptr + b * stride_B_b + group // units_per_group_B * stride_B_g
         C_row = C_ptr + b * stride_C_b + group // units_per_group_C * stride_C_g
         g = tl.zeros([BLOCK_N, BLOCK_D], acc)
@@ -150,7 +148,8 @@ def _selective_scan_bwd_kernel(
                 d, u, dout = tl.where(inside, d, 0.0), tl.where(inside, u, 0.0), tl.where(inside, dout, 0.0)
                 du, dy = d * u, dout
                 if z_ptr is not None:
-                    z = load_tile(z_row, stride_z_l, stride_z_d, t, d_index, loads, acc)  # [T, BLOCK_D]
+                    at_z = b * stride_z_b  # not kept over the loops: that costs 40 bytes of spills
+                    z = load_tile(z_ptr + at_z, stride_z_l, stride_z_d, t, d_index, loads, acc)  # [T, BLOCK_D]
                     gate = sigmoid(z)
                     dy = tl.where(inside, dout * z * gate, 0.0)
                 B = load_matrix(B_row, stride_B_l, stride_B_n, constant_B, t, n, in_t, in_n, valid, CONSTANT_B)
