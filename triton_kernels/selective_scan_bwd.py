@@ -114,8 +114,9 @@ def _selective_scan_bwd_kernel(
                 h = tl.load(checkpoints_ptr + (b * slots + chunk) * D * N + state, mask=in_nd, other=0.0)
             else:
                 if initial_ptr is not None:
-                    initial = d_index[None, :] * stride_initial_d + n[:, None] * stride_initial_n
-                    h = tl.load(initial_ptr + row_ * stride_initial_b + initial, mask=in_nd, other=0.0)
+                    initial = row_ * stride_initial_b + d_index[None, :] * stride_initial_d
+                    initial += n[:, None] * stride_initial_n
+                    h = tl.load(initial_ptr + initial, mask=in_nd, other=0.0)
 
             # 1. The states on entering each tile of the chunk.
             tl.debug_barrier()  # the reads of the chunk before are over
@@ -148,7 +149,7 @@ def _selective_scan_bwd_kernel(
                 d, u, dout = tl.where(inside, d, 0.0), tl.where(inside, u, 0.0), tl.where(inside, dout, 0.0)
                 du, dy = d * u, dout
                 if z_ptr is not None:
-                    at_z = b * stride_z_b  # not kept over the loops: that costs 40 bytes of spills
+                    at_z = b * stride_z_b
                     z = load_tile(z_ptr + at_z, stride_z_l, stride_z_d, t, d_index, loads, acc)  # [T, BLOCK_D]
                     gate = sigmoid(z)
                     dy = tl.where(inside, dout * z * gate, 0.0)
