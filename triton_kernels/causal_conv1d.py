@@ -386,7 +386,7 @@ def causal_conv1d_bwd(dx, dweight, dbias, dinitial, *args):
 
 
 def _spec(kind: str, options: str, dtype: torch.dtype) -> Launch:
-    """A typical launch; options: "d" channels-last, "packed", "runs" (seq_idx, 64-bit offsets)."""
+    """A typical launch; "d" channels-last, "packed", "runs" seq_idx and 64-bit offsets, "plain" no bias, no silu."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
     B, D, L, W = (1, 4096, 2**20, 4) if options == "runs" else (1 if options == "packed" else 8, 4096, 4096, 4)
     x = meta(B, L, D, dtype=dtype).transpose(1, 2) if options == "d" else meta(B, D, L, dtype=dtype)
@@ -394,7 +394,8 @@ def _spec(kind: str, options: str, dtype: torch.dtype) -> Launch:
     runs = meta(B, L, dtype=torch.int64) if options == "runs" else None
     states = meta(B if cu is None else 64, D, W - 1, dtype=dtype)
     initial = states if cu is not None or runs is not None else None
-    call = (x, meta(D, W, dtype=real), meta(D, dtype=real), runs, cu, initial, True)
+    bias = None if options == "plain" else meta(D, dtype=real)
+    call = (x, meta(D, W, dtype=real), bias, runs, cu, initial, options != "plain")
     if kind == "fwd":
         return plan_causal_conv1d_fwd(x, states, *call)
     blocks = _blocks("causal_conv1d_bwd", x, W)
@@ -403,6 +404,6 @@ def _spec(kind: str, options: str, dtype: torch.dtype) -> Launch:
 
 
 for _kind in ("fwd", "bwd"):
-    for _options in ("", "d", "packed", "runs"):
+    for _options in ("", "d", "packed", "runs", "plain"):
         _name = f"causal_conv1d_{_kind}" + (f"_{_options}" if _options else "")
         compile_spec(_name)(lambda dtype, kind=_kind, options=_options: _spec(kind, options, dtype))

@@ -155,7 +155,7 @@ def sample(dtype: torch.dtype, options: str) -> tuple:
     """For the compile specs: meta tensors of a typical call up to cu_seqlens, and its checkpoints.
 
     options: "d" channels-last, "N64", "packed" (initial states, constant C), "wide" (64-bit offsets, 3 states),
-    "small" (one short row).
+    "small" (one short row), "plain" (nothing optional, B constant).
     """
     real = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = {"packed": (1, 4096, 4096), "wide": (1, 4096, 2**20), "small": (1, 1536, 2048)}
@@ -167,4 +167,6 @@ def sample(dtype: torch.dtype, options: str) -> tuple:
     C = meta(D, N, dtype=dtype) if options == "packed" else meta(B, 2, N, L, dtype=dtype)
     vector = meta(D, dtype=real)
     inputs = (x, x, meta(D, N, dtype=real), meta(B, 1, N, L, dtype=dtype), C, vector, x, vector)
+    if options == "plain":
+        inputs = (*inputs[:3], meta(D, N, dtype=dtype), C, None, None, None)
     return (*inputs, initial, cu), meta(B, checkpoint_count(L, N), D, N, dtype=real)

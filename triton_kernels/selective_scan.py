@@ -209,11 +209,11 @@ def _spec(dtype: torch.dtype, options: str, number: int) -> Launch:
     inputs, checkpoints = dev.sample(dtype, options)
     u, A, initial = inputs[0], inputs[2], inputs[8]
     last = A.new_empty(u.shape[0], *A.shape) if initial is None else initial
-    return plan_selective_scan_fwd(u, last, checkpoints, *inputs, True, options == "packed", True)[number]
+    return plan_selective_scan_fwd(u, last, checkpoints, *inputs, options != "plain", options == "packed", True)[number]
 
 
 for _name, _options, _number in (
     ("", "", 0), ("_d", "d", 0), ("_N64", "N64", 0), ("_packed", "packed", 0), ("_wide_pass1", "wide", 0),
-    ("_wide_pass2", "wide", 1), ("_small_pass1", "small", 0), ("_small_pass2", "small", 1),
+    ("_wide_pass2", "wide", 1), ("_small_pass1", "small", 0), ("_small_pass2", "small", 1), ("_plain", "plain", 0),
 ):  # fmt: skip
     compile_spec(f"selective_scan_fwd{_name}")(lambda dtype, o=_options, n=_number: _spec(dtype, o, n))
