@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -75,6 +76,32 @@ def gencode(arch_list: str) -> list[str]:
     return flags
 
 
+def known_archs(nvcc: str, archs: str) -> str:
+    """Those of `archs` that this nvcc can compile for (an older one does not know the newest)."""
+    try:
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    except OSError:
+        return archs  # nvcc_problem says it
+    known = [a for a in archs.split(";") if f"sm_{a.partition('+')[0].replace('.', '').rstrip('af')}" in listed]
+    return ";".join(known) or archs
+
+
+def nvcc_problem(nvcc: str, flags: list[str]) -> str | None:
+    """Why nvcc cannot compile a kernel of one line, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder, "trial.cu")
+        source.write_text("__global__ void trial() {}\n")
+        command = [nvcc, "-std=c++20", *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            return f"{nvcc} does not run: {error}"
+    if result.returncode == 0:
+        return None
+    said = (result.stderr or result.stdout).strip().splitlines()
+    return f"{nvcc} does not compile: {said[0] if said else f'exit status {result.returncode}'}"
+
+
 class NativeBuild:
     """One build.ninja for the three products; skipped ones leave their reason in `skipped`."""
 
@@ -99,8 +126,8 @@ class NativeBuild:
         self.edges.append(f"build {target}: {rule} {source}\n  flags = {flags}\n")
         return target
 
-    def link(self, name: str, output: str, objects: list[str], flags: str) -> None:
-        self.edges.append(f"build {output}: link {' '.join(objects)}\n  flags = {flags}\n")
+    def link(self, name: str, output: str, objects: list[str], flags: str, rule: str = "link") -> None:
+        self.edges.append(f"build {output}: {rule} {' '.join(objects)}\n  flags = {flags}\n")
         self.products[name] = self.folder / output
 
     @property
@@ -138,18 +165,21 @@ class NativeBuild:
                 raise SystemExit("SCALEKERN_BUILD_CUDA=1, but nvcc was not found (put it on PATH or set CUDA_HOME)")
             self.skipped["cuda"] = "nvcc was not found (put it on PATH or set CUDA_HOME)"
             return
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_archs(nvcc, CUDA_ARCHS)
+        if broken := nvcc_problem(nvcc, gencode(archs)):
+            if wanted("cuda") == "1":
+                raise SystemExit(f"SCALEKERN_BUILD_CUDA=1, but {broken}")
+            self.skipped["cuda"] = broken
+            return
         self.nvcc = nvcc
         flags = " ".join([*gencode(archs), self.torch_flags.replace("-isystem ", "-isystem="), "-DUSE_CUDA"])
         objects = [self.compile("nvcc", source, "cuda", flags) for source in sorted(CSRC.glob("*/cuda_*.cu"))]
         if not objects:
             self.skipped["cuda"] = "there are no CUDA sources"
             return
-        home = pathlib.Path(nvcc).resolve().parent.parent
-        if not (home / "lib64").exists():
-            home = pathlib.Path("/usr/local/cuda")
-        cudart = f"-L{home / 'lib64'} -lcudart_static -lrt -lpthread -ldl"
-        self.link("lib/libscalekern_cuda.so", "libscalekern_cuda.so", objects, f"{self.link_flags()} {cudart}")
+        # nvcc links, since it knows where its runtime lies; the runtime is linked statically.
+        flags = self.link_flags().replace("-Wl,", "-Xlinker ")
+        self.link("lib/libscalekern_cuda.so", "libscalekern_cuda.so", objects, flags, rule="nvlink")
         self.info["cuda"] = {"archs": archs, "compiler": last_line([nvcc, "--version"])}
 
     def bindings(self) -> None:
@@ -186,6 +216,8 @@ class NativeBuild:
                 f"-Xcompiler -fPIC,-fvisibility=hidden -lineinfo --ptxas-options=-v $flags -MMD -MF $out.d -c $in -o $out"
                 f" > $out.log 2>&1 || (cat $out.log; false)\n"
                 f"  depfile = $out.d\n  deps = gcc\n  description = nvcc $out\n"
+                f"rule nvlink\n  command = {getattr(self, 'nvcc', 'nvcc')} -shared $in $flags -o $out\n"
+                f"  description = link $out\n"
                 f"rule link\n  command = {self.cxx} -shared $in $flags -o $out\n  description = link $out\n"
             )
             ninja_file = self.folder / "build.ninja"

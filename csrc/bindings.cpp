@@ -13,7 +13,8 @@ namespace py = pybind11;
 #endif
 
 namespace scalekern {
-void bind_device_math(py::module_& m);  // csrc/common/bind_device_math.cpp
+void bind_device_math(py::module_& m);    // csrc/common/bind_device_math.cpp
+void bind_cuda_emulator(py::module_& m);  // csrc/selective_scan/bind_cuda_emulator.cpp
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -22,4 +23,6 @@ PYBIND11_MODULE(_C, m) {
         "What setup.py built: compilers, instruction sets, CUDA architectures.");
   m.def("cpu_isa", [] { return std::string(scalekern::isa_name()); },
         "Instruction-set level that the CPU kernels use in this process.");
+  scalekern::bind_device_math(m);
+  scalekern::bind_cuda_emulator(m);
 }

@@ -106,7 +106,7 @@ def test_backward_buffers_stay_within_their_bounds(packed):
 
 
 def test_tuning_is_found_by_its_key(monkeypatch, tmp_path):
-    """The fastest candidate is stored for this GPU and used from then on, for its key alone; a broken file is ignored."""
+    """The fastest candidate is stored for this GPU and used from then on, for its key; a broken file is ignored."""
     monkeypatch.setenv("SCALEKERN_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (made up)")
     device, default = torch.device("cuda", 0), {"BLOCK_D": 32, "T": 8, "num_warps": 1}

@@ -21,7 +21,8 @@ if triton.__version__ < "3.7":
     try:
         int(np.array([1]))
     except TypeError:
-        pytest.skip(f"Triton {triton.__version__}'s interpreter does not run with NumPy {np.__version__}", allow_module_level=True)
+        reason = f"Triton {triton.__version__}'s interpreter does not run with NumPy {np.__version__}"
+        pytest.skip(reason, allow_module_level=True)
 
 import scalekern  # noqa: E402
 from scalekern import reference  # noqa: E402
@@ -76,6 +77,10 @@ def double(value):
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
+def trainable(value):
+    return value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def randn(*shape, dtype=F32):
     """Normal numbers, each leading index with its own scale, so that permuted channels or groups are seen."""
     value = torch.randn(shape, dtype=F64)
@@ -84,11 +89,9 @@ def randn(*shape, dtype=F32):
 
 def compare(op, oracle, args, kwargs, dtype, names):
     """Outputs, and gradients of every floating input through all outputs at once."""
-    inputs = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    options = {k: v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
-    found, expected = op(*inputs, **options), None
+    inputs, options = [trainable(a) for a in args], {k: trainable(v) for k, v in kwargs.items()}
     inputs64, options64 = [double(a) for a in inputs], {k: double(v) for k, v in options.items()}
-    expected = oracle(*inputs64, **options64)
+    found, expected = op(*inputs, **options), oracle(*inputs64, **options64)
     found, expected = ([r] if isinstance(r, torch.Tensor) else list(r) for r in (found, expected))
     weights = [torch.randn_like(r) for r in expected]
     for i, (f, e) in enumerate(zip(found, expected)):
@@ -139,7 +142,8 @@ def test_scan_dtypes(dtype, reverse):
     (
         dict(N=1, L=1, D=1), dict(N=5, D=1, L=3), dict(N=40, L=4, B=1), dict(N=3, G=2, D=6, L=4), dict(G=5, B=1, L=4),
         dict(L=2, D=33, N=16),
-        dict(G=2, D=6, B_constant=True, L=5), dict(C_constant=True, L=5), dict(B_constant=True, C_constant=True, full=False, L=5),
+        dict(G=2, D=6, B_constant=True, L=5), dict(C_constant=True, L=5),
+        dict(B_constant=True, C_constant=True, full=False, L=5),
         dict(full=False, L=17, B=1),
     ),
     ids=str,
@@ -309,7 +313,7 @@ def test_scan_infinite_input_beside_padded_states():
     assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("broken", (lambda out: out * 0, lambda out: out.roll(1, 1), lambda out: out[:, :1].expand_as(out)))
+@pytest.mark.parametrize("broken", (lambda x: x * 0, lambda x: x.roll(1, 1), lambda x: x[:, :1].expand_as(x)))
 def test_the_check_can_fail(broken):
     inputs = scan_inputs(L=3)
     expected = reference.selective_scan(*[x.double() for x in inputs], True)
@@ -332,7 +336,7 @@ def test_state_update(monkeypatch, dtype, state_dtype, heads, groups, slots):
     state = randn(4 if slots else 3, *lead, P, N, dtype=state_dtype)
     x, z = randn(3, *lead, P, dtype=dtype), randn(3, *lead, P, dtype=dtype)
     dt = randn(3, *lead, 1, dtype=dtype).expand(3, *lead, P)
-    A, D, bias = -torch.rand(*lead, P, N, dtype=real), torch.rand(*lead, P, dtype=real), torch.rand(*lead, P, dtype=real)
+    A, D, bias = -torch.rand(*lead, P, N, dtype=real), *torch.rand(2, *lead, P, dtype=real)
     B, C = (randn(3, *(() if heads is None else (groups,)), N, dtype=dtype) for _ in range(2))
     indices = torch.tensor([3, -1, 0]) if slots else None
     optional = [D, z, bias, True] if slots else [None, None, None, False]
@@ -372,7 +376,8 @@ def test_conv(dtype, mode):
         rows = 5 if mode == "packed" else B
         weight = randn(D, width, dtype=F64 if dtype == F64 else F32)
         offset = randn(D, dtype=weight.dtype) if bias else None
-        args = [randn(B, D, L, dtype=dtype), weight, offset, case.pop("seq_idx", None), randn(rows, D, width - 1, dtype=dtype)]
+        x, states = randn(B, D, L, dtype=dtype), randn(rows, D, width - 1, dtype=dtype)
+        args = [x, weight, offset, case.pop("seq_idx", None), states]
         names = ["x", "weight", *(["bias"] if bias else []), "initial_states"]
         compare(scalekern.causal_conv1d, reference.causal_conv1d, [*args, True, activation], case, dtype, names)
 
@@ -386,9 +391,8 @@ def test_conv_short_rows_strides_and_tiles():
     for x, initial in cases:
         weight, states = randn(x.shape[1], 4), randn(x.shape[0], 3, x.shape[1]).transpose(1, 2) if initial else None
         names = ["x", "weight", *(["initial_states"] if initial else [])]
-        compare(
-            scalekern.causal_conv1d, reference.causal_conv1d, [x, weight, None, None, states, initial, "silu"], {}, F32, names
-        )  # fmt: skip
+        args = [x, weight, None, None, states, initial, "silu"]
+        compare(scalekern.causal_conv1d, reference.causal_conv1d, args, {}, F32, names)
 
 
 def test_conv_64_bit_offsets_and_determinism(monkeypatch):
@@ -421,8 +425,8 @@ def test_conv_nan_stays_in_its_run():
 @pytest.mark.parametrize("dtype", (F64, F32, BF16))
 @pytest.mark.parametrize(
     "steps, held, width, circular, slots",
-    ((None, 3, 4, False, False), (3, 4, 3, False, True), (6, 3, 4, False, False), (1, 4, 4, True, True), (5, 7, 4, True, False),
-     (9, 4, 4, True, False), (20, 5, 2, False, False), (2, 9, 8, True, False)),
+    ((None, 3, 4, False, False), (3, 4, 3, False, True), (6, 3, 4, False, False), (1, 4, 4, True, True),
+     (5, 7, 4, True, False), (9, 4, 4, True, False), (20, 5, 2, False, False), (2, 9, 8, True, False)),
 )  # fmt: skip
 def test_conv_update(monkeypatch, dtype, steps, held, width, circular, slots):
     torch.manual_seed(16)

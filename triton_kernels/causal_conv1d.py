@@ -324,8 +324,9 @@ def _runs(x, seq_idx, cu_seqlens, blocks, per_sequence: bool) -> dict:
     tiles = triton.cdiv(x.shape[2], blocks["BLOCK_L"])
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return dict(
-        cu_ptr=cu_seqlens, seq_ptr=seq_idx, S=sequences, search_top=1 << max(sequences.bit_length() - 1, 0), D=x.shape[1],
-        L=x.shape[2], tiles=tiles, programs=tiles + (sequences if per_sequence else 0), **strides("seq", seq_idx, "bl"),
+        cu_ptr=cu_seqlens, seq_ptr=seq_idx, S=sequences, search_top=1 << max(sequences.bit_length() - 1, 0),
+        D=x.shape[1], L=x.shape[2], tiles=tiles, programs=tiles + (sequences if per_sequence else 0),
+        **strides("seq", seq_idx, "bl"),
     )  # fmt: skip
 
 

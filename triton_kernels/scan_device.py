@@ -158,11 +158,13 @@ def sample(dtype: torch.dtype, options: str) -> tuple:
     "small" (one short row).
     """
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    B, D, L = {"packed": (1, 4096, 4096), "wide": (1, 4096, 2**20), "small": (1, 1536, 2048)}.get(options, (8, 4096, 4096))
+    shapes = {"packed": (1, 4096, 4096), "wide": (1, 4096, 2**20), "small": (1, 1536, 2048)}
+    B, D, L = shapes.get(options, (8, 4096, 4096))
     N = {"N64": 64, "wide": 3}.get(options, 16)
     x = meta(B, L, D, dtype=dtype).transpose(1, 2) if options == "d" else meta(B, D, L, dtype=dtype)
     cu = meta(65, dtype=torch.int64) if options == "packed" else None
     initial = meta(B if cu is None else 64, D, N, dtype=real) if cu is not None else None
     C = meta(D, N, dtype=dtype) if options == "packed" else meta(B, 2, N, L, dtype=dtype)
-    inputs = (x, x, meta(D, N, dtype=real), meta(B, 1, N, L, dtype=dtype), C, meta(D, dtype=real), x, meta(D, dtype=real))
+    vector = meta(D, dtype=real)
+    inputs = (x, x, meta(D, N, dtype=real), meta(B, 1, N, L, dtype=dtype), C, vector, x, vector)
     return (*inputs, initial, cu), meta(B, checkpoint_count(L, N), D, N, dtype=real)

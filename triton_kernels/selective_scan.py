@@ -105,7 +105,7 @@ def _selective_scan_fwd_kernel(
                 tl.store(checkpoints_ptr + slot + state, h, mask=in_nd)
         t = t0 + rows
         valid, in_t = (t >= begin) & (t < end), t < L
-        # Reads are masked by the tensor's end alone, which the compiler can see to be aligned; writes by the sequence's.
+        # Reads are masked by the tensor's end alone, whose alignment the compiler can see, writes by the sequence's.
         loads, inside = in_t[:, None] & in_d[None, :], valid[:, None] & in_d[None, :]
         t = index(t, INT64)
         u = load_tile(u_ptr, stride_u_l, stride_u_d, t, d_index, loads, acc)  # [T, BLOCK_D]
@@ -144,7 +144,7 @@ WANTED_WARPS = 8 * 132  # of an H100/H200: two a scheduler
 
 
 def _parts(warps: int, length: int, chunk: int) -> tuple[int, int]:
-    """(parts of a row, tokens of a part, whole chunks): from 3 parts up they outweigh the second set of exponentials."""
+    """(parts of a row, tokens of a part). From 3 parts up they outweigh the second set of exponentials."""
     parts = min(length // (2 * chunk), WANTED_WARPS // warps)
     if parts < 3:
         return 1, length
@@ -153,7 +153,7 @@ def _parts(warps: int, length: int, chunk: int) -> tuple[int, int]:
 
 
 def _default(u: torch.Tensor, block_n: int, unit: int) -> dict:
-    """16 states a thread, a warp across the channels where there are that many, one 16-byte vector of tokens a thread."""
+    """16 states a thread, a warp across the channels where there are so many, 16 bytes of tokens a thread."""
     block_d = min(dev.power_of_two(unit), 64 if block_n < 16 else 32, max(4096 // block_n, 1))
     tokens = 16 // u.element_size() if u.stride(2) == 1 else 2
     return {

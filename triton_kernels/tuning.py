@@ -103,7 +103,7 @@ def tune(
         finally:
             _trial.reset(token)
     if not times or len(keys) != 1:
-        raise RuntimeError(f"tune: {len(times)} configs of {kernel} ran on {device}, and {len(keys)} of its keys came up")
+        raise RuntimeError(f"tune: {len(times)} configs of {kernel} ran on {device}, {len(keys)} of its keys came up")
     times.sort(key=lambda entry: entry[1])
     _store(_user_file(device_slug(torch.cuda.get_device_name(device))), kernel, *keys, times[0][0])
     _tunings.cache_clear()

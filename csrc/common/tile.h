@@ -111,7 +111,8 @@ static void load_tile(
     }
   }
   for (; row < rows; ++row)
-    for (int i = 0; i < W; ++i) tile[row * pitch + i] = i < lanes ? F(to_float(p[row * row_stride + i * lane_stride])) : F(0);
+    for (int i = 0; i < W; ++i)
+      tile[row * pitch + i] = i < lanes ? F(to_float(p[row * row_stride + i * lane_stride])) : F(0);
 }
 
 template <class F, class S>

@@ -89,7 +89,8 @@ static inline VecD exp2_fraction(VecD r) {
   const double ln2 = 0.693147180559945309417;
   const VecD x = r * ln2;
   VecD p = splat(1.0 / 6227020800.0);
-  const double factorials[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0};
+  const double factorials[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0,
+                               720.0,       120.0,      24.0,      6.0,      2.0,     1.0};
   for (double f : factorials) p = p * x + 1.0 / f;
   return p * x + 1.0;
 }
@@ -123,7 +124,7 @@ static inline Vec<F> exp2_any(Vec<F> x) {
 static inline VecF exp2v(VecF x) { return exp2_any<float>(x); }
 static inline VecD exp2v(VecD x) { return exp2_any<double>(x); }
 
-// 2^(x y) where |x y| is known to stay below 125 (1020 for double): one rounding less than exp2v(x * y), and 11 operations.
+// 2^(x y) where |x y| is known to stay below kExp2Bound: one rounding less than exp2v(x * y), and 11 operations.
 template <class F>
 static inline Vec<F> exp2_product_bounded(Vec<F> x, Vec<F> y) {
   const Vec<F> t = x * y + kRoundMagic<F>;
@@ -219,7 +220,8 @@ static inline void sincosv(Vec<F> x, Vec<F>& sine, Vec<F>& cosine) {
     const Vec<F> rounded = (v + kRoundMagic<F>) - kRoundMagic<F>;
     return (v < limit) & (v > -limit) ? rounded : v;
   };
-  const F high = F(f32 ? 1.5703125 : 1.57079632673412561417), middle = F(f32 ? 4.837512969970703e-4 : 6.07710050650619224932e-11);
+  const F high = F(f32 ? 1.5703125 : 1.57079632673412561417), middle = F(
+      f32 ? 4.837512969970703e-4 : 6.07710050650619224932e-11);
   const F low = F(f32 ? 7.549789948768648e-8 : 0);
   const Vec<F> n = round(x * F(0.63661977236758134308));
   const Vec<F> y = ((x - n * high) - n * middle) - n * low, q = y * y;

@@ -37,13 +37,18 @@ Ring ring_of(const ConvUpdateArgs& a, int64_t b) {
 template <class T, class S>
 void move_on(const ConvUpdateArgs& a, const Ring& ring, S* state, const T* x, int64_t channels) {
   const int64_t kept = a.steps < a.window ? a.window - a.steps : 0;
-  for (int64_t c = 0; c < channels; ++c, state += a.state.d, x += a.x.d) {
-    if (a.seen == nullptr)
-      for (int64_t i = 0; i < kept; ++i) state[i * a.state.t] = state[(i + a.steps) * a.state.t];
-    for (int64_t i = kept; i < a.window; ++i) {
-      const int64_t token = i + a.steps - a.window;
-      from_float(state[(a.seen ? ring(token) : i) * a.state.t], to_float(x[token * a.x.t]));
-    }
+  if (a.seen == nullptr && kept && a.state.t == 1 && a.state.d == a.window) {
+    // All slots at once: what a slot's end gets from its neighbour is overwritten below.
+    __builtin_memmove(state, state + a.steps, size_t(channels * a.window - a.steps) * sizeof(S));
+  } else if (a.seen == nullptr) {
+    for (int64_t i = 0; i < kept; ++i)
+      for (int64_t c = 0; c < channels; ++c)
+        state[c * a.state.d + i * a.state.t] = state[c * a.state.d + (i + a.steps) * a.state.t];
+  }
+  for (int64_t i = kept; i < a.window; ++i) {
+    const int64_t token = i + a.steps - a.window, place = a.seen ? ring(token) : i;
+    for (int64_t c = 0; c < channels; ++c)
+      from_float(state[c * a.state.d + place * a.state.t], to_float(x[c * a.x.d + token * a.x.t]));
   }
 }
 

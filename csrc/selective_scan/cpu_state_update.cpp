@@ -27,6 +27,12 @@ void selective_state_update(
   a.C_b = stride(C, 0), a.C_g = stride(C, 1), a.C_n = stride(C, 2);
   a.D_h = stride(D, 0), a.D_p = stride(D, 1), a.bias_h = stride(dt_bias, 0), a.bias_p = stride(dt_bias, 1);
   a.indices_b = stride(indices, 0);
+  for (int64_t b = 0; indices.has_value() && b < a.batch; ++b) {
+    const int64_t slot = a.indices_are_int64 ? static_cast<const int64_t*>(a.indices)[b * a.indices_b]
+                                             : static_cast<const int32_t*>(a.indices)[b * a.indices_b];
+    STD_TORCH_CHECK(
+        slot < state.size(0), "selective_state_update: state_batch_indices must be below ", state.size(0), ", got ", slot);
+  }
   SCALEKERN_CALL(selective_state_update, (a));
 }
 

@@ -2,7 +2,7 @@
 // Included by cpu_*_kernel.cpp only, after nothing but this file; static like vec.h, so that no level shares code.
 #pragma once
 #include "common/parallel.h"
-#include "common/vec.h"
+#include "common/tile.h"
 
 namespace {
 
@@ -20,59 +20,33 @@ static inline void zero(F* p, int64_t count) {
   if (count > 0) __builtin_memset(p, 0, size_t(count) * sizeof(F));
 }
 
-typedef uint16_t Halves __attribute__((vector_size(SCALEKERN_VEC_BYTES / 2)));  // as many as floats in a vector
-typedef uint32_t Words __attribute__((vector_size(SCALEKERN_VEC_BYTES)));
-
-// One vector of a storage type, widened. In registers: a loop over to_float goes through memory in GCC 12, and its
-// fp16 element by element.
+// One vector of a storage type, widened.
 template <class F, class T>
 static inline Vec<F> load_as(const T* p) {
-  if constexpr (__is_same(T, F)) {
-    return load(p);
-#if defined(__AVX512F__)
-  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
-    return VecF(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-  } else if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
-    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return VecF(_mm512_slli_epi32(words, 16));
-#elif defined(__F16C__)
-  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
-    return VecF(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#endif
-  } else if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
-    Halves h;
-    __builtin_memcpy(&h, p, sizeof h);
-    return VecF(__builtin_convertvector(h, Words) << 16);
-  } else {
+  if constexpr (sizeof(F) == 8 && sizeof(T) == 2) {  // the intrinsics of load_row make floats
     F lanes[kLanes<F>];
-#pragma omp simd
     for (int i = 0; i < kLanes<F>; ++i) lanes[i] = to_float(p[i]);
     return load(lanes);
+  } else {
+    return load_row<F>(p);
   }
 }
 
-// The same back, rounded to nearest even.
+typedef uint16_t Halves __attribute__((vector_size(SCALEKERN_VEC_BYTES / 2)));  // as many as floats in a vector
+typedef uint32_t Words __attribute__((vector_size(SCALEKERN_VEC_BYTES)));
+
+// The same back, rounded to nearest even; bf16 in registers, where a loop over from_float goes through memory in GCC 12.
 template <class F, class T>
 static inline void store_as(T* p, Vec<F> v) {
-  if constexpr (__is_same(T, F)) {
-    store(p, v);
-#if defined(__AVX512F__)
-  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), 0));
-#elif defined(__F16C__)
-  } else if constexpr (__is_same(T, f16) && __is_same(F, float)) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), 0));
-#endif
-  } else if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
+  if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
     const Words bits = Words(v), high = bits >> 16;
     const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
     const Halves h = __builtin_convertvector(v != v ? high | 0x40 : rounded, Halves);
     __builtin_memcpy(p, &h, sizeof h);
+  } else if constexpr (sizeof(F) == 8 && sizeof(T) == 2) {
+    for (int i = 0; i < kLanes<F>; ++i) from_float(p[i], v[i]);
   } else {
-    F lanes[kLanes<F>];
-    store(lanes, v);
-#pragma omp simd
-    for (int i = 0; i < kLanes<F>; ++i) from_float(p[i], lanes[i]);
+    store_row<F>(p, v);
   }
 }
 
@@ -82,6 +56,9 @@ static inline void widen(F* __restrict dst, const T* __restrict src, int64_t str
   int64_t i = 0;
   if (stride == 1)
     for (; i + kLanes<F> <= count; i += kLanes<F>) store(dst + i, load_as<F>(src + i));
+  else if (stride == 4)  // a filter or a decoding state of width 4: a stride that the compiler knows becomes permutes
+    for (; i + kLanes<F> <= count; i += kLanes<F>)
+      for (int j = 0; j < kLanes<F>; ++j) dst[i + j] = to_float(src[(i + j) * 4]);
   for (; i < count; ++i) dst[i] = to_float(src[i * stride]);
 }
 

@@ -157,6 +157,13 @@ class _InferenceOnly(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.op}: this in-place decoding op has no gradient; train with its sequence form")
 
 
+def detached(tensors):
+    """The arguments of an in-place op without their graphs; as they are where no graph is recorded."""
+    if not torch.is_grad_enabled():
+        return tensors
+    return tuple(t.detach() if t is not None and t.requires_grad else t for t in tensors)
+
+
 def inference_only(op: str, out: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
     """`out` of an in-place op, which raises when somebody differentiates through it."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

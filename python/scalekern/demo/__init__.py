@@ -67,16 +67,17 @@ def _run(args) -> int:
     say = console.say
     say(f"text      {corpus.name}: {corpus.train.numel():,} bytes to train on, {corpus.held_out.numel():,} held out")
     trainer = _trainer(args, corpus, out / CHECKPOINT, device)
-    size = sum(p.numel() for p in trainer.model.parameters())
-    say(f"model     {trainer.model.config.layers} Mamba layers of width {trainer.model.config.width}, {size:,} parameters")
+    config, size = trainer.model.config, sum(p.numel() for p in trainer.model.parameters())
+    say(f"model     {config.layers} Mamba layers of width {config.width}, {size:,} parameters")
     chosen = compare.backends(torch.device(device).type)
     say(f"device    {device}, {torch.get_num_threads()} threads; backends: {', '.join(sorted(set(chosen.values())))}")
     for name, backend in chosen.items():
         if backend == "reference":
             say(f"          {name} has only the slow reference here (python -m scalekern doctor says why)")
 
-    if not _train(trainer, out / CHECKPOINT, args.steps is None):
-        print(f"scalekern demo: stopped and saved after step {trainer.step}; go on with: {_resume_command(args)}", file=sys.stderr)
+    if not _train(trainer, out / CHECKPOINT, adapt=args.steps is None and not args.resume):
+        how = f"go on with: {_resume_command(args)}"
+        print(f"scalekern demo: stopped and saved after step {trainer.step}; {how}", file=sys.stderr)
         return 130
     final = trainer.curve[-1][1]
     say(f"trained   {trainer.step} steps in {trainer.seconds:.0f} s: {final:.3f} held-out bits per byte")
@@ -84,7 +85,7 @@ def _run(args) -> int:
     results = {
         "text": corpus.name, "digest": corpus.digest, "device": device, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(), "backends": chosen, "parameters": size,
-        "config": dataclasses.asdict(trainer.model.config), "settings": dataclasses.asdict(trainer.settings),
+        "config": dataclasses.asdict(config), "settings": dataclasses.asdict(trainer.settings),
         "training_seconds": trainer.seconds, "held_out_bits_per_byte": final, "held_out_curve": trainer.curve,
         "training_bits_per_byte": trainer.losses,
     }  # fmt: skip
@@ -154,7 +155,8 @@ def _train(trainer, checkpoint: pathlib.Path, adapt: bool) -> bool:
         while trainer.step < trainer.settings.steps and not stop.asked:
             trainer.train_step()
             if adapt and trainer.fit_time_limit():
-                progress.say(f"          {trainer.settings.steps} steps fit the time limit here (--steps N insists on N)")
+                steps = trainer.settings.steps
+                progress.say(f"          {steps} steps will fit the time limit here (--steps N insists on N)")
             if trainer.evaluation_due():
                 trainer.evaluate()
             progress.update(trainer.step, trainer.settings.steps, trainer.status())

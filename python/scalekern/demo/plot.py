@@ -8,7 +8,9 @@ from scalekern.demo.compare import Timing
 DARK, PALE, LIGHT = "#1f4e8c", "#9db7d5", "#c9c9c9"
 
 
-def draw(path: pathlib.Path, losses: list[float], curve: list[tuple[int, float]], timings: list[Timing], title: str) -> None:
+def draw(
+    path: pathlib.Path, losses: list[float], curve: list[tuple[int, float]], timings: list[Timing], title: str
+) -> None:
     """Raises ImportError when matplotlib is not installed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -29,8 +31,8 @@ def _draw_curve(axes, losses: list[float], curve: list[tuple[int, float]]) -> No
     axes.plot(*zip(*curve), color=DARK, marker="o", markersize=3.5, label="held-out text")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.annotate(
-        f"{curve[-1][1]:.2f}", curve[-1], xytext=(0, 12), textcoords="offset points", ha="right", color=DARK, weight="bold",
-        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        f"{curve[-1][1]:.2f}", curve[-1], xytext=(0, 12), textcoords="offset points", ha="right", color=DARK,
+        weight="bold", bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
     )
     axes.set(xlabel="training step", ylabel="bits per byte", ylim=(0, None))
     axes.grid(alpha=0.3)
@@ -42,9 +44,8 @@ def _draw_bars(axes, timings: list[Timing]) -> None:
     for i, timing in enumerate(timings):
         for offset, value, color in ((-0.2, timing.scalekern_ms, DARK), (0.2, timing.pytorch_ms, LIGHT)):
             axes.barh(i + offset, value, height, color=color)
-            axes.annotate(
-                f"{value:.3g} ms", (value, i + offset), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{value:.3g} ms" if value < 999 else f"{value:.0f} ms", (value, i + offset), **place, fontsize=8)
     axes.set_yticks(range(len(timings)), [f"{t.case}\n{t.shape}\n{t.speedup:.1f}x" for t in timings])
     axes.invert_yaxis()
     axes.set_xscale("log")

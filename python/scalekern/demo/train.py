@@ -27,7 +27,7 @@ PROBE_STEPS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    steps: int = 1200
+    steps: int = 1600
     batch: int = 8
     window: int = 256
     peak_rate: float = 4e-3
@@ -63,6 +63,7 @@ class Trainer:
         self.held_out = data.held_out_windows(corpus.held_out, settings.held_out_windows, settings.window)
         self.step = 0
         self.seconds = 0.0
+        self.probe: tuple[int, float] | None = None  # steps and seconds when the measurement of speed began
         self.losses: list[float] = []  # bits per byte on each step's batch
         self.curve: list[tuple[int, float]] = []  # (steps done, held-out bits per byte)
 
@@ -104,11 +105,14 @@ class Trainer:
         )
 
     def fit_time_limit(self) -> bool:
-        """After the first steps: fewer steps, when this machine would not do all of them within TIME_LIMIT_S."""
-        if self.step != PROBE_STEPS:
+        """Now and then: plan fewer steps, when this machine would not do all of them within TIME_LIMIT_S."""
+        self.probe = self.probe or (self.step, self.seconds)  # after the first step, which warms up
+        done = self.step - self.probe[0]
+        if done == 0 or done % PROBE_STEPS:
             return False
-        affordable = max(2 * PROBE_STEPS, int(TIME_LIMIT_S / (self.seconds / PROBE_STEPS)))
-        if affordable >= self.settings.steps:
+        seconds_a_step = (self.seconds - self.probe[1]) / done
+        affordable = self.step + max(PROBE_STEPS, int((TIME_LIMIT_S - self.seconds) / seconds_a_step))
+        if affordable > 0.95 * self.settings.steps:
             return False
         self.settings = dataclasses.replace(self.settings, steps=affordable)
         return True
@@ -127,7 +131,8 @@ class Trainer:
             "losses": self.losses, "curve": self.curve,
         }  # fmt: skip
         temporary = path.with_name(path.name + ".new")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(tensors, temporary, {"state": json.dumps(state)})
         os.replace(temporary, path)
 
     @classmethod
@@ -135,11 +140,11 @@ class Trainer:
         """The run that `path` holds; `steps` re-plans its length."""
         state, tensors = read_checkpoint(path)
         if state["digest"] != corpus.digest:
-            raise InputError(f"{path} was trained on another text: give the same --text, or start over without --resume")
+            raise InputError(f"{path} was trained on another text: give that --text, or start over without --resume")
         settings = Settings(**state["settings"])
         settings = dataclasses.replace(settings, steps=max(steps or settings.steps, state["step"]))
         trainer = cls(corpus, Config(**state["config"]), settings, device)
-        trainer.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        trainer.model.load_state_dict({name: tensors[f"model.{name}"] for name in trainer.model.state_dict()})
         for name, parameter in trainer.model.named_parameters():
             moments = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if all(value is not None for value in moments.values()):

@@ -76,10 +76,11 @@ def causal_conv1d_update(
     Source: Dao-AILab/causal-conv1d's causal_conv1d_update, whose argument order this is.
     """
     _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
-    steps = x.detach().unsqueeze(-1) if x.dim() == 2 else x.detach()
+    state_, x_, weight_, bias_ = _library.detached((conv_state, x, weight, bias))
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight_, bias_ = (None if t is None else _to(t.detach(), real) for t in (weight, bias))
-    out = _update(conv_state.detach(), steps, weight_, bias_, cache_seqlens, conv_state_indices, activation is not None)
+    weight_, bias_ = _to(weight_, real), _to(bias_, real)
+    steps = x_.unsqueeze(-1) if x.dim() == 2 else x_
+    out = _update(state_, steps, weight_, bias_, cache_seqlens, conv_state_indices, activation is not None)
     return _library.inference_only("causal_conv1d_update", out.view(x.shape), x, conv_state, weight, bias)
 
 

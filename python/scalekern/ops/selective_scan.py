@@ -148,6 +148,24 @@ def _gpu_supports(u, delta, A, *rest):
     return None
 
 
+def _cuda_supports(largest_N: int):
+    """The limits of the CUDA kernels, above those shared with Triton. `largest_N` falls to 128 in float64."""
+
+    def supports(u, delta, A, *rest):
+        states = min(largest_N, 128) if u.dtype == torch.float64 else largest_N
+        if A.shape[1] > states:
+            return f"a state size above {states} is not implemented for {str(u.dtype).removeprefix('torch.')}"
+        if u.is_cuda and torch.cuda.get_device_capability(u.device) not in _CUDA_CAPABILITIES:
+            return "needs the shared memory of compute capability 8.0, 9.0 or 10.x"
+        return _gpu_supports(u, delta, A, *rest)
+
+    return supports
+
+
+_CUDA_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))  # 163 KB of shared memory a block or more
+_cuda_supports_fwd, _cuda_supports_bwd = _cuda_supports(512), _cuda_supports(128)
+
+
 def _backward(ctx, dout, dlast_state, _dcheckpoints):
     *tensors, cu_seqlens, checkpoints = ctx.saved_tensors  # once: under activation checkpointing a read recomputes
     flags = ctx.flags
@@ -178,7 +196,7 @@ selective_scan_fwd = _library.define(
     "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool reverse, "
     "bool save_checkpoints) -> (Tensor, Tensor, Tensor)",
     backends=(
-        Backend("cuda", filling(_allocate_fwd, native("selective_scan_fwd", "cuda")), _gpu_supports),
+        Backend("cuda", filling(_allocate_fwd, native("selective_scan_fwd", "cuda")), _cuda_supports_fwd),
         Backend("triton", filling(_allocate_fwd, triton("selective_scan", "selective_scan_fwd")), _gpu_supports),
         Backend("cpu", filling(_allocate_fwd, native("selective_scan_fwd", "cpu"))),
         Backend("reference", reference_fwd),
@@ -196,7 +214,7 @@ selective_scan_bwd = _library.define(
     "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, "
     "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend("cuda", filling(_allocate_bwd, native("selective_scan_bwd", "cuda")), lambda g, h, *a: _gpu_supports(*a)),
+        Backend("cuda", filling(_allocate_bwd, native("selective_scan_bwd", "cuda")), lambda g, h, *a: _cuda_supports_bwd(*a)),
         Backend("triton", filling(_allocate_bwd, triton("selective_scan", "selective_scan_bwd")), lambda g, h, *a: _gpu_supports(*a)),
         Backend("cpu", filling(_allocate_bwd, native("selective_scan_bwd", "cpu"))),
         Backend("reference", reference_bwd),

@@ -41,7 +41,7 @@ def selective_state_update(
     for t in (dt, B, C, z):
         io = io if t is None else torch.promote_types(io, t.dtype)
     real = torch.float64 if io == torch.float64 else torch.float32
-    state_, x_, dt_, A_, B_, C_, D_, z_, bias_ = (t.detach() if t is not None else None for t in args)
+    state_, x_, dt_, A_, B_, C_, D_, z_, bias_ = _library.detached(args)
     x_, dt_, B_, C_, z_ = (_to(t, io) for t in (x_, dt_, B_, C_, z_))
     A_, D_, bias_ = (_to(t, real) for t in (A_, D_, bias_))
     out = _update(state_, x_, dt_, A_, B_, C_, D_, z_, bias_, state_batch_indices, dt_softplus)

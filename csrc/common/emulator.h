@@ -1,0 +1,151 @@
+// Runs the CUDA kernels of this library on the host, for tests on machines without a GPU: the source of a kernel is
+// compiled by the host compiler, and the threads of a block are fibers that take turns at barriers and shuffles.
+//
+// What it would notice: a missing barrier (fibers run in three different orders, and asynchronous copies land only
+// when they are waited for), a barrier or shuffle that not every thread reaches (error), uninitialized shared memory
+// (filled with NaN before each block), writes past its end (canary). What it cannot: alignment faults of vector
+// accesses, bank conflicts, speed, the rounding of the special-function unit.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+namespace scalekern::emulator {
+
+enum class Order : int { rising, falling, shuffled };
+
+class Block {
+ public:
+  int thread = 0;       // the fiber that runs now
+  int64_t number = 0;   // of the block in the grid
+  Order order = Order::rising;
+
+  unsigned char* shared() { return shared_.data() + offset_; }
+
+  void barrier() { wait(State::block); }
+  void warp_barrier() { wait(State::warp); }
+
+  double exchange(double value, int mask) {
+    Fiber& f = *fibers_[thread];
+    f.parity ^= 1;
+    f.slot[f.parity] = value;
+    const int parity = f.parity, peer = (thread & ~31) | ((thread & 31) ^ mask);
+    warp_barrier();
+    return fibers_[peer]->slot[parity];
+  }
+
+  void copy_async(void* to, const void* from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15) fail("misaligned asynchronous copy");
+    fibers_[thread]->pending.push_back({to, from});
+  }
+  void copy_wait() {
+    for (auto& [to, from] : fibers_[thread]->pending) std::memcpy(to, from, 16);
+    fibers_[thread]->pending.clear();
+  }
+  void fail(const char* what) { error_ = what; }
+
+  template <class Kernel>
+  void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Args& args) {
+    body_ = [](const void* a) { Kernel::run(*static_cast<const typename Kernel::Args*>(a)); };
+    args_ = &args;
+    for (number = 0; number < blocks; ++number) run_block(Kernel::kThreads, shared_bytes);
+  }
+
+ private:
+  enum class State { ready, block, warp, done };
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    State state = State::ready;
+    int parity = 0;
+    double slot[2] = {0, 0};
+    std::vector<std::pair<void*, const void*>> pending;
+  };
+  static constexpr size_t kStack = 256 * 1024;
+  static constexpr unsigned char kCanary = 0xa5;
+
+  void wait(State why) {
+    Fiber& f = *fibers_[thread];
+    f.state = why;
+    swapcontext(&f.context, &scheduler_);
+  }
+
+  static void enter(unsigned high, unsigned low) {
+    auto* self = reinterpret_cast<Block*>((uintptr_t(high) << 32) | low);
+    self->body_(self->args_);
+    self->fibers_[self->thread]->state = State::done;
+    swapcontext(&self->fibers_[self->thread]->context, &self->scheduler_);
+  }
+
+  void run_block(int threads, int64_t shared_bytes) {
+    shared_.assign(size_t(shared_bytes) + 256, 0xff);  // 0xffff.. is NaN in every type
+    offset_ = (128 - reinterpret_cast<uintptr_t>(shared_.data()) % 128) % 128;
+    std::memset(shared() + shared_bytes, kCanary, 128);
+    error_ = nullptr;
+    while (int(fibers_.size()) < threads) fibers_.push_back(std::make_unique<Fiber>());
+    const auto self = reinterpret_cast<uintptr_t>(this);
+    for (int i = 0; i < threads; ++i) {
+      Fiber& f = *fibers_[i];
+      f.state = State::ready, f.parity = 0, f.pending.clear();
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.get();
+      f.context.uc_stack.ss_size = kStack;
+      f.context.uc_link = nullptr;
+      makecontext(&f.context, reinterpret_cast<void (*)()>(&Block::enter), 2, unsigned(self >> 32), unsigned(self));
+    }
+    while (turn(threads)) {
+    }
+    for (int i = 0; i < 128; ++i)
+      if (shared()[shared_bytes + i] != kCanary) fail("a write past the end of shared memory");
+    if (error_) throw std::runtime_error(error_);
+  }
+
+  // Run every fiber that can run, then open the barriers that all have reached. False when all are done.
+  bool turn(int threads) {
+    std::vector<int> sequence(threads);
+    for (int i = 0; i < threads; ++i) sequence[i] = order == Order::falling ? threads - 1 - i : i;
+    if (order == Order::shuffled) std::shuffle(sequence.begin(), sequence.end(), random_);
+    for (int i : sequence) {
+      if (fibers_[i]->state != State::ready) continue;
+      thread = i;
+      swapcontext(&scheduler_, &fibers_[i]->context);
+    }
+    bool opened = false;
+    for (int w = 0; w < threads; w += 32) opened |= open(w, w + 32 < threads ? w + 32 : threads, State::warp);
+    if (opened) return true;
+    if (open(0, threads, State::block)) return true;
+    for (int i = 0; i < threads; ++i)
+      if (fibers_[i]->state != State::done) throw std::runtime_error("a barrier or shuffle that not every thread reaches");
+    return false;
+  }
+
+  bool open(int begin, int end, State kind) {
+    for (int i = begin; i < end; ++i)
+      if (fibers_[i]->state != kind) return false;
+    for (int i = begin; i < end; ++i) fibers_[i]->state = State::ready;
+    return true;
+  }
+
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<unsigned char> shared_;
+  size_t offset_ = 0;
+  ucontext_t scheduler_;
+  void (*body_)(const void*) = nullptr;
+  const void* args_ = nullptr;
+  const char* error_ = nullptr;
+  std::mt19937 random_{20240607};
+};
+
+// The block that runs on this host thread.
+inline Block& block() {
+  static thread_local Block current;
+  return current;
+}
+
+}  // namespace scalekern::emulator

@@ -1,0 +1,98 @@
+// Plans and launches the backward scan. `Exec` is the GPU (cuda_launch.h) or the host emulator.
+#pragma once
+#include <algorithm>
+
+#include "selective_scan/cuda_scan_bwd.cuh"
+#include "selective_scan/cuda_scan_fwd.cuh"
+#include "selective_scan/cuda_scan_problem.h"
+#include "selective_scan/cuda_scan_reduce.cuh"
+
+namespace scalekern::scan {
+
+struct Gradients {  // outputs; empty views for absent inputs
+  View u, delta, A, B, C, D, z, bias, initial;
+};
+
+template <class T>
+void plan_tiles(BwdArgs& a) {
+  using F = Compute<T>;
+  using Kernel = ScanBwd<T>;
+  const Problem& p = a.p;
+  a.padded = 4 * p.lanes;
+  a.tokens = sizeof(F) == 8 || a.padded > 32 ? 32 : 64;
+  // Few states a channel, many channels a block: shorter tiles.
+  while (a.tokens > Kernel::kSteps && p.channels_per_block * a.tokens > 96 * 64) a.tokens /= 2;
+  a.pitch = a.tokens + 4;
+  int at = 0;
+  const auto take = [&](int count) { return std::exchange(at, at + int(round_up(count * int(sizeof(F)), 16))); };
+  take(p.channels_per_block * a.pitch);
+  a.delta_at = take(p.channels_per_block * a.pitch), a.dy_at = take(p.channels_per_block * a.pitch);
+  a.B_at = take(matrix_bytes<F>(p.B, a.padded, a.tokens, p.channels_per_block) / int(sizeof(F)));
+  a.C_at = take(matrix_bytes<F>(p.C, a.padded, a.tokens, p.channels_per_block) / int(sizeof(F)));
+  a.saved_at = take(a.tokens / Kernel::kSteps * 4 * Kernel::kThreads);
+  a.sums_at = take(Kernel::kThreads / 32 * Kernel::kSteps * 2 * a.padded);
+  a.shared_bytes = at;
+}
+
+template <class T, class Exec>
+void reduce_matrix(Exec& exec, const BwdArgs& a, const Matrix& m, const View& out, int first) {
+  if (m.constant) return;
+  const Problem& p = a.p;
+  typename ReduceMatrix<T>::Args r{};
+  r.partial = a.partial, r.out = out.data;
+  r.b = out.stride[0], r.g = out.stride[1], r.n = out.stride[2], r.l = out.stride[3];
+  r.batch = p.batch, r.groups = p.channels / m.group, r.length = p.length;
+  r.slots = m.group / p.segment * a.slots;
+  r.states = p.states, r.width = 2 * a.padded, r.first = first;
+  const int64_t count = r.batch * r.groups * r.length * r.states;
+  exec.template launch<ReduceMatrix<T>>(ceil_div(count, ReduceMatrix<T>::kThreads), 0, r);
+}
+
+template <class F, class T, class Exec>
+void reduce_batch(Exec& exec, const Problem& p, const void* partial, const View& out, int64_t states) {
+  using Kernel = ReduceBatch<F, T>;
+  const typename Kernel::Args r{partial, out.data, out.stride[0], states > 1 || out.dims > 1 ? out.stride[1] : 0,
+                                p.batch, p.channels, states};
+  exec.template launch<Kernel>(ceil_div(p.channels * states, Kernel::kThreads), 0, r);
+}
+
+template <class T, class Exec>
+void launch_scan_bwd(Exec& exec, BwdArgs& a, const Inputs& in, const Gradients& d) {
+  using F = Compute<T>;
+  Problem& p = a.p;
+  split(p, ScanBwd<T>::kThreads, 4);
+  plan_tiles<T>(a);
+  const int64_t rows = int64_t(sizeof(F)) * p.batch * p.channels, segments = p.channels / p.segment;
+  a.dA = exec.scratch(rows * p.states);
+  a.dB_constant = p.B.constant ? exec.scratch(rows * p.states) : nullptr;
+  a.dC_constant = p.C.constant ? exec.scratch(rows * p.states) : nullptr;
+  a.dD = exec.scratch(rows), a.dbias = exec.scratch(rows);
+  // Slots for at most one F a token and channel, or one slot a segment.
+  a.slots = std::clamp<int64_t>(p.segment / (2 * a.padded), 1, p.blocks_per_segment);
+  if (!p.B.constant || !p.C.constant)
+    a.partial = exec.scratch(int64_t(sizeof(F)) * p.batch * segments * a.slots * p.length * 2 * a.padded);
+  for (a.round = 0; a.round * a.slots < p.blocks_per_segment; ++a.round)
+    exec.template launch<ScanBwd<T>>(p.batch * segments * a.slots, a.shared_bytes, a);
+  reduce_matrix<T>(exec, a, p.B, d.B, 0);
+  reduce_matrix<T>(exec, a, p.C, d.C, a.padded);
+  reduce_batch<F, F>(exec, p, a.dA, d.A, p.states);
+  if (p.B.constant) reduce_batch<F, T>(exec, p, a.dB_constant, d.B, p.states);
+  if (p.C.constant) reduce_batch<F, T>(exec, p, a.dC_constant, d.C, p.states);
+  if (p.D.p) reduce_batch<F, F>(exec, p, a.dD, d.D, 1);
+  if (p.bias.p) reduce_batch<F, F>(exec, p, a.dbias, d.bias, 1);
+  if (in.cu && a.dinitial.p) exec.template launch<EmptySequences<F>>(p.sequences, 0, {p, a.dinitial, a.dlast});
+}
+
+template <class Exec>
+void selective_scan_bwd(
+    Exec& exec, const Gradients& d, const View& dout, const View& dlast, const View& checkpoints, const Inputs& in) {
+  BwdArgs a{};
+  a.p = problem_of(in, checkpoints);
+  if (a.p.sequences == 0) return;
+  a.dout = sequences_of(dout), a.dlast = states_of(dlast);
+  a.du = sequences_of(d.u), a.ddelta = sequences_of(d.delta), a.dz = sequences_of(d.z);
+  if (in.initial) a.dinitial = states_of(d.initial);
+  with_type(in.u.dtype, [&]<class T>(T*) { launch_scan_bwd<T>(exec, a, in, d); });
+}
+
+}  // namespace scalekern::scan

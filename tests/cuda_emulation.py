@@ -1,0 +1,54 @@
+"""The CUDA ops on CPU tensors, through the emulator of scalekern._C: same drivers, same kernels, fibers for threads."""
+
+import torch
+
+from scalekern.ops import causal_conv1d as conv
+from scalekern.ops import selective_scan as scan
+from scalekern.ops import selective_state_update as update
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)  # enum Dtype
+ORDERS = {"rising": 0, "falling": 1, "shuffled": 2}
+
+
+def _pack(tensors):
+    return [None if t is None else (t.data_ptr(), DTYPES.index(t.dtype), list(t.shape), list(t.stride())) for t in tensors]
+
+
+def _poisoned(outputs):
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(t.fill_(float("nan")) for t in outputs)
+
+
+def _run(name, outputs, tensors, flags, processors, order):
+    from scalekern import _C
+
+    getattr(_C, f"emulate_{name}")(_pack([*outputs, *tensors]), *flags, processors, ORDERS[order])
+    return outputs
+
+
+def selective_scan_fwd(*args, processors=1, order="rising"):
+    outputs = _poisoned(scan._allocate_fwd(*args))
+    return _run("selective_scan_fwd", outputs, args[:10], args[10:12], processors, order)
+
+
+def selective_scan_bwd(*args, processors=1, order="rising"):
+    outputs = _poisoned(scan._allocate_bwd(*args))
+    return _run("selective_scan_bwd", outputs, args[:13], args[13:], processors, order)
+
+
+def selective_state_update(*args, processors=1, order="rising"):
+    (out,) = _run("selective_state_update", _poisoned(update._allocate(*args)), args[:10], args[10:], processors, order)
+    return out
+
+
+def causal_conv1d_fwd(*args, processors=1, order="rising"):
+    return _run("causal_conv1d_fwd", _poisoned(conv._allocate_fwd(*args)), args[:6], args[6:], processors, order)
+
+
+def causal_conv1d_bwd(*args, processors=1, order="rising"):
+    return _run("causal_conv1d_bwd", _poisoned(conv._allocate_bwd(*args)), args[:8], args[8:], processors, order)
+
+
+def causal_conv1d_update(*args, processors=1, order="rising"):
+    (out,) = _run("causal_conv1d_update", _poisoned(conv._allocate_update(*args)), args[:6], args[6:], processors, order)
+    return out

@@ -1,0 +1,294 @@
+"""The CUDA kernels against the oracles without a GPU: their own source, run by the host emulator of scalekern._C.
+
+Shape letters: B batch, D channels, L length, N states, G groups, W filter width, S slots.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import cuda_emulation as emulated
+from scalekern.reference.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update_op
+from scalekern.reference.selective_scan import selective_scan_bwd, selective_scan_fwd
+from scalekern.reference.selective_state_update import selective_state_update_op as update_reference
+
+pytest.importorskip("scalekern._C", reason="the pybind11 module was not built (setup.py says why)")
+
+# Against the float64 oracle on the same rounded inputs: float32 arithmetic, then one rounding to the io dtype.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+def relative_error(got, want):
+    assert got.shape == want.shape
+    if want.numel() == 0:
+        return 0.0
+    assert want.norm() > 0, "an oracle of zeros would prove nothing"
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def assert_all_close(got, want, names, tolerance):
+    errors = {name: relative_error(g, w) for name, g, w in zip(names, got, want) if w.numel()}
+    assert all(e <= tolerance for e in errors.values()), errors
+
+
+def doubled(args):
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+SCAN = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+def scan_inputs(
+    B, D, L, N, dtype=torch.float32, *, groups=(1, 1), optional="Dzbh", softplus=True, cu=None, reverse=False,
+    layout="time",
+):  # fmt: skip
+    """Arguments of selective_scan_fwd without save_checkpoints. groups 0: constant. Channels and groups differ in scale."""
+    generator = torch.Generator().manual_seed(B * 1000 + D * 100 + L + N)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape, kind=dtype):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(kind)
+
+    def sequence():
+        x = normal(B, D, L) * torch.linspace(0.5, 1.5, D)[:, None].to(dtype)
+        if layout == "channel":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "offset":  # rows that are not aligned, between poisoned neighbours
+            wide = torch.full((B, D, L + 5), float("nan"), dtype=dtype)
+            wide[:, :, 3 : L + 3] = x
+            return wide[:, :, 3 : L + 3]
+        return x
+
+    def matrix(g):
+        if g == 0:
+            return normal(D, N)
+        m = normal(B, g, N, L) * torch.logspace(-0.5, 0.5, g)[:, None, None].to(dtype)
+        return m.transpose(2, 3).contiguous().transpose(2, 3) if layout == "channel" else m
+
+    rows = B if cu is None else len(cu) - 1
+    delta = sequence() * 0.5 if softplus else sequence().abs() * 0.3
+    A = -torch.rand(D, N, dtype=torch.float64, generator=generator).to(real) * 2 - 0.05
+    take = lambda key, value: value if key in optional else None
+    return [
+        sequence(), delta, A, matrix(groups[0]), matrix(groups[1]), take("D", normal(D, kind=real)), take("z", sequence()),
+        take("b", normal(D, kind=real).abs() * 0.2), take("h", normal(rows, D, N, kind=real)),
+        None if cu is None else torch.tensor(cu, dtype=torch.int32), softplus, reverse,
+    ]  # fmt: skip
+
+
+PACKED = [0, 0, 5, 6, 64, 70, 70, 141, 141]
+SCAN_CASES = {
+    "plain": dict(B=2, D=8, L=70, N=16),
+    "reverse": dict(B=2, D=5, L=70, N=16, reverse=True),
+    "channels_last_bf16": dict(B=2, D=5, L=45, N=16, dtype=torch.bfloat16, layout="channel"),
+    "channels_last_aligned": dict(B=1, D=16, L=40, N=16, dtype=torch.float16, layout="channel", reverse=True),
+    "offset_rows": dict(B=1, D=3, L=41, N=16, layout="offset"),
+    "more_channels_than_a_block": dict(B=1, D=131, L=19, N=16),
+    "few_states": dict(B=2, D=7, L=33, N=3, dtype=torch.float16),
+    "one_of_everything": dict(B=1, D=1, L=1, N=1),
+    "float64": dict(B=1, D=6, L=67, N=5, dtype=torch.float64, reverse=True),
+    "float64_many_states": dict(B=1, D=2, L=66, N=100, dtype=torch.float64),
+    "groups": dict(B=1, D=12, L=20, N=20, groups=(2, 3)),
+    "constant_B": dict(B=2, D=4, L=20, N=16, groups=(0, 2), softplus=False),
+    "constant_C": dict(B=2, D=4, L=20, N=40, groups=(1, 0)),
+    "constant_both_bare": dict(B=1, D=3, L=20, N=4, groups=(0, 0), optional=""),
+    "many_states": dict(B=1, D=10, L=131, N=128, dtype=torch.bfloat16),
+    "packed": dict(B=1, D=6, L=141, N=16, cu=PACKED),
+    "packed_reverse": dict(B=1, D=6, L=141, N=16, cu=PACKED, reverse=True),
+    "packed_without_states": dict(B=1, D=3, L=141, N=6, cu=PACKED, optional="z"),
+}
+
+
+@pytest.mark.parametrize("case", SCAN_CASES)
+def test_emulated_scan_forward(case):
+    args = scan_inputs(**SCAN_CASES[case])
+    want = selective_scan_fwd(*doubled(args), True)
+    got = emulated.selective_scan_fwd(*args, True)
+    assert_all_close(got[:1], want[:1], ("out",), TOLERANCE[args[0].dtype])
+    slots = [0] if args[8] is None else range(want[2].shape[1])  # from zero, the first slot is zero
+    exact = TOLERANCE[args[2].dtype]
+    assert_all_close(got[1:2], want[1:2], ("last_state",), exact)
+    if args[8] is None:
+        assert torch.allclose(got[2].double(), want[2], rtol=0, atol=1e-5)
+    else:
+        assert_all_close([got[2][:, j] for j in slots], [want[2][:, j] for j in slots], [f"slot {j}" for j in slots], exact)
+
+
+@pytest.mark.parametrize("case", SCAN_CASES)
+def test_emulated_scan_backward(case):
+    args = scan_inputs(**SCAN_CASES[case])
+    out, last, checkpoints = selective_scan_fwd(*doubled(args), True)
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(args[0].dtype)
+    dlast = torch.randn(last.shape, dtype=torch.float64, generator=generator).to(args[2].dtype)
+    call = [dout, dlast, *args[:10], checkpoints.to(args[2].dtype), *args[10:]]
+    want = selective_scan_bwd(*doubled(call))
+    got = emulated.selective_scan_bwd(*call)
+    assert_all_close(got, want, SCAN, TOLERANCE[args[0].dtype])
+    exact = TOLERANCE[args[2].dtype]  # what is summed and stored in float32 must not hide behind the io dtype
+    assert_all_close([got[i] for i in (2, 5, 7, 8)], [want[i] for i in (2, 5, 7, 8)], [SCAN[i] for i in (2, 5, 7, 8)], exact)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cu", [None, PACKED + [320], [0, 64, 128, 320]])
+def test_emulated_scan_split_over_time(cu, reverse):
+    args = scan_inputs(B=1, D=4, L=320, N=16, cu=cu, reverse=reverse)
+    want = selective_scan_fwd(*doubled(args), True)
+    for processors in (8, 64):  # 64 is enough for a chunk a checkpoint
+        got = emulated.selective_scan_fwd(*args, True, processors=processors)
+        assert_all_close(got, want, ("out", "last_state", "checkpoints"), TOLERANCE[torch.float32])
+
+
+def test_emulated_backward_without_some_gradients():
+    args = scan_inputs(B=1, D=3, L=20, N=16)
+    out, _, checkpoints = selective_scan_fwd(*doubled(args), True)
+    call = [torch.ones(out.shape), None, *args[:10], checkpoints.float(), *args[10:]]
+    assert_all_close(emulated.selective_scan_bwd(*call), selective_scan_bwd(*doubled(call)), SCAN, 2e-6)
+
+
+@pytest.mark.parametrize("case", ["plain", "packed_reverse", "many_states", "few_states"])
+def test_thread_order_changes_no_bit(case):
+    """A missing barrier would show: fibers run in other orders, and asynchronous copies land late."""
+    args = scan_inputs(**SCAN_CASES[case])
+    forward = [emulated.selective_scan_fwd(*args, True, processors=4, order=o) for o in emulated.ORDERS]
+    dout = torch.ones_like(args[0])
+    backward = [
+        emulated.selective_scan_bwd(dout, None, *args[:10], forward[0][2], *args[10:], order=o) for o in emulated.ORDERS
+    ]
+    for runs in (forward, backward):
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
+def test_nan_and_infinity_travel_as_in_the_oracle():
+    args = scan_inputs(B=1, D=3, L=30, N=16)
+    args[0][0, 1, 7] = float("nan")
+    args[3][0, 0, 2, 20] = float("inf")
+    want = selective_scan_fwd(*doubled(args), False)[0]
+    got = emulated.selective_scan_fwd(*args, False)[0]
+    assert torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got.isnan(), want.isnan())
+    assert want.isnan().any() and want.isfinite().any()
+
+
+def update_inputs(H, P, N, dtype, state_dtype, *, groups=1, indices=None, B=5, expanded_A=False, optional="Dzb"):
+    generator = torch.Generator().manual_seed(H + P + N)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    normal = lambda *shape, kind=dtype: torch.randn(*shape, dtype=torch.float64, generator=generator).to(kind)
+    A = -normal(H, P, 1 if expanded_A else N, kind=real).abs()
+    take = lambda key, value: value if key in optional else None
+    slots = B if indices is None else 7
+    return [
+        normal(slots, H, P, N, kind=state_dtype), normal(B, H, P), normal(B, H, P), A.expand(H, P, N),
+        normal(B, groups, N), normal(B, groups, N), take("D", normal(H, P, kind=real)), take("z", normal(B, H, P)),
+        take("b", normal(H, P, kind=real)), indices, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(H=1, P=9, N=16, dtype=torch.float32, state_dtype=torch.float32),
+        dict(H=4, P=3, N=5, dtype=torch.bfloat16, state_dtype=torch.float32, groups=2),
+        dict(H=2, P=3, N=150, dtype=torch.float16, state_dtype=torch.bfloat16, expanded_A=True),
+        dict(H=1, P=40, N=16, dtype=torch.float64, state_dtype=torch.float64, optional=""),
+        dict(H=1, P=5, N=8, dtype=torch.float32, state_dtype=torch.float16, indices=torch.tensor([3, -1, 0, 6, 2])),
+    ],
+    ids=lambda c: f"N{c['N']}_{str(c['dtype'])[6:]}_{str(c['state_dtype'])[6:]}",
+)
+def test_emulated_state_update(case):
+    args = update_inputs(**case)
+    mine, oracle = [args[0].clone(), *args[1:]], doubled([args[0].clone(), *args[1:]])
+    got, want = emulated.selective_state_update(*mine), update_reference(*oracle)
+    assert_all_close([got], [want], ["out"], TOLERANCE[case["dtype"]])
+    assert_all_close([mine[0]], [oracle[0]], ["state"], max(TOLERANCE[case["state_dtype"]], TOLERANCE[args[3].dtype]))
+    if case.get("indices") is not None:
+        untouched = [1, 4, 5]
+        assert torch.equal(mine[0][untouched], args[0][untouched]) and got[1].abs().max() == 0
+
+
+def conv_inputs(B, D, L, W, dtype=torch.float32, *, bias=True, ids=None, cu=None, initial=True, silu=True, layout="time"):
+    generator = torch.Generator().manual_seed(B + D + L + W)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    normal = lambda *shape, kind=dtype: torch.randn(*shape, dtype=torch.float64, generator=generator).to(kind)
+    x = normal(B, D, L)
+    if layout == "channel":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "strided":
+        x = normal(B, 2 * D, 2 * L)[:, ::2, 1::2]
+    rows = B if cu is None else len(cu) - 1
+    return [
+        x, normal(D, W, kind=real), normal(D, kind=real) if bias else None, ids,
+        None if cu is None else torch.tensor(cu), normal(rows, D, W - 1) if initial else None, silu,
+    ]  # fmt: skip
+
+
+IDS = torch.tensor([[0] * 3 + [1] * 30 + [-1] * 2 + [4] * 65, [-1] * 40 + [0] * 57 + [3] * 3], dtype=torch.int32)
+CONV_CASES = {
+    "width_4": dict(B=2, D=5, L=100, W=4),
+    "width_3_bare": dict(B=2, D=3, L=64, W=3, bias=False, initial=False, silu=False),
+    "width_8_bf16": dict(B=1, D=3, L=96, W=8, dtype=torch.bfloat16),
+    "width_2_float64": dict(B=1, D=3, L=50, W=2, dtype=torch.float64),
+    "odd_length": dict(B=2, D=3, L=101, W=4, dtype=torch.float16),
+    "shorter_than_the_filter": dict(B=2, D=3, L=2, W=6),
+    "channels_last": dict(B=2, D=8, L=50, W=4, layout="channel"),
+    "channels_last_odd_bf16": dict(B=1, D=11, L=50, W=5, dtype=torch.bfloat16, layout="channel"),
+    "channels_last_many": dict(B=1, D=136, L=33, W=4, dtype=torch.float16, layout="channel"),
+    "strided": dict(B=1, D=4, L=60, W=4, layout="strided"),
+    "seq_idx": dict(B=2, D=3, L=100, W=4, ids=IDS),
+    "seq_idx_channels_last": dict(B=2, D=8, L=100, W=7, ids=IDS.long(), layout="channel"),
+    "packed": dict(B=1, D=3, L=141, W=4, cu=PACKED),
+    "packed_channels_last": dict(B=1, D=8, L=141, W=8, cu=PACKED, layout="channel", initial=False),
+}
+CONV = ("x", "weight", "bias", "initial_states")
+
+
+@pytest.mark.parametrize("case", CONV_CASES)
+def test_emulated_convolution(case):
+    args = conv_inputs(**CONV_CASES[case])
+    tolerance = TOLERANCE[args[0].dtype]
+    want = causal_conv1d_fwd(*doubled(args))
+    assert_all_close(emulated.causal_conv1d_fwd(*args), want, ("out", "final_states"), tolerance)
+    generator = torch.Generator().manual_seed(2)
+    dout, dfinal = (torch.randn(w.shape, dtype=torch.float64, generator=generator).to(args[0].dtype) for w in want)
+    for gradients in ([dout, dfinal], [dout, None]):
+        want_bwd = causal_conv1d_bwd(*doubled([*gradients, *args]))
+        for processors, order in ((1, "rising"), (8, "shuffled")):
+            got = emulated.causal_conv1d_bwd(*gradients, *args, processors=processors, order=order)
+            assert_all_close(got, want_bwd, CONV, tolerance)
+            assert_all_close(got[1:3], want_bwd[1:3], CONV[1:3], TOLERANCE[args[1].dtype])
+
+
+@pytest.mark.parametrize("steps, size, circular", list(itertools.product((1, 3, 6), (3, 5), (False, True))))
+def test_emulated_convolution_update(steps, size, circular):
+    generator = torch.Generator().manual_seed(steps)
+    state = torch.randn(6, 5, size, generator=generator).to(torch.bfloat16)
+    x = torch.randn(3, 5, steps, generator=generator)
+    weight, bias = torch.randn(5, 4, generator=generator), torch.randn(5, generator=generator)
+    lengths = torch.tensor([4, 0, 17], dtype=torch.int32) if circular else None
+    slots = torch.tensor([2, -1, 5])
+    mine, oracle = state.clone(), state.double()
+    got = emulated.causal_conv1d_update(mine, x, weight, bias, lengths, slots, True)
+    want = causal_conv1d_update_op(oracle, x.double(), weight.double(), bias.double(), lengths, slots, True)
+    # A token of this call reaches the state in bfloat16 but the outputs as it came.
+    assert_all_close([got, mine], [want, oracle.to(torch.bfloat16)], ("out", "state"), 2e-6)
+    assert torch.equal(mine[[0, 1, 3, 4]], state[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("broken", ["zeros", "dropped_skip", "permuted_groups"])
+def test_the_comparison_notices(broken):
+    args = scan_inputs(B=1, D=4, L=20, N=16, groups=(2, 2))
+    want = selective_scan_fwd(*doubled(args), False)[0]
+    if broken == "dropped_skip":
+        args[5] = torch.zeros_like(args[5])
+    if broken == "permuted_groups":
+        args[3] = args[3].flip(1)
+    got = emulated.selective_scan_fwd(*args, False)[0]
+    got = torch.zeros_like(got) if broken == "zeros" else got
+    assert relative_error(got, want) > 100 * TOLERANCE[torch.float32]
+
+
+def test_the_largest_states_that_are_taken():
+    args = scan_inputs(B=1, D=2, L=9, N=512)
+    want = selective_scan_fwd(*doubled(args), True)
+    assert_all_close(emulated.selective_scan_fwd(*args, True), want, ("out", "last_state", "checkpoints"), 2e-6)
