@@ -1,1 +1,1 @@
-"""Benchmarks: what is timed (bench_*.py), how (harness.py, rates.py), against whom (peers.py), what is kept (records.py)."""
+"""What is timed (bench_*.py), how (harness.py, rates.py), against whom (peers.py), and what is kept (records.py)."""

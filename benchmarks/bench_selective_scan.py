@@ -19,6 +19,12 @@ INNER_OPS = ("mamba_inner_fwd", "mamba_inner_bwd")
 CONV_OPS = ("causal_conv1d_fwd", "causal_conv1d_bwd")
 
 
+def normal(device, seed: int):
+    """torch.randn on the device, seeded: the inputs of a large case are made in milliseconds."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, device=device)
+
+
 def gradient_tolerance(op, dtype) -> float:
     return specs()[op].gradient_factor * TOLERANCE[dtype]
 
@@ -32,14 +38,13 @@ def test_case(case, benchmark):
 
 def scan_inputs(device, dtype, B, D, N, L, seed=0) -> dict:
     """Values as a trained Mamba has them: A = -(1 ... N), steps from 1e-3 to 1e-1, everything else normal."""
-    g = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=g).to(device)
-    step = torch.exp(torch.rand(D, generator=g) * 4.6 - 6.9)
+    randn = normal(device, seed)
+    step = torch.exp(torch.sigmoid(randn(D)) * 4.6 - 6.9)
     return {
         "u": randn(B, D, L).to(dtype), "delta": (0.5 * randn(B, D, L)).to(dtype),
         "A": -(torch.arange(1, N + 1).to(device) * (1 + 0.1 * randn(D, 1).tanh())),
         "B": randn(B, N, L).to(dtype), "C": randn(B, N, L).to(dtype), "D": randn(D),
-        "z": randn(B, D, L).to(dtype), "delta_bias": torch.log(torch.expm1(step)).to(device), "delta_softplus": True,
+        "z": randn(B, D, L).to(dtype), "delta_bias": torch.log(torch.expm1(step)), "delta_softplus": True,
     }  # fmt: skip
 
 
@@ -75,7 +80,7 @@ def scan_fwd(device, dtype=FP32, rivals=True, **shape) -> Work:
 def scan_bwd(device, dtype=FP32, **shape) -> Work:
     """The backward op by itself, from checkpoints of the oracle's forward."""
     kw = scan_inputs(device, dtype, **shape)
-    dout = torch.randn(kw["u"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dout = normal(device, 1)(*kw["u"].shape).to(dtype)
     args, (_, *expected) = oracles.scan_bwd(kw, dout)
 
     def run():
@@ -97,7 +102,7 @@ def scan_bwd(device, dtype=FP32, **shape) -> Work:
 def scan_train(device, dtype=FP32, **shape) -> Work:
     """Forward and backward through autograd, as training runs them."""
     kw = scan_inputs(device, dtype, **shape)
-    dout = torch.randn(kw["u"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dout = normal(device, 1)(*kw["u"].shape).to(dtype)
     _, expected = oracles.scan_bwd(kw, dout)
     inputs = tuple(v.requires_grad_() for v in kw.values() if isinstance(v, torch.Tensor))
 
@@ -126,11 +131,10 @@ def scan_long(device, dtype=FP32, *, short, **shape) -> Work:
     work.sample = lambda: scalekern.selective_scan(**kw)[:, channels]
     few = scan_inputs(device, dtype, **{**shape, "L": short})
 
-    def make():
-        scale = shape["L"] / short
-        return peers.Peer(lambda: scalekern.selective_scan(**few) and None, "scalekern", scale)
+    def run() -> None:
+        scalekern.selective_scan(**few)
 
-    work.peers = {f"itself at L={short:,}, scaled": make}
+    work.peers = {f"itself at L={short:,}, scaled": lambda: peers.Peer(run, "scalekern", shape["L"] / short)}
     return work
 
 
@@ -142,7 +146,7 @@ def update(device, dtype=FP32, *, B, D, N) -> Work:
     args = {"x": kw["u"][..., 0], "dt": kw["delta"][..., 0], "A": kw["A"], "B": kw["B"][..., 0], "C": kw["C"][..., 0],
             "D": kw["D"], "z": kw["z"][..., 0], "dt_bias": kw["delta_bias"], "dt_softplus": True}  # fmt: skip
     args = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-    state = torch.randn(B, D, N, generator=torch.Generator().manual_seed(2)).to(device)
+    state = normal(device, 2)(B, D, N)
 
     def stepping(function, **kwargs):
         mine = state.clone()
@@ -169,11 +173,10 @@ def update(device, dtype=FP32, *, B, D, N) -> Work:
 
 
 def conv_inputs(device, dtype, B, D, L, W, channels_last=False) -> dict:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(B, L, D, generator=g).to(device, dtype).transpose(1, 2)
+    randn = normal(device, 0)
+    x = randn(B, L, D).to(dtype).transpose(1, 2)
     x = x if channels_last else x.contiguous()
-    return {"x": x, "weight": torch.randn(D, W, generator=g).to(device), "bias": torch.randn(D, generator=g).to(device),
-            "activation": "silu"}  # fmt: skip
+    return {"x": x, "weight": randn(D, W), "bias": randn(D), "activation": "silu"}  # fmt: skip
 
 
 def conv_costs(dtype, direction, B, D, L, W) -> dict:
@@ -195,12 +198,13 @@ def conv_fwd(device, dtype=FP32, channels_last=False, **shape) -> Work:
 
 def conv_train(device, dtype=FP32, *, only_bwd=False, **shape) -> Work:
     kw = conv_inputs(device, dtype, **shape)
-    dout = torch.randn(kw["x"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dout = normal(device, 1)(*kw["x"].shape).to(dtype)
     expected = oracles.conv_bwd(kw, dout)
     if only_bwd:
         args = (dout, None, kw["x"], kw["weight"], kw["bias"], None, None, None, True)
         run = lambda: torch.ops.scalekern.causal_conv1d_bwd(*args)[:3]
-        return Work(run, lambda: expected, gradient_tolerance("causal_conv1d", dtype), **conv_costs(dtype, "bwd", **shape))
+        costs = conv_costs(dtype, "bwd", **shape)
+        return Work(run, lambda: expected, gradient_tolerance("causal_conv1d", dtype), **costs)
     inputs = tuple(v.requires_grad_() for v in kw.values() if isinstance(v, torch.Tensor))
 
     def against(peer):
@@ -219,7 +223,7 @@ def conv_train(device, dtype=FP32, *, only_bwd=False, **shape) -> Work:
 def conv_update(device, dtype=FP32, *, B, D, W) -> Work:
     kw = conv_inputs(device, dtype, B, D, 1, W)
     x, rest = kw["x"][..., 0].contiguous(), (kw["weight"], kw["bias"], "silu")
-    state = torch.randn(B, D, W - 1, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    state = normal(device, 2)(B, D, W - 1).to(dtype)
 
     def sample():
         mine = state.clone()
@@ -247,9 +251,9 @@ def conv_update(device, dtype=FP32, *, B, D, W) -> Work:
 def inner_inputs(device, dtype, B, D, N, L) -> dict:
     """A Mamba block of width D / 2: D channels, R = D / 32 ranks of the step size, filters of width 4."""
     scan, conv = scan_inputs(device, dtype, B, D, N, L), conv_inputs(device, dtype, B, D, L, 4)
-    g = torch.Generator().manual_seed(3)
+    randn = normal(device, 3)
     rank = max(D // 32, 1)
-    matrix = lambda rows, columns: (torch.randn(rows, columns, generator=g) / columns**0.5).to(device, dtype)
+    matrix = lambda rows, columns: (randn(rows, columns) / columns**0.5).to(dtype)
     return {
         "xz": torch.cat([scan["u"], scan["z"]], 1), "conv1d_weight": conv["weight"], "conv1d_bias": conv["bias"],
         "x_proj_weight": matrix(rank + 2 * N, D), "delta_proj_weight": matrix(D, rank),
@@ -263,7 +267,7 @@ def inner(device, dtype=FP32, *, train, **shape) -> Work:
     kw = inner_inputs(device, dtype, **shape)
     B, D, N, L = (shape[k] for k in "BDNL")
     inputs = tuple(v.requires_grad_(train) for v in kw.values() if v is not None)
-    dout = torch.randn(B, L, D // 2, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dout = normal(device, 1)(B, L, D // 2).to(dtype)
     passes = (lambda f: peers.forward_backward(f, dout, inputs)) if train else (lambda f: f)
     wide = oracles.double(kw)
     leaves = tuple(v.requires_grad_(train) for v in wide.values() if v is not None)

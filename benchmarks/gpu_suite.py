@@ -73,7 +73,8 @@ def sanitizer(args) -> str:
 
 
 def bench(args) -> str:
-    command = [sys.executable, "-m", "scalekern", "bench", "--device", "cuda", "--budget", str(args.budget), "--out", str(args.out.resolve())]
+    command = [sys.executable, "-m", "scalekern", "bench", "--device", "cuda"]
+    command += ["--budget", str(args.budget), "--out", str(args.out.resolve())]
     return call(command, None, args.budget + 60)
 
 

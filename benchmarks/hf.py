@@ -135,8 +135,9 @@ def _prepare(mode: str, device: torch.device, shape: dict, compat: bool):
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.MambaConfig(
-        vocab_size=1024, hidden_size=shape["width"], num_hidden_layers=shape["layers"], pad_token_id=0, eos_token_id=None
-    )
+        vocab_size=1024, hidden_size=shape["width"], num_hidden_layers=shape["layers"], pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
     dtype = torch.float32 if shape["dtype"] == "fp32" else torch.bfloat16
     model = transformers.MambaForCausalLM(config).eval().to(device, dtype)
     ids = torch.randint(1, 1024, (1, shape["length"] if mode == "prefill" else 16)).to(device)

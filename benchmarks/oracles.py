@@ -41,7 +41,8 @@ def scan_in_chunks(kw: dict, channels: tuple[int, ...]) -> tuple:
     kw = double(kw)
     length, chunks = kw["u"].shape[-1], -(-kw["u"].shape[-1] // CHUNK)
     pad = chunks * CHUNK - length
-    cut = lambda t: torch.nn.functional.pad(t, (0, pad)).view(-1, chunks, CHUNK).transpose(0, 1)  # (chunks, rows, CHUNK)
+    # (rows, L) -> (chunks, rows, CHUNK)
+    cut = lambda t: torch.nn.functional.pad(t, (0, pad)).view(-1, chunks, CHUNK).transpose(0, 1)
     pick = {k: cut(kw[k][0, channels]) for k in ("u", "delta", "z")} | {k: cut(kw[k][0]) for k in ("B", "C")}
     pick |= {k: kw[k][channels] for k in ("A", "D", "delta_bias")}
     pick["delta_softplus"] = kw["delta_softplus"]

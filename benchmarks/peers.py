@@ -110,6 +110,8 @@ def transformers_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Pe
 def mambapy_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Peer:
     """transformers with use_mambapy=True: the parallel scan of mambapy on (B, L, D, N) tensors."""
     module("mambapy.pscan", "mambapy")
+    if u.dtype != torch.float32:
+        raise Absent("the mambapy path of transformers multiplies float32 states with matrices of the input's dtype")
     slow = transformers_slow("mamba_selective_scan")
     run = lambda: slow(
         u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, use_mambapy=True

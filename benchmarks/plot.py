@@ -22,8 +22,8 @@ def figure(rows: list[dict], title: str, path: pathlib.Path) -> bool:
     if not rows:
         return False
     rows = rows[::-1]  # matplotlib counts upward
-    height = 1.6 + 0.42 * len(rows)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, height), sharey=True, width_ratios=(3, 2), layout="constrained")
+    layout = {"sharey": True, "width_ratios": (3, 2), "layout": "constrained"}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.42 * len(rows)), **layout)
     names = sorted({p["name"] for r in rows for p in r["peers"] if "ratio" in p})
     marks = dict(zip(names, "osD^vP*X<>hp" * (1 + len(names) // 12)))
     for i, row in enumerate(rows):
@@ -33,8 +33,9 @@ def figure(rows: list[dict], title: str, path: pathlib.Path) -> bool:
         for name, value in ratios:
             left.scatter(value, i, marker=marks[name], color=COLORS[row["backend"]], edgecolor="white", s=60, zorder=2)
         if "fraction_of_limit" in row:
-            right.barh(i, 100 * row["fraction_of_limit"], color=COLORS[row["backend"]], alpha=0.4 if row["stale"] else 1)
-            right.text(100 * row["fraction_of_limit"], i, f" {row['limit_by']}", va="center", fontsize=8)
+            percent = 100 * row["fraction_of_limit"]
+            right.barh(i, percent, color=COLORS[row["backend"]], alpha=0.4 if row["stale"] else 1)
+            right.text(percent, i, f" {row['limit_by']}", va="center", fontsize=8)
     left.set_xscale("log")
     left.axvline(1, color="black", linewidth=0.8)
     left.set_yticks(range(len(rows)), [label(r) for r in rows], fontsize=8)
@@ -43,6 +44,7 @@ def figure(rows: list[dict], title: str, path: pathlib.Path) -> bool:
         left.scatter([], [], marker=marks[name], color="#555555", label=name)
     if names:
         left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    right.margins(x=0.25)  # room for the names at the ends of the bars
     right.set_xlabel("% of the limit that this device implies")
     fig.suptitle(title, fontsize=10)
     content = io.BytesIO()

@@ -35,17 +35,27 @@ def digest(backend) -> str | None:
 
 
 def files(backend) -> set[pathlib.Path]:
-    run = backend.run
-    while hasattr(run, "__wrapped__"):
-        run = run.__wrapped__
+    """What implements a backend; empty when there is no such kernel, or no sources here."""
+    run = _unwrapped(backend.run)
     if isinstance(run, functools.partial):
-        parts = [b for op in run.keywords.values() for b in getattr(op, "backends", ()) if b.name == backend.name]
-        return _python(run.func.__module__).union(*map(files, parts))
+        parts = [files(part) for part in _parts(run, backend.name)]
+        return _python(run.func.__module__).union(*parts) if all(parts) else set()
     if backend.name in ("cpu", "cuda"):
         op = getattr(run, "native_op", None)
         return _native(op, backend.name) if op else set()
     module = getattr(run, "triton_module", None) if backend.name == "triton" else run.__module__
     return _python(module) if module else set()
+
+
+def _unwrapped(run):
+    while hasattr(run, "__wrapped__"):
+        run = run.__wrapped__
+    return run
+
+
+def _parts(composition: functools.partial, name: str) -> list:
+    """The backends of this name of the ops that a composition calls."""
+    return [b for op in composition.keywords.values() for b in getattr(op, "backends", ()) if b.name == name]
 
 
 def _native(op: str, backend: str) -> set[pathlib.Path]:
@@ -91,7 +101,9 @@ def _python(module: str) -> set[pathlib.Path]:
             if isinstance(node, ast.Import):
                 open_ += [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom):
-                base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent) if node.level else node.module
+                base = node.module
+                if node.level:
+                    base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
                 open_ += [base, *(f"{base}.{a.name}" for a in node.names)]
     return found
 
@@ -104,7 +116,7 @@ def _normalized(path: pathlib.Path, _mtime: int) -> str:
         return " ".join(re.sub(r"//[^\n]*", " ", text).split())
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            body.pop(0)
+        first = (getattr(node, "body", None) or [None])[0] if isinstance(getattr(node, "body", None), list) else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body.pop(0)
     return ast.dump(tree)

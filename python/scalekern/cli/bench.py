@@ -102,7 +102,8 @@ def status(folder: pathlib.Path, as_json: bool) -> int:
 
 def list_cases(cases, as_json: bool) -> int:
     if as_json:
-        rows = [{"case": c.name, "family": c.family, "direction": c.direction, "ops": c.ops, "shape": c.shape} for c in cases]
+        fields = ("name", "family", "direction", "ops", "shape", "targets")
+        rows = [{"case" if f == "name" else f: getattr(c, f) for f in fields} for c in cases]
         print(json.dumps(rows, indent=1))
         return 0
     rows = [[c.name, c.direction, ", ".join(f"{k} {v:g}" if v else k for k, v in c.targets.items())] for c in cases]

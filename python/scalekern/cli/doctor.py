@@ -105,7 +105,7 @@ def hints() -> list[str]:
     """What makes it slow or strange here, each with what to do about it."""
     found = []
     if _env.backend():
-        found.append(f"SCALEKERN_BACKEND={_env.backend()} forces every call onto one backend; unset it to let ops choose")
+        found.append(f"SCALEKERN_BACKEND={_env.backend()} forces every call onto one backend; unset it")
     if _env.strict():
         found.append("SCALEKERN_STRICT=1: a call on a GPU that only the reference can run is an error")
     if _env.triton_interpret():
@@ -132,7 +132,7 @@ def fallbacks(ops: list[dict]) -> list[str]:
 def _gpu_hints() -> list[str]:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
-            return [f"nvidia-smi is here, but torch {torch.__version__} sees no GPU (a CPU build of torch, or no driver)"]
+            return [f"nvidia-smi is here, but torch {torch.__version__} sees no GPU (a CPU build, or no driver)"]
         return []
     found = []
     if _dispatch.unavailable("triton", "cuda"):
@@ -149,7 +149,8 @@ def show(found: dict) -> None:
         print(line)
     print()
     rows = [
-        [r["op"], _device_label(r["device"], found["gpus"]), r["runs"] or "nothing", "; ".join(f"{n}: {why}" for n, why in r["others"].items())]
+        [r["op"], _device_label(r["device"], found["gpus"]), r["runs"] or "nothing",
+         "; ".join(f"{n}: {why}" for n, why in r["others"].items())]
         for r in found["ops"]
     ]  # fmt: skip
     console.table("What runs each op, and why not the others", ["op", "device", "runs", "the others"], rows)

@@ -115,7 +115,7 @@ def device_line(rows: list[dict]) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| case | backend | median | of the limit | times faster than | goal | error |", "|---|---|---|---|---|---|---|"]
+    lines = header("case", "backend", "median", "of the limit", "times faster than", "goal", "error")
     plain = {r["case"]: r for r in rows if r["backend"] == "reference" and r["status"] == "ok"}
     for r in rows:
         if r["backend"] == "reference":
@@ -127,10 +127,16 @@ def table(rows: list[dict]) -> str:
         ratios = [f"{number(p['ratio'])}x {p['name']}" for p in r["peers"] if "ratio" in p]
         if r["case"] in plain and "median_us" in r:
             ratios.append(f"{number(plain[r['case']]['median_us'] / r['median_us'])}x the reference")
-        lines.append(
-            f"| {name} | {backend_name(r)} | {amount(r)} | {fraction(r)} | {', '.join(ratios)} | {goals(r)} | {error(r)} |"
-        )
+        lines.append(line(name, backend_name(r), amount(r), fraction(r), ", ".join(ratios), goals(r), error(r)))
     return "\n".join(lines)
+
+
+def header(*names: str) -> list[str]:
+    return [line(*names), "|" + "---|" * len(names)]
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def absent(rows: list[dict]) -> str:
@@ -152,7 +158,7 @@ def shape(r: dict) -> str:
 def amount(r: dict) -> str:
     if r["direction"] == "memory":
         return f"{console.size(r['peak_extra_bytes'])} of {console.size(r['bound_bytes'])}"
-    return console.duration(r["median_us"]) + (f" a {r['per']}" if r.get("per") == "prefill" else f" for {r['per']}" if "per" in r else "")
+    return console.duration(r["median_us"]) + (f" ({r['per']})" if "per" in r else "")
 
 
 def fraction(r: dict) -> str:
@@ -165,10 +171,11 @@ def goals(r: dict) -> str:
     if "fraction_of_limit" in r:
         reached["limit"] = r["fraction_of_limit"]
         reached["elements/s"] = math.prod(r["shape"].get(k, 1) for k in "BDL") / (r["median_us"] * 1e-6)
-    return ", ".join(
-        f"{number(goal)}{' ' if name == 'elements/s' else 'x '}{name}: " + ("not measured" if name not in reached else "yes" if reached[name] >= goal else "**no**")
-        for name, goal in r["targets"].items()
-    )
+    found = []
+    for name, goal in r["targets"].items():
+        kept = "not measured" if name not in reached else "yes" if reached[name] >= goal else "**no**"
+        found.append(f"{number(goal)}{' ' if name == 'elements/s' else 'x '}{name}: {kept}")
+    return ", ".join(found)
 
 
 def error(r: dict) -> str:
@@ -201,7 +208,7 @@ def support() -> str:
     from scalekern import _library, testing
     from scalekern.cli import selfcheck
 
-    lines = ["| op | device | backend | dtypes | gradient | not served | checked here |", "|---|---|---|---|---|---|---|"]
+    lines = header("op", "device", "backend", "dtypes", "gradient", "not served", "checked here")
     for op in testing.specs():
         registered = next(o for o in _library.OPS.values() if o.public == op)
         for backend in sorted({b.name for b in registered.backends}, key=BACKENDS.index):
@@ -210,7 +217,8 @@ def support() -> str:
             served, gradient, refused = probe(op, backend, selfcheck, testing)
             here = "yes" if probe is ran and served else "no"
             grad = "none (in place)" if testing.specs()[op].inplace else "yes" if gradient else "no"
-            lines.append(f"| {op} | {device} | {backend} | {', '.join(served)} | {grad if served else ''} | {cell(refused)} | {here} |")
+            grad = grad if served else ""
+            lines.append(line(op, device, backend, ", ".join(served), grad, cell(refused), here))
     return "\n".join(lines)
 
 
@@ -256,4 +264,4 @@ def asked(op, backend, selfcheck, testing) -> tuple[list[str], bool, str]:
 
 
 def short(dtype) -> str:
-    return {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
