@@ -45,7 +45,8 @@ def _draw_bars(axes, timings: list[Timing]) -> None:
         for offset, value, color in ((-0.2, timing.scalekern_ms, DARK), (0.2, timing.pytorch_ms, LIGHT)):
             axes.barh(i + offset, value, height, color=color)
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(f"{value:.3g} ms" if value < 999 else f"{value:.0f} ms", (value, i + offset), **place, fontsize=8)
+            label = f"{value:.3g} ms" if value < 999 else f"{value:.0f} ms"
+            axes.annotate(label, (value, i + offset), **place, fontsize=8)
     axes.set_yticks(range(len(timings)), [f"{t.case}\n{t.shape}\n{t.speedup:.1f}x" for t in timings])
     axes.invert_yaxis()
     axes.set_xscale("log")
