@@ -11,8 +11,8 @@
 // walks the tokens in sequence and keeps state and A in registers. 128 threads a block share B and C, widened to F in
 // shared memory once a tile, so that a quad of them is one broadcast load. u, delta and z come in through asynchronous
 // copies, one tile ahead, in the layout they have in memory; the output leaves through shared memory. A tile is 64
-// bytes of a row: 72 KB a block at N = 16 in bf16. Registers (tests/native_resources.json) allow two or three blocks an
-// SM; B8 D4096 has 256 blocks, two for nearly every SM, so that a scheduler has two warps of 16 independent states.
+// bytes of a row: 72 KB a block at N = 16 in bf16, and some 230 registers a thread: two blocks an SM. B8 D4096 has 256
+// blocks, two for nearly every SM, so that a scheduler has two warps of 16 independent states.
 //
 // Where B x D is too small to fill the GPU, time is split too, in chunks of whole checkpoints: every chunk is first
 // scanned from zero (ScanFwd<.., true>: states and the sum of step sizes only), JoinChunks carries states across chunks
