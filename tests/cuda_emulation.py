@@ -11,7 +11,8 @@ ORDERS = {"rising": 0, "falling": 1, "shuffled": 2}
 
 
 def _pack(tensors):
-    return [None if t is None else (t.data_ptr(), DTYPES.index(t.dtype), list(t.shape), list(t.stride())) for t in tensors]
+    describe = lambda t: (t.data_ptr(), DTYPES.index(t.dtype), list(t.shape), list(t.stride()))
+    return [None if t is None else describe(t) for t in tensors]
 
 
 def _poisoned(outputs):
@@ -50,5 +51,6 @@ def causal_conv1d_bwd(*args, processors=1, order="rising"):
 
 
 def causal_conv1d_update(*args, processors=1, order="rising"):
-    (out,) = _run("causal_conv1d_update", _poisoned(conv._allocate_update(*args)), args[:6], args[6:], processors, order)
+    outputs = _poisoned(conv._allocate_update(*args))
+    (out,) = _run("causal_conv1d_update", outputs, args[:6], args[6:], processors, order)
     return out

@@ -43,7 +43,7 @@ def scan_inputs(
     B, D, L, N, dtype=torch.float32, *, groups=(1, 1), optional="Dzbh", softplus=True, cu=None, reverse=False,
     layout="time",
 ):  # fmt: skip
-    """Arguments of selective_scan_fwd without save_checkpoints. groups 0: constant. Channels and groups differ in scale."""
+    """Arguments of selective_scan_fwd, without save_checkpoints. groups 0: constant. Groups differ in scale."""
     generator = torch.Generator().manual_seed(B * 1000 + D * 100 + L + N)
     real = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -71,8 +71,8 @@ def scan_inputs(
     A = -torch.rand(D, N, dtype=torch.float64, generator=generator).to(real) * 2 - 0.05
     take = lambda key, value: value if key in optional else None
     return [
-        sequence(), delta, A, matrix(groups[0]), matrix(groups[1]), take("D", normal(D, kind=real)), take("z", sequence()),
-        take("b", normal(D, kind=real).abs() * 0.2), take("h", normal(rows, D, N, kind=real)),
+        sequence(), delta, A, matrix(groups[0]), matrix(groups[1]), take("D", normal(D, kind=real)),
+        take("z", sequence()), take("b", normal(D, kind=real).abs() * 0.2), take("h", normal(rows, D, N, kind=real)),
         None if cu is None else torch.tensor(cu, dtype=torch.int32), softplus, reverse,
     ]  # fmt: skip
 
@@ -106,13 +106,13 @@ def test_emulated_scan_forward(case):
     want = selective_scan_fwd(*doubled(args), True)
     got = emulated.selective_scan_fwd(*args, True)
     assert_all_close(got[:1], want[:1], ("out",), TOLERANCE[args[0].dtype])
-    slots = [0] if args[8] is None else range(want[2].shape[1])  # from zero, the first slot is zero
     exact = TOLERANCE[args[2].dtype]
     assert_all_close(got[1:2], want[1:2], ("last_state",), exact)
-    if args[8] is None:
+    if args[8] is None:  # the first slot is zero, and so has no relative error
         assert torch.allclose(got[2].double(), want[2], rtol=0, atol=1e-5)
     else:
-        assert_all_close([got[2][:, j] for j in slots], [want[2][:, j] for j in slots], [f"slot {j}" for j in slots], exact)
+        got_slots, want_slots = ([x[2][:, j] for j in range(want[2].shape[1])] for x in (got, want))
+        assert_all_close(got_slots, want_slots, [f"slot {j}" for j in range(len(want_slots))], exact)
 
 
 @pytest.mark.parametrize("case", SCAN_CASES)
@@ -127,7 +127,8 @@ def test_emulated_scan_backward(case):
     got = emulated.selective_scan_bwd(*call)
     assert_all_close(got, want, SCAN, TOLERANCE[args[0].dtype])
     exact = TOLERANCE[args[2].dtype]  # what is summed and stored in float32 must not hide behind the io dtype
-    assert_all_close([got[i] for i in (2, 5, 7, 8)], [want[i] for i in (2, 5, 7, 8)], [SCAN[i] for i in (2, 5, 7, 8)], exact)
+    pick = lambda values: [values[i] for i in (2, 5, 7, 8)]
+    assert_all_close(pick(got), pick(want), pick(SCAN), exact)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -207,7 +208,9 @@ def test_emulated_state_update(case):
         assert torch.equal(mine[0][untouched], args[0][untouched]) and got[1].abs().max() == 0
 
 
-def conv_inputs(B, D, L, W, dtype=torch.float32, *, bias=True, ids=None, cu=None, initial=True, silu=True, layout="time"):
+def conv_inputs(
+    B, D, L, W, dtype=torch.float32, *, bias=True, ids=None, cu=None, initial=True, silu=True, layout="time"
+):  # fmt: skip
     generator = torch.Generator().manual_seed(B + D + L + W)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     normal = lambda *shape, kind=dtype: torch.randn(*shape, dtype=torch.float64, generator=generator).to(kind)

@@ -1,4 +1,4 @@
-"""The native libraries: what was built loads, device math to the last bits, registers and spills of the CUDA kernels."""
+"""The native libraries: what was built loads, device math to the last bits, registers and spills of CUDA kernels."""
 
 import json
 import pathlib
@@ -44,7 +44,8 @@ def grid(low, high, count=20001):
         ("softplus", -1, 1, lambda x: np.logaddexp(0, x), 3.0),
         ("sigmoid", -80, 40, lambda x: 1 / (1 + np.exp(-x)), 70.0),
         ("silu", -5, 40, lambda x: x / (1 + np.exp(-x)), 6.0),
-        ("silu_slope", 0, 40, lambda x: (1 + np.exp(-x) + x * np.exp(-x)) / (1 + np.exp(-x)) ** 2, 10.0),  # x (1 - gate) cancels
+        # x (1 - gate) cancels: half an ulp of 1, times an x of 16
+        ("silu_slope", 0, 40, lambda x: (1 + np.exp(-x) + x * np.exp(-x)) / (1 + np.exp(-x)) ** 2, 10.0),
         ("softplus_slope", 1e-6, 30, lambda d: -np.expm1(-d), 3.0),
         ("softplus_slope", 1e-12, 1e-6, lambda d: -np.expm1(-d), 3.0),
     ],
@@ -148,7 +149,8 @@ CUDA_OPS = (
 def needs_cuda_library():
     if shutil.which("nvcc") is None and not pathlib.Path("/usr/local/cuda/bin/nvcc").exists():
         pytest.skip("nvcc was not found")
-    assert _native.library_path("cuda").exists(), "nvcc is here, but the CUDA library was not built: see setup.py's output"
+    built = _native.library_path("cuda").exists()
+    assert built, "nvcc is here, but the CUDA library was not built: see setup.py's output"
     return _native.load("cuda")
 
 
@@ -167,15 +169,18 @@ def kernels_in_logs():
     for log in sorted((ROOT / "build").glob("native-*/obj/cuda/**/*.log")):
         arch = kernel = function = None
         spills = {}
-        for line in subprocess.run(["c++filt"], input=log.read_text(), capture_output=True, text=True).stdout.splitlines():
+        filtered = subprocess.run(["c++filt"], input=log.read_text(), capture_output=True, text=True, check=True)
+        for line in filtered.stdout.splitlines():
             if entry := re.search(r"Compiling entry function '(.*)' for '(sm_\w+)'", line):
                 kernel, arch, spills = entry[1], entry[2], {}
             elif properties := re.search(r"Function properties for (.*)", line):
                 function = properties[1]
             elif stores := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-                spills[function] = int(stores[1]) + int(stores[2])  # functions that are not inlined have lines of their own
+                # Functions that are not inlined have lines of their own.
+                spills[function] = int(stores[1]) + int(stores[2])
             elif used := re.search(r"Used (\d+) registers", line):
-                name = re.search(r"kernel_entry<(.*?) ?>\(", kernel)[1].replace("scalekern::", "").replace("device::", "")
+                name = re.search(r"kernel_entry<(.*?) ?>\(", kernel)[1]
+                name = name.replace("scalekern::", "").replace("device::", "")
                 found.setdefault(arch, {})[name] = {"registers": int(used[1]), "spill_bytes": sum(spills.values())}
     return found
 

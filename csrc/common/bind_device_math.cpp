@@ -39,7 +39,8 @@ std::vector<double> device_math(const std::string& name, const std::vector<doubl
 }  // namespace
 
 void bind_device_math(py::module_& m) {
-  m.def("device_math", &device_math, py::arg("name"), py::arg("x"), "A float32 device function, applied to each number.");
+  m.def("device_math", &device_math, py::arg("name"), py::arg("x"),
+        "A float32 device function, applied to each number.");
 }
 
 }  // namespace scalekern

@@ -97,7 +97,8 @@ struct Indices {
   int64_t stride;
   bool is64;
   SK_FN int64_t operator[](int64_t i) const {
-    return is64 ? static_cast<const int64_t*>(data)[i * stride] : int64_t(static_cast<const int32_t*>(data)[i * stride]);
+    if (is64) return static_cast<const int64_t*>(data)[i * stride];
+    return static_cast<const int32_t*>(data)[i * stride];
   }
 };
 

@@ -43,7 +43,8 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks) kernel_entry(const __grid_constant__ typename Kernel::Args args) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks)
+    kernel_entry(const __grid_constant__ typename Kernel::Args args) {
   Kernel::run(args);
 }
 

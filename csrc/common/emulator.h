@@ -41,7 +41,8 @@ class Block {
   }
 
   void copy_async(void* to, const void* from) {
-    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15) fail("misaligned asynchronous copy");
+    const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+    if (bits & 15) fail("misaligned asynchronous copy");
     fibers_[thread]->pending.push_back({to, from});
   }
   void copy_wait() {
@@ -121,7 +122,8 @@ class Block {
     if (opened) return true;
     if (open(0, threads, State::block)) return true;
     for (int i = 0; i < threads; ++i)
-      if (fibers_[i]->state != State::done) throw std::runtime_error("a barrier or shuffle that not every thread reaches");
+      if (fibers_[i]->state != State::done)
+        throw std::runtime_error("a barrier or shuffle that not every thread reaches");
     return false;
   }
 

@@ -78,7 +78,8 @@ void selective_scan_bwd(const Tensors& t, bool softplus, bool reverse, int proce
 void selective_state_update(const Tensors& t, bool softplus, int processors, int order) {
   HostExec exec(processors, order);
   const auto at = [&](size_t i) { return view(t.at(i)); };
-  update::selective_state_update(exec, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), softplus);
+  update::selective_state_update(exec, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10),
+                                 softplus);
 }
 
 void causal_conv1d_fwd(const Tensors& t, bool silu, int processors, int order) {
@@ -90,7 +91,8 @@ void causal_conv1d_fwd(const Tensors& t, bool silu, int processors, int order) {
 void causal_conv1d_bwd(const Tensors& t, bool silu, int processors, int order) {
   HostExec exec(processors, order);
   const auto at = [&](size_t i) { return view(t.at(i)); };
-  conv::causal_conv1d_bwd(exec, at(0), at(1), at(2), at(3), at(4), at(5), {at(6), at(7), at(8), at(9), at(10), at(11), silu});
+  conv::causal_conv1d_bwd(exec, at(0), at(1), at(2), at(3), at(4), at(5),
+                          {at(6), at(7), at(8), at(9), at(10), at(11), silu});
 }
 
 void causal_conv1d_update(const Tensors& t, bool silu, int processors, int order) {

@@ -16,9 +16,9 @@ void causal_conv1d_fwd(
 }
 
 void causal_conv1d_bwd(
-    Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states, Tensor dout, OptionalTensor dfinal_states, Tensor x,
-    Tensor weight, OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor cu_seqlens, OptionalTensor initial_states,
-    bool silu) {
+    Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states, Tensor dout, OptionalTensor dfinal_states,
+    Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor cu_seqlens,
+    OptionalTensor initial_states, bool silu) {
   Exec exec(x);
   conv::causal_conv1d_bwd(
       exec, view(dx), view(dweight), view(dbias), view(dinitial_states), view(dout), view(dfinal_states),
@@ -30,8 +30,8 @@ void causal_conv1d_update(
     OptionalTensor conv_state_indices, bool silu) {
   Exec exec(x);
   conv::causal_conv1d_update(
-      exec, view(out), view(conv_state), view(x), view(weight), view(bias), view(cache_seqlens), view(conv_state_indices),
-      silu);
+      exec, view(out), view(conv_state), view(x), view(weight), view(bias), view(cache_seqlens),
+      view(conv_state_indices), silu);
 }
 
 }  // namespace

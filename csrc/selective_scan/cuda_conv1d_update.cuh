@@ -49,7 +49,7 @@ struct ConvUpdate {
     const bool circular = a.lengths.data != nullptr;
     // Place of the oldest token: token p lies at p % K, and the next one overwrites the oldest.
     const int64_t oldest = circular ? (a.lengths[b] % a.size + a.size) % a.size : 0;
-    const auto place = [&](int64_t k) { return (oldest + k) % a.size * a.state_k; };  // of the k-th token from the oldest
+    const auto place = [&](int64_t k) { return (oldest + k) % a.size * a.state_k; };  // of the k-th oldest token
 
     F w[kWidth], window[kWidth];  // right-aligned; `window` ends with the newest token
 #pragma unroll
@@ -76,7 +76,8 @@ struct ConvUpdate {
       out[t] = narrow<T>(a.silu ? device::silu(y) : y);
       // The last K of the old tokens and the new ones stay.
       const int64_t kept = a.size - a.steps + t;
-      if (kept >= 0) state[circular ? (oldest + t) % a.size * a.state_k : kept * a.state_k] = narrow<S>(Stored(widen(token)));
+      const int64_t to = circular ? (oldest + t) % a.size : kept;
+      if (kept >= 0) state[to * a.state_k] = narrow<S>(Stored(widen(token)));
     }
   }
 };

@@ -130,7 +130,8 @@ inline Tile tile_of(int64_t time_stride, int rows, int tokens) {
 
 // Global to shared memory, 16 bytes at a time and asynchronously where alignment allows. src is (row 0, first token).
 template <class T>
-SK_DEVICE void stage(T* tile, const Tile& shape, const T* src, int64_t row, int64_t time, int rows, int tokens, int threads) {
+SK_DEVICE void stage(
+    T* tile, const Tile& shape, const T* src, int64_t row, int64_t time, int rows, int tokens, int threads) {
   constexpr int kPack = Pack<T>::kSize;
   const bool by_time = shape.time == 1;
   const int outer = by_time ? rows : tokens, inner = by_time ? tokens : rows;
@@ -152,7 +153,8 @@ SK_DEVICE void stage(T* tile, const Tile& shape, const T* src, int64_t row, int6
 
 // Shared to global memory.
 template <class T>
-SK_DEVICE void unstage(const T* tile, const Tile& shape, T* dst, int64_t row, int64_t time, int rows, int tokens, int threads) {
+SK_DEVICE void unstage(
+    const T* tile, const Tile& shape, T* dst, int64_t row, int64_t time, int rows, int tokens, int threads) {
   constexpr int kPack = Pack<T>::kSize;
   const bool by_time = shape.time == 1;
   const int outer = by_time ? rows : tokens, inner = by_time ? tokens : rows;

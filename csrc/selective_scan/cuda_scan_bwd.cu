@@ -8,13 +8,14 @@ using namespace scalekern;
 
 void selective_scan_bwd(
     Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias,
-    Tensor dinitial_state, Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
-    OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
+    Tensor dinitial_state, Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B,
+    Tensor C, OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
     OptionalTensor cu_seqlens, Tensor checkpoints, bool delta_softplus, bool reverse) {
   Exec exec(u);
   scan::selective_scan_bwd(
       exec,
-      {view(du), view(ddelta), view(dA), view(dB), view(dC), view(dD), view(dz), view(ddelta_bias), view(dinitial_state)},
+      {view(du), view(ddelta), view(dA), view(dB), view(dC), view(dD), view(dz), view(ddelta_bias),
+       view(dinitial_state)},
       view(dout), view(dlast_state), view(checkpoints),
       {view(u), view(delta), view(A), view(B), view(C), view(D), view(z), view(delta_bias), view(initial_state),
        view(cu_seqlens), delta_softplus, reverse});

@@ -4,18 +4,18 @@
 // twice from each checkpoint (once to leave one state in eight in shared memory, once more eight tokens at a time,
 // whose 8 x 4 states and decays then stay in registers): 2 x 16 - 2 exponentials a token and channel, and some 8 for
 // step sizes and gates, which are computed once a token and channel and shared through shared memory; 9 shuffles a
-// token and warp (a warp: 8 channels). By count 40 unit operations against 18 forward, so at most 1.0e11 tokens x channels a second on an
-// H200, and as much by issue slots (about 75 instructions a state quad and token). Predicted: 4e10 to 7e10.
-// Never measured on a GPU.
+// token and warp (a warp: 8 channels). By count 40 unit operations against 18 forward, so at most 1.0e11 tokens x
+// channels a second on an H200, and as much by issue slots (about 75 instructions a state quad and token).
+// Predicted: 4e10 to 7e10. Never measured on a GPU.
 //
 // Split: a thread owns 4 states of a channel, N / 4 lanes a channel, 384 threads (96 channels at N = 16) a block;
-// tokens in sequence, from the last chunk to the first. One block an SM: 168 registers, 146 KB. Counted and not taken: 256 threads
-// in two blocks (128 registers) spill 300 bytes, 256 threads in one block leave 8 warps an SM.
+// tokens in sequence, from the last chunk to the first. One block an SM: 168 registers, 146 KB. Compiled and not taken:
+// 256 threads in two blocks (128 registers) spill 300 bytes; 256 threads in one block (200) leave 8 warps an SM.
 // Time is not split: below about 132 x 96 channels times batch SMs stay idle, and Triton may be the better choice.
-// dB and dC are sums over channels: a warp reduces its 8 values (4 of dB, 4 of dC) over its channels by halving exchanges
-// (7 shuffles in place of 24), the warps meet in shared memory, and every channel block writes its sums to a slot of a
-// partial buffer; ReduceMatrix adds the slots in a fixed order. Where the slots of all blocks would be larger than a
-// float for every token and channel, the blocks come in rounds that add to the slots of the round before.
+// dB and dC are sums over channels: a warp reduces its 8 values (4 of dB, 4 of dC) over its channels by halving
+// exchanges (7 shuffles in place of 24), the warps meet in shared memory, and every channel block writes its sums to a
+// slot of a partial buffer; ReduceMatrix adds the slots in a fixed order. Where the slots of all blocks would be larger
+// than a float for every token and channel, the blocks come in rounds that add to the slots of the round before.
 //
 // A token beyond the end of its chunk is an identity: step size 0, u, dout, B and C 0.
 #pragma once
@@ -30,8 +30,8 @@ struct BwdArgs {
   void *dA, *dB_constant, *dC_constant;  // (B, D, N), summed over B afterwards
   void *dD, *dbias;                      // (B, D), likewise
   void* partial;                         // (B, segments, slots, L, 2 padded): dB, dC summed over the channels of a slot
-  int64_t slots, round;                  // slots a segment; this launch takes the blocks [round slots, (round + 1) slots)
-  int tokens, padded, pitch;             // tokens of a tile; states padded to whole threads; pitch of a row in the tiles
+  int64_t slots, round;                  // slots a segment; this launch takes its blocks from round * slots on
+  int tokens, padded, pitch;             // tokens of a tile; states padded to whole threads; pitch of a tile's row
   int delta_at, dy_at, B_at, C_at, saved_at, sums_at, shared_bytes;  // u's tile is at 0
 };
 
@@ -418,7 +418,7 @@ struct ScanBwd {
       for (int64_t tile = tiles - 1; tile >= 0; --tile) {
         load_row(a, w, checkpoint<F>(a.p, w.batch, slot, w.channel), 1, w.h);
 #pragma unroll 1
-        for (int64_t i = 0; i <= tile; ++i) {  // one tile a chunk, up to N = 32; else the state is brought up to the tile
+        for (int64_t i = 0; i <= tile; ++i) {  // one tile a chunk where N is 9 to 32; else catch up
           const Span span = span_of(a, begin, end, i);
           sync_threads();
           stage_tile(a, w, span);

@@ -1,17 +1,18 @@
 // Forward selective scan.
 //
 // Bound: at N = 16 the special-function unit, 16 exponentials a clock and SM. A token of a channel takes 16 for the
-// decays and 4 for softplus and the gate (an exponential each, a reciprocal; the logarithm is a polynomial): with 2 of
-// the 16 moved to the FMA pipe, 17 to 18 unit operations, so at most 132 * 16 * 1.98e9 / 18 = 2.3e11 tokens x channels a
-// second on an H200, before issue slots (about 116 instructions a token and warp, 29 of 36 cycles). Memory: 8 bytes a
-// token and channel in bf16 with a gate, 5.4e11 a second at 4.3 TB/s, is not the limit.
+// decays and 3 for softplus and the gate (two exponentials, a reciprocal; the logarithm is a polynomial): with 2 of the
+// 16 moved to the FMA pipe 17 unit operations, so at most 132 * 16 * 1.98e9 / 17 = 2.5e11 tokens x channels a second on
+// an H200. Issue slots are as close: about 130 instructions a token and warp, 33 clocks against 34 of the unit.
+// Memory: 8 bytes a token and channel in bf16 with a gate, 5.4e11 a second at 4.3 TB/s, is not the limit.
 // Predicted from that: 1.2e11 to 1.6e11 at B8 D4096 N16 L4096. Never measured on a GPU.
 //
-// Split: a thread owns one channel and 16 of its states (4 when the channels alone do not fill the GPU or N <= 8), walks
-// the tokens in sequence and keeps state and A in registers. 128 threads a block share B and C, widened to F in shared
-// memory once a tile, so that a quad of them is one broadcast load. u, delta and z come in through asynchronous copies,
-// one tile ahead, in the layout they have in memory; the output leaves through shared memory. 64 bytes of a row a tile:
-// 72 KB a block at N = 16 in bf16, so three blocks an SM.
+// Split: a thread owns one channel and 16 of its states (4 when the channels alone do not fill the GPU or N <= 8),
+// walks the tokens in sequence and keeps state and A in registers. 128 threads a block share B and C, widened to F in
+// shared memory once a tile, so that a quad of them is one broadcast load. u, delta and z come in through asynchronous
+// copies, one tile ahead, in the layout they have in memory; the output leaves through shared memory. A tile is 64
+// bytes of a row: 72 KB a block at N = 16 in bf16, and some 230 registers a thread: two blocks an SM. B8 D4096 has 256
+// blocks, two for nearly every SM, so that a scheduler has two warps of 16 independent states.
 //
 // Where B x D is too small to fill the GPU, time is split too, in chunks of whole checkpoints: every chunk is first
 // scanned from zero (ScanFwd<.., true>: states and the sum of step sizes only), JoinChunks carries states across chunks
@@ -59,7 +60,8 @@ struct ScanFwd {
     const Channels block = channels_of(a.p, rest % blocks);
     const int row = thread_index() / a.p.lanes;
     const bool active = row < block.count;
-    return {rest / blocks, chunk, block.first + (active ? row : 0), block, active ? row : 0, thread_index() % a.p.lanes, active};
+    const int used = active ? row : 0;
+    return {rest / blocks, chunk, block.first + used, block, used, thread_index() % a.p.lanes, active};
   }
 
   template <class X>
@@ -67,12 +69,14 @@ struct ScanFwd {
     return reinterpret_cast<X*>(shared_memory() + offset);
   }
 
-  static SK_DEVICE void stage_rows(const Sequences& s, const Tile& shape, int at, const Place& w, int64_t t, int tokens) {
+  static SK_DEVICE void stage_rows(
+      const Sequences& s, const Tile& shape, int at, const Place& w, int64_t t, int tokens) {
     const T* src = static_cast<const T*>(s.p) + w.batch * s.b + w.block.first * s.d + t * s.l;
     stage(shared_at<T>(at), shape, src, s.d, s.l, w.block.count, tokens, kThreads);
   }
 
-  static SK_DEVICE void stage_matrix(const Args& a, const Matrix& m, const Tile& shape, int at, const Place& w, int64_t t, int tokens) {
+  static SK_DEVICE void stage_matrix(
+      const Args& a, const Matrix& m, const Tile& shape, int at, const Place& w, int64_t t, int tokens) {
     if (m.constant) return;
     const T* src = static_cast<const T*>(m.p) + m.offset(w.batch, w.block.first) + t * m.l;
     stage(shared_at<T>(at), shape, src, m.n, m.l, a.p.states, tokens, kThreads);
@@ -254,7 +258,8 @@ struct ScanFwd {
 #pragma unroll 1
     for (int g = 0; g < groups; ++g) {
       const int first = (reverse ? groups - 1 - g : g) * kGroup;
-      const int64_t entering = t0 + first + (reverse ? kGroup - 1 : 0), leaving = t0 + first + (reverse ? 0 : kGroup - 1);
+      const int64_t low = t0 + first, high = low + kGroup - 1;
+      const int64_t entering = reverse ? high : low, leaving = reverse ? low : high;
       const bool whole = first + kGroup <= tokens;
       if (whole && !w.sequence.holds(entering)) w.sequence = sequence_at(a.p, w.batch, entering);
       if (whole && w.sequence.holds(leaving)) {
@@ -284,8 +289,11 @@ struct ScanFwd {
     const auto tile_tokens = [&](int64_t t) { return int(end - t < a.tokens ? end - t : a.tokens); };
 
     stage_tile(a, place, 0, tile_begin(0), tile_tokens(tile_begin(0)));
-    if (a.p.B.constant) load_constant<T>(shared_at<F>(a.B_at), a.padded, a.p.B, place.block, a.p.states, kThreads);
-    if (!kLocal && a.p.C.constant) load_constant<T>(shared_at<F>(a.C_at), a.padded, a.p.C, place.block, a.p.states, kThreads);
+    const auto constant = [&](const Matrix& m, int at) {
+      if (m.constant) load_constant<T>(shared_at<F>(at), a.padded, m, place.block, a.p.states, kThreads);
+    };
+    constant(a.p.B, a.B_at);
+    if constexpr (!kLocal) constant(a.p.C, a.C_at);
     Walk w = begin_walk(a, place);
 #pragma unroll 1
     for (int64_t i = 0; i < tiles; ++i) {
@@ -295,9 +303,12 @@ struct ScanFwd {
       copy_wait();
       sync_threads();  // the tile has landed; the last one's output is stored, its buffer is free
       if (i + 1 < tiles) stage_tile(a, place, buffer ^ 1, tile_begin(i + 1), tile_tokens(tile_begin(i + 1)));
-      if (!a.p.B.constant) widen_matrix(shared_at<F>(a.B_at), a.padded, shared_at<T>(base + a.B_raw_at), a.B_raw, a.p.states, tokens, kThreads);
-      if (!kLocal && !a.p.C.constant)
-        widen_matrix(shared_at<F>(a.C_at), a.padded, shared_at<T>(base + a.C_raw_at), a.C_raw, a.p.states, tokens, kThreads);
+      const auto widen_tile = [&](const Matrix& m, int at, int raw_at, const Tile& raw) {
+        if (m.constant) return;
+        widen_matrix(shared_at<F>(at), a.padded, shared_at<T>(base + raw_at), raw, a.p.states, tokens, kThreads);
+      };
+      widen_tile(a.p.B, a.B_at, a.B_raw_at, a.B_raw);
+      if constexpr (!kLocal) widen_tile(a.p.C, a.C_at, a.C_raw_at, a.C_raw);
       sync_threads();
       walk_tile(a, w, operands_of(a, place, buffer), t, tokens);
       if constexpr (!kLocal) {
@@ -356,8 +367,8 @@ struct EmptySequences {
     if (a.p.cu[s] < a.p.cu[s + 1]) return;
     for (int64_t i = thread_index(); i < a.p.channels * a.p.states; i += kThreads) {
       const int64_t channel = i / a.p.states, n = i % a.p.states;
-      const F value = a.from.p ? static_cast<const F*>(a.from.p)[s * a.from.s + channel * a.from.d + n * a.from.n] : F(0);
-      static_cast<F*>(a.to.p)[s * a.to.s + channel * a.to.d + n * a.to.n] = value;
+      const auto at = [&](const States& x) { return s * x.s + channel * x.d + n * x.n; };
+      static_cast<F*>(a.to.p)[at(a.to)] = a.from.p ? static_cast<const F*>(a.from.p)[at(a.from)] : F(0);
     }
   }
 };

@@ -65,7 +65,8 @@ void selective_scan_fwd(Exec& exec, const View& out, const View& last, const Vie
     } else {
       split(a.p, 128, 16);
       // Four states a thread give four times the threads, at the price of the step sizes and gates four times over.
-      const bool narrow = a.p.states <= 8 || (a.p.states <= 128 && a.p.batch * a.p.channel_blocks() < exec.processors());
+      const bool few = a.p.batch * a.p.channel_blocks() < exec.processors();
+      const bool narrow = a.p.states <= 8 || (few && a.p.states <= 128);
       if (narrow) split(a.p, 128, 4);
       narrow ? launch_scan_fwd<T, 4>(exec, a, out) : launch_scan_fwd<T, 16>(exec, a, out);
     }

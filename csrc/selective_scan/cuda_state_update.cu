@@ -19,8 +19,8 @@ void selective_state_update(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
-      "selective_state_update_cuda(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
-      "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> ()");
+      "selective_state_update_cuda(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B, "
+      "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CUDA, m) {

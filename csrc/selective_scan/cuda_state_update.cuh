@@ -4,9 +4,9 @@
 // batch, everything else is smaller by N. Predicted: 85 to 95 % of the copy bandwidth from about 32 MB of state on;
 // below that the launch. Never measured on a GPU.
 //
-// Split: a thread owns 4 neighbouring states (16 bytes in fp32) of one (head, channel) for kBatch rows of the batch, whose
-// loads are all under way before the first is used; N / 4 lanes a channel (at most 32, then they loop), which add y by
-// shuffles. States of neighbouring channels are neighbours in memory, so a warp reads 512 bytes in a row.
+// Split: a thread owns 4 neighbouring states (16 bytes in fp32) of one (head, channel) for kBatch rows of the batch,
+// whose loads are all under way before the first is used; N / 4 lanes a channel (at most 32, then they loop), which add
+// y by shuffles. States of neighbouring channels are neighbours in memory, so a warp reads 512 bytes in a row.
 #pragma once
 #include "common/cuda_block.cuh"
 #include "common/view.h"
@@ -56,7 +56,7 @@ SK_DEVICE void store_four(T* p, int64_t stride, int count, bool packed, const F 
   }
 }
 
-// T: inputs and output. The state's type is decided at run time, by one uniform branch at its loads and one at its stores.
+// T: inputs and output. The state's type is decided at run time, by a uniform branch at its loads and at its stores.
 template <class T>
 struct StateUpdate {
   using F = Compute<T>;
@@ -136,8 +136,10 @@ struct StateUpdate {
       with_type(u.state_dtype, [&]<class S>(S*) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          if (rows[i].slot >= 0)
-            store_four(static_cast<S*>(u.state) + offset + rows[i].slot * u.state_s, u.state_n, count, a.state_packed, states[i]);
+          if (rows[i].slot >= 0) {
+            S* to = static_cast<S*>(u.state) + offset + rows[i].slot * u.state_s;
+            store_four(to, u.state_n, count, a.state_packed, states[i]);
+          }
       });
     }
 #pragma unroll

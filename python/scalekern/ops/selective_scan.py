@@ -214,7 +214,9 @@ selective_scan_bwd = _library.define(
     "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, "
     "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend("cuda", filling(_allocate_bwd, native("selective_scan_bwd", "cuda")), lambda g, h, *a: _cuda_supports_bwd(*a)),
+        Backend(
+            "cuda", filling(_allocate_bwd, native("selective_scan_bwd", "cuda")), lambda g, h, *a: _cuda_supports_bwd(*a)
+        ),
         Backend("triton", filling(_allocate_bwd, triton("selective_scan", "selective_scan_bwd")), lambda g, h, *a: _gpu_supports(*a)),
         Backend("cpu", filling(_allocate_bwd, native("selective_scan_bwd", "cpu"))),
         Backend("reference", reference_bwd),
