@@ -118,7 +118,8 @@ void causal_conv1d_fwd(
 
 void causal_conv1d_bwd(
     Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial, Tensor dout, OptionalTensor dfinal, Tensor x,
-    Tensor weight, OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor cu_seqlens, OptionalTensor initial_states, bool silu) {
+    Tensor weight, OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor cu_seqlens,
+    OptionalTensor initial_states, bool silu) {
   Plan plan = make_plan(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu);
   ConvArgs& a = plan.args;
   a.dx = view(dx), a.dweight = view_filter(dweight), a.dout = view(dout), a.dfinal = view(dfinal);

@@ -57,7 +57,8 @@ struct Walk {
 // dpre = dout act'(pre). The first `steps` vectors add to the parameter gradients, the rest is halo.
 template <int W, bool silu, class T, class F = Compute<T>>
 void dpre_line(
-    const T* x, const T* dout, F* dpre, const Walk& walk, int64_t steps, int64_t steps_with_halo, const F* filter, F* sums,
+    const T* x, const T* dout, F* dpre, const Walk& walk, int64_t steps, int64_t steps_with_halo, const F* filter,
+    F* sums,
     int64_t pitch) {
   Vec<F> w[W], dw[W] = {}, dbias = {}, taps[W];
   for (int k = 0; k < W; ++k) w[k] = load(filter + k * pitch);
