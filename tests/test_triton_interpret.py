@@ -30,22 +30,6 @@ from scalekern.ops.selective_scan import selective_scan_bwd, selective_scan_fwd 
 from scalekern.triton_kernels import selective_scan as scan_fwd_module  # noqa: E402
 from scalekern.triton_kernels import selective_scan_bwd as scan_bwd_module  # noqa: E402
 
-_patched: set[int] = set()
-
-
-def call_device_function(self, *args, **kwargs):
-    """What InterpretedFunction.__call__ does, less four fifths of its time.
-
-    It patches triton.language again at every call. The launch around it has already patched what our kernels see;
-    Triton's own device functions (tl.sum) see another module, whose patch lasts, so that once is enough.
-    """
-    seen = id(self.fn.__globals__)
-    if seen not in _patched and self.fn.__module__.startswith("triton."):
-        interpreter._patch_lang(self.fn)
-        _patched.add(seen)
-    return self.rewrite()(*args, **kwargs)
-
-
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -53,7 +37,6 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
     """Everything runs on the Triton backend, and outputs begin as NaN."""
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_device_function)
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

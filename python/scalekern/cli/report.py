@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 
-from scalekern.cli import console
+from scalekern.cli import console, fastest
 
 SECTIONS = ("support", "results")
 
@@ -37,6 +37,8 @@ def main(args) -> int:
     text = replace(text, "support", support())
     text = replace(text, "results", results(rows, records.status(folder), figures, readme.parent))
     records.write_atomically(readme, text)
+    if args.records is None:
+        fastest.write(rows)
     print(f"{readme}: {len(rows)} records, {len(figures)} figures, {sum(r['stale'] for r in rows)} stale")
     return 0
 
