@@ -235,7 +235,9 @@ def _causal_conv1d_bwd_kernel(
             dx += taps[W - 1 - s] * dpre
             if s == 0:
                 for w in tl.static_range(W):
-                    tl.store(dfilter_ptr + at_filter + w, tl.sum(dpre * window[w], axis=1), mask=in_d)
+                    # dpre is 0 in padding, but what lies there may be NaN
+                    product = tl.where((padding == 0)[None, :], dpre * window[w], 0.0)
+                    tl.store(dfilter_ptr + at_filter + w, tl.sum(product, axis=1), mask=in_d)
                 tl.store(dfilter_ptr + at_filter + W, tl.sum(dpre, axis=1), mask=in_d)
             if dfinal_ptr is not None and s < W - 1:
                 # The run's last W - 1 tokens are also its final state.

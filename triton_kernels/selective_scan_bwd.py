@@ -183,7 +183,8 @@ def _selective_scan_bwd_kernel(
                         y = put(y, i, rows, over_states(h * c_i, in_n, PADDED_N))
 
                 if SOFTPLUS:
-                    dd = tl.where(inside, dd * sigmoid(raw), 0.0)
+                    dd *= sigmoid(raw)
+                dd = tl.where(inside, dd, 0.0)  # a token past the end has a step of 0, but not a gradient of 0
                 acc_dbias += tl.sum(dd, axis=0)
                 acc_dD += tl.sum(dy * u, axis=0)
                 dx += skip[None, :] * dy
