@@ -7,7 +7,7 @@ PY ?= $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 OUT ?= out/gpu
 
-.PHONY: demo test test-native test-interpret bench gpu report build clean
+.PHONY: demo test test-suite test-interpret bench gpu report build clean
 
 ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
@@ -27,11 +27,17 @@ build: $(READY)
 demo: build
 	$(PY) -m scalekern demo
 
+# Two processes side by side: the interpreter has to be chosen before the kernels are imported.
 test: build
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-suite test-interpret
+
+test-suite:
 	$(PY) -m pytest -q
+
+test-interpret:
 	@if $(PY) -c "import triton" 2>/dev/null; then \
 	  echo "Triton kernels through the interpreter:"; \
-	  TRITON_INTERPRET=1 $(PY) -m pytest -q tests/test_contract.py tests/test_selective_scan.py \
+	  TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py tests/test_selective_scan.py \
 	    tests/test_selective_state_update.py tests/test_causal_conv1d.py tests/test_triton_interpret.py; \
 	else echo "scalekern: Triton is not installed; its kernels were not tested"; fi
 

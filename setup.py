@@ -30,9 +30,7 @@ ISA_FLAGS = {
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
 }
-CXX_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas"
-)
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas"
 
 
 def torch_root() -> pathlib.Path | None:

@@ -180,7 +180,13 @@ def test_case_names_are_unique_and_targets_name_their_rivals():
 
 def record(case="a", backend="cpu", **fields):
     base = {"case": case, "direction": "fwd", "backend": backend, "status": "ok", "device_kind": "cpu"}
-    return {**base, "date": "2026-01-01", "ops": ["causal_conv1d_fwd"], "digests": {f"causal_conv1d_fwd/{backend}": "d"}, **fields}
+    return {
+        **base,
+        "date": "2026-01-01",
+        "ops": ["causal_conv1d_fwd"],
+        "digests": {f"causal_conv1d_fwd/{backend}": "d"},
+        **fields,
+    }
 
 
 def test_records_merge_by_key(tmp_path):
@@ -290,7 +296,7 @@ def test_comments_do_not_make_a_measurement_stale(csrc):
     text = '"""Doc."""\ndef f(x):\n    """More."""\n    return x  # why\n'
     python, changed = csrc / "a.py", csrc / "b.py"
     python.write_text(text)
-    changed.write_text('def f(x):\n\n    return x\n')
+    changed.write_text("def f(x):\n\n    return x\n")
     assert sources._normalized(python, 0) == sources._normalized(changed, 0)
     changed.write_text("def f(x):\n    return -x\n")
     assert sources._normalized(python, 0) != sources._normalized(changed, 1)

@@ -26,7 +26,9 @@ FAMILIES = {
 }
 SHIMS = ("mamba_ssm", "causal_conv1d")
 pytestmark.append(
-    pytest.mark.skipif(any(importlib.util.find_spec(p) for p in SHIMS), reason="mamba_ssm or causal_conv1d is installed")
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(p) for p in SHIMS), reason="mamba_ssm or causal_conv1d is installed"
+    )
 )
 
 
@@ -163,7 +165,10 @@ def test_cache_contents_and_steps(model, how):
                 out = model(column, cache_params=out.cache_params, use_cache=True)
                 seen.append(out.logits)
             for i in range(2):
-                seen += [out.cache_params.get_conv_state(i, state_idx=0), out.cache_params.get_recurrent_state(i, state_idx=0)]
+                seen += [
+                    out.cache_params.get_conv_state(i, state_idx=0),
+                    out.cache_params.get_recurrent_state(i, state_idx=0),
+                ]
         return {str(i): t.clone() for i, t in enumerate(seen)}
 
     expected = run()
@@ -264,14 +269,24 @@ def test_training_mode_survives_an_error(shims):
 
 def test_uninstall_reverses_everything(model):
     module = sys.modules[type(model).__module__]
-    before = (list(sys.meta_path), set(sys.modules), dict(vars(module)), dict(vars(type(model.backbone.layers[0].mixer))))
+    before = (
+        list(sys.meta_path),
+        set(sys.modules),
+        dict(vars(module)),
+        dict(vars(type(model.backbone.layers[0].mixer))),
+    )
     expected = differentiate(model, True, True)
     compat.install()
     compat.install()  # a second call changes nothing
     assert compat.installed() == {"mamba_ssm", "causal_conv1d"}
     compat.uninstall()
     compat.uninstall()
-    after = (list(sys.meta_path), set(sys.modules), dict(vars(module)), dict(vars(type(model.backbone.layers[0].mixer))))
+    after = (
+        list(sys.meta_path),
+        set(sys.modules),
+        dict(vars(module)),
+        dict(vars(type(model.backbone.layers[0].mixer))),
+    )
     assert after[0] == before[0] and after[2:] == before[2:]
     assert not [n for n in after[1] if n.partition(".")[0] in SHIMS]
     assert compat.installed() == frozenset()
@@ -293,7 +308,12 @@ def test_upstream_imports(shims):
     from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn as same
     from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states_ref
     from mamba_ssm.modules.mamba_simple import Mamba
-    from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, mamba_inner_ref, selective_scan_fn, selective_scan_ref  # fmt: skip  # noqa: E501
+    from mamba_ssm.ops.selective_scan_interface import (  # fmt: skip  # noqa: E501
+        mamba_inner_fn,
+        mamba_inner_ref,
+        selective_scan_fn,
+        selective_scan_ref,
+    )
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     assert Mamba is mamba_ssm.Mamba is nn.Mamba and same is causal_conv1d_fn
@@ -412,7 +432,9 @@ def test_accelerate_summary_and_undo(model):
 
 
 def test_accelerate_says_what_it_cannot_do():
-    with pytest.raises(ValueError, match="Linear has no layer that scalekern replaces; supported are MambaMixer .* and Falcon"):
+    with pytest.raises(
+        ValueError, match="Linear has no layer that scalekern replaces; supported are MambaMixer .* and Falcon"
+    ):
         accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="layers.0.mixer .*activation is 'gelu'"):
         accelerate(build("mamba", hidden_act="gelu"))

@@ -7,8 +7,20 @@ import pytest
 import torch
 from conftest import INTERPRET
 from contract import (
-    CASES, IDS, TRAINABLE, TRAINABLE_IDS, as_tuple, captured_calls, clones, expected, floating, forward, gradients,
-    loss, tensors_of, with_tensors,
+    CASES,
+    IDS,
+    TRAINABLE,
+    TRAINABLE_IDS,
+    as_tuple,
+    captured_calls,
+    clones,
+    expected,
+    floating,
+    forward,
+    gradients,
+    loss,
+    tensors_of,
+    with_tensors,
 )  # fmt: skip
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +31,8 @@ from scalekern.testing import TOLERANCE, assert_close, error
 # The interpreter takes seconds where a kernel takes microseconds: there every sample runs once forward and backward in
 # float32, and the rest of the contract on one sample an op (the tests of the families add what is particular).
 DTYPES = (torch.float32,) if INTERPRET else (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def small(cases, ids):
     """One case an op, for what does not depend on the sample."""
     seen, out = set(), []
@@ -32,9 +46,13 @@ def small(cases, ids):
 every_case = pytest.mark.parametrize("op, sample", CASES, ids=IDS)
 every_trainable = pytest.mark.parametrize("op, sample", TRAINABLE, ids=TRAINABLE_IDS)
 some_case = pytest.mark.parametrize("op, sample", small(CASES, IDS)) if INTERPRET else every_case
-some_trainable = pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
+some_trainable = (
+    pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
+)
 every_op = pytest.mark.parametrize("op", list(testing.specs()))
-compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, not the torch integration")
+compiled_only = pytest.mark.skipif(
+    INTERPRET, reason="the interpreter's process tests kernels, not the torch integration"
+)
 
 
 @pytest.fixture
@@ -326,7 +344,11 @@ def test_an_expanded_gradient_is_read_in_place(op, sample, on):
     leaf = args[0].requires_grad_()
     (actual,) = on(lambda: torch.autograd.grad(sum(o.real.sum() for o in as_tuple(getattr(scalekern, op)(*args, **kwargs))), leaf))  # fmt: skip
     (wanted,) = torch.autograd.grad(
-        sum((o.real * torch.ones(o.shape, device=o.device)).sum() for o in as_tuple(getattr(reference, op)(*args, **kwargs))), leaf
+        sum(
+            (o.real * torch.ones(o.shape, device=o.device)).sum()
+            for o in as_tuple(getattr(reference, op)(*args, **kwargs))
+        ),
+        leaf,
     )
     assert_close(actual, wanted, tolerance=1e-5)
 

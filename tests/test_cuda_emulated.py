@@ -5,10 +5,10 @@ Shape letters: B batch, D channels, L length, N states, G groups, W filter width
 
 import itertools
 
+import cuda_emulation as emulated
 import pytest
 import torch
 
-import cuda_emulation as emulated
 from scalekern.reference.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update_op
 from scalekern.reference.selective_scan import selective_scan_bwd, selective_scan_fwd
 from scalekern.reference.selective_state_update import selective_state_update_op as update_reference

@@ -254,7 +254,9 @@ def test_packed_sequences():
     # The sequences go on from their own states, in a packed batch again, and gradients flow through those.
     more = tokens(1, 8, 10, seed=8)
     out = module(more, cu_seqlens=torch.arange(0, 10, 2), initial_states=(conv_state, ssm_state))
-    full = torch.cat([torch.cat([row, more[:, 2 * s : 2 * s + 2]], 1) for s, row in enumerate(rows)], 1).requires_grad_()
+    full = torch.cat(
+        [torch.cat([row, more[:, 2 * s : 2 * s + 2]], 1) for s, row in enumerate(rows)], 1
+    ).requires_grad_()
     ends = torch.tensor([[7], [10], [12], [21]]) - torch.tensor([2, 1])
     together = module(full, cu_seqlens=torch.tensor([0, 7, 10, 12, 21]))[:, ends.flatten()]
     assert error(out, together) < 1e-12

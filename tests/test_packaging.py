@@ -24,7 +24,9 @@ def python(code, *, cwd, path=None, **environment):
 
 def pip(*args, cwd=ROOT, **environment):
     command = [sys.executable, "-m", "pip", *args]
-    run = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 

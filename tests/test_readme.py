@@ -23,6 +23,15 @@ def test_example_runs_when_pasted(example, tmp_path):
 
 
 def test_parts_are_in_order():
-    parts = ["# scalekern", "make demo", "make test", "## Examples", "## What is supported", "## Measured", "## Limits", "## Papers"]
+    parts = [
+        "# scalekern",
+        "make demo",
+        "make test",
+        "## Examples",
+        "## What is supported",
+        "## Measured",
+        "## Limits",
+        "## Papers",
+    ]
     places = [README.index(part) for part in parts]
     assert places == sorted(places)

@@ -15,7 +15,6 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
     pytest.skip("runs only with TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.runtime import interpreter  # noqa: E402
 
 if triton.__version__ < "3.7":
     try:
@@ -398,8 +397,11 @@ def test_conv_nan_stays_in_its_run():
     for mode in ("packed", "runs"):
         x = randn(1 if mode == "packed" else 2, 2, 9)
         x[..., 3:7] = float("nan")
-        case = dict(cu_seqlens=torch.tensor([0, 3, 7, 9])) if mode == "packed" else dict(
-            seq_idx=torch.tensor([[0] * 3 + [-1] * 4 + [1] * 2] * 2))
+        case = (
+            dict(cu_seqlens=torch.tensor([0, 3, 7, 9]))
+            if mode == "packed"
+            else dict(seq_idx=torch.tensor([[0] * 3 + [-1] * 4 + [1] * 2] * 2))
+        )
         out = scalekern.causal_conv1d(x, randn(2, 4), **case)
         assert not out[..., :3].isnan().any() and not out[..., 7:].isnan().any()
         assert out[..., 3:7].isnan().all() if mode == "packed" else not out[..., 3:7].any()

@@ -32,8 +32,17 @@ from .._packing import checkpoint_stride
 from . import scan_device as dev
 from .common import Launch, compile_spec, index, pick, put, sigmoid, strides, wide
 from .scan_device import (
-    advance, bounds, channels_of, decay_rates, load_channels, load_constant, load_matrix, load_tile, over_states,
-    step_size, token,
+    advance,
+    bounds,
+    channels_of,
+    decay_rates,
+    load_channels,
+    load_constant,
+    load_matrix,
+    load_tile,
+    over_states,
+    step_size,
+    token,
 )  # fmt: skip
 from .selective_scan_bwd import selective_scan_bwd
 from .tuning import config

@@ -27,8 +27,18 @@ from .._packing import checkpoint_stride
 from . import scan_device as dev
 from .common import LN2, Launch, compile_spec, index, pick, put, sigmoid, silu_slope, strides, wide
 from .scan_device import (
-    advance, bounds, channels_of, decay_rates, load_channels, load_constant, load_matrix, load_tile, over_channels,
-    over_states, step_size, token,
+    advance,
+    bounds,
+    channels_of,
+    decay_rates,
+    load_channels,
+    load_constant,
+    load_matrix,
+    load_tile,
+    over_channels,
+    over_states,
+    step_size,
+    token,
 )  # fmt: skip
 from .tuning import config
 

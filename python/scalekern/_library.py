@@ -116,9 +116,7 @@ def _register_autocast(name: str, overload, cast_names: tuple[str, ...]) -> None
     def kernel_for(device_type: str) -> Callable:
         def kernel(*args):
             dtype = torch.get_autocast_dtype(device_type)
-            args = [
-                a.to(dtype) if i in positions and a is not None and _castable(a) else a for i, a in enumerate(args)
-            ]
+            args = [a.to(dtype) if i in positions and a is not None and _castable(a) else a for i, a in enumerate(args)]
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return overload(*args)
 

@@ -40,7 +40,9 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor | None, batch, length) ->
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(b > e for b, e in zip(bounds, bounds[1:])):
-        raise ValueError(f"{op}: cu_seqlens must rise from 0 to {length}, got {bounds[:6]}{'...' if len(bounds) > 6 else ''}")
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to {length}, got {bounds[:6]}{'...' if len(bounds) > 6 else ''}"
+        )
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

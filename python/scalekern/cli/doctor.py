@@ -207,5 +207,3 @@ def _tool(command: list[str], marker: str) -> str | None:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.partition("+")[0].split(".")[:2] if part.isdigit())
-
-

@@ -31,8 +31,14 @@ def _draw_curve(axes, losses: list[float], curve: list[tuple[int, float]]) -> No
     axes.plot(*zip(*curve), color=DARK, marker="o", markersize=3.5, label="held-out text")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.annotate(
-        f"{curve[-1][1]:.2f}", curve[-1], xytext=(0, 12), textcoords="offset points", ha="right", color=DARK,
-        weight="bold", bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        f"{curve[-1][1]:.2f}",
+        curve[-1],
+        xytext=(0, 12),
+        textcoords="offset points",
+        ha="right",
+        color=DARK,
+        weight="bold",
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
     )
     axes.set(xlabel="training step", ylabel="bits per byte", ylim=(0, None))
     axes.grid(alpha=0.3)

@@ -153,9 +153,7 @@ def _step(self, hidden_states, conv_state, cache_params, attention_mask):
     x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
     x = x if attention_mask is None else (x * attention_mask).to(x.dtype)
     dt, B, C = _projections(self, x)
-    y = selective_state_update(
-        state, x, dt, _A(self), B, C, self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
-    )
+    y = selective_state_update(state, x, dt, _A(self), B, C, self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True)
     return self.out_proj(y)[:, None]
 
 

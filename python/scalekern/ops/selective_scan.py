@@ -98,7 +98,9 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens):
             _checks.shape(NAME, name, x, (batch, None, states, width))
             groups = x.shape[1]
             if groups == 0 or channels % groups:
-                raise ValueError(f"{NAME}: the groups of {name} must divide the {channels} channels, got {groups} groups")
+                raise ValueError(
+                    f"{NAME}: the groups of {name} must divide the {channels} channels, got {groups} groups"
+                )
     for name, x in (("D", D), ("delta_bias", delta_bias)):
         if x is not None:
             _checks.tensor(NAME, name, x, dims=1, dtypes=_checks.FLOATING)

@@ -85,7 +85,9 @@ def _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices):
         else:
             _checks.shape(NAME, name, t, (batch, None, states))
             if t.shape[1] == 0 or heads[0] % t.shape[1]:
-                raise ValueError(f"{NAME}: the groups of {name} must divide the {heads[0]} heads, got {t.shape[1]} groups")
+                raise ValueError(
+                    f"{NAME}: the groups of {name} must divide the {heads[0]} heads, got {t.shape[1]} groups"
+                )
     for name, t in (("D", D), ("dt_bias", dt_bias)):
         if t is not None:
             _checks.tensor(NAME, name, t, dims=1 + len(heads), dtypes=_checks.FLOATING)
