@@ -203,9 +203,9 @@ class NativeBuild:
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.cpu()
+        self.bindings()  # first: its emulator of the CUDA kernels is the longest single compilation
         self.cuda()
-        self.bindings()
+        self.cpu()
         if self.products:
             rules = (
                 f"rule cxx\n  command = {self.cxx} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n"
