@@ -7,19 +7,12 @@ namespace {
 
 using scalekern::kConvMaxWidth;
 
-// 1 / (1 + e^-y). Plain 2^(-y log2 e) will do: where its error grows with |y|, silu is y or next to nothing; and the
-// bounded 2^x, two thirds of the operations of the full one: 2^-125 is as good as what is smaller. -inf gives 0, as
-// 1 / (1 + inf) does, so that silu(-inf) is NaN, as in torch.
-template <class F>
-static inline Vec<F> gate_of(Vec<F> y) {
-  if constexpr (sizeof(F) == 8) return 1 / (1 + expv(-y));
-  const Vec<F> bound = splat(F(86));
-  Vec<F> clamped = y > bound ? bound : y;
-  clamped = clamped < -bound ? -bound : clamped;
-  const Vec<F> e = exp2_product_bounded<F>(clamped, splat(F(-1.44269504088896340736)));
-  const Vec<F> gate = reciprocal_of_at_least_one<F>(1 + e);
-  return y == splat(-F(__builtin_inf())) ? Vec<F>{} : gate;
+// y / (1 + e^-y). Plain 2^(-y log2 e) will do: where its error grows with |y|, silu is y or next to nothing.
+template <class V>
+static inline V one_plus_exp_minus(V y) {
+  return 1 + exp2v(y * -1.44269504088896340736f);
 }
+static inline VecD one_plus_exp_minus(VecD y) { return 1 + expv(-y); }
 
 // The forward loop: `steps` vectors, `step` apart in x and `out_step` in out; in x the next tap lies `tap` further.
 // filter holds the taps and then the bias, `pitch` apart.
@@ -32,7 +25,7 @@ void forward_line(
   for (int64_t s = 0; s < steps; ++s, x += step, out += out_step) {
     Vec<F> y = bias;
     for (int k = 0; k < W; ++k) y += w[k] * load_as<F>(x + k * tap);
-    store_as<F>(out, silu ? y * gate_of<F>(y) : y);
+    store_as<F>(out, silu ? y / one_plus_exp_minus(y) : y);
   }
 }
 
@@ -52,7 +45,7 @@ ForwardLine<T> forward_line_for(int64_t width, bool silu) {
 template <bool silu, class F>
 static inline Vec<F> through_activation(Vec<F> dout, Vec<F> pre) {
   if (!silu) return dout;
-  const Vec<F> gate = gate_of<F>(pre);
+  const Vec<F> gate = 1 / one_plus_exp_minus(pre);
   return dout * gate * (1 + pre * (1 - gate));
 }
 
