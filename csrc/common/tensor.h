@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "common/pages.h"
+
 namespace scalekern {
 
 using torch::stable::Tensor;
@@ -30,6 +32,8 @@ inline Dtype dtype_of(const Tensor& t) {
     default: return Dtype::other;
   }
 }
+
+inline void expect_writes(const Tensor& t) { expect_writes(t.data_ptr(), t.numel() * t.element_size()); }
 
 inline void* data(const Tensor& t) { return t.data_ptr(); }
 inline void* data(const OptionalTensor& t) { return t.has_value() ? t->data_ptr() : nullptr; }

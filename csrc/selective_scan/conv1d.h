@@ -28,7 +28,8 @@ constexpr int kConvMaxWidth = 8;
 constexpr int64_t kConvTimeTile = 256;   // tokens of a tile whose lanes lie along time (one channel)
 constexpr int64_t kConvBlock = 64;        // channels and ...
 constexpr int64_t kConvBlockTile = 64;    // ... tokens of a tile whose lanes lie along channels: 16 KiB of float
-constexpr int64_t kConvGroup = 1024;      // tokens of a unit of parallel work, whatever the number of threads
+constexpr int64_t kConvGroup = 1024;      // tokens of a unit of parallel work, whatever the number of threads ...
+constexpr int64_t kConvLine = 4096;       // ... and of a forward one, and its tile, that goes from memory to memory
 
 struct ConvArgs {
   int64_t channels, width;

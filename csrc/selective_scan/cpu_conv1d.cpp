@@ -75,15 +75,14 @@ void find_runs(
   }
 }
 
-// Runs to tiles, tiles to groups of about kConvGroup tokens of one row.
-void cut(Plan& plan) {
-  const int64_t tile = plan.args.along_time ? kConvTimeTile : kConvBlockTile;
+// Runs to tiles, tiles to groups of about `group_size` tokens of one row.
+void cut(Plan& plan, int64_t tile, int64_t group_size) {
   int64_t row = -1, group = -1;
   for (int64_t r = 0; r < int64_t(plan.runs.size()); ++r) {
     const ConvRun& run = plan.runs[r];
     for (int64_t begin = run.begin; begin < run.end; begin += tile) {
-      if (run.row != row || begin / kConvGroup != group) plan.groups.push_back(plan.pieces.size());
-      row = run.row, group = begin / kConvGroup;
+      if (run.row != row || begin / group_size != group) plan.groups.push_back(plan.pieces.size());
+      row = run.row, group = begin / group_size;
       plan.pieces.push_back({r, begin, std::min(begin + tile, run.end)});
     }
   }
@@ -92,7 +91,7 @@ void cut(Plan& plan) {
 
 Plan make_plan(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
-    const OptionalTensor& cu_seqlens, const OptionalTensor& initial, bool silu) {
+    const OptionalTensor& cu_seqlens, const OptionalTensor& initial, bool silu, const Tensor* out) {
   Plan plan;
   ConvArgs& a = plan.args;
   find_runs(plan, x, seq_idx, cu_seqlens, initial.has_value());
@@ -100,7 +99,10 @@ Plan make_plan(
   a.channels = x.size(1), a.width = weight.size(1), a.dtype = int(dtype_of(x)), a.silu = silu;
   a.along_time = x.stride(2) <= x.stride(1) && tokens >= kShortRun * int64_t(plan.runs.size());
   a.parallel = tokens * a.channels >= kParallelElements;
-  cut(plan);
+  // A forward line along time needs no tile in L1 but for its first tokens, and sums nothing.
+  const bool line = out && a.along_time && x.stride(2) == 1 && out->stride(2) == 1;
+  if (line) cut(plan, kConvLine, kConvLine);
+  else cut(plan, a.along_time ? kConvTimeTile : kConvBlockTile, kConvGroup);
   a.runs = plan.runs.data(), a.run_count = plan.runs.size();
   a.pieces = plan.pieces.data(), a.groups = plan.groups.data(), a.group_count = plan.groups.size() - 1;
   a.x = view(x), a.initial = view(initial), a.weight = view_filter(weight);
@@ -111,7 +113,8 @@ Plan make_plan(
 void causal_conv1d_fwd(
     Tensor out, Tensor final_states, Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor seq_idx,
     OptionalTensor cu_seqlens, OptionalTensor initial_states, bool silu) {
-  Plan plan = make_plan(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu);
+  Plan plan = make_plan(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu, &out);
+  expect_writes(out);
   plan.args.out = view(out), plan.args.final = view(final_states);
   SCALEKERN_CALL(conv1d_fwd, (plan.args));
 }
@@ -120,8 +123,9 @@ void causal_conv1d_bwd(
     Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial, Tensor dout, OptionalTensor dfinal, Tensor x,
     Tensor weight, OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor cu_seqlens,
     OptionalTensor initial_states, bool silu) {
-  Plan plan = make_plan(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu);
+  Plan plan = make_plan(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu, nullptr);
   ConvArgs& a = plan.args;
+  expect_writes(dx);
   a.dx = view(dx), a.dweight = view_filter(dweight), a.dout = view(dout), a.dfinal = view(dfinal);
   if (bias.has_value()) a.dbias = view_bias(dbias);
   if (initial_states.has_value()) a.dinitial = view(dinitial);

@@ -25,12 +25,13 @@ using scalekern::ConvRun;
 using scalekern::ConvTensor;
 using scalekern::kConvBlock;
 using scalekern::kConvBlockTile;
+using scalekern::kConvLine;
 using scalekern::kConvTimeTile;
 
 constexpr int64_t kHalo = kConvMaxWidth - 1;
 // A tile with both halos and one vector of slack, in either layout.
 constexpr int64_t kTileSize = (kConvBlockTile + 2 * kHalo) * kConvBlock + 64;
-static_assert(kTileSize >= kConvTimeTile + 2 * kHalo + 64);
+static_assert(kTileSize >= kConvTimeTile + 2 * kHalo + 64 && kTileSize >= kConvLine);  // a line of padding
 
 // What a thread works in.
 template <class F>

@@ -83,6 +83,7 @@ void selective_scan_fwd(
     bool softplus, bool reverse, bool save_checkpoints) {
   const auto starts = sequence_starts(cu_seqlens, u.size(2), reverse);
   ScanArgs a = arguments(u, delta, A, B, C, D, z, bias, initial, starts, checkpoints, softplus, reverse);
+  expect_writes(out);
   a.out = view(out, reverse ? 2 : -1);
   a.last = view(last_state, reverse && a.batch == 1 ? 0 : -1);
   const Tensor workspace = allocate_workspace(u, SCALEKERN_CALL(selective_scan_fwd_workspace, (a)));
@@ -98,11 +99,12 @@ void selective_scan_bwd(
   const auto starts = sequence_starts(cu_seqlens, u.size(2), reverse);
   ScanArgs a = arguments(u, delta, A, B, C, D, z, bias, initial, starts, checkpoints, softplus, reverse);
   const int time = reverse ? 2 : -1, row = reverse && a.batch == 1 ? 0 : -1;
+  expect_writes(du), expect_writes(ddelta);
   a.dout = view(dout, time), a.du = view(du, time), a.ddelta = view(ddelta, time), a.dA = view(dA);
   a.dB = view(dB, reverse && a.groups_B ? 3 : -1), a.dC = view(dC, reverse && a.groups_C ? 3 : -1);
   a.dlast = view(dlast_state, row);
   if (D.has_value()) a.dD = view(dD);
-  if (z.has_value()) a.dz = view(dz, time);
+  if (z.has_value()) expect_writes(dz), a.dz = view(dz, time);
   if (bias.has_value()) a.dbias = view(dbias);
   if (initial.has_value()) a.dinitial = view(dinitial, row);
   const Tensor workspace = allocate_workspace(u, SCALEKERN_CALL(selective_scan_bwd_workspace, (a)));
