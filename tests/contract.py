@@ -6,7 +6,7 @@ import scalekern
 from scalekern import reference, testing
 
 CASES = [(op, sample) for op, spec in testing.specs().items() for sample in spec.samples]
-TRAINABLE = [(op, sample) for op, sample in CASES if testing.specs()[op].inplace is None]
+TRAINABLE = [(op, sample) for op, sample in CASES if not testing.specs()[op].inplace]
 IDS = [f"{op}-{sample.name}" for op, sample in CASES]
 TRAINABLE_IDS = [f"{op}-{sample.name}" for op, sample in TRAINABLE]
 
@@ -44,10 +44,7 @@ def forward(function, op, args, kwargs):
     """All that a call changes or returns: outputs, then the argument that it changes in place."""
     args, kwargs = clones(args, kwargs)
     outputs = as_tuple(function(*args, **kwargs))
-    if testing.specs()[op].inplace:
-        changed = args[{"state": 0, "conv_state": 1}[testing.specs()[op].inplace]]
-        outputs += (changed,)
-    return outputs
+    return outputs + tuple(args[i] for i in testing.specs()[op].inplace)
 
 
 def expected(op, args, kwargs, dtype=torch.float64):

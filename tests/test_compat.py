@@ -123,7 +123,8 @@ class Installed:
 HOW = pytest.mark.parametrize("how", ["install", "accelerate"])
 FUSED = {"mamba_inner_fwd"}
 SEQUENCE = {"causal_conv1d_fwd", "selective_scan_fwd"}
-STEP = {"causal_conv1d_update", "selective_state_update"}
+STEP = {"mamba_update"}
+SEPARATE_STEP = {"causal_conv1d_update", "selective_state_update"}
 
 
 @HOW
@@ -149,6 +150,21 @@ def test_greedy_tokens(model, how, mask):
     assert torch.equal(got, expected)
     assert len(set(got.flatten().tolist())) > 5  # not one token over and over
     assert seen.names >= SEQUENCE | STEP
+
+
+@HOW
+@pytest.mark.parametrize("where", ["mixer.x_proj", "mixer", "norm"])
+def test_hooked_modules_are_called(model, how, where):
+    """A module that is more than its weights (here: has a hook) runs as a module, not inside the fused step."""
+    hooked = model.backbone.layers[0].get_submodule(where)
+    handle = hooked.register_forward_hook(lambda module, args, out: out.flip(-1))
+    expected = greedy(model, False)
+    with enter(how, model), SeenOps() as seen:
+        got = greedy(model, False)
+    handle.remove()
+    assert not torch.equal(expected, greedy(model, False))
+    assert torch.equal(got, expected)
+    assert seen.names >= STEP | (SEPARATE_STEP if where == "mixer.x_proj" else set())  # the other layer is fused
 
 
 @HOW

@@ -99,7 +99,10 @@ static void load_tile(
   constexpr int W = kLanes<F>;
   int64_t row = 0;
   if (lanes == W && lane_stride == 1) {
-    for (; row < rows; ++row) store(tile + row * pitch, load_row<F>(p + row * row_stride));
+    for (; row < rows; ++row) {
+      __builtin_prefetch(p + row * row_stride + 64 / int64_t(sizeof(S)), 0);  // what the next lanes of the row will want
+      store(tile + row * pitch, load_row<F>(p + row * row_stride));
+    }
   } else if (lanes == W && (row_stride == 1 || row_stride == -1) && lane_stride != 0) {
     const bool up = row_stride == 1;
     for (; row + W <= rows; row += W) {
@@ -121,7 +124,10 @@ static void store_tile(
   constexpr int W = kLanes<F>;
   int64_t row = 0;
   if (lanes == W && lane_stride == 1) {
-    for (; row < rows; ++row) store_row<F>(p + row * row_stride, load(tile + row * pitch));
+    for (; row < rows; ++row) {
+      __builtin_prefetch(p + row * row_stride + 64 / int64_t(sizeof(S)), 1);
+      store_row<F>(p + row * row_stride, load(tile + row * pitch));
+    }
   } else if (lanes == W && (row_stride == 1 || row_stride == -1)) {
     const bool up = row_stride == 1;
     for (; row + W <= rows; row += W) {

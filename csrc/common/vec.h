@@ -223,6 +223,14 @@ static inline V sigmoidv(V x) {
   return reciprocal_of_at_least_one<typename ScalarOf<V>::type>(1 + expv(-x));
 }
 
+// y / (1 + e^-y). Plain 2^(-y log2 e) will do: where its error grows with |y|, silu is y or next to nothing.
+static inline VecF one_plus_exp_minus(VecF y) { return 1 + exp2_beside_one(y * -1.44269504088896340736f); }
+static inline VecD one_plus_exp_minus(VecD y) { return 1 + expv(-y); }
+template <class V>
+static inline V siluv(V y) {
+  return y / one_plus_exp_minus(y);
+}
+
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which stays accurate on both sides.
 static inline VecF softplusv(VecF x) {
   const VecF zero{};

@@ -49,6 +49,7 @@ struct ConvUpdateArgs {
   int64_t batch, channels, steps, width, window;   // window: tokens that a slot of the state holds
   int dtype, state_dtype;
   bool silu, slots_are_int64, seen_are_int64;
+  bool awake;                                      // the other threads have just worked: waking them costs little
   ConvTensor x, out, state, weight, bias;
   const void *slots, *seen;                        // conv_state_indices and cache_seqlens, (B,), or nullptr
   int64_t slots_b, seen_b;

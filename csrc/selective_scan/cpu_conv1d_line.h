@@ -9,10 +9,6 @@ using scalekern::kConvMaxWidth;
 
 constexpr int64_t kAhead = 24;  // vectors
 
-// y / (1 + e^-y). Plain 2^(-y log2 e) will do: where its error grows with |y|, silu is y or next to nothing.
-static inline VecF one_plus_exp_minus(VecF y) { return 1 + exp2_beside_one(y * -1.44269504088896340736f); }
-static inline VecD one_plus_exp_minus(VecD y) { return 1 + expv(-y); }
-
 // A few lines ahead of a loop that goes through memory: what it will read, and where it will write.
 template <class T>
 static inline void prefetch(const T* x, const T* out, int64_t step, int64_t out_step) {
@@ -32,7 +28,7 @@ void forward_line(
     prefetch(x, out, step, out_step);
     Vec<F> y = bias;
     for (int k = 0; k < W; ++k) y += w[k] * load_as<F>(x + k * tap);
-    store_as<F>(out, silu ? y / one_plus_exp_minus(y) : y);
+    store_as<F>(out, silu ? siluv(y) : y);
   }
 }
 

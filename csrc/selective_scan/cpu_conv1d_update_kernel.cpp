@@ -15,7 +15,7 @@ using scalekern::kConvBlock;
 
 constexpr int64_t kTokens = 32;  // of a tile
 // An element costs about 3 ns, waking the other threads 5 to 20 us.
-constexpr int64_t kParallelElements = 16384;
+constexpr int64_t kParallelElements = 16384, kParallelAwake = 1024;
 
 int64_t integer(const void* base, int64_t offset, bool wide) {
   return wide ? *at<int64_t>(base, offset) : *at<int32_t>(base, offset);
@@ -89,7 +89,7 @@ template <class T, class S>
 void run(const ConvUpdateArgs& a) {
   const int64_t blocks = (a.channels + kConvBlock - 1) / kConvBlock;
   const auto line = forward_line_for<Compute<T>>(a.width, a.silu);
-  const bool worth_it = a.batch * a.channels * a.steps >= kParallelElements;
+  const bool worth_it = a.batch * a.channels * a.steps >= (a.awake ? kParallelAwake : kParallelElements);
   parallel_if(worth_it, a.batch * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * kConvBlock, left = a.channels - first;

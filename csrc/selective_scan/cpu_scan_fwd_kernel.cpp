@@ -243,8 +243,7 @@ class Forward {
       Vec<F> y = load(s.y + i * W) * O::scale;
       if (skip) y += D * load(s.u + i * W);
       if (gated) {
-        const Vec<F> z = load(s.z + i * W);
-        y *= z * sigmoidv(z);
+        y *= siluv(load(s.z + i * W));
       }
       store(s.y + i * W, y);
     }

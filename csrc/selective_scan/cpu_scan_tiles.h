@@ -179,8 +179,10 @@ static MatrixView<F> view_matrix(
     }
   };
   const bool same = sizeof(F) == 8 || a.io == 0 || comps == 2;
-  if (same && is_shared(a, plan) && x.s[3] == 1)
-    return {reinterpret_cast<const F*>(x.data) + (first + v * x.s[2]) * comps, x.s[2] * comps, comps};
+  // Scalars are read where they lie, whatever the strides. (Gathering slices of a projection, whose states are
+  // contiguous, for every block and group of states was an eighth of the forward.)
+  if (same && is_shared(a, plan))
+    return {reinterpret_cast<const F*>(x.data) + (first + v * x.s[2]) * comps, x.s[2] * comps, x.s[3] * comps};
   with_matrix_storage<O>(a.io, [&](auto* type) {
     const auto* p = reinterpret_cast<decltype(type)>(x.data);
     if (comps == 1 && is_shared(a, plan))

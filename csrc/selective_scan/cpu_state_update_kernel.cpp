@@ -15,7 +15,7 @@ namespace {
 using scalekern::StateUpdateArgs;
 
 // An element of the state costs about 0.4 ns, waking the other threads 5 to 20 us.
-constexpr int64_t kParallelElements = 65536;
+constexpr int64_t kParallelElements = 65536, kParallelAwake = 8192;
 
 int64_t slot_of(const StateUpdateArgs& a, int64_t b) {
   if (a.indices == nullptr) return b;
@@ -95,8 +95,7 @@ void block(const StateUpdateArgs& a, int64_t b, int64_t h, int64_t first, int64_
   Vec<F> y = sum_lanes<F>(sums);
   if (a.D) y += parameter(a.D, a.D_h, a.D_p) * x;
   if (a.z) {
-    const Vec<F> z = row(a.z, a.z_b, a.z_h, a.z_p);
-    y *= z * sigmoidv(z);
+    y *= siluv(row(a.z, a.z_b, a.z_h, a.z_p));
   }
   scatter<F>(out, 1, channels, y);
 }
@@ -105,7 +104,7 @@ template <class T, class S>
 void run(const StateUpdateArgs& a) {
   constexpr int64_t V = kLanes<Compute<T>>;
   const int64_t blocks = (a.dim + V - 1) / V, rows = a.batch * a.heads;
-  parallel_if(rows * a.dim * a.states >= kParallelElements, rows * blocks, [&](int64_t begin, int64_t end) {
+  parallel_if(rows * a.dim * a.states >= (a.awake ? kParallelAwake : kParallelElements), rows * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / blocks, first = i % blocks * V, left = a.dim - first;
       block<T, S>(a, row / a.heads, row % a.heads, first, left < V ? left : V);

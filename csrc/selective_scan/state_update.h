@@ -12,6 +12,7 @@ struct StateUpdateArgs {
   int io_dtype, state_dtype;   // enum Dtype; parameters are float, or double when io is
   int indices_are_int64;
   bool softplus;
+  bool awake;                  // the other threads have just worked: waking them costs little
   void* state;
   void* out;                   // (B, H, P) contiguous
   const void *x, *dt, *A, *B, *C, *D, *z, *dt_bias, *indices;

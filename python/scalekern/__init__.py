@@ -3,6 +3,7 @@
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.mamba_inner import mamba_inner
+from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 
@@ -13,6 +14,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "mamba_inner",
+    "mamba_update",
     "selective_scan",
     "selective_state_update",
 ]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import warnings
 
 import torch
@@ -87,23 +86,18 @@ def _worst(got: tuple, want: tuple) -> float:
         return float("inf")
 
 
-def evaluate(function, args, kwargs, inplace: str | None) -> tuple[tuple, tuple | None]:
+def evaluate(function, args, kwargs, inplace: tuple[int, ...]) -> tuple[tuple, tuple | None]:
     """(outputs, gradients of all floating inputs for fixed output gradients); an in-place op has no gradients."""
     args, kwargs = [_leaf(a, not inplace) for a in args], {k: _leaf(v, not inplace) for k, v in kwargs.items()}
     outputs = function(*args, **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if inplace:
-        named = dict(zip(_parameters(function), args)) | kwargs
-        return (*outputs, named[inplace]), None
+        return (*outputs, *(args[i] for i in inplace)), None
     leaves = [t for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.requires_grad]
     weights = [_fixed_like(o, i) for i, o in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
     pairs = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads))
     return tuple(o.detach() for o in outputs), pairs
-
-
-def _parameters(function) -> list[str]:
-    return list(inspect.signature(function).parameters)
 
 
 def _leaf(value, differentiable: bool):

@@ -2,20 +2,18 @@
 
 transformers decorates the torch form of every kernel function when a modeling module is imported: the decorator looks
 for the upstream package once and keeps what it found in a closure. `patch` makes it look again in modules that are
-already there. On top, two mixers must not take upstream's fused function in train mode, where it computes something
-else than their torch path:
-
-  MambaMixer         it masks the padding after the convolution as well, which the fused function cannot
-  FalconMambaMixer   it normalizes the step size before its projection (over R), the fused function after it (over D)
+already there. On top, the two Mamba-1 mixers and the blocks around them run on scalekern's own forward (integrations.transformers), which
+decodes a token of a block in one op, and which in train mode does not take upstream's fused function where that computes something
+else than their torch path: MambaMixer masks the padding after the convolution as well, FalconMambaMixer normalizes the
+step size before its projection and not after it.
 """
 
-import functools
 import importlib.machinery
 import sys
 
 MIXERS = {
-    "transformers.models.mamba.modeling_mamba": ("MambaMixer", lambda mask: mask is not None),
-    "transformers.models.falcon_mamba.modeling_falcon_mamba": ("FalconMambaMixer", lambda mask: True),
+    "transformers.models.mamba.modeling_mamba": ("MambaMixer", "MambaBlock"),
+    "transformers.models.falcon_mamba.modeling_falcon_mamba": ("FalconMambaMixer", "FalconMambaBlock"),
 }
 _CLOSURE = {"applicable_params", "func_name", "implementation", "is_new_implementation", "package", "torch_function"}
 _AVAILABILITY = ("is_mamba_ssm_available", "is_mamba_2_ssm_available", "is_causal_conv1d_available")
@@ -28,17 +26,15 @@ def patch(serves) -> None:
     _resolve_again()
     for name in MIXERS:
         if name in sys.modules and "mamba_ssm" in _packages:
-            _patch_mixer(sys.modules[name])
+            _patch_classes(sys.modules[name])
 
 
 def unpatch() -> None:
     _resolve_again()
     _packages.clear()
-    for name, (mixer, _) in MIXERS.items():
-        cls = getattr(sys.modules.get(name), mixer, None)
-        original = getattr(getattr(cls, "forward", None), "_scalekern_original", None)
-        if original is not None:
-            cls.forward = original
+    for name, classes in MIXERS.items():
+        for cls in filter(None, (getattr(sys.modules.get(name), c, None) for c in classes)):
+            cls.forward = getattr(cls.forward, "_scalekern_original", cls.forward)
 
 
 def patched_spec(name: str, path):
@@ -51,32 +47,19 @@ def patched_spec(name: str, path):
     def exec_module(module):
         execute(module)
         if "mamba_ssm" in _packages:
-            _patch_mixer(module)
+            _patch_classes(module)
 
     spec.loader.exec_module = exec_module  # on this instance only: source, path and caching stay the loader's
     return spec
 
 
-def _patch_mixer(module) -> None:
-    name, unfused = MIXERS[module.__name__]
-    cls = getattr(module, name, None)
-    if cls is None or hasattr(cls.forward, "_scalekern_original"):
-        return
-    original = cls.forward
+def _patch_classes(module) -> None:
+    from scalekern.integrations import transformers
 
-    @functools.wraps(original)
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        if not self.training or cache_params is not None or not unfused(attention_mask):
-            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
-        # A mixer reads `training` only to choose the fused function.
-        self.training = False
-        try:
-            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
-        finally:
-            self.training = True
-
-    forward._scalekern_original = original
-    cls.forward = forward
+    for name, replace in zip(MIXERS[module.__name__], (transformers.mixer_class_forward, transformers.block_forward)):
+        cls = getattr(module, name, None)
+        if cls is not None and not hasattr(cls.forward, "_scalekern_original"):
+            cls.forward = replace(cls.forward)
 
 
 def _resolve_again() -> None:

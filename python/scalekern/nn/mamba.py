@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
-from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.ops.causal_conv1d import causal_conv1d
 from scalekern.ops.mamba_inner import mamba_inner
+from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.selective_scan import selective_scan
-from scalekern.ops.selective_state_update import selective_state_update
 
 NAME = "nn.Mamba"
 
@@ -167,15 +167,12 @@ class Mamba(nn.Module):
         """One token: hidden_states (B, 1, M); both states change in place. Returns (out, conv_state, ssm_state)."""
         _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "hidden_states", hidden_states, (None, 1, self.d_model))
-        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # [B, D] each
-        weight = self.conv1d.weight.squeeze(1)
-        x = causal_conv1d_update(x, conv_state, weight, self.conv1d.bias, self.activation)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)
-        y = selective_state_update(
-            ssm_state, x, dt, self._A(), B, C, self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True
-        )
-        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+        out = mamba_update(
+            hidden_states.squeeze(1), conv_state, ssm_state, self.in_proj.weight, self.conv1d.weight,
+            self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight, self.A_log, self.D,
+            self.dt_proj.bias, in_proj_bias=self.in_proj.bias, out_proj_bias=self.out_proj.bias,
+        )  # fmt: skip
+        return out.unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """Zero states: conv_state (B, D, W), the last W inputs of the convolution, and ssm_state (B, D, N).

@@ -80,7 +80,7 @@ def causal_conv1d_update(
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight_, bias_ = _to(weight_, real), _to(bias_, real)
     steps = x_.unsqueeze(-1) if x.dim() == 2 else x_
-    out = _update(state_, steps, weight_, bias_, cache_seqlens, conv_state_indices, activation is not None)
+    out = causal_conv1d_update_op(state_, steps, weight_, bias_, cache_seqlens, conv_state_indices, activation is not None)
     return _library.inference_only("causal_conv1d_update", out.view(x.shape), x, conv_state, weight, bias)
 
 
@@ -209,7 +209,7 @@ causal_conv1d_bwd = _library.define(
     empty=lambda dout, dfinal_states, x, *rest: x.numel() == 0,
 )
 
-_update = _library.define(
+causal_conv1d_update_op = _library.define(
     "causal_conv1d_update",
     "causal_conv1d_update(Tensor(a!) conv_state, Tensor x, Tensor weight, Tensor? bias, Tensor? cache_seqlens, "
     "Tensor? conv_state_indices, bool silu) -> Tensor",

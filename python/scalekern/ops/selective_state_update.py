@@ -44,7 +44,7 @@ def selective_state_update(
     state_, x_, dt_, A_, B_, C_, D_, z_, bias_ = _library.detached(args)
     x_, dt_, B_, C_, z_ = (_to(t, io) for t in (x_, dt_, B_, C_, z_))
     A_, D_, bias_ = (_to(t, real) for t in (A_, D_, bias_))
-    out = _update(state_, x_, dt_, A_, B_, C_, D_, z_, bias_, state_batch_indices, dt_softplus)
+    out = selective_state_update_op(state_, x_, dt_, A_, B_, C_, D_, z_, bias_, state_batch_indices, dt_softplus)
     out = _to(out, x.dtype).view(x.shape)
     return _library.inference_only(NAME, out, state, x, dt, A, B, C, D, z, dt_bias)
 
@@ -111,7 +111,7 @@ def _empty(state, x, *rest):
     return state.numel() == 0 or x.numel() == 0
 
 
-_update = _library.define(
+selective_state_update_op = _library.define(
     NAME,
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> Tensor",

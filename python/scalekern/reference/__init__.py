@@ -2,7 +2,15 @@
 
 from scalekern.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.reference.mamba_inner import mamba_inner
+from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
 
-__all__ = ["causal_conv1d", "causal_conv1d_update", "mamba_inner", "selective_scan", "selective_state_update"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "mamba_inner",
+    "mamba_update",
+    "selective_scan",
+    "selective_state_update",
+]

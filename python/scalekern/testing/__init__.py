@@ -65,13 +65,13 @@ class Factory:
 class Spec:
     """A public op as the contract sees it.
 
-    inplace          the argument that it changes (then: no gradient)
+    inplace          positions of the arguments that it changes (then: no gradient)
     gradient_factor  times TOLERANCE for gradients, which pass through twice the rounded values of the forward; a
                      composition, which rounds between its parts as they do when called one by one, has more
     """
 
     samples: tuple[Sample, ...]
-    inplace: str | None = None
+    inplace: tuple[int, ...] = ()
     gradient_factor: float = 2
 
 

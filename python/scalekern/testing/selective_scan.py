@@ -98,6 +98,22 @@ def _inner(B, D, L, N, R, M, *, W=4, conv_bias=True, out_bias=False, rms=False, 
     return build
 
 
+def _mamba_update(B, M, D, N, R, W, K, *, biases=False, skip=True, rms=None, norm=False):
+    """K tokens of the convolution's window, R rank of the step size, M model width."""
+
+    def build(f):
+        args = (
+            f.io(B, M), f.io(B, D, K), f.param(B, D, N), f.io(2 * D, M, scale=M**-0.5), f.param(D, 1, W, scale=0.5),
+            f.param(D) if biases else None, f.io(R + 2 * N, D, scale=D**-0.5), f.io(D, R, scale=R**-0.5),
+            f.io(M, D, scale=D**-0.5), f.param(D, N, scale=0.5), f.param(D) if skip else None,
+            f.param(D, scale=0.3) if skip else None,
+        )  # fmt: skip
+        given = dict(in_proj_bias=f.io(2 * D), out_proj_bias=f.io(M)) if biases else {}
+        return args, dict(rms_eps=rms, norm_weight=f.io(M) if norm else None, norm_eps=1e-3, **given)
+
+    return build
+
+
 SPECS = {
     "selective_scan": Spec(
         (
@@ -123,7 +139,7 @@ SPECS = {
             Sample("heads", _update(2, 5, 19, H=4, G=2, tied=True)),
             Sample("indices", _update(3, 6, 8, slots=5, indices=[4, -1, 0])),
         ),
-        inplace="state",
+        inplace=(0,),
     ),
     "causal_conv1d": Spec(
         (
@@ -142,7 +158,7 @@ SPECS = {
             Sample("circular", _conv_update(3, 6, 4, 5, T=2, seen=[0, 4, 13])),
             Sample("indices", _conv_update(3, 6, 4, 3, slots=5, indices=[4, -1, 0])),
         ),
-        inplace="conv_state",
+        inplace=(1,),
     ),
     "mamba_inner": Spec(
         (
@@ -152,5 +168,14 @@ SPECS = {
             Sample("complex", _inner(1, 3, 11, 2, 2, 3, complex_A=True)),
         ),
         gradient_factor=6,  # three products, a convolution and a scan, each rounded to the io dtype
+    ),
+    "mamba_update": Spec(
+        (
+            Sample("mamba", _mamba_update(2, 35, 37, 16, 3, 4, 4, biases=True)),
+            Sample("rms", _mamba_update(1, 8, 19, 5, 2, 3, 2, rms=1e-6, norm=True)),
+            Sample("five_rows", _mamba_update(5, 16, 9, 3, 1, 2, 3, skip=False, norm=True)),
+            Sample("large_batch", _mamba_update(11, 12, 21, 3, 2, 4, 3)),
+        ),
+        inplace=(1, 2),
     ),
 }  # fmt: skip
