@@ -178,7 +178,7 @@ SPECS = {
         (
             Sample("s4", _low_rank(2, 4, 16)),
             Sample("odd", _low_rank(2, 3, 13)),
-            Sample("one", _low_rank(1, 1, 1)),
+            Sample("one", _low_rank(1, 1, 2)),
             Sample("rank_2", _low_rank(2, 3, 12, R=2)),
             Sample("all_states", _low_rank(2, 5, 9, pairs=False)),
             Sample("C", _low_rank(2, 4, 14, R=1, truncated=False)),
