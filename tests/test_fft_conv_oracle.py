@@ -195,6 +195,20 @@ def test_a_boolean_mask_hides_nan_from_outputs_and_gradients():
         assert du.masked_select(~mask[:, None]).eq(0).all() and dpregate.masked_select(~mask[:, None]).eq(0).all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_mask_of_numbers_multiplies(gated):
+    u, k, mask = randn(2, 3, 7).requires_grad_(), randn(3, 4, seed=1).requires_grad_(), randn(2, 7, seed=2)
+    pregate = randn(2, 3, 7, seed=3).requires_grad_() if gated else None
+    out = fft_conv(u, k, pregate=pregate, mask=mask)
+    leaves = [u, k, pregate] if gated else [u, k]
+    arguments = [None if x is None else x.detach() for x in (u, k, None, None, None, pregate)]
+    assert_close(out.detach(), brute(*arguments[:2], pregate=arguments[5], mask=mask), tolerance=TIGHT)
+    dout = randn(2, 3, 7, seed=4)
+    du, dk, _, _, _, dpregate, _ = fft_conv_bwd(dout, *arguments, None, mask, "causal")
+    for a, e in zip((du, dk, dpregate), torch.autograd.grad(out, leaves, dout)):
+        assert_close(a, e, tolerance=TIGHT)
+
+
 # --- streams ---
 
 
