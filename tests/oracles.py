@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 
 from scalekern.reference import depthwise_conv2d, diag_ssm, dplr_ssm, dwt2d, fft_conv
@@ -63,6 +64,15 @@ ORACLES = {
 }  # fmt: skip
 
 CASES = [(op, sample) for op, spec in family.SPECS.items() for sample in spec.samples]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For the modules that import it. The tensors are tiny: on a busy machine two threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def cases(*ops):

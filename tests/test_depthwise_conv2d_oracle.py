@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from oracles import TIGHT, cases, randn
+from oracles import TIGHT, cases, one_thread, randn  # noqa: F401
 
 from scalekern.reference.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
 from scalekern.testing import TOLERANCE, assert_close, error, upcast

@@ -9,14 +9,14 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from oracles import TIGHT, cases, randn
+from oracles import TIGHT, cases, one_thread, randn  # noqa: F401
 
 from scalekern.reference.dwt2d import MODES, WAVELETS, dwt2d, filters, idwt2d
 from scalekern.testing import TOLERANCE, assert_close, error, upcast
 
 every_wavelet = pytest.mark.parametrize("wavelet", WAVELETS)
 every_mode = pytest.mark.parametrize("mode", MODES)
-SIZES = [(1, 1), (1, 6), (2, 3), (5, 5), (8, 13), (17, 16)]
+SIZES = [(1, 1), (1, 6), (2, 3), (5, 9)]
 PYWT = 1e-11  # PyWavelets' bior4.4 is that far from a biorthogonal pair
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import CASES, ORACLES, cases, run
+from oracles import CASES, ORACLES, bound, cases, differentiable, one_thread, randn, run  # noqa: F401
 
 from scalekern.testing import TOLERANCE, assert_close, upcast
 from scalekern.testing import fft_conv as family
@@ -26,6 +26,21 @@ def test_samples_run_in_every_dtype(op, sample, dtype):
         assert torch.isfinite(expected).all()
         if expected.norm() > 1e-9:  # the details of a single pixel are zero
             assert_close(actual, expected, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("op, sample", **cases(*family.SPECS))
+def test_gradients_have_the_dtypes_and_shapes_of_their_inputs(op, sample):
+    def narrow(x):
+        return x if isinstance(x, torch.Tensor) and x.is_complex() else upcast(x, torch.bfloat16)
+
+    args, kwargs = sample.make(dtype=torch.float32)
+    args, kwargs = tuple(narrow(a) for a in args), {name: narrow(a) for name, a in kwargs.items()}
+    weights = [randn(*o.shape, seed=i).to(o.dtype) for i, o in enumerate(run(op, args, kwargs))]
+    gradients = ORACLES[op][2](weights, bound(op, args, kwargs))
+    for (name, x), g in zip(differentiable(op, args, kwargs), gradients):
+        if x is not None:
+            assert g.dtype == x.dtype and g.numel() == x.numel(), name
+            assert g.norm() > 0 or not g.numel(), name
 
 
 def test_the_options_of_fft_conv_come_present_and_absent():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.polynomial import laguerre, legendre
+from oracles import one_thread  # noqa: F401
 
 from scalekern.nn.ssm_init import MEASURES, hippo, low_rank, nplr, s4d
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from oracles import TIGHT, cases, randn
+from oracles import TIGHT, cases, one_thread, randn  # noqa: F401
 
 from scalekern.reference.diag_ssm import DSS_EPSILON, diag_ssm, diag_ssm_kernel, diag_ssm_kernel_bwd, phi, phi_slope
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel, dplr_ssm_kernel_bwd, dplr_ssm_kernel_fwd, truncate_C

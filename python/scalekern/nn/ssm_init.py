@@ -14,7 +14,7 @@ legs and lagt are exact for every N, legt and fout as N grows. state-spaces/s4 h
 window of 2): A / 2 and B / 2, which is dt / 2.
 
 Sources: LegT and LagT: Gu et al., HiPPO, 2020, section 2.3; LegS: section 3. LegS as a time-invariant system, and FouT:
-Gu et al., How to Train Your HiPPO, 2023, section 3. The low-rank form: Gu et al., S4, 2022, section 3.1 and appendix C.
+Gu et al., How to Train Your HiPPO, 2023, section 3. The low-rank form: Gu et al., S4, 2022, section 3.2 and appendix C.
 S4D-Lin and S4D-Inv: Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, 2022,
 section 4.
 """

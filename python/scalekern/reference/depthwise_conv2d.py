@@ -106,7 +106,7 @@ def merge_dilated_branches(weights, dilations, size):
     Raises:
         ValueError: a dilated filter that is larger than size, or that has no centre in it (one odd, one even).
 
-    Source: Ding et al., UniRepLKNet, 2024, section 3.1, dilated reparameterization.
+    Source: Ding et al., UniRepLKNet, 2024, section 3: the dilated reparam block.
     """
     size, total = _pair(size), 0
     for weight, dilation in zip(weights, dilations, strict=True):

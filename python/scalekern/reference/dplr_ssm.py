@@ -23,8 +23,8 @@ def dplr_ssm_kernel(Lambda, P, B, C, dt, L, *, conjugate_pairs=True, C_is_trunca
         C_is_truncated: C is already C (I - a^L), which S4 trains in place of C (`truncate_C`).
 
     Returns:
-        K (H, L) in C's real dtype. NaN if an eigenvalue Lambda_n on the imaginary axis falls on a root of unity (0 always
-        does): r_n below has a pole there that only K itself has not. S4 keeps Re(Lambda) at -1e-4 or below.
+        K (H, L) in C's real dtype. NaN if a Lambda_n on the imaginary axis falls on a root of unity, as 0 always does:
+        r_n below has a pole there, which K itself has not. S4 keeps Re(Lambda) at -1e-4 or below.
 
     With the truncated C and w_j = exp(-2 pi i j / L), f = 1 + w, r_n(w) = dt / (2 (1 - w) - f dt Lambda_n), K's Fourier
     transform is (Woodbury; the form that stays finite at w = -1)

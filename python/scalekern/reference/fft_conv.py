@@ -157,7 +157,7 @@ def toeplitz_conv(u, k, groups=None):
 def toeplitz_conv_bwd(dout, u, k, groups=None):
     """(du, dk)."""
     du, dk, *_ = fft_conv_bwd(dout, u, _ungrouped(u, k, groups), *[None] * 6, "causal")
-    return du, dk.unflatten(0, (k.shape[0], -1)).sum(1)
+    return du, dk.unflatten(0, (k.shape[0], -1)).sum(1).to(k.dtype)
 
 
 def _ungrouped(u, k, groups):
