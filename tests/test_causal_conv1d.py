@@ -434,7 +434,7 @@ def test_bad_input_is_named(case):
 @pytest.mark.skipif(INTERPRET, reason="a check of the CPU kernels")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])  # the rest of this file runs on what the machine has
 def test_every_instruction_set_level(isa):
-    chosen = "(agrees_with_the_oracle and not holes) or update_sizes or widths"
+    chosen = "(agrees_with_the_oracle and not holes) or update_sizes or widths or another_state_dtype"
     code = (
         f"import sys, pytest; from scalekern import _C; print('level', _C.cpu_isa());"
         f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/test_causal_conv1d.py',"
