@@ -13,6 +13,8 @@ from contract import (
     TRAINABLE_IDS,
     as_tuple,
     captured_calls,
+    check_forward,
+    check_gradients,
     clones,
     expected,
     floating,
@@ -26,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scalekern
 from scalekern import _library, reference, testing
-from scalekern.testing import TOLERANCE, assert_close, error
+from scalekern.testing import TOLERANCE, assert_close
 
 # The interpreter takes seconds where a kernel takes microseconds: there every sample runs once forward and backward in
 # float32, and the rest of the contract on one sample an op (the tests of the families add what is particular).
@@ -81,15 +83,7 @@ def on(place):
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_agrees_with_the_oracle(op, sample, dtype, on):
-    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=1)
-    actual = on(forward, getattr(scalekern, op), op, args, kwargs)
-    oracle = expected(op, args, kwargs)
-    eager = forward(getattr(reference, op), op, args, kwargs)
-    assert len(actual) == len(oracle)
-    for i, (a, e, plain) in enumerate(zip(actual, oracle, eager)):
-        assert a.dtype == plain.dtype and a.shape == e.shape
-        allowed = min(TOLERANCE[dtype], max(2 * error(plain, e), 1e-14 if dtype == torch.float64 else 1e-6))
-        assert_close(a, e, tolerance=allowed, what=f"output {i}")
+    check_forward(op, sample, dtype, on)
 
 
 @compiled_only
@@ -116,20 +110,7 @@ def test_a_wrong_result_would_be_seen(op, sample):
 @every_trainable
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
-    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=2)
-    _, actual = on(gradients, getattr(scalekern, op), args, kwargs)
-    _, oracle = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
-    _, eager = gradients(getattr(reference, op), args, kwargs)
-    assert set(actual) == set(oracle)
-    for name, e in oracle.items():
-        if e is None:
-            assert actual[name] is None or not actual[name].any()
-            continue
-        assert actual[name].dtype == eager[name].dtype
-        floor = 1e-13 if dtype == torch.float64 else 3e-6
-        bound = testing.specs()[op].gradient_factor * TOLERANCE[dtype]
-        allowed = min(bound, max(2 * error(eager[name], e), floor))
-        assert_close(actual[name], e, tolerance=allowed, what=f"gradient of argument {name}")
+    check_gradients(op, sample, dtype, on)
 
 
 @some_trainable
@@ -151,12 +132,23 @@ def test_gradcheck(op, sample, on):
 @compiled_only
 @every_trainable
 def test_second_order_is_refused(op, sample):
-    args, kwargs = sample.make(dtype=torch.float64, seed=3)
-    args, kwargs = clones(args, kwargs)
-    leaf = args[0].requires_grad_()
-    (grad,) = torch.autograd.grad(loss(as_tuple(getattr(scalekern, op)(*args, **kwargs))), leaf, create_graph=True)
-    with pytest.raises((NotImplementedError, RuntimeError), match="second-order|does not require grad"):
-        torch.autograd.grad(grad.sum(), leaf)
+    """By every gradient, and by the gradient that came in: they lead to the backward op, which refuses by its name."""
+    args, kwargs = clones(*sample.make(dtype=torch.float64, seed=3))
+    leaves = floating(tensors_of(args, kwargs))
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    outputs = as_tuple(getattr(scalekern, op)(*args, **kwargs))
+    incoming = [torch.ones_like(o).requires_grad_() for o in outputs]
+    grads = torch.autograd.grad(outputs, leaves.values(), incoming, create_graph=True, allow_unused=True)
+    assert any(g is not None for g in grads)
+    for name, grad, leaf in zip(leaves, grads, leaves.values()):
+        if grad is None:
+            continue
+        assert grad.requires_grad, f"the gradient of argument {name} is cut off: differentiating it is silently zero"
+        total = torch.view_as_real(grad).sum() if grad.is_complex() else grad.sum()
+        for other in (leaf, *incoming):
+            with pytest.raises(NotImplementedError, match=rf"^{op}_bwd: second-order gradients are not implemented$"):
+                torch.autograd.grad(total, other, retain_graph=True)
 
 
 @some_case
