@@ -54,6 +54,6 @@ std::vector<float> emulate_fault(const std::string& fault, int order) {
 
 }  // namespace
 
-void bind_emulator_faults(py::module_& m) { m.def("emulate_fault", &emulate_fault, py::arg("fault"), py::arg("order")); }
+void bind_emulator_faults(py::module_& m) { m.def("emulate_fault", &emulate_fault); }
 
 }  // namespace scalekern
