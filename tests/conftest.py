@@ -71,8 +71,14 @@ def places() -> list:
     return found
 
 
+def kernel_places() -> list:
+    """places() without the reference."""
+    return [place for place in places() if place.values[0][1] != "reference"]
+
+
 def pytest_generate_tests(metafunc):
-    if "place" in metafunc.fixturenames:
+    by_itself = any("place" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "place" in metafunc.fixturenames and not by_itself:
         metafunc.parametrize("place", places())
 
 

@@ -1,5 +1,7 @@
 """What test_contract.py does with every op: run it and its oracle on one sample, with gradients, and compare them."""
 
+import functools
+
 import torch
 
 import scalekern
@@ -74,12 +76,25 @@ def loss(outputs, weights=None):
     return total
 
 
+@functools.cache
+def standards(op, sample, dtype, device):
+    """(arguments, what the float64 oracle returns for them, what eager code of their dtype does)"""
+    args, kwargs = sample.make(device=device, dtype=dtype, seed=1)
+    return (args, kwargs), expected(op, args, kwargs), forward(getattr(reference, op), op, args, kwargs)
+
+
+@functools.cache
+def gradient_standards(op, sample, dtype, device):
+    """The same for gradients, by name."""
+    args, kwargs = sample.make(device=device, dtype=dtype, seed=2)
+    _, oracle = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
+    return (args, kwargs), oracle, gradients(getattr(reference, op), args, kwargs)[1]
+
+
 def check_forward(op, sample, dtype, on):
     """The outputs (and the argument changed in place) against the float64 oracle, on the backend that `on` chooses."""
-    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=1)
+    (args, kwargs), oracle, eager = standards(op, sample, dtype, on.device)
     actual = on(forward, getattr(scalekern, op), op, args, kwargs)
-    oracle = expected(op, args, kwargs)
-    eager = forward(getattr(reference, op), op, args, kwargs)
     assert len(actual) == len(oracle)
     for i, (a, e, plain) in enumerate(zip(actual, oracle, eager)):
         assert a.dtype == plain.dtype and a.shape == e.shape
@@ -90,10 +105,8 @@ def check_forward(op, sample, dtype, on):
 
 def check_gradients(op, sample, dtype, on):
     """The gradient of every floating argument against autograd of the float64 oracle."""
-    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=2)
+    (args, kwargs), oracle, eager = gradient_standards(op, sample, dtype, on.device)
     _, actual = on(gradients, getattr(scalekern, op), args, kwargs)
-    _, oracle = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
-    _, eager = gradients(getattr(reference, op), args, kwargs)
     assert set(actual) == set(oracle)
     for name, e in oracle.items():
         if e is None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import INTERPRET
+from conftest import INTERPRET, kernel_places
 from contract import (
     CASES,
     IDS,
@@ -24,6 +24,7 @@ from contract import (
     tensors_of,
     with_tensors,
 )  # fmt: skip
+from mutants import MUTANTS, NotHere, inject
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scalekern
@@ -102,6 +103,28 @@ def test_a_wrong_result_would_be_seen(op, sample):
     for mutant in mutants:
         with pytest.raises(AssertionError):
             assert_close(mutant, out, tolerance=TOLERANCE[torch.bfloat16])
+
+
+# One op's in the interpreter, which takes seconds for a call of the others.
+LOOSE = [m for m in MUTANTS if not INTERPRET or m.op == "causal_conv1d_update"]
+
+
+@pytest.mark.parametrize("mutant", LOOSE, ids=lambda m: f"{m.op}-{m.name}".replace(" ", "_"))
+@pytest.mark.parametrize("place", kernel_places())
+def test_a_defect_of_a_kernel_would_be_seen(mutant, on, monkeypatch):
+    """By the comparison that the tests above and below make, in the dtype with the widest tolerance."""
+    op = _library.OPS[mutant.op].public
+    check = {"forward": check_forward, "gradients": check_gradients}[mutant.seen_by]
+    spoiled = inject(monkeypatch, mutant)
+    for sample in testing.samples(op):
+        try:
+            check(op, sample, DTYPES[-1], on)
+        except NotHere:
+            continue
+        except AssertionError:
+            assert spoiled, "the sound kernel fails"
+            return
+    pytest.fail("no sample shows it")
 
 
 # --- 3: gradients --------------------------------------------------------------------------------------------------
