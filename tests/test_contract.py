@@ -1,7 +1,10 @@
 """Every op through the whole contract of the design: the numbers are those of scalekern.testing."""
 
+import contextlib
 import itertools
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -218,21 +221,41 @@ def test_opcheck(op, sample):
         torch.library.opcheck(overload, call_args)
 
 
-@compiled_only
-@pytest.mark.parametrize("op, sample", small(CASES, IDS))
-def test_compiles_without_a_graph_break_and_for_new_lengths(op, sample):
+needs_compiler = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="inductor needs g++")
+# Of sizes that differ from each other: equal ones would become one symbol, and a change of one of them a recompilation.
+DISTINCT = {"selective_scan": "mamba", "causal_conv1d_update": "tokens"}
+
+
+@contextlib.contextmanager
+def compiling():
+    """Every compilation anew: inductor's cache does not know this package's sources."""
     torch._dynamo.reset()
-    compiled = torch.compile(getattr(scalekern, op), fullgraph=True, dynamic=True, backend="aot_eager")
-    args, kwargs = sample.make(seed=5)
-    for _ in range(2):
-        for a, e in zip(forward(compiled, op, args, kwargs), forward(getattr(scalekern, op), op, args, kwargs)):
-            assert_close(a, e, tolerance=1e-6)
-        if not testing.specs()[op].inplace:
-            _, grads = gradients(compiled, args, kwargs)
-            _, eager = gradients(getattr(scalekern, op), args, kwargs)
-            for name, e in eager.items():
-                assert_close(grads[name], e, tolerance=1e-6, what=name)
-            args, kwargs = _longer(args, kwargs)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield torch._dynamo.config.patch(error_on_recompile=True)
+
+
+@compiled_only
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@every_op
+def test_compiles_without_a_graph_break_and_for_new_sizes(op, compiler):
+    function, inplace = getattr(scalekern, op), testing.specs()[op].inplace
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    args, kwargs = next(s for s in testing.samples(op) if s.name == DISTINCT.get(op, s.name)).make(seed=5)
+    with compiling() as never_again:
+        _compare_compiled(op, compiled, args, kwargs)
+        with never_again:
+            _compare_compiled(op, compiled, *(_more_rows if inplace else _longer)(args, kwargs))
+
+
+def _compare_compiled(op, compiled, args, kwargs):
+    function = getattr(scalekern, op)
+    for a, e in zip(forward(compiled, op, args, kwargs), forward(function, op, args, kwargs)):
+        assert_close(a, e, tolerance=1e-6)
+    if not testing.specs()[op].inplace:
+        _, grads = gradients(compiled, args, kwargs)
+        _, eager = gradients(function, args, kwargs)
+        for name, e in eager.items():
+            assert_close(grads[name], e, tolerance=1e-6, what=name)
 
 
 def _longer(args, kwargs):
@@ -243,6 +266,40 @@ def _longer(args, kwargs):
         for k, v in tensors_of(args, kwargs).items()
     }
     return with_tensors(args, kwargs, tensors)
+
+
+def _more_rows(args, kwargs):
+    """The same sample with its batch doubled."""
+    rows = args[0].shape[0]
+    tensors = {k: torch.cat([v, v * 0.5]) if v.shape[0] == rows else v for k, v in tensors_of(args, kwargs).items()}
+    return with_tensors(args, kwargs, tensors)
+
+
+@compiled_only
+@needs_compiler
+def test_inductor_fuses_what_lies_around_the_ops():
+    """Its own kernels make the ops' inputs, some of them transposed, and take their outputs, both ways."""
+
+    def mixer(x, weight, delta, A, B, C):
+        x = torch.tanh(x).transpose(1, 2)
+        x = scalekern.causal_conv1d(x * 1.5, weight, activation="silu")
+        B, C = torch.sin(B).transpose(1, 2), torch.cos(C).transpose(1, 2)
+        return scalekern.selective_scan(x, delta.transpose(1, 2) - 1, -torch.exp(A), B, C, z=x, delta_softplus=True) * x
+
+    def inputs(L):
+        generator = torch.Generator().manual_seed(L)
+        shapes = (2, L, 18), (18, 4), (2, L, 18), (18, 5), (2, L, 5), (2, L, 5)
+        return [torch.randn(shape, generator=generator) for shape in shapes]
+
+    compiled = torch.compile(mixer, fullgraph=True, dynamic=True)
+    with compiling() as never_again:
+        for L, guard in ((67, contextlib.nullcontext()), (131, never_again)):
+            with guard:
+                actual = gradients(compiled, inputs(L), {})  # (outputs, gradients)
+            wanted = gradients(mixer, inputs(L), {})
+            assert_close(actual[0][0], wanted[0][0], tolerance=1e-6)
+            for name, e in wanted[1].items():
+                assert_close(actual[1][name], e, tolerance=2e-6, what=name)
 
 
 @compiled_only
