@@ -1,12 +1,13 @@
 """CPU and CUDA kernels on tensors that reach past 2^31 elements: the same bits as on compact tensors.
 
-The tensors are views of mappings of which only the pages that hold their elements exist. One axis at a time has a stride
-of FAR elements: an offset cut to 32 bits, signed or not, lands on another element. CUDA kernels run in the emulator;
-the Triton ones are forced to 64-bit offsets in test_triton_interpret.py.
+The tensors are views of mappings of which only the pages that hold their elements exist. One axis at a time has a
+stride of FAR elements: an offset cut to 32 bits, signed or not, lands on another element. CUDA kernels run in the
+emulator; the Triton ones are forced to 64-bit offsets in test_triton_interpret.py.
 
 Shape letters: B batch, D channels, L length, N states, G groups, H heads, W filter width, S slots.
 """
 
+import functools
 import mmap
 
 import cuda_emulation as emulated
@@ -63,35 +64,44 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def scan_args(dtype, packed):
+def scan_args(dtype, packed, complex_A=False):
     B, D, L, N, G = (1, 4, 70, 5, 2) if packed else (2, 4, 70, 5, 2)
     rows = 3 if packed else B
     io = lambda *shape, seed: normal(*shape, seed=seed, dtype=dtype)
+
+    def state(*shape, seed, dtype=torch.float32):
+        x = normal(*shape, seed=seed)
+        return torch.complex(x, normal(*shape, seed=seed + 100)) if complex_A else x.to(dtype)
+
+    A = state(D, N, seed=3)
+    C = state(D, N, seed=5, dtype=dtype) if packed else state(B, G, N, L, seed=5, dtype=dtype)
     return [
-        io(B, D, L, seed=1), io(B, D, L, seed=2), -normal(D, N, seed=3).abs(), io(B, G, N, L, seed=4),
-        io(D, N, seed=5) if packed else io(B, G, N, L, seed=5), normal(D, seed=6), io(B, D, L, seed=7),
-        normal(D, seed=8), normal(rows, D, N, seed=9), torch.tensor([0, 9, 66, 70]) if packed else None, True, packed,
+        io(B, D, L, seed=1), io(B, D, L, seed=2), torch.complex(-A.real.abs(), A.imag) if complex_A else -A.abs(),
+        state(B, G, N, L, seed=4, dtype=dtype), C, normal(D, seed=6), io(B, D, L, seed=7), normal(D, seed=8),
+        state(rows, D, N, seed=9), torch.tensor([0, 9, 66, 70]) if packed else None, True, packed,
     ]  # fmt: skip
 
 
-def scan_fwd_call(dtype, packed):
-    args = [*scan_args(dtype, packed), True]
+def scan_fwd_call(dtype, packed, complex_A=False):
+    args = [*scan_args(dtype, packed, complex_A), True]
     return "selective_scan_fwd", scan._allocate_fwd(*args), args, (2,)  # checkpoints are dense
 
 
-def scan_bwd_call(dtype, packed):
-    args = scan_args(dtype, packed)
+def scan_bwd_call(dtype, packed, complex_A=False):
+    args = scan_args(dtype, packed, complex_A)
     out, last, checkpoints = scan.selective_scan_fwd(*args, True)
-    args = [normal(*out.shape, seed=20, dtype=dtype), normal(*last.shape, seed=21), *args[:10], checkpoints, *args[10:]]
+    dlast = last.roll(1, -1)
+    args = [normal(*out.shape, seed=20, dtype=dtype), dlast, *args[:10], checkpoints, *args[10:]]
     return "selective_scan_bwd", scan._allocate_bwd(*args), args, (9 + 12,)
 
 
 def conv_args(dtype, packed):
     B, D, L, W = (1, 4, 70, 4) if packed else (2, 4, 70, 4)
     ids = None if packed else torch.tensor([[0] * 30 + [-1] * 2 + [1] * 38, [2] * 70], dtype=torch.int32)
+    bounds, rows = (torch.tensor([0, 9, 66, 70]), 3) if packed else (None, B)
     return [
-        normal(B, D, L, seed=1, dtype=dtype), normal(D, W, seed=2), normal(D, seed=3), ids,
-        torch.tensor([0, 9, 66, 70]) if packed else None, normal(3 if packed else B, D, W - 1, seed=4, dtype=dtype), True,
+        normal(B, D, L, seed=1, dtype=dtype), normal(D, W, seed=2), normal(D, seed=3), ids, bounds,
+        normal(rows, D, W - 1, seed=4, dtype=dtype), True,
     ]  # fmt: skip
 
 
@@ -130,6 +140,8 @@ def state_update_call(dtype, heads):
 CALLS = {
     "scan_fwd": scan_fwd_call, "scan_bwd": scan_bwd_call, "conv_fwd": conv_fwd_call, "conv_bwd": conv_bwd_call,
     "conv_update": conv_update_call, "state_update": state_update_call,
+    "complex_scan_fwd": functools.partial(scan_fwd_call, complex_A=True),
+    "complex_scan_bwd": functools.partial(scan_bwd_call, complex_A=True),
 }  # fmt: skip
 
 
@@ -138,6 +150,8 @@ def fill_cpu(name, outputs, args):
 
 
 FILL = {"cpu": fill_cpu, "cuda": emulated.fill}
+KERNELS = [(kernels, call) for kernels in FILL for call in CALLS if kernels == "cpu" or "complex" not in call]
+every_kernel = pytest.mark.parametrize("kernels, call", KERNELS, ids=map("-".join, KERNELS))
 
 
 def results(call, lay, beyond, kernels, wrong=None):
@@ -192,8 +206,7 @@ def _address_space():
 
 @pytest.mark.parametrize("variant", [False, True], ids=["plain", "variant"])
 @pytest.mark.parametrize("beyond", BEYOND)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kernels", FILL)
+@every_kernel
 def test_strides_past_32_bits(kernels, call, beyond, variant):
     """Every tensor, outputs included. Variants: packed and in reverse, circular, with heads."""
     needs(kernels)
@@ -204,8 +217,7 @@ def test_strides_past_32_bits(kernels, call, beyond, variant):
         assert same_bits(near, apart)
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kernels", FILL)
+@every_kernel
 def test_a_wrapped_stride_would_be_seen(kernels, call):
     """Of each tensor by itself; in the emulator, which is slow, of all at once."""
     needs(kernels)
