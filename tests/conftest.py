@@ -1,5 +1,6 @@
 """Shared by all tests: uninitialized memory is poisoned, threads are fixed, backends are told apart."""
 
+import contextlib
 import os
 import warnings
 
@@ -18,6 +19,7 @@ def pytest_configure(config):
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(2)
+    torch.backends.cudnn.allow_tf32 = False  # eager float32 is what kernels are measured against
     warnings.filterwarnings("ignore", message=".*running the slow reference.*")
 
 
@@ -71,17 +73,28 @@ def places() -> list:
     return found
 
 
+def kernel_places() -> list:
+    """places() without the reference."""
+    return [place for place in places() if place.values[0][1] != "reference"]
+
+
 def pytest_generate_tests(metafunc):
-    if "place" in metafunc.fixturenames:
+    by_itself = any("place" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "place" in metafunc.fixturenames and not by_itself:
         metafunc.parametrize("place", places())
+
+
+def tensors_on(device):
+    """What is created without a word about its device lies on this one, within the block."""
+    return contextlib.nullcontext() if device == "cpu" else torch.device(device)
 
 
 @pytest.fixture
 def any_backend(place):
-    """The backend's name alone, for tests on CPU tensors."""
-    if place[0] != "cpu":
-        pytest.skip("on CPU tensors only; the same kernels are tested on the device by the contract")
-    return place[1]
+    """The backend's name alone; the tensors that the test creates lie on the place's device."""
+    device, backend = place
+    with tensors_on(device):
+        yield backend
 
 
 @pytest.fixture(autouse=True)

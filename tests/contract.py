@@ -1,4 +1,6 @@
-"""What test_contract.py does with every op: run it and its oracle on one sample, with gradients."""
+"""What test_contract.py does with every op: run it and its oracle on one sample, with gradients, and compare them."""
+
+import functools
 
 import torch
 
@@ -71,9 +73,47 @@ def loss(outputs, weights=None):
     return total
 
 
-def tolerance(dtype, actual_dtype):
-    """Outputs in a wider dtype than the inputs (states of half inputs) still carry the inputs' rounding once."""
-    return testing.TOLERANCE[dtype]
+@functools.cache
+def standards(op, sample, dtype, device):
+    """(arguments, what the float64 oracle returns for them, what eager code of their dtype does)"""
+    args, kwargs = sample.make(device=device, dtype=dtype, seed=1)
+    return (args, kwargs), expected(op, args, kwargs), forward(getattr(reference, op), op, args, kwargs)
+
+
+@functools.cache
+def gradient_standards(op, sample, dtype, device):
+    """The same for gradients, by name."""
+    args, kwargs = sample.make(device=device, dtype=dtype, seed=2)
+    _, oracle = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
+    return (args, kwargs), oracle, gradients(getattr(reference, op), args, kwargs)[1]
+
+
+def check_forward(op, sample, dtype, on):
+    """The outputs (and the argument changed in place) against the float64 oracle, on the backend that `on` chooses."""
+    (args, kwargs), oracle, eager = standards(op, sample, dtype, on.device)
+    actual = on(forward, getattr(scalekern, op), op, args, kwargs)
+    assert len(actual) == len(oracle)
+    for i, (a, e, plain) in enumerate(zip(actual, oracle, eager)):
+        assert a.dtype == plain.dtype and a.shape == e.shape
+        floor = 1e-14 if dtype == torch.float64 else 1e-6
+        allowed = min(testing.TOLERANCE[dtype], max(2 * testing.error(plain, e), floor))
+        testing.assert_close(a, e, tolerance=allowed, what=f"output {i}")
+
+
+def check_gradients(op, sample, dtype, on):
+    """The gradient of every floating argument against autograd of the float64 oracle."""
+    (args, kwargs), oracle, eager = gradient_standards(op, sample, dtype, on.device)
+    _, actual = on(gradients, getattr(scalekern, op), args, kwargs)
+    assert set(actual) == set(oracle)
+    for name, e in oracle.items():
+        if e is None:
+            assert actual[name] is None or not actual[name].any()
+            continue
+        assert actual[name].dtype == eager[name].dtype
+        floor = 1e-13 if dtype == torch.float64 else 3e-6
+        bound = testing.specs()[op].gradient_factor * testing.TOLERANCE[dtype]
+        allowed = min(bound, max(2 * testing.error(eager[name], e), floor))
+        testing.assert_close(actual[name], e, tolerance=allowed, what=f"gradient of argument {name}")
 
 
 def captured_calls(op, args, kwargs):

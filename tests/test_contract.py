@@ -1,11 +1,14 @@
 """Every op through the whole contract of the design: the numbers are those of scalekern.testing."""
 
+import contextlib
 import itertools
+import os
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import INTERPRET
+from conftest import INTERPRET, kernel_places
 from contract import (
     CASES,
     IDS,
@@ -13,6 +16,8 @@ from contract import (
     TRAINABLE_IDS,
     as_tuple,
     captured_calls,
+    check_forward,
+    check_gradients,
     clones,
     expected,
     floating,
@@ -22,11 +27,12 @@ from contract import (
     tensors_of,
     with_tensors,
 )  # fmt: skip
+from mutants import MUTANTS, NotHere, inject
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scalekern
 from scalekern import _library, reference, testing
-from scalekern.testing import TOLERANCE, assert_close, error
+from scalekern.testing import TOLERANCE, assert_close
 
 # The interpreter takes seconds where a kernel takes microseconds: there every sample runs once forward and backward in
 # float32, and the rest of the contract on one sample an op (the tests of the families add what is particular).
@@ -81,15 +87,7 @@ def on(place):
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_agrees_with_the_oracle(op, sample, dtype, on):
-    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=1)
-    actual = on(forward, getattr(scalekern, op), op, args, kwargs)
-    oracle = expected(op, args, kwargs)
-    eager = forward(getattr(reference, op), op, args, kwargs)
-    assert len(actual) == len(oracle)
-    for i, (a, e, plain) in enumerate(zip(actual, oracle, eager)):
-        assert a.dtype == plain.dtype and a.shape == e.shape
-        allowed = min(TOLERANCE[dtype], max(2 * error(plain, e), 1e-14 if dtype == torch.float64 else 1e-6))
-        assert_close(a, e, tolerance=allowed, what=f"output {i}")
+    check_forward(op, sample, dtype, on)
 
 
 @compiled_only
@@ -110,26 +108,35 @@ def test_a_wrong_result_would_be_seen(op, sample):
             assert_close(mutant, out, tolerance=TOLERANCE[torch.bfloat16])
 
 
+# One op's in the interpreter, which takes seconds for a call of the others.
+LOOSE = [m for m in MUTANTS if not INTERPRET or m.op == "causal_conv1d_update"]
+
+
+@pytest.mark.parametrize("mutant", LOOSE, ids=lambda m: f"{m.op}-{m.name}".replace(" ", "_"))
+@pytest.mark.parametrize("place", kernel_places())
+def test_a_defect_of_a_kernel_would_be_seen(mutant, on, monkeypatch):
+    """By the comparison that the tests above and below make, in the dtype with the widest tolerance."""
+    op = _library.OPS[mutant.op].public
+    check = {"forward": check_forward, "gradients": check_gradients}[mutant.seen_by]
+    spoiled = inject(monkeypatch, mutant)
+    for sample in testing.samples(op):
+        try:
+            check(op, sample, DTYPES[-1], on)
+        except NotHere:
+            continue
+        except AssertionError:
+            assert spoiled, "the sound kernel fails"
+            return
+    pytest.fail("no sample shows it")
+
+
 # --- 3: gradients --------------------------------------------------------------------------------------------------
 
 
 @every_trainable
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
-    args, kwargs = sample.make(device=on.device, dtype=dtype, seed=2)
-    _, actual = on(gradients, getattr(scalekern, op), args, kwargs)
-    _, oracle = gradients(getattr(reference, op), *clones(args, kwargs, torch.float64))
-    _, eager = gradients(getattr(reference, op), args, kwargs)
-    assert set(actual) == set(oracle)
-    for name, e in oracle.items():
-        if e is None:
-            assert actual[name] is None or not actual[name].any()
-            continue
-        assert actual[name].dtype == eager[name].dtype
-        floor = 1e-13 if dtype == torch.float64 else 3e-6
-        bound = testing.specs()[op].gradient_factor * TOLERANCE[dtype]
-        allowed = min(bound, max(2 * error(eager[name], e), floor))
-        assert_close(actual[name], e, tolerance=allowed, what=f"gradient of argument {name}")
+    check_gradients(op, sample, dtype, on)
 
 
 @some_trainable
@@ -151,12 +158,23 @@ def test_gradcheck(op, sample, on):
 @compiled_only
 @every_trainable
 def test_second_order_is_refused(op, sample):
-    args, kwargs = sample.make(dtype=torch.float64, seed=3)
-    args, kwargs = clones(args, kwargs)
-    leaf = args[0].requires_grad_()
-    (grad,) = torch.autograd.grad(loss(as_tuple(getattr(scalekern, op)(*args, **kwargs))), leaf, create_graph=True)
-    with pytest.raises((NotImplementedError, RuntimeError), match="second-order|does not require grad"):
-        torch.autograd.grad(grad.sum(), leaf)
+    """By every gradient, and by the gradient that came in: they lead to the backward op, which refuses by its name."""
+    args, kwargs = clones(*sample.make(dtype=torch.float64, seed=3))
+    leaves = floating(tensors_of(args, kwargs))
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    outputs = as_tuple(getattr(scalekern, op)(*args, **kwargs))
+    incoming = [torch.ones_like(o).requires_grad_() for o in outputs]
+    grads = torch.autograd.grad(outputs, leaves.values(), incoming, create_graph=True, allow_unused=True)
+    assert any(g is not None for g in grads)
+    for name, grad, leaf in zip(leaves, grads, leaves.values()):
+        if grad is None:
+            continue
+        assert grad.requires_grad, f"the gradient of argument {name} is cut off: differentiating it is silently zero"
+        total = torch.view_as_real(grad).sum() if grad.is_complex() else grad.sum()
+        for other in (leaf, *incoming):
+            with pytest.raises(NotImplementedError, match=rf"^{op}_bwd: second-order gradients are not implemented$"):
+                torch.autograd.grad(total, other, retain_graph=True)
 
 
 @some_case
@@ -202,21 +220,41 @@ def test_opcheck(op, sample):
         torch.library.opcheck(overload, call_args)
 
 
-@compiled_only
-@pytest.mark.parametrize("op, sample", small(CASES, IDS))
-def test_compiles_without_a_graph_break_and_for_new_lengths(op, sample):
+needs_compiler = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="inductor needs g++")
+# Of sizes that differ from each other: equal ones would become one symbol, and a change of one of them a recompilation.
+DISTINCT = {"selective_scan": "mamba", "causal_conv1d_update": "tokens"}
+
+
+@contextlib.contextmanager
+def compiling():
+    """Every compilation anew: inductor's cache does not know this package's sources."""
     torch._dynamo.reset()
-    compiled = torch.compile(getattr(scalekern, op), fullgraph=True, dynamic=True, backend="aot_eager")
-    args, kwargs = sample.make(seed=5)
-    for _ in range(2):
-        for a, e in zip(forward(compiled, op, args, kwargs), forward(getattr(scalekern, op), op, args, kwargs)):
-            assert_close(a, e, tolerance=1e-6)
-        if not testing.specs()[op].inplace:
-            _, grads = gradients(compiled, args, kwargs)
-            _, eager = gradients(getattr(scalekern, op), args, kwargs)
-            for name, e in eager.items():
-                assert_close(grads[name], e, tolerance=1e-6, what=name)
-            args, kwargs = _longer(args, kwargs)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield torch._dynamo.config.patch(error_on_recompile=True)
+
+
+@compiled_only
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@every_op
+def test_compiles_without_a_graph_break_and_for_new_sizes(op, compiler):
+    function, inplace = getattr(scalekern, op), testing.specs()[op].inplace
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    args, kwargs = next(s for s in testing.samples(op) if s.name == DISTINCT.get(op, s.name)).make(seed=5)
+    with compiling() as never_again:
+        _compare_compiled(op, compiled, args, kwargs)
+        with never_again:
+            _compare_compiled(op, compiled, *(_more_rows if inplace else _longer)(args, kwargs))
+
+
+def _compare_compiled(op, compiled, args, kwargs):
+    function = getattr(scalekern, op)
+    for a, e in zip(forward(compiled, op, args, kwargs), forward(function, op, args, kwargs)):
+        assert_close(a, e, tolerance=1e-6)
+    if not testing.specs()[op].inplace:
+        _, grads = gradients(compiled, args, kwargs)
+        _, eager = gradients(function, args, kwargs)
+        for name, e in eager.items():
+            assert_close(grads[name], e, tolerance=1e-6, what=name)
 
 
 def _longer(args, kwargs):
@@ -227,6 +265,40 @@ def _longer(args, kwargs):
         for k, v in tensors_of(args, kwargs).items()
     }
     return with_tensors(args, kwargs, tensors)
+
+
+def _more_rows(args, kwargs):
+    """The same sample with its batch doubled."""
+    rows = args[0].shape[0]
+    tensors = {k: torch.cat([v, v * 0.5]) if v.shape[0] == rows else v for k, v in tensors_of(args, kwargs).items()}
+    return with_tensors(args, kwargs, tensors)
+
+
+@compiled_only
+@needs_compiler
+def test_inductor_fuses_what_lies_around_the_ops():
+    """Its own kernels make the ops' inputs, some of them transposed, and take their outputs, both ways."""
+
+    def mixer(x, weight, delta, A, B, C):
+        x = torch.tanh(x).transpose(1, 2)
+        x = scalekern.causal_conv1d(x * 1.5, weight, activation="silu")
+        B, C = torch.sin(B).transpose(1, 2), torch.cos(C).transpose(1, 2)
+        return scalekern.selective_scan(x, delta.transpose(1, 2) - 1, -torch.exp(A), B, C, z=x, delta_softplus=True) * x
+
+    def inputs(L):
+        generator = torch.Generator().manual_seed(L)
+        shapes = (2, L, 18), (18, 4), (2, L, 18), (18, 5), (2, L, 5), (2, L, 5)
+        return [torch.randn(shape, generator=generator) for shape in shapes]
+
+    compiled = torch.compile(mixer, fullgraph=True, dynamic=True)
+    with compiling() as never_again:
+        for L, guard in ((67, contextlib.nullcontext()), (131, never_again)):
+            with guard:
+                actual = gradients(compiled, inputs(L), {})  # (outputs, gradients)
+            wanted = gradients(mixer, inputs(L), {})
+            assert_close(actual[0][0], wanted[0][0], tolerance=1e-6)
+            for name, e in wanted[1].items():
+                assert_close(actual[1][name], e, tolerance=2e-6, what=name)
 
 
 @compiled_only
@@ -352,10 +424,11 @@ def test_an_expanded_gradient_is_read_in_place(op, sample, on):
 
 
 @every_op
-def test_empty_axes(op, any_backend):
+def test_empty_axes(op, place):
     """Every axis at size 0, wherever the op itself accepts it: outputs and gradients exist and are finite."""
+    device, backend = place
     sample = testing.samples(op)[0]
-    args, kwargs = sample.make(seed=10)
+    args, kwargs = sample.make(device=device, seed=10)
     sizes = {s for t in tensors_of(args, kwargs).values() for s in t.shape}
     tried = 0
     for size in sizes:
@@ -364,7 +437,7 @@ def test_empty_axes(op, any_backend):
             for k, v in tensors_of(args, kwargs).items()
         })  # fmt: skip
         try:
-            with scalekern.backend(any_backend):
+            with scalekern.backend(backend):
                 outputs = as_tuple(getattr(scalekern, op)(*both[0], **both[1]))
         except ValueError as refused:
             assert str(refused).startswith(op), refused
@@ -373,7 +446,7 @@ def test_empty_axes(op, any_backend):
         for a, e in zip(outputs, as_tuple(getattr(reference, op)(*clones(*both)[0], **clones(*both)[1]))):
             assert torch.equal(a, e)
         if not testing.specs()[op].inplace:
-            with scalekern.backend(any_backend):
+            with scalekern.backend(backend):
                 _, grads = gradients(getattr(scalekern, op), *both)
             assert all(g is None or torch.isfinite(g).all() for g in grads.values())
     assert tried >= 1

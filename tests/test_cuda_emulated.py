@@ -295,3 +295,53 @@ def test_the_largest_states_that_are_taken():
     args = scan_inputs(B=1, D=2, L=9, N=512)
     want = selective_scan_fwd(*doubled(args), True)
     assert_all_close(emulated.selective_scan_fwd(*args, True), want, ("out", "last_state", "checkpoints"), 2e-6)
+
+
+# --- the emulator's own detectors: bind_emulator_faults.cpp rotates 128 numbers, with a defect by choice ---
+
+ROTATED = [*range(1, 128), 0]
+
+
+def rotate(fault, order):
+    from scalekern import _C
+
+    return _C.emulate_fault(fault, emulated.ORDERS[order])
+
+
+@pytest.mark.parametrize("order", emulated.ORDERS)
+@pytest.mark.parametrize("sound", ["", "copy"])
+def test_the_emulator_lets_a_sound_kernel_pass(sound, order):
+    assert rotate(sound, order) == ROTATED
+
+
+@pytest.mark.parametrize("order", emulated.ORDERS)
+@pytest.mark.parametrize(
+    "fault, spoiled",
+    [
+        ("element is not written", {4}),  # its neighbour reads poison
+        ("copy is not waited for", set(range(128))),
+    ],
+)
+def test_the_emulator_poisons_shared_memory(fault, spoiled, order):
+    assert {i for i, x in enumerate(rotate(fault, order)) if x != x} == spoiled
+
+
+def test_the_emulator_shows_a_missing_barrier_in_every_order():
+    """A thread that reads its right neighbour's element too early: nearly all do, only the last one, or some."""
+    poisoned = {order: sum(x != x for x in rotate("no barrier", order)) for order in emulated.ORDERS}
+    assert poisoned["rising"] == 127 and poisoned["falling"] == 1 and 1 < poisoned["shuffled"] < 127, poisoned
+
+
+@pytest.mark.parametrize("order", emulated.ORDERS)
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("barrier skipped by a thread", "a barrier or shuffle that not every thread reaches"),
+        ("write past the end", "a write past the end of shared memory"),
+        ("copy is misaligned", "misaligned asynchronous copy"),
+    ],
+)
+def test_the_emulator_refuses(fault, message, order):
+    with pytest.raises(RuntimeError, match=message):
+        rotate(fault, order)
+    assert rotate("", order) == ROTATED  # and is sound afterwards

@@ -5,38 +5,49 @@
 
 namespace {
 
-// kLanes<F> consecutive elements, converted.
+// kLanes<F> consecutive elements of a storage type, widened.
 template <class F, class S>
-static inline Vec<F> load_row(const S* p) {
+static inline Vec<F> load_as(const S* p) {
+  if constexpr (__is_same(S, F)) return load(p);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (sizeof(S) == 2 && sizeof(F) == 4) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if constexpr (__is_same(S, f16)) return (Vec<F>)_mm512_cvtph_ps(raw);
     else return (Vec<F>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
   }
 #elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (sizeof(S) == 2 && sizeof(F) == 4) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (__is_same(S, f16)) return (Vec<F>)_mm256_cvtph_ps(raw);
     else return (Vec<F>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
   }
 #endif
-  if constexpr (__is_same(S, F)) return load(p);
   F lanes[kLanes<F>];
   for (int i = 0; i < kLanes<F>; ++i) lanes[i] = to_float(p[i]);
   return load(lanes);
 }
 
+typedef uint16_t Halves __attribute__((vector_size(SCALEKERN_VEC_BYTES / 2)));  // as many as floats in a vector
+typedef uint32_t Words __attribute__((vector_size(SCALEKERN_VEC_BYTES)));
+
+// The same back, rounded to nearest even; bf16 in registers: a loop over from_float goes through memory in GCC 12.
 template <class F, class S>
-static inline void store_row(S* p, Vec<F> v) {
+static inline void store_as(S* p, Vec<F> v) {
   if constexpr (__is_same(S, F)) return store(p, v);
+  if constexpr (__is_same(S, bf16) && sizeof(F) == 4) {
+    const Words bits = Words(v), high = bits >> 16;
+    const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
+    const Halves h = __builtin_convertvector(v != v ? high | 0x40 : rounded, Halves);
+    __builtin_memcpy(p, &h, sizeof h);
+    return;
+  }
 #if defined(__AVX512F__)
-  if constexpr (__is_same(S, f16)) {
+  if constexpr (__is_same(S, f16) && sizeof(F) == 4) {
     const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
   }
 #elif defined(__AVX2__)
-  if constexpr (__is_same(S, f16)) {
+  if constexpr (__is_same(S, f16) && sizeof(F) == 4) {
     const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
   }
@@ -101,14 +112,14 @@ static void load_tile(
   if (lanes == W && lane_stride == 1) {
     for (; row < rows; ++row) {
       __builtin_prefetch(p + row * row_stride + 64 / int64_t(sizeof(S)), 0);  // what the next lanes of the row will want
-      store(tile + row * pitch, load_row<F>(p + row * row_stride));
+      store(tile + row * pitch, load_as<F>(p + row * row_stride));
     }
   } else if (lanes == W && (row_stride == 1 || row_stride == -1) && lane_stride != 0) {
     const bool up = row_stride == 1;
     for (; row + W <= rows; row += W) {
       Vec<F> v[W];
       const S* first = up ? p + row : p - row - (W - 1);
-      for (int i = 0; i < W; ++i) v[i] = load_row<F>(first + i * lane_stride);
+      for (int i = 0; i < W; ++i) v[i] = load_as<F>(first + i * lane_stride);
       transpose<F>(v);
       for (int i = 0; i < W; ++i) store(tile + (row + (up ? i : W - 1 - i)) * pitch, v[i]);
     }
@@ -126,7 +137,7 @@ static void store_tile(
   if (lanes == W && lane_stride == 1) {
     for (; row < rows; ++row) {
       __builtin_prefetch(p + row * row_stride + 64 / int64_t(sizeof(S)), 1);
-      store_row<F>(p + row * row_stride, load(tile + row * pitch));
+      store_as<F>(p + row * row_stride, load(tile + row * pitch));
     }
   } else if (lanes == W && (row_stride == 1 || row_stride == -1)) {
     const bool up = row_stride == 1;
@@ -135,7 +146,7 @@ static void store_tile(
       for (int i = 0; i < W; ++i) v[i] = load(tile + (row + (up ? i : W - 1 - i)) * pitch);
       transpose<F>(v);
       S* first = up ? p + row : p - row - (W - 1);
-      for (int i = 0; i < W; ++i) store_row<F>(first + i * lane_stride, v[i]);
+      for (int i = 0; i < W; ++i) store_as<F>(first + i * lane_stride, v[i]);
     }
   }
   for (; row < rows; ++row)

@@ -20,36 +20,6 @@ static inline void zero(F* p, int64_t count) {
   if (count > 0) __builtin_memset(p, 0, size_t(count) * sizeof(F));
 }
 
-// One vector of a storage type, widened.
-template <class F, class T>
-static inline Vec<F> load_as(const T* p) {
-  if constexpr (sizeof(F) == 8 && sizeof(T) == 2) {  // the intrinsics of load_row make floats
-    F lanes[kLanes<F>];
-    for (int i = 0; i < kLanes<F>; ++i) lanes[i] = to_float(p[i]);
-    return load(lanes);
-  } else {
-    return load_row<F>(p);
-  }
-}
-
-typedef uint16_t Halves __attribute__((vector_size(SCALEKERN_VEC_BYTES / 2)));  // as many as floats in a vector
-typedef uint32_t Words __attribute__((vector_size(SCALEKERN_VEC_BYTES)));
-
-// The same back, rounded to nearest even; bf16 in registers: a loop over from_float goes through memory in GCC 12.
-template <class F, class T>
-static inline void store_as(T* p, Vec<F> v) {
-  if constexpr (__is_same(T, bf16) && __is_same(F, float)) {
-    const Words bits = Words(v), high = bits >> 16;
-    const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
-    const Halves h = __builtin_convertvector(v != v ? high | 0x40 : rounded, Halves);
-    __builtin_memcpy(p, &h, sizeof h);
-  } else if constexpr (sizeof(F) == 8 && sizeof(T) == 2) {
-    for (int i = 0; i < kLanes<F>; ++i) from_float(p[i], v[i]);
-  } else {
-    store_row<F>(p, v);
-  }
-}
-
 // dst[i] = src[i * stride], widened.
 template <class T, class F>
 static inline void widen(F* __restrict dst, const T* __restrict src, int64_t stride, int64_t count) {

@@ -43,7 +43,7 @@ class Factory:
         return self._randn(shape, scale).to(self.param_dtype).to(self.device)
 
     def positive(self, *shape, low=0.2, high=1.2):
-        uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return (low + (high - low) * uniform).to(self.param_dtype).to(self.device)
 
     def complex(self, *shape, scale=1.0):
@@ -54,9 +54,9 @@ class Factory:
 
     def _randn(self, shape, scale):
         # A scale of its own for every slice of the first two axes, so that a permuted channel or group is seen.
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * scale
         for axis in range(min(2, len(shape))):
-            lead = 0.5 + torch.rand(shape[axis], generator=self.generator, dtype=torch.float64)
+            lead = 0.5 + torch.rand(shape[axis], generator=self.generator, dtype=torch.float64, device="cpu")
             x = x * lead.reshape([-1 if i == axis else 1 for i in range(len(shape))])
         return x
 

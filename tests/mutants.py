@@ -1,0 +1,247 @@
+"""Defects that a kernel could have, made out of a sound one: by other arguments, or by a change of what it returns.
+
+test_contract.py lets each of them loose on a backend's kernel and holds the contract's own comparison to seeing it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from scalekern import _dispatch, _library
+
+
+class NotHere(Exception):
+    """Comes out of a call that has nothing which the defect could spoil."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """`defect(run, args)` stands in for the kernel of the registered op: args by name, run(args) the sound kernel."""
+
+    op: str
+    name: str
+    defect: Callable
+    seen_by: str = "forward"  # or "gradients"
+
+
+def inject(monkeypatch, mutant: Mutant) -> list:
+    """Put the defect in; the list grows with each call that it spoils, others raise NotHere."""
+    select, spoiled = _dispatch.select, []
+    names = [a.name for a in _library.OPS[mutant.op].overload._schema.arguments]
+
+    def select_mutant(op, backends, device, args):
+        chosen = select(op, backends, device, args)
+
+        def run(*values):
+            outputs = mutant.defect(lambda args: chosen.run(*args.values()), dict(zip(names, values)))
+            spoiled.append(op)
+            return outputs
+
+        return dataclasses.replace(chosen, run=run) if op == mutant.op else chosen
+
+    monkeypatch.setattr(_dispatch, "select", select_mutant)
+    return spoiled
+
+
+# --- kinds of defects ---
+
+
+def given(**changes):
+    """The kernel computes with changed arguments; one that is absent cannot be changed."""
+
+    def defect(run, args):
+        if any(args[name] is None for name in changes):
+            raise NotHere
+        return run({**args, **{name: change(args[name]) for name, change in changes.items()}})
+
+    return defect
+
+
+def output(number, change):
+    """The kernel returns a changed output."""
+
+    def defect(run, args):
+        outputs = run(args)
+        if isinstance(outputs, torch.Tensor):
+            return change(outputs)
+        if outputs[number].numel() == 0:
+            raise NotHere
+        return *outputs[:number], change(outputs[number]), *outputs[number + 1 :]
+
+    return defect
+
+
+def state(name, change):
+    """The kernel leaves something else in the argument that it changes in place: change(before, after)."""
+
+    def defect(run, args):
+        before = args[name].clone()
+        out = run(args)
+        args[name].copy_(change(before, args[name].clone()))
+        return out
+
+    return defect
+
+
+def ignored(*names):
+    return {f"{name} ignored": given(**{name: torch.zeros_like}) for name in names}
+
+
+def flipped(*flags):
+    return {f"{flag} flipped": given(**{flag: lambda value: not value}) for flag in flags}
+
+
+def swapped(axis):
+    """The first two slices trade places."""
+
+    def change(x):
+        if x.dim() <= axis or x.shape[axis] < 2:
+            raise NotHere
+        rest = range(2, x.shape[axis])
+        return x.index_select(axis, torch.tensor([1, 0, *rest], device=x.device))
+
+    return change
+
+
+def zeroed(axis, index):
+    """One slice was never computed."""
+
+    def change(x):
+        if x.dim() == 0 or x.shape[axis] <= (index if index >= 0 else -1 - index):
+            raise NotHere
+        x = x.clone()
+        x.select(axis, index).zero_()
+        return x
+
+    return change
+
+
+def halved(x):
+    """Half of what is summed is lost."""
+    return x * 0.5
+
+
+def shifted(axis, by=1):
+    return lambda x: x.roll(by, axis)
+
+
+def no_gate(z):
+    return torch.full_like(z, 1.2784645)  # silu is 1 here
+
+
+def boundary_moved(cu):
+    cu = cu.clone()
+    cu[1] += 1
+    return cu
+
+
+# --- of every op ---
+
+FORWARD = {
+    "selective_scan_fwd": {
+        "two channels swapped": output(0, swapped(1)),
+        "last token not computed": output(0, zeroed(2, -1)),
+        "last token of a tile not computed": output(0, zeroed(2, 63)),
+        "last state of another row": output(1, swapped(0)),
+        **ignored("D", "delta_bias", "initial_state"),
+        "z ignored": given(z=no_gate),
+        **flipped("delta_softplus", "reverse"),
+        "two groups of B swapped": given(B=swapped(1)),
+        "two groups of C swapped": given(C=swapped(1)),
+        "last state's term dropped": given(C=zeroed(2, -1)),
+        "sequence boundary off by one": given(cu_seqlens=boundary_moved),
+    },
+    "selective_state_update": {
+        "two channels swapped": output(0, swapped(2)),
+        "last channel not computed": output(0, zeroed(2, -1)),
+        "state not written": state("state", lambda before, after: before),
+        "state of another slot": state("state", lambda before, after: after.roll(1, 0)),
+        **ignored("D", "dt_bias", "state"),
+        "z ignored": given(z=no_gate),
+        **flipped("dt_softplus"),
+        "two groups of B swapped": given(B=swapped(1)),
+        "two groups of C swapped": given(C=swapped(1)),
+        "slots in another order": given(state_batch_indices=lambda slots: slots.flip(0)),
+    },
+    "causal_conv1d_fwd": {
+        "two channels swapped": output(0, swapped(1)),
+        "last token not computed": output(0, zeroed(2, -1)),
+        "final states shifted": output(1, shifted(2)),
+        "taps shifted": given(weight=shifted(1)),
+        "oldest tap dropped": given(weight=zeroed(1, 0)),
+        **ignored("bias", "initial_states"),
+        **flipped("silu"),
+        "runs joined": given(seq_idx=lambda ids: torch.where(ids < 0, ids, 0)),
+        "padding computed": given(seq_idx=lambda ids: ids.clamp(min=0)),
+        "sequence boundary off by one": given(cu_seqlens=boundary_moved),
+    },
+    "causal_conv1d_update": {
+        "two channels swapped": output(0, swapped(1)),
+        "taps shifted": given(weight=shifted(1)),
+        "oldest tap dropped": given(weight=zeroed(1, 0)),
+        "state not written": state("conv_state", lambda before, after: before),
+        "state shifted": state("conv_state", lambda before, after: after.roll(1, 2)),
+        **ignored("bias", "conv_state"),
+        **flipped("silu"),
+        "place in the circular state off by one": given(cache_seqlens=lambda seen: seen + 1),
+        "slots in another order": given(conv_state_indices=lambda slots: slots.flip(0)),
+    },
+    "mamba_inner_fwd": {
+        "two rows swapped": output(0, swapped(0)),
+        "last token not computed": output(0, zeroed(1, -1)),
+        "x and gate swapped": given(xz=lambda xz: xz.roll(xz.shape[1] // 2, 1)),
+        "taps shifted": given(conv1d_weight=shifted(1)),
+        **ignored("conv1d_bias", "D", "delta_bias", "out_proj_bias"),
+        **flipped("delta_softplus"),
+        **{f"{name} ignored": given(**{name: torch.ones_like}) for name in ("b_rms_weight", "dt_rms_weight")},
+    },
+}
+
+GRADIENTS = {
+    "selective_scan_fwd": {"a checkpoint not saved": output(2, zeroed(1, 1))},
+    "selective_scan_bwd": {
+        "two channels of du swapped": output(0, swapped(1)),
+        "last token of ddelta not computed": output(1, zeroed(2, -1)),
+        "half of dA's terms lost": output(2, halved),
+        "two groups of dB swapped": output(3, swapped(1)),
+        "two groups of dC swapped": output(4, swapped(1)),
+        "two channels of dD swapped": output(5, swapped(0)),
+        "last token of dz not computed": output(6, zeroed(2, -1)),
+        "two channels of ddelta_bias swapped": output(7, swapped(0)),
+        "dinitial_state not computed": output(8, zeroed(0, -1)),
+        **ignored("dlast_state", "D", "initial_state"),
+        "z ignored": given(z=no_gate),
+        **flipped("delta_softplus", "reverse"),
+        "sequence boundary off by one": given(cu_seqlens=boundary_moved),
+    },
+    "causal_conv1d_bwd": {
+        "two channels of dx swapped": output(0, swapped(1)),
+        "last token of dx not computed": output(0, zeroed(2, -1)),
+        "taps of dweight shifted": output(1, shifted(1)),
+        "half of dweight's terms lost": output(1, halved),
+        "two channels of dbias swapped": output(2, swapped(0)),
+        "dinitial_states shifted": output(3, shifted(-1)),
+        **ignored("dfinal_states"),
+        **flipped("silu"),
+        "taps shifted": given(weight=shifted(1)),
+        "runs joined": given(seq_idx=lambda ids: torch.where(ids < 0, ids, 0)),
+        "sequence boundary off by one": given(cu_seqlens=boundary_moved),
+    },
+    "mamba_inner_bwd": {
+        "two channels of dxz swapped": output(0, swapped(1)),
+        "taps of dconv1d_weight shifted": output(1, shifted(1)),
+        "a row of dx_proj_weight not computed": output(3, zeroed(0, -1)),
+        "half of dA's terms lost": output(7, halved),
+        "two channels of dD swapped": output(10, swapped(0)),
+        "two states of db_rms_weight swapped": output(14, swapped(0)),
+        **flipped("delta_softplus"),
+    },
+}
+
+MUTANTS = [
+    Mutant(op, name, defect, seen_by)
+    for seen_by, table in (("forward", FORWARD), ("gradients", GRADIENTS))
+    for op, defects in table.items()
+    for name, defect in defects.items()
+]
