@@ -222,7 +222,7 @@ def test_opcheck(op, sample):
 
 needs_compiler = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="inductor needs g++")
 # Of sizes that differ from each other: equal ones would become one symbol, and a change of one of them a recompilation.
-DISTINCT = {"selective_scan": "mamba", "causal_conv1d_update": "tokens"}
+DISTINCT = {"selective_scan": "mamba", "causal_conv1d_update": "tokens", "fft_conv": "short_filter"}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.selective_scan import selective_scan
@@ -13,6 +14,9 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "fft_conv",
+    "fft_conv_chunk",
+    "fft_conv_step",
     "mamba_inner",
     "mamba_update",
     "selective_scan",

@@ -1,6 +1,7 @@
 """The oracles: every op in plain torch, in float64 when asked. They import no kernel."""
 
 from scalekern.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.selective_scan import selective_scan
@@ -9,6 +10,9 @@ from scalekern.reference.selective_state_update import selective_state_update
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "fft_conv",
+    "fft_conv_chunk",
+    "fft_conv_step",
     "mamba_inner",
     "mamba_update",
     "selective_scan",

@@ -27,9 +27,9 @@ _BLOCK = 1 << 18  # elements of one block of products: 2 MiB in float64, which s
 
 def fft_conv(
     u, k, *, mode="causal", skip=None, pregate=None, postgate=None, k_reverse=None, bias=None, mask=None,
-    method="direct",
+    method="auto", precision=None,
 ):  # fmt: skip
-    """Same arguments and result as scalekern.fft_conv, but for `method`: "direct" or "fft". Differentiable by autograd.
+    """Same arguments and result as scalekern.fft_conv; only `method` "fft" changes how. Differentiable by autograd.
 
     Args:
         u: (B, D, L), floating.
@@ -48,6 +48,7 @@ def fft_conv(
 
     Source: Fu et al., Hungry Hungry Hippos, 2023, section 3 (gates and skip); Poli et al., Hyena Hierarchy, 2023.
     """
+    method = "fft" if method == "fft" else "direct"
     return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method)
 
 

@@ -77,9 +77,9 @@ class Spec:
 
 def specs() -> dict[str, Spec]:
     """Every public op of the package."""
-    from scalekern.testing import selective_scan
+    from scalekern.testing import fft_conv, selective_scan
 
-    return {**selective_scan.SPECS}
+    return {**selective_scan.SPECS, **{op: fft_conv.SPECS[op] for op in fft_conv.REGISTERED}}
 
 
 def samples(op: str) -> tuple[Sample, ...]:

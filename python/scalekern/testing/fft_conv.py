@@ -237,3 +237,5 @@ SPECS = {
         )
     ),
 }  # fmt: skip
+
+REGISTERED = ("fft_conv",)  # of these, the ops that there are; the others so far have their oracles alone

@@ -1,0 +1,228 @@
+"""Long convolution: public functions, checks, schemas, backends, fakes and gradient.
+
+Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, M output length, T tokens of a chunk.
+"""
+
+import torch
+
+from scalekern import _checks, _library
+from scalekern._dispatch import Backend, filling
+from scalekern.ops import fft_conv_blocks
+from scalekern.reference.fft_conv import MODES
+from scalekern.reference.fft_conv import fft_conv_bwd as reference_bwd
+from scalekern.reference.fft_conv import fft_conv_fwd as reference_fwd
+
+NAME = "fft_conv"
+METHODS = ("auto", "direct", "fft")
+PRECISIONS = (None, "ieee", "tf32", "bf16")
+INTEGERS = (torch.bool, torch.int32, torch.int64)
+
+
+def fft_conv(
+    u, k, *, mode="causal", skip=None, pregate=None, postgate=None, k_reverse=None, bias=None, mask=None,
+    method="auto", precision=None,
+):  # fmt: skip
+    """out = postgate (k * v + skip v + bias) with v = u mask pregate, channel by channel. Differentiable.
+
+    Args:
+        u: (B, D, L), float64, float32, float16 or bfloat16, any strides.
+        k: (D, K), or (B, D, K) a filter for every sample; k[0] meets the current token. K from 1, also beyond L.
+        mode: "causal" (M = L outputs), "circular" (period L; M = L), "same" (scipy's; M = L) or "full" (M = L + K - 1).
+        skip: (D,), multiplies v.   bias: (D,), added before the postgate.
+        pregate: (B, D, L).   postgate: (B, D, M).
+        k_reverse: (D, R) or (B, D, R): adds sum_s k_reverse[s] v[t + s], so k_reverse[0] meets the current token as
+            well (H3's convention). Not with mode "full".
+        mask: (B, L) bool or integers, zero where a token is hidden (what lies there may be NaN). No gradient.
+        method: "fft", "direct" (sums over the taps), or "auto": direct for the few taps where it is faster.
+        precision: of the products on a GPU: "ieee" (float32), "tf32" or "bf16", accumulated in float32; None keeps the
+            tolerance of u's dtype. A CPU always computes in float32 (float64 for float64 u).
+
+    Returns:
+        out (B, D, M) in u's dtype (under autocast, the autocast dtype). A token that is not finite makes what its taps
+        reach not finite, and nothing else, up to 2^30 products of a row and its filter; beyond, its whole row.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: Fu et al., Hungry Hungry Hippos, 2023, section 3 (gates and skip); Poli et al., Hyena Hierarchy, 2023;
+    Fu et al., FlashFFTConv, 2023.
+    """
+    _check(u, k, mode, skip, pregate, postgate, k_reverse, bias, mask, method, precision)
+    io = u.dtype
+    real = torch.float64 if io == torch.float64 else torch.float32
+    mask = mask if mask is None or mask.dtype == torch.bool else mask != 0
+    pregate, postgate = _to(pregate, io), _to(postgate, io)
+    k, k_reverse, skip, bias = (_to(t, real) for t in (k, k_reverse, skip, bias))
+    return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method)
+
+
+def fft_conv_chunk(u_chunk, k, state=None):
+    """The next tokens of a causal convolution without end: every split of a sequence gives what one call gives.
+
+    Args:
+        u_chunk: (B, D, T), T from 0.   k: (D, K) or (B, D, K), K from 1.
+        state: (B, D, K - 1), the inputs before the chunk, oldest first; zeros when None.
+
+    Returns:
+        out (B, D, T) in u_chunk's dtype, and the state after the chunk, (B, D, K - 1), in the state's dtype.
+        Differentiable in every input, through the state too.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: overlap-save, e.g. Oppenheim & Schafer, Discrete-Time Signal Processing, section 8.7.
+    """
+    op = "fft_conv_chunk"
+    _check_input(op, "u_chunk", u_chunk)
+    _check_filter(op, "k", k, u_chunk, "u_chunk")
+    (batch, channels, tokens), history = u_chunk.shape, k.shape[-1] - 1
+    if state is None:
+        state = u_chunk.new_zeros(batch, channels, history)
+    else:
+        _checks.tensor(op, "state", state, dims=3, dtypes=_checks.FLOATING)
+        _checks.shape(op, "state", state, (batch, channels, history))
+        _checks.same_device(op, "u_chunk", u_chunk, state=state)
+    window = torch.cat([_to(state, u_chunk.dtype), u_chunk], -1)
+    out = fft_conv(window, k)[..., history:]
+    return out, window[..., tokens:].to(state.dtype)
+
+
+def fft_conv_step(u, k, state=None):
+    """One token of a stream: u (B, D) -> (out (B, D), next state (B, D, K - 1)); see `fft_conv_chunk`.
+
+    Args:
+        u: (B, D).   k: (D, K) or (B, D, K).   state: (B, D, K - 1) or None.
+
+    Returns:
+        (out, next state).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: as `fft_conv_chunk`.
+    """
+    _checks.tensor("fft_conv_step", "u", u, dims=2, dtypes=_checks.FLOATING)
+    out, state = fft_conv_chunk(u[..., None], k, state)
+    return out[..., 0], state
+
+
+def _to(tensor, dtype):
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _check_input(op, name, u):
+    _checks.tensor(op, name, u, dims=3, dtypes=_checks.FLOATING)
+
+
+def _check_filter(op, name, k, u, u_name):
+    _checks.tensor(op, name, k, dims=(2, 3), dtypes=_checks.FLOATING)
+    batch, channels = u.shape[:2]
+    _checks.shape(op, name, k, (channels, None) if k.dim() == 2 else (batch, channels, None))
+    if k.shape[-1] < 1:
+        raise ValueError(f"{op}: {name} must have at least one tap, got shape {tuple(k.shape)}")
+    _checks.same_device(op, u_name, u, **{name: k})
+
+
+def _check(u, k, mode, skip, pregate, postgate, k_reverse, bias, mask, method, precision):
+    _check_input(NAME, "u", u)
+    _check_filter(NAME, "k", k, u, "u")
+    _checks.choice(NAME, "mode", mode, MODES)
+    _checks.choice(NAME, "method", method, METHODS)
+    _checks.choice(NAME, "precision", precision, PRECISIONS)
+    batch, channels, length = u.shape
+    if k_reverse is not None:
+        if mode == "full":
+            raise ValueError(f"{NAME}: k_reverse must be None in mode 'full', got a tensor")
+        _check_filter(NAME, "k_reverse", k_reverse, u, "u")
+    count = length + k.shape[-1] - 1 if mode == "full" else length
+    for name, gate, size in (("pregate", pregate, length), ("postgate", postgate, count)):
+        if gate is not None:
+            _checks.tensor(NAME, name, gate, dims=3, dtypes=_checks.FLOATING)
+            _checks.shape(NAME, name, gate, (batch, channels, size))
+    for name, value in (("skip", skip), ("bias", bias)):
+        if value is not None:
+            _checks.tensor(NAME, name, value, dims=1, dtypes=_checks.FLOATING)
+            _checks.shape(NAME, name, value, (channels,))
+    if mask is not None:
+        _checks.tensor(NAME, "mask", mask, dims=2, dtypes=INTEGERS)
+        _checks.shape(NAME, "mask", mask, (batch, length))
+    _checks.same_device(NAME, "u", u, skip=skip, pregate=pregate, postgate=postgate, bias=bias, mask=mask)
+
+
+def _allocate_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
+    """The output, uninitialized: what the fake returns and what the backends fill."""
+    if mode != "full":
+        return torch.empty_like(u)
+    return u.new_empty(u.shape[0], u.shape[1], u.shape[2] + k.shape[-1] - 1)
+
+
+def _allocate_bwd(dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
+    def like(t):
+        return u.new_empty(0) if t is None else torch.empty_like(t)
+
+    return tuple(like(t) for t in (u, k, k_reverse, skip, bias, pregate, postgate))
+
+
+def _backward(ctx, dout):
+    *tensors, mask = ctx.saved_tensors
+    if dout is None:
+        return (None,) * 10
+    grads = fft_conv_bwd(dout, *tensors, mask, *ctx.flags)
+    return *(None if t is None else g for g, t in zip(grads, tensors)), None, None, None
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, mode, method = inputs
+    ctx.flags = (mode, method)
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _empty_fwd(u, k, *rest):
+    return u.numel() == 0
+
+
+def _empty_bwd(dout, u, k, *rest):
+    return u.numel() == 0
+
+
+def _oracle_fwd(*args):
+    return reference_fwd(*args[:-1])  # whose `method` is another choice
+
+
+def _oracle_bwd(*args):
+    return reference_bwd(*args[:-1])
+
+
+_TENSORS = (
+    "Tensor u, Tensor k, Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, "
+    "Tensor? mask, str mode, str method"
+)
+
+# One composition of torch's FFT for every device, in blocks that stay in cache.
+fft_conv_fwd = _library.define(
+    NAME,
+    f"fft_conv_fwd({_TENSORS}) -> Tensor",
+    backends=(
+        Backend("cuda", filling(_allocate_fwd, fft_conv_blocks.forward)),
+        Backend("cpu", filling(_allocate_fwd, fft_conv_blocks.forward)),
+        Backend("reference", _oracle_fwd),
+    ),
+    fake=_allocate_fwd,
+    empty=_empty_fwd,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=("u", "pregate", "postgate"),
+)
+
+fft_conv_bwd = _library.define(
+    NAME,
+    f"fft_conv_bwd(Tensor dout, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backends=(
+        Backend("cuda", filling(_allocate_bwd, fft_conv_blocks.backward)),
+        Backend("cpu", filling(_allocate_bwd, fft_conv_blocks.backward)),
+        Backend("reference", _oracle_bwd),
+    ),
+    fake=_allocate_bwd,
+    empty=_empty_bwd,
+)

@@ -1,0 +1,216 @@
+"""The long convolution by torch's FFT, a block of channels at a time, so that spectrum, product and gates stay in cache.
+
+Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, M output length, N size of the FFT,
+F = N / 2 + 1 frequencies.
+
+Both filters lie on one ring of N lags: k[s] at s - o (o as in the oracle), k_reverse[s] at -s. One product of spectra
+then is the whole convolution, and its transpose the whole backward. N is the least 5-smooth size at which no wanted
+output meets a wrapped lag, and L itself for a circular convolution.
+
+Bound: on a CPU the FFTs, 2.5 N log2 N flops each: forward one a row and one back, and one a filter.
+Memory: one block of rows, about 4 N numbers each, whatever B and D; never a spectrum of the whole tensor.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+from scalekern.reference.fft_conv import _convolve as direct_convolve
+
+FEW_TAPS = 16  # up to which sums over the taps are faster than two FFTs
+BLOCK_ELEMENTS = 1 << 19  # of v in a block
+REPAIRABLE = 1 << 30  # products of a row and its filter
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Where the lags of both filters lie. Kept taps: those that can meet a token at all."""
+
+    size: int  # N
+    offset: int  # o
+    period: int | None
+    ahead: int  # the largest lag that counts, M - 1
+    behind: int  # the most negative one that counts, L - 1
+
+    def filter(self, k, k_reverse):
+        """(..., K), (..., R) -> (..., N), or (..., K) where zeros up to N are all that is missing."""
+        if k_reverse is None and self.offset == 0 and k.shape[-1] <= self.size:
+            return k[..., : self.ahead + 1]
+        lead = k.shape if k_reverse is None else torch.broadcast_shapes(k.shape[:-1], k_reverse.shape[:-1]) + (1,)
+        ring = k.new_zeros(*lead[:-1], self.size)
+        for taps, places, kept in self._places(k, k_reverse):
+            ring.index_add_(-1, places, taps[..., kept].expand(*ring.shape[:-1], -1))
+        return ring
+
+    def gradients(self, dring, k, k_reverse):
+        """(dk, dk_reverse) from the gradient (..., N) of the ring, before their sum over samples that share them."""
+        found = []
+        for taps, places, kept in self._places(k, k_reverse):
+            gradient = dring.new_zeros(*dring.shape[:-1], taps.shape[-1])
+            gradient[..., kept] = dring[..., places]
+            found.append(gradient)
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _places(self, k, k_reverse):
+        """Of each filter: the filter, the places of its kept taps on the ring, and which taps are kept."""
+        for taps, sign, offset in ((k, 1, self.offset), (k_reverse, -1, 0)):
+            if taps is not None:
+                lags = sign * (torch.arange(taps.shape[-1], device=taps.device) - offset)
+                kept = slice(None)
+                if self.period is None:
+                    kept = (lags <= self.ahead) & (lags >= -self.behind)
+                    lags = lags[kept]
+                yield taps, lags % self.size, kept
+
+
+def ring_of(mode, length, count, taps, reverse_taps):
+    offset = (taps - 1) // 2 if mode == "same" else 0
+    if mode == "circular":
+        return Ring(length, 0, length, length - 1, length - 1)
+    ahead, behind = count - 1, length - 1
+    reach_ahead = min(taps - 1 - offset, ahead)
+    reach_behind = min(max(offset, reverse_taps - 1), behind)
+    return Ring(good_size(max(reach_ahead + length, count + reach_behind)), offset, None, ahead, behind)
+
+
+@functools.cache
+def good_size(n: int) -> int:
+    """The least 2^a 3^b 5^c that is at least n."""
+    best = 1 << max(n - 1, 0).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            two = -(-n // three)
+            best = min(best, three << max(two - 1, 0).bit_length())
+            three *= 3
+        five *= 5
+    return best
+
+
+class _Call:
+    """What forward and backward share: the operands of one block of channels, in the type that is computed in."""
+
+    def __init__(self, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, count):
+        self.tensors = (u, k, k_reverse, skip, bias, pregate, postgate)
+        self.mask, self.mode, self.count = mask, mode, count
+        self.real = torch.float64 if u.dtype == torch.float64 else torch.float32
+        self.length = u.shape[2]
+        self.ring = ring_of(mode, self.length, count, k.shape[-1], 1 if k_reverse is None else k_reverse.shape[-1])
+
+    def blocks(self):
+        batch, channels, _ = self.tensors[0].shape
+        size = max(1, BLOCK_ELEMENTS // max(1, batch * self.ring.size))
+        # Blocks of one size: the FFT library plans once for each shape.
+        for first in range(0, channels, size):
+            yield slice(first, min(first + size, channels))
+
+    def load(self, block):
+        """(u mask, k, k_reverse, skip, bias, gate, postgate) of a block; the gate masked too where there is one."""
+        u, k, k_reverse, skip, bias, pregate, postgate = self.tensors
+        row = lambda t: None if t is None else t[:, block].to(self.real)
+        channel = lambda t: None if t is None else t[block, None]
+        lag = lambda t: None if t is None else (t[block] if t.dim() == 2 else t[:, block])
+        return (
+            self.masked(row(u)), lag(k), lag(k_reverse), channel(skip), channel(bias), self.masked(row(pregate)),
+            row(postgate),
+        )  # fmt: skip
+
+    def masked(self, x):
+        return x if x is None or self.mask is None else torch.where(self.mask[:, None], x, 0)
+
+    def forward_fft(self, x):
+        return torch.fft.rfft(x, n=self.ring.size)
+
+    def backward_fft(self, spectrum, count):
+        return torch.fft.irfft(spectrum, n=self.ring.size)[..., :count]
+
+    def spectrum(self, k, k_reverse):
+        """(c, F), or (B, c, F) where a filter is a sample's own."""
+        return self.forward_fft(self.ring.filter(k, k_reverse))
+
+
+def forward(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
+    call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, out.shape[2])
+    few = k.shape[-1] <= FEW_TAPS and (k_reverse is None or k_reverse.shape[-1] <= FEW_TAPS)
+    by_sums = method == "direct" or method == "auto" and few
+    for block in call.blocks():
+        u_, k_, reverse_, skip_, bias_, gate, post = call.load(block)
+        v = u_ if gate is None else u_ * gate
+        if by_sums:
+            y = direct_convolve(v, k_, reverse_, None, None, mode, "direct")
+        else:
+            V = call.forward_fft(v)
+            V *= call.spectrum(k_, reverse_)
+            y = _finite(call.backward_fft(V, call.count), V, v, k_, reverse_, mode)
+        y = _add_skip(y, v, skip_)
+        y = y if bias_ is None else y.add_(bias_)
+        out[:, block] = y if post is None else y.mul_(post)
+
+
+def _add_skip(y, v, skip):
+    if skip is not None:
+        y[..., : v.shape[-1]].addcmul_(v, skip.expand_as(v))
+    return y
+
+
+def _finite(y, V, v, k, k_reverse, mode):
+    """y with the rows whose spectrum is not finite summed up directly: an FFT spreads one NaN over all of them.
+
+    Not on a GPU, where asking would mean to wait for the answer.
+    """
+    if y.device.type != "cpu" or bool(torch.isfinite(torch.view_as_real(V[..., 0])).all()):
+        return y
+    taps = k.shape[-1] + (0 if k_reverse is None else k_reverse.shape[-1])
+    if y.shape[-1] * taps <= REPAIRABLE:
+        bad = ~torch.isfinite(torch.view_as_real(V[..., 0])).all(-1)
+        of_rows = lambda t: None if t is None else t.expand(*bad.shape, -1)[bad]
+        y[bad] = direct_convolve(v[bad][None], of_rows(k), of_rows(k_reverse), None, None, mode, "direct")[0]
+    return y
+
+
+def backward(
+    du, dk, dk_reverse, dskip, dbias, dpregate, dpostgate, dout, u, k, k_reverse, skip, bias, pregate, postgate, mask,
+    mode, method,
+):  # fmt: skip
+    """The oracle's formulas on the ring: dv is the transposed convolution of dy, the ring's gradient their product."""
+    call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, dout.shape[2])
+    for block in call.blocks():
+        u_, k_, reverse_, skip_, bias_, gate, post = call.load(block)
+        v = u_ if gate is None else u_ * gate
+        dy = dout[:, block].to(call.real)
+        G, V = call.spectrum(k_, reverse_), call.forward_fft(v)
+        if post is not None:
+            y = _finite(call.backward_fft(V * G, call.count), V, v, k_, reverse_, mode)
+            y = _add_skip(y, v, skip_)
+            dpostgate[:, block] = dy * (y if bias_ is None else y.add_(bias_))
+            dy = dy * post
+        DY = call.forward_fft(dy)
+        V.conj_physical_()  # the lazy kind loses its mark inside a compiled graph (torch 2.13)
+        dring = DY * V if G.dim() == 3 else _sum_of_products(DY, V)
+        dring = torch.fft.irfft(dring, n=call.ring.size)
+        for target, gradient, taps in zip((dk, dk_reverse), call.ring.gradients(dring, k_, reverse_), (k, k_reverse)):
+            if taps is not None and taps.dim() == 2:
+                target[block] = gradient if gradient.dim() == 2 else gradient.sum(0)
+            elif taps is not None:
+                target[:, block] = gradient
+        dv = call.backward_fft(DY.mul_(G.conj_physical_()), call.length)
+        near = dy[..., : call.length]
+        if skip_ is not None:
+            dskip[block] = (near * v).sum((0, 2))
+            dv = dv.addcmul(near, skip_.expand_as(near))
+        if bias_ is not None:
+            dbias[block] = dy.sum((0, 2))
+        if gate is not None:
+            dpregate[:, block] = call.masked(dv * u_)
+            dv = dv * gate
+        du[:, block] = call.masked(dv)
+
+
+def _sum_of_products(DY, V):
+    """sum_b DY V, sample by sample: no product of the whole block."""
+    total = DY[0] * V[0]
+    for b in range(1, DY.shape[0]):
+        total.addcmul_(DY[b], V[b])
+    return total
