@@ -4,6 +4,7 @@ Shape letters: B batch, D channels, N state size, L length, W filter width.
 """
 
 import functools
+import importlib
 
 import torch
 
@@ -290,6 +291,38 @@ def inner(device, dtype=FP32, *, train, **shape) -> Work:
     )  # fmt: skip
 
 
+def mixer_step(device, dtype=FP32, *, B, M, D, N) -> Work:
+    """One token through a whole mixer, against the same step made of torch's products and the two updates."""
+    randn = normal(device, 0)
+    rank = M // 16
+    mixer = importlib.import_module("scalekern.ops.mamba_update")  # the function of that name hides the module
+    matrix = lambda rows, columns: (randn(rows, columns) / columns**0.5).to(dtype)
+    scan = scan_inputs(device, dtype, B, D, N, 1)
+    weights = [
+        matrix(2 * D, M), randn(D, 4), randn(D), matrix(rank + 2 * N, D), matrix(D, rank), matrix(M, D),
+        torch.log(-scan["A"]), scan["D"], scan["delta_bias"],
+    ]  # fmt: skip
+    hidden, states = randn(B, M).to(dtype), (randn(B, D, 4).to(dtype), randn(B, D, N))
+
+    def stepping(function, cast=lambda t: t):
+        mine = tuple(cast(s.clone()) for s in states)
+        return lambda: (function(cast(hidden), *mine, *(cast(w) for w in weights)), *mine)
+
+    def composed(hidden, *rest):
+        conv_state, ssm_state, in_proj, *others = rest
+        return mixer._composed(
+            conv_state, ssm_state, hidden, in_proj, None, *others[:5], None, *others[5:], None, -1.0, 1e-5
+        )
+
+    products = 3 * M * D + D * (2 * rank + 2 * N)
+    return Work(
+        run=lambda: scalekern.mamba_update(hidden, *states, *weights), sample=stepping(scalekern.mamba_update),
+        oracle=stepping(reference.mamba_update, lambda t: t.double()), tolerance=TOLERANCE[dtype],
+        bytes_moved=products * dtype.itemsize + B * D * N * 8, flops=2 * B * products + B * D * 6 * N,
+        exponentials=B * D * (N + 3), peers={"composed of torch's products": lambda: peers.Peer(stepping(composed), torch.__version__)},
+    )  # fmt: skip
+
+
 # ---- the list ----------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +362,7 @@ CPU = [
     case("update", update, _STEP, "step", "cpu", 91, {"B": 64, "D": 1536, "N": 16}),
     case("conv_update", conv_update, _CONV_STEP, "step", "cpu", 92, {"B": 1, "D": 1536, "W": 4}),
     case("conv_update", conv_update, _CONV_STEP, "step", "cpu", 93, {"B": 64, "D": 1536, "W": 4}),
+    case("mixer", mixer_step, ("mamba_update",), "step", "cpu", 94, {"B": 1, "M": 768, "D": 1536, "N": 16}),
     case("inner", functools.partial(inner, train=False), INNER_OPS[:1], "fwd", "cpu", 94, _INNER),
     case("inner", functools.partial(inner, train=True), INNER_OPS, "fwd+bwd", "cpu", 95, _INNER),
     case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cpu", 100, _SCAN, BF16, backends=_FAST),
@@ -354,6 +388,7 @@ CUDA = [
     case("conv_update", conv_update, _CONV_STEP, "step", "cuda", 60, {"B": 256, "D": 8192, "W": 4}, BF16),
     case("inner", functools.partial(inner, train=True), INNER_OPS, "fwd+bwd", "cuda", 65,
          {"B": 8, "D": 2048, "N": 16, "L": 2048}, BF16, backends=_FAST),
+    case("mixer", mixer_step, ("mamba_update",), "step", "cuda", 66, {"B": 1, "M": 2048, "D": 4096, "N": 16}, BF16),
     hf.case("prefill", "cuda", 70, layers=24, width=768, length=2048),
     hf.case("decode", "cuda", 71, layers=24, width=768, length=64),
     case("scan", scan_fwd, SCAN_OPS[:1], "fwd", "cuda", 80, {"B": 1, "D": 1536, "N": 16, "L": 16384}, BF16,

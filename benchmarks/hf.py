@@ -18,7 +18,7 @@ from scalekern.benchmarks.case import Case
 
 OPS = {
     "prefill": ("selective_scan_fwd", "causal_conv1d_fwd"),
-    "decode": ("selective_state_update", "causal_conv1d_update"),
+    "decode": ("mamba_update",),
 }
 START_TIMEOUT, RUN_TIMEOUT = 180, 120
 RIVAL = "transformers alone"

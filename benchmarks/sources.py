@@ -4,6 +4,7 @@
               that include one of the family's headers among those
   triton      the module of the launcher and the modules of scalekern that it imports
   reference   the oracle's module likewise
+  blocks of torch's functions (fft_conv): the module of the function that fills the outputs
   a composition (functools.partial of a function and the ops that it calls): the function's module, and those ops'
 
 Comments, docstrings and layout do not count: a comment that quotes a measurement must not make it stale.
@@ -19,7 +20,7 @@ import re
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
-FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing")
+FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops.fft_conv_blocks")
 NATIVE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 
 
@@ -42,7 +43,7 @@ def files(backend) -> set[pathlib.Path]:
         return _python(run.func.__module__).union(*parts) if all(parts) else set()
     if backend.name in ("cpu", "cuda"):
         op = getattr(run, "native_op", None)
-        return _native(op, backend.name) if op else set()
+        return _native(op, backend.name) if op else _python(getattr(run, "fill_module", ""))
     module = getattr(run, "triton_module", None) if backend.name == "triton" else run.__module__
     return _python(module) if module else set()
 

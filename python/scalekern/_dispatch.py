@@ -173,6 +173,7 @@ def filling(allocate: Callable, fill: Callable) -> Callable:
 
     run.native_op = getattr(fill, "native_op", None)
     run.triton_module = getattr(fill, "triton_module", None)
+    run.fill_module = fill.__module__  # of torch code; the benchmarks' digests start from it
     return run
 
 

@@ -19,7 +19,7 @@ import torch
 from scalekern.reference.fft_conv import _convolve as direct_convolve
 
 FEW_TAPS = 16  # up to which sums over the taps are faster than two FFTs
-BLOCK_ELEMENTS = 1 << 19  # of v in a block
+BLOCK_ELEMENTS = 1 << 20  # of v in a block
 REPAIRABLE = 1 << 30  # products of a row and its filter
 
 
@@ -97,6 +97,7 @@ class _Call:
         self.mask, self.mode, self.count = mask, mode, count
         self.real = torch.float64 if u.dtype == torch.float64 else torch.float32
         self.length = u.shape[2]
+        self.padded: dict = {}
         self.ring = ring_of(mode, self.length, count, k.shape[-1], 1 if k_reverse is None else k_reverse.shape[-1])
 
     def blocks(self):
@@ -121,7 +122,15 @@ class _Call:
         return x if x is None or self.mask is None else torch.where(self.mask[:, None], x, 0)
 
     def forward_fft(self, x):
-        return torch.fft.rfft(x, n=self.ring.size)
+        """rfft(x, N). The zeros behind x are written once for all blocks: torch's own padding costs more than the
+        transform (10 us a row of 2,048 instead of 1.6)."""
+        if x.shape[-1] == self.ring.size:
+            return torch.fft.rfft(x)
+        padded = self.padded.get(x.shape)
+        if padded is None:
+            padded = self.padded[x.shape] = x.new_zeros(*x.shape[:-1], self.ring.size)
+        padded[..., : x.shape[-1]] = x
+        return torch.fft.rfft(padded)
 
     def backward_fft(self, spectrum, count):
         return torch.fft.irfft(spectrum, n=self.ring.size)[..., :count]

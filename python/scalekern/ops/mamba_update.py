@@ -143,20 +143,28 @@ def _empty(conv_state, ssm_state, hidden_states, *rest):
     return hidden_states.numel() == 0 or ssm_state.numel() == 0
 
 
-def _native_supports(conv_state, ssm_state, hidden_states, in_proj_weight, in_proj_bias, *rest):
-    """The native step reads rows: of every product the last axis, and of everything else all, must be contiguous."""
-    if hidden_states.shape[0] > NATIVE_ROWS:
-        return f"torch's products are faster for a batch above {NATIVE_ROWS}"
+_composed = functools.partial(composed, conv=causal_conv1d_update_op, scan=selective_state_update_op)
+_native = filling(_allocate, native("mamba_update", "cpu"))
+
+
+def _cpu(*args):
+    return _native(*args) if _is_native(*args) else _composed(*args)
+
+
+_cpu.native_op = _native.native_op
+
+
+def _is_native(conv_state, ssm_state, hidden_states, in_proj_weight, in_proj_bias, *rest) -> bool:
+    """The native step is for few rows, reads rows of the weights, and wants everything else contiguous."""
     _, _, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A_log, _, _, norm_weight, *_ = rest
     rows = (hidden_states, in_proj_weight, x_proj_weight, delta_proj_weight, out_proj_weight)
-    if not all(t.stride(1) == 1 for t in rows):
-        return "the rows of the weights are not contiguous"
-    if not all(t is None or t.is_contiguous() for t in (in_proj_bias, out_proj_bias, A_log, norm_weight)):
-        return "a bias, A_log or norm_weight is not contiguous"
-    return None
+    return (
+        hidden_states.shape[0] <= NATIVE_ROWS
+        and all(t.stride(1) == 1 for t in rows)
+        and all(t is None or t.is_contiguous() for t in (in_proj_bias, out_proj_bias, A_log, norm_weight))
+    )
 
 
-_composed = functools.partial(composed, conv=causal_conv1d_update_op, scan=selective_state_update_op)
 mamba_update_op = _library.define(
     NAME,
     "mamba_update(Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor hidden_states, Tensor in_proj_weight, "
@@ -166,8 +174,7 @@ mamba_update_op = _library.define(
     backends=(
         Backend("cuda", _composed),
         Backend("triton", _composed),
-        Backend("cpu", filling(_allocate, native("mamba_update", "cpu")), _native_supports),
-        Backend("cpu", _composed),
+        Backend("cpu", _cpu),
         Backend("reference", composed),
     ),
     fake=_allocate,

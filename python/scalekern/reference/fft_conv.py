@@ -15,7 +15,7 @@ G groups.
 
 Computed as sums over the taps, without an FFT, in float32, or in float64 for float64 inputs. `method="fft"` computes
 the same sums by complex128 FFTs whatever the inputs: for lengths that the direct sums cannot reach (1M), and for
-nothing else, because the oracle of an FFT kernel must not be one.
+nothing else, because the oracle of an FFT kernel must not be one. Any other `method` means the direct sums.
 """
 
 import torch
@@ -48,7 +48,6 @@ def fft_conv(
 
     Source: Fu et al., Hungry Hungry Hippos, 2023, section 3 (gates and skip); Poli et al., Hyena Hierarchy, 2023.
     """
-    method = "fft" if method == "fft" else "direct"
     return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method)
 
 

@@ -1,0 +1,70 @@
+"""Cases of the fft_conv family: what is timed, on which shapes, against whom, and what it must cost at least.
+
+Shape letters: B batch, D channels, L length (and taps of the filter).
+"""
+
+import functools
+import math
+
+import torch
+
+import scalekern
+from scalekern import reference
+from scalekern.benchmarks import harness, peers
+from scalekern.benchmarks.bench_selective_scan import BF16, FP32, case, gradient_tolerance, normal
+from scalekern.benchmarks.case import Work
+from scalekern.testing import TOLERANCE
+
+OPS = ("fft_conv_fwd", "fft_conv_bwd")
+PLAIN = "irfft(rfft(u) * rfft(k))"
+
+
+def test_case(case, benchmark):
+    harness.run_in_pytest(case, benchmark)
+
+
+def plain_fft_conv(u, k):
+    """What a model without this package writes."""
+    size = 2 * u.shape[-1]
+    product = torch.fft.rfft(u.float(), n=size) * torch.fft.rfft(k, n=size)
+    return torch.fft.irfft(product, n=size)[..., : u.shape[-1]].to(u.dtype)
+
+
+def conv(device, dtype=FP32, *, B, D, L, train=False) -> Work:
+    """A causal convolution with a filter as long as the sequence, against a plain one by torch.fft."""
+    randn = normal(device, 0)
+    u, k, dout = randn(B, D, L).to(dtype), randn(D, L) / L**0.5, randn(B, D, L).to(dtype)
+    leaves = (u.requires_grad_(train), k.requires_grad_(train))
+    wide = tuple(t.detach().double().requires_grad_(train) for t in leaves)
+    passes = (lambda f, at, d: peers.forward_backward(f, d, at)) if train else (lambda f, at, d: f)
+    exact = passes(lambda: reference.fft_conv(*wide, method="fft"), wide, dout.double())
+    # An FFT of N real numbers: 2.5 N log2 N. Forward one a row, one back, one a filter; backward two, one, two.
+    size = 2 * L
+    transforms = 2 * B * D + D + (3 * B * D + 2 * D if train else 0)
+    return Work(
+        run=passes(lambda: scalekern.fft_conv(u, k), leaves, dout), oracle=lambda: _tuple(exact()),
+        tolerance=gradient_tolerance("fft_conv", dtype) if train else TOLERANCE[dtype],
+        bytes_moved=((5 if train else 2) * B * D * L * dtype.itemsize + (2 if train else 1) * D * L * 4),
+        flops=int(transforms * 2.5 * size * math.log2(size)), exponentials=0,
+        peers={PLAIN: lambda: peers.Peer(passes(lambda: plain_fft_conv(u, k), leaves, dout), torch.__version__)},
+    )  # fmt: skip
+
+
+def _tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs.detach(),)
+
+
+_FAST = ("cuda", "triton", "cpu")  # without the reference, whose sums over the taps take seconds
+_train = functools.partial(conv, train=True)
+_CPU_SHAPES = [({"B": 2, "D": 256, "L": length}, {PLAIN: goal}) for length, goal in ((1024, 1.5), (8192, 2), (65536, 3))]
+CPU = [
+    case("fft_conv", build, ops, direction, "cpu", 10 + i, shape, backends=_FAST, targets=targets)
+    for i, (shape, targets) in enumerate(_CPU_SHAPES)
+    for build, ops, direction in ((conv, OPS[:1], "fwd"), (_train, OPS, "fwd+bwd"))
+]
+CUDA = [
+    case("fft_conv", build, ops, direction, "cuda", 15 + i, {"B": 64, "D": 768, "L": length}, BF16, backends=_FAST)
+    for i, length in enumerate((1024, 8192, 32768))
+    for build, ops, direction in ((conv, OPS[:1], "fwd"), (_train, OPS, "fwd+bwd"))
+]
+CASES = [*CPU, *CUDA]

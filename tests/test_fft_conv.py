@@ -1,0 +1,128 @@
+"""fft_conv beyond the contract: sizes of the FFT, methods, blocks, long sequences, streaming, what is not finite."""
+
+import pytest
+import torch
+
+import scalekern
+from scalekern import reference
+from scalekern.ops import fft_conv_blocks as blocks
+from scalekern.testing import error
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 11, 97, 1000, 1025, 65537, 1_000_003])
+def test_good_size_is_the_least_5_smooth_one(n):
+    def smooth(m):
+        for p in (2, 3, 5):
+            while m % p == 0:
+                m //= p
+        return m == 1
+
+    size = blocks.good_size(n)
+    assert size >= n and smooth(size)
+    assert size == n or not any(smooth(m) for m in range(n, min(size, n + 3000)))
+
+
+@pytest.mark.parametrize("mode", ["causal", "circular", "same", "full"])
+@pytest.mark.parametrize("length, taps", [(1, 1), (2, 5), (5, 2), (16, 16), (17, 51), (64, 20), (101, 101)])
+def test_by_fft_equals_by_sums(mode, length, taps):
+    """Every output, the first and last ones too: an FFT that is a step too short wraps exactly there."""
+    u, k = randn(2, 3, length), randn(3, taps, seed=1)
+    by_fft = scalekern.fft_conv(u, k, mode=mode, method="fft")
+    by_sums = scalekern.fft_conv(u, k, mode=mode, method="direct")
+    assert by_fft.shape == by_sums.shape
+    assert (by_fft - by_sums).abs().max() < 1e-12 * by_sums.abs().max()
+    assert by_sums.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["causal", "circular", "same", "full"])
+@pytest.mark.parametrize("channels", [1, 7])
+def test_blocks_change_nothing(mode, channels, monkeypatch):
+    u, k = randn(2, channels, 40).requires_grad_(), randn(channels, 33, seed=1).requires_grad_()
+
+    def run():
+        out = scalekern.fft_conv(u, k, mode=mode, skip=k[:, 0], postgate=None, method="fft")
+        return out, *torch.autograd.grad(out.square().sum(), (u, k))
+
+    whole = run()
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+    assert all(error(a, b) < 1e-13 for a, b in zip(run(), whole))
+
+
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1.5e-3), (torch.bfloat16, 1e-2)]
+)
+@pytest.mark.parametrize("length", [65_537, 1 << 20])
+def test_long_sequences(dtype, bound, length):
+    u, k = randn(1, 1, length, dtype=dtype), (randn(1, length, seed=1) / length**0.5).float()
+    k = k.double() if dtype == torch.float64 else k
+    exact = reference.fft_conv(u.double(), k.double(), method="fft")
+    assert error(scalekern.fft_conv(u, k), exact) < bound
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [3, 3, 4], [0, 20], list(range(1, 30))])
+@pytest.mark.parametrize("taps", [1, 4, 50])
+def test_chunks_join_to_the_whole(cuts, taps):
+    """For every split, outputs, state and gradients are those of one call; one token at a time included."""
+    u, k = randn(2, 3, 30).requires_grad_(), randn(3, taps, seed=1).requires_grad_()
+    whole = scalekern.fft_conv(u, k)
+    state, parts = None, []
+    for begin, end in zip([0, *cuts], [*cuts, 30]):
+        if end - begin == 1:
+            out, state = scalekern.fft_conv_step(u[..., begin], k, state)
+            parts.append(out[..., None])
+        else:
+            out, state = scalekern.fft_conv_chunk(u[..., begin:end], k, state)
+            parts.append(out)
+    joined = torch.cat(parts, -1)
+    assert error(joined, whole) < 1e-13
+    history = torch.cat([u.new_zeros(2, 3, taps), u], -1)
+    assert torch.equal(state, history[..., history.shape[-1] - (taps - 1) :])
+    weights = randn(2, 3, 30, seed=2)
+    for a, b in zip(*(torch.autograd.grad((x * weights).sum(), (u, k)) for x in (joined, whole))):
+        assert error(a, b) < 1e-13
+
+
+def test_chunk_errors_name_the_argument():
+    with pytest.raises(ValueError, match=r"fft_conv_chunk: state must have shape \(2, 3, 4\), got \(2, 3, 5\)"):
+        scalekern.fft_conv_chunk(randn(2, 3, 7), randn(3, 5), randn(2, 3, 5))
+    with pytest.raises(ValueError, match=r"fft_conv: k must have at least one tap, got shape \(3, 0\)"):
+        scalekern.fft_conv(randn(2, 3, 7), randn(3, 0))
+    with pytest.raises(ValueError, match="fft_conv: method must be one of .*, got 'winograd'"):
+        scalekern.fft_conv(randn(2, 3, 7), randn(3, 2), method="winograd")
+    with pytest.raises(ValueError, match="fft_conv: precision must be one of .*, got 'int8'"):
+        scalekern.fft_conv(randn(2, 3, 7), randn(3, 2), precision="int8")
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([[1, 0, 1, 1, 0, 1]]), torch.tensor([[True, False, True, True, False, True]])])
+def test_hidden_tokens_may_be_anything(mask):
+    u, k = randn(1, 2, 6), randn(2, 20, seed=1)
+    hidden = torch.where(mask.bool()[:, None], u, float("nan")).requires_grad_()
+    out = scalekern.fft_conv(hidden, k, mask=mask, method="fft")
+    assert error(out, reference.fft_conv(torch.where(mask.bool()[:, None], u, 0), k)) < 1e-13
+    (grad,) = torch.autograd.grad(out.sum(), hidden)
+    assert torch.isfinite(grad).all() and (grad[:, :, ~mask.bool()[0]] == 0).all()
+
+
+def test_peak_memory_is_a_block_and_the_outputs():
+    """No spectrum of the whole tensor: the largest tensor made inside is a block's."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.elements = max(self.elements, out.numel() * (2 if out.is_complex() else 1))
+            return out
+
+    u, k = randn(2, 512, 2048, dtype=torch.float32), randn(512, 2048, seed=1, dtype=torch.float32)
+    out = torch.empty_like(u)
+    with Largest() as seen:
+        blocks.forward(out, u, k, None, None, None, None, None, None, "causal", "fft")
+    assert 0 < seen.elements <= 2 * blocks.BLOCK_ELEMENTS + 4096
+    assert error(out, reference.fft_conv(u, k, method="fft")) < 1e-6
