@@ -41,14 +41,14 @@ from . import fft_device as dev
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .fft_device import (
     FULL,
-    imaginary_part,
+    add_real_part,
     inverse_first_half,
     load_signal,
     load_spectrum,
     magnitudes,
     masked,
-    normalized,
-    real_part,
+    negative,
+    operands,
     rows_of,
     second_factor,
     times_of,
@@ -98,7 +98,7 @@ def _two_sided(
 def _fft_conv_spectrum_kernel(
     spectrum_ptr, scale_ptr, k_ptr, reverse_ptr, skip_ptr, first_ptr, second_ptr, twiddle_ptr, L, M, K, K_reverse, offset,
     stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s, stride_skip_d,
-    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, CIRCULAR: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, CIRCULAR: tl.constexpr, SPLIT: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
     """spectrum (D, 2, N1, N2) of g and skip, divided by scale (D,), the sum of their magnitudes. Grid (P, D).
@@ -112,7 +112,7 @@ def _fft_conv_spectrum_kernel(
     if reverse_ptr is not None:
         reverse_ptr += d * stride_reverse_d
     causal, anticausal = (), ()
-    scale = 0.0
+    scale, largest = 0.0, 1e-30
     for p in tl.static_range(P):
         n = times_of(p, BLOCK, N2, 1)
         g = _two_sided(
@@ -121,24 +121,28 @@ def _fft_conv_spectrum_kernel(
         if skip_ptr is not None:
             g += tl.where(n == 0, tl.load(skip_ptr + d * stride_skip_d).to(tl.float32), 0.0)
         scale += tl.sum(tl.abs(g))
+        largest = tl.maximum(largest, tl.max(tl.abs(g)))
         causal = causal + (g,)
         g = _two_sided(
             k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n - N, L, M, K, K_reverse, offset, CIRCULAR, INT64
         )  # fmt: skip
         scale += tl.sum(tl.abs(g))
+        largest = tl.maximum(largest, tl.max(tl.abs(g)))
         anticausal = anticausal + (g,)
     scale = tl.where(scale == 0, 1.0, scale)
+    causal = operands(causal, largest, BLOCK, N2, 1, P, SPLIT)
+    anticausal = operands(anticausal, largest, BLOCK, N2, 1, P, SPLIT)
     t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)
-    second_re, second_im = second_factor(second_ptr, N2)
+    second_re, second_im = second_factor(second_ptr, N2, SPLIT)
     g_re, g_im = transform(
-        causal, q, first_ptr, second_re, second_im, t_re, t_im, P, N1, BLOCK, N2, 1, PRECISION
+        causal, q, first_ptr, second_re, second_im, t_re, t_im, P, N1, BLOCK, N2, 1, SPLIT
     )  # fmt: skip
     h_re, h_im = transform(
-        anticausal, q, first_ptr, second_re, second_im, t_re, t_im, P, N1, BLOCK, N2, 1, PRECISION
+        anticausal, q, first_ptr, second_re, second_im, t_re, t_im, P, N1, BLOCK, N2, 1, SPLIT
     )  # fmt: skip
     at = d * 2 * N + times_of(q, BLOCK, N2, 1)
-    tl.store(spectrum_ptr + at, (g_re - h_im) / scale)
-    tl.store(spectrum_ptr + N + at, (g_im + h_re) / scale)
+    tl.store(spectrum_ptr + at, (g_re - h_im) * (largest / scale))
+    tl.store(spectrum_ptr + N + at, (g_im + h_re) * (largest / scale))
     if q == 0:
         tl.store(scale_ptr + d, scale)
 
@@ -155,7 +159,7 @@ def _fft_conv_fwd_kernel(
     stride_in_mask_b, stride_in_mask_l, stride_post_b, stride_post_d, stride_post_l,
     stride_second_post_b, stride_second_post_d, stride_second_post_l, stride_out_mask_b, stride_out_mask_l, stride_bias_d,
     P: tl.constexpr, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
-    CONJUGATE: tl.constexpr, SCALED: tl.constexpr, REPLACES: tl.constexpr, PRECISION: tl.constexpr,
+    CONJUGATE: tl.constexpr, REPLACES: tl.constexpr, SPLIT: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
     """y = the convolution of (x in_mask gate), with CONJUGATE the correlation; grid (groups of rows, D).
@@ -166,7 +170,6 @@ def _fft_conv_fwd_kernel(
     """
     N1: tl.constexpr = P * BLOCK
     N: tl.constexpr = N1 * N2
-    dtype: tl.constexpr = first_ptr.dtype.element_ty
     d = tl.cast(tl.program_id(1), tl.int64)
     x_ptr += d * stride_x_d
     out_ptr += d * stride_out_d
@@ -177,7 +180,7 @@ def _fft_conv_fwd_kernel(
     if second_out_ptr is not None:
         second_out_ptr += d * stride_second_out_d
         second_post_ptr += d * stride_second_post_d
-    second_re, second_im = second_factor(second_ptr, N2)  # [N2, N2]
+    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
     back = tl.load(scale_ptr + d) * (N2 / FULL)
     for turn in tl.range(turns, num_stages=1):
         first = (tl.program_id(0) * turns + turn) * R
@@ -185,31 +188,29 @@ def _fft_conv_fwd_kernel(
             x_ptr, gate_ptr, in_mask_ptr, stride_x_b, stride_x_l, stride_gate_b, stride_gate_l, stride_in_mask_b,
             stride_in_mask_l, first, B, L_in, P_IN, BLOCK, N2, R, REPLACES, INT64,
         )  # fmt: skip
-        scale = magnitudes(x, BLOCK, N2, R, P_IN) if SCALED else None
-        x = normalized(x, scale, dtype, BLOCK, N2, R, P_IN)
+        scale = magnitudes(x, BLOCK, N2, R, P_IN)
+        x = operands(x, scale, BLOCK, N2, R, P_IN, SPLIT)
         acc = ()
         for _ in tl.static_range(P_OUT):
             acc = acc + (tl.zeros([BLOCK, R * N2], tl.float32),)
         for q in tl.range(P, num_stages=1):
             t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, R)  # [BLOCK, R N2]
             x_re, x_im = transform(
-                x, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, PRECISION
+                x, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT
             )  # fmt: skip
             g_re, g_im = load_spectrum(spectrum_ptr + d * 2 * N, q, N1, BLOCK, N2, R)  # [BLOCK R, N2]
             g_re, g_im = g_re * (FULL / N), g_im * ((-FULL if CONJUGATE else FULL) / N)
             b_re, b_im = inverse_first_half(
-                x_re * g_re - x_im * g_im, x_re * g_im + x_im * g_re, second_re, second_im, t_re, t_im, dtype, BLOCK,
-                N2, R, PRECISION,
+                x_re * g_re - x_im * g_im, x_re * g_im + x_im * g_re, second_re, second_im, t_re, t_im, BLOCK, N2, R,
+                SPLIT,
             )  # fmt: skip
             sums = ()
             for p in tl.static_range(P_OUT):
-                sums = sums + (real_part(acc[p], b_re, b_im, first_ptr, q, p, N1, BLOCK, PRECISION),)
+                sums = sums + (add_real_part(acc[p], b_re, b_im, first_ptr, q, p, N1, BLOCK, SPLIT),)
             acc = sums
         b = rows_of(first, BLOCK, N2, R)
         for p in tl.static_range(P_OUT):
-            y = acc[p] * back  # [BLOCK, R N2]
-            if SCALED:
-                y = times_rows(y, scale, BLOCK, N2, R)
+            y = times_rows(acc[p] * back, scale, BLOCK, N2, R)  # [BLOCK, R N2]
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + d * stride_bias_d).to(tl.float32)
             t = times_of(p, BLOCK, N2, R)
@@ -241,7 +242,7 @@ def _fft_conv_bwd_kernel(
     stride_pregate_b, stride_pregate_d, stride_pregate_l, stride_postgate_b, stride_postgate_d, stride_postgate_l,
     stride_mask_b, stride_mask_l,
     P: tl.constexpr, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
-    SCALED: tl.constexpr, REPLACES: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    REPLACES: tl.constexpr, SPLIT: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """partial (S, D, 2, N1, N2): block q of the spectrum of dg, over this part's rows; bias_partial (S, D): dbias.
 
@@ -249,7 +250,6 @@ def _fft_conv_bwd_kernel(
     """
     N1: tl.constexpr = P * BLOCK
     N: tl.constexpr = N1 * N2
-    dtype: tl.constexpr = first_ptr.dtype.element_ty
     q, d, part = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.program_id(2)
     u_ptr += d * stride_u_d
     dout_ptr += d * stride_dout_d
@@ -257,7 +257,7 @@ def _fft_conv_bwd_kernel(
         pregate_ptr += d * stride_pregate_d
     if postgate_ptr is not None:
         postgate_ptr += d * stride_postgate_d
-    second_re, second_im = second_factor(second_ptr, N2)  # [N2, N2]
+    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
     t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, R)  # [BLOCK, R N2]
     acc_re = tl.zeros([BLOCK * R, N2], tl.float32)
     acc_im = tl.zeros([BLOCK * R, N2], tl.float32)
@@ -268,9 +268,9 @@ def _fft_conv_bwd_kernel(
             u_ptr, pregate_ptr, mask_ptr, stride_u_b, stride_u_l, stride_pregate_b, stride_pregate_l, stride_mask_b,
             stride_mask_l, first, B, L, P_IN, BLOCK, N2, R, REPLACES, INT64,
         )  # fmt: skip
-        v_scale = magnitudes(v, BLOCK, N2, R, P_IN) if SCALED else None
-        v = normalized(v, v_scale, dtype, BLOCK, N2, R, P_IN)
-        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, PRECISION)
+        v_scale = magnitudes(v, BLOCK, N2, R, P_IN)
+        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
+        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
         dy = load_signal(
             dout_ptr, postgate_ptr, None, stride_dout_b, stride_dout_l, stride_postgate_b, stride_postgate_l, 0, 0,
             first, B, M, P_OUT, BLOCK, N2, R, False, INT64,
@@ -278,14 +278,13 @@ def _fft_conv_bwd_kernel(
         if bias_partial_ptr is not None:
             for p in tl.static_range(P_OUT):
                 acc_bias += dy[p]
-        dy_scale = magnitudes(dy, BLOCK, N2, R, P_OUT) if SCALED else None
-        dy = normalized(dy, dy_scale, dtype, BLOCK, N2, R, P_OUT)
+        dy_scale = magnitudes(dy, BLOCK, N2, R, P_OUT)
+        dy = operands(dy, dy_scale, BLOCK, N2, R, P_OUT, SPLIT)
         dy_re, dy_im = transform(
-            dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, PRECISION
+            dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, SPLIT
         )  # fmt: skip
-        if SCALED:
-            dy_re = times_rows(dy_re, v_scale * dy_scale, BLOCK, N2, R)
-            dy_im = times_rows(dy_im, v_scale * dy_scale, BLOCK, N2, R)
+        dy_re = times_rows(dy_re, v_scale * dy_scale, BLOCK, N2, R)
+        dy_im = times_rows(dy_im, v_scale * dy_scale, BLOCK, N2, R)
         acc_re += dy_re * v_re + dy_im * v_im
         acc_im += dy_im * v_re - dy_re * v_im
     at = (part * tl.cast(D, tl.int64) + d) * 2 * N + times_of(q, BLOCK, N2, 1)
@@ -299,13 +298,13 @@ def _fft_conv_bwd_kernel(
 @triton.jit
 def _fft_conv_lags_kernel(
     lags_ptr, partial_ptr, first_ptr, second_ptr, twiddle_ptr, D, parts,
-    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """lags (D, 2, N) from the partial spectra: dg[n], and dg[n - N], which is the imaginary part. Grid (P, D)."""
     N1: tl.constexpr = P * BLOCK
     N: tl.constexpr = N1 * N2
     p, d = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
-    second_re, second_im = second_factor(second_ptr, N2)  # [N2, N2]
+    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
     acc_re = tl.zeros([BLOCK, N2], tl.float32)
     acc_im = tl.zeros([BLOCK, N2], tl.float32)
     for q in tl.range(P, num_stages=1):
@@ -316,11 +315,14 @@ def _fft_conv_lags_kernel(
             y_re += own_re  # [BLOCK, N2]
             y_im += own_im
         t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)  # [BLOCK, N2]
+        largest = tl.maximum(tl.maximum(tl.max(tl.abs(y_re)), tl.max(tl.abs(y_im))), 1e-30)
         b_re, b_im = inverse_first_half(
-            y_re, y_im, second_re, second_im, t_re, t_im, tl.float32, BLOCK, N2, 1, PRECISION
+            y_re / largest, y_im / largest, second_re, second_im, t_re, t_im, BLOCK, N2, 1, SPLIT
         )  # fmt: skip
-        acc_re = real_part(acc_re, b_re, b_im, first_ptr, q, p, N1, BLOCK, PRECISION)
-        acc_im = imaginary_part(acc_im, b_re, b_im, first_ptr, q, p, N1, BLOCK, PRECISION)
+        zero = tl.zeros([BLOCK, N2], tl.float32)
+        acc_re += add_real_part(zero, b_re, b_im, first_ptr, q, p, N1, BLOCK, SPLIT) * largest
+        # The imaginary part of b is the real part of -i b.
+        acc_im += add_real_part(zero, b_im, negative(b_re), first_ptr, q, p, N1, BLOCK, SPLIT) * largest
     at = d * 2 * N + times_of(p, BLOCK, N2, 1)
     tl.store(lags_ptr + at, acc_re * (1.0 / N1))
     tl.store(lags_ptr + N + at, acc_im * (1.0 / N1))
@@ -371,7 +373,6 @@ def _fft_conv_taps_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
-HALF = (torch.float16, torch.bfloat16)
 
 
 def _geometry(u: torch.Tensor, k: torch.Tensor, mode: str) -> tuple[int, int]:
@@ -412,17 +413,14 @@ def _blocks(kernel: str, u: torch.Tensor, factors: dict[str, int]) -> dict[str, 
     return config(kernel, f"{str(u.dtype)[6:]}-P{factors['P']}-{factors['BLOCK']}x{factors['N2']}", u.device, default)
 
 
-def _tables(factors: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+def _tables(factors: dict[str, int], split: bool, device: torch.device) -> dict:
+    """The tables, and how kernels read them."""
     n1, n2 = factors["P"] * factors["BLOCK"], factors["N2"]
-    if device.type == "meta":
-        shapes = {"first_ptr": (2, n1, n1), "second_ptr": (2, n2, n2), "twiddle_ptr": (2, n1, n2)}
-        return {name: meta(*shape, dtype=dtype) for name, shape in shapes.items()}
-    return dev.tables(n1, n2, dtype, device)
-
-
-def _dot(u: torch.Tensor) -> tuple[torch.dtype, str]:
-    """(operands, how float32 ones are multiplied): 11 bits of mantissa for half precision, all 24 for float32."""
-    return (torch.float16, "tf32") if u.dtype in HALF else (torch.float32, "tf32x3")
+    if device.type != "meta":
+        return {**dev.tables(n1, n2, split, device), "SPLIT": split}
+    planes, twiddle = 4 if split else 2, torch.float32 if split else torch.float16
+    first, second = meta(planes, n1, n1, dtype=torch.float16), meta(planes, n2, n2, dtype=torch.float16)
+    return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": meta(2, n1, n2, dtype=twiddle), "SPLIT": split}
 
 
 def _bytes(mask: torch.Tensor | None) -> dict:
@@ -440,10 +438,10 @@ def _plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode) -> Launch:
     factors = _factors(u, points)
     args = dict(
         spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
-        **_tables(factors, torch.float32, u.device), L=u.shape[2], M=points, K=k.shape[1],
+        **_tables(factors, True, u.device), L=u.shape[2], M=points, K=k.shape[1],
         K_reverse=0 if k_reverse is None else k_reverse.shape[1], offset=offset, **strides("k", k, "ds"),
         **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"), **factors, CIRCULAR=mode == "circular",
-        PRECISION="tf32x3", INT64=wide(k, k_reverse),
+        INT64=wide(k, k_reverse),
     )  # fmt: skip
     return Launch(_fft_conv_spectrum_kernel, (factors["P"], u.shape[1]), args, _filter_warps(factors))
 
@@ -452,7 +450,7 @@ def _plan_convolution(
     out, second_out, x, gate, in_mask, post, second_post, out_mask, bias, spectrum, scale, points, conjugate
 ) -> Launch:  # fmt: skip
     factors = _factors(x, points)
-    blocks, (dtype, precision) = _blocks("fft_conv_fwd", x, factors), _dot(x)
+    blocks = _blocks("fft_conv_fwd", x, factors)
     piece = factors["BLOCK"] * factors["N2"]
     (batch, channels, length), length_out = x.shape, out.shape[2]
     groups = triton.cdiv(batch, blocks["R"])
@@ -461,13 +459,13 @@ def _plan_convolution(
     args = dict(
         out_ptr=out, second_out_ptr=second_out, x_ptr=x, gate_ptr=gate, in_mask_ptr=in_mask["mask"], post_ptr=post,
         second_post_ptr=second_post, out_mask_ptr=out_mask["mask"], bias_ptr=bias, spectrum_ptr=spectrum,
-        scale_ptr=scale, **_tables(factors, dtype, x.device), B=batch, L_in=length, L_out=length_out, turns=turns,
+        scale_ptr=scale, **_tables(factors, x.dtype == torch.float32, x.device), B=batch, L_in=length, L_out=length_out, turns=turns,
         **strides("out", out, "bdl"), **strides("second_out", second_out, "bdl"), **strides("x", x, "bdl"),
         **strides("gate", gate, "bdl"), **strides("in_mask", in_mask["mask"], "bl"), **strides("post", post, "bdl"),
         **strides("second_post", second_post, "bdl"), **strides("out_mask", out_mask["mask"], "bl"),
         **strides("bias", bias, "d"), **factors, P_IN=max(1, triton.cdiv(length, piece)),
-        P_OUT=max(1, triton.cdiv(length_out, piece)), R=blocks["R"], CONJUGATE=conjugate, SCALED=x.dtype in HALF,
-        REPLACES=in_mask["REPLACES"] or out_mask["REPLACES"], PRECISION=precision,
+        P_OUT=max(1, triton.cdiv(length_out, piece)), R=blocks["R"], CONJUGATE=conjugate,
+        REPLACES=in_mask["REPLACES"] or out_mask["REPLACES"],
         INT64=wide(out, second_out, x, gate, post, second_post, in_mask["mask"], out_mask["mask"]),
     )  # fmt: skip
     return Launch(_fft_conv_fwd_kernel, (triton.cdiv(groups, turns), channels), args, blocks["num_warps"])
@@ -499,16 +497,16 @@ def fft_conv_fwd(*args) -> None:
 
 def _plan_products(partial, bias_partial, turns, dout, u, pregate, postgate, mask, blocks) -> Launch:
     points = dout.shape[2]
-    factors, (dtype, precision) = _factors(u, points), _dot(u)
+    factors = _factors(u, points)
     piece, mask = factors["BLOCK"] * factors["N2"], _bytes(mask)
     args = dict(
         partial_ptr=partial, bias_partial_ptr=bias_partial, dout_ptr=dout, u_ptr=u, pregate_ptr=pregate,
-        postgate_ptr=postgate, mask_ptr=mask["mask"], **_tables(factors, dtype, u.device), B=u.shape[0], L=u.shape[2],
+        postgate_ptr=postgate, mask_ptr=mask["mask"], **_tables(factors, u.dtype == torch.float32, u.device), B=u.shape[0], L=u.shape[2],
         M=points, D=u.shape[1], turns=turns, **strides("dout", dout, "bdl"), **strides("u", u, "bdl"),
         **strides("pregate", pregate, "bdl"), **strides("postgate", postgate, "bdl"),
         **strides("mask", mask["mask"], "bl"), **factors, P_IN=max(1, triton.cdiv(u.shape[2], piece)),
-        P_OUT=max(1, triton.cdiv(points, piece)), R=blocks["R"], SCALED=u.dtype in HALF, REPLACES=mask["REPLACES"],
-        PRECISION=precision, INT64=wide(dout, u, pregate, postgate, mask["mask"]),
+        P_OUT=max(1, triton.cdiv(points, piece)), R=blocks["R"], REPLACES=mask["REPLACES"],
+        INT64=wide(dout, u, pregate, postgate, mask["mask"]),
     )  # fmt: skip
     grid = (factors["P"], u.shape[1], partial.shape[0])
     return Launch(_fft_conv_bwd_kernel, grid, args, blocks["num_warps"])
@@ -521,8 +519,8 @@ def _plan_filters(
     factors, channels = _factors(u, points), u.shape[1]
     offset, taps = _geometry(u, dk, mode)[0], dk.shape[1]
     inverse = dict(
-        lags_ptr=lags, partial_ptr=partial, **_tables(factors, torch.float32, u.device), D=channels,
-        parts=partial.shape[0], **factors, PRECISION="tf32x3",
+        lags_ptr=lags, partial_ptr=partial, **_tables(factors, True, u.device), D=channels,
+        parts=partial.shape[0], **factors,
     )  # fmt: skip
     gather = dict(
         dk_ptr=dk, dreverse_ptr=dk_reverse, dskip_ptr=dskip, dbias_ptr=dbias, lags_ptr=lags,

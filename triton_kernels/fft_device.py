@@ -34,9 +34,12 @@ import triton.language as tl
 
 from .common import index
 
-# Half-precision operands: a row is divided by its largest sample and the spectrum by the sum of its taps' magnitudes,
-# which bounds every product of the two by N; times FULL / N it fills float16's range from the top, whatever the data.
+# Operands are float16 for every dtype: a row is divided by its largest sample and the spectrum by the sum of its taps'
+# magnitudes, which bounds every product of the two by N; times FULL / N it fills float16's range from the top, whatever
+# the data. Float32 is split into a high and a low part, the low times LOW, since it would be subnormal: the three
+# products cost half of what tf32x3 does, take half the shared memory, and the interpreter rounds them as a GPU does.
 FULL: tl.constexpr = tl.constexpr(32768.0)
+LOW: tl.constexpr = tl.constexpr(2048.0)
 
 
 # --- device functions -----------------------------------------------------------------------------------------------
@@ -97,45 +100,87 @@ def load_signal(
 
 @triton.jit
 def magnitudes(tiles, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr):
-    """The largest magnitude of each row, 1 for a row of zeros: [R]."""
+    """The largest magnitude of each row, 1 for a row of zeros: a number, or [R]."""
     largest = tl.abs(tiles[0])
     for p in tl.static_range(1, PIECES):
         largest = tl.maximum(largest, tl.abs(tiles[p]))
-    scale = tl.max(tl.max(tl.reshape(largest, [BLOCK, R, N2]), axis=2), axis=0)
+    if R == 1:
+        scale = tl.max(largest)
+    else:
+        scale = tl.max(tl.max(tl.reshape(largest, [BLOCK, R, N2]), axis=2), axis=0)
     return tl.where(scale < 1e-30, 1.0, scale)
 
 
 @triton.jit
 def times_rows(tile, factor, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr):
     """A tile [BLOCK, R N2] or [BLOCK R, N2], each batch row times its factor [R]."""
-    return tl.reshape(tl.reshape(tile, [BLOCK, R, N2]) * factor[None, :, None], tile.shape)
+    if R == 1:
+        return tile * factor
+    else:
+        return tl.reshape(tl.reshape(tile, [BLOCK, R, N2]) * factor[None, :, None], tile.shape)
 
 
 @triton.jit
-def normalized(tiles, scale, dtype: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
-               PIECES: tl.constexpr):  # fmt: skip
-    """The tiles as operands: divided by their rows' scales where those are given, and rounded."""
-    operands = ()
+def operand(x, SPLIT: tl.constexpr):
+    """A float32 tile as float16: (high, low), x = high + low / LOW where SPLIT, otherwise low is not used."""
+    high = x.to(tl.float16)
+    if SPLIT:
+        return high, ((x - high.to(tl.float32)) * LOW).to(tl.float16)
+    else:
+        return high, high
+
+
+@triton.jit
+def negative(a):
+    return -a[0], -a[1]
+
+
+@triton.jit
+def transposed(a):
+    return tl.trans(a[0]), tl.trans(a[1])
+
+
+@triton.jit
+def add_product(acc, a, b, SPLIT: tl.constexpr):
+    """acc + a @ b for operands (high, low). SPLIT: three products, 22 bits of mantissa; the lows' product is below."""
+    if SPLIT:
+        acc = tl.dot(a[0], b[1], acc * LOW)
+        acc = tl.dot(a[1], b[0], acc) * (1 / LOW)
+    return tl.dot(a[0], b[0], acc)
+
+
+@triton.jit
+def operands(tiles, scale, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr,
+             SPLIT: tl.constexpr):  # fmt: skip
+    """The tiles divided by their rows' scales, as operands."""
+    result = ()
     for p in tl.static_range(PIECES):
-        tile = tiles[p]
-        if scale is not None:
-            tile = times_rows(tile, 1 / scale, BLOCK, N2, R)
-        operands = operands + (tile.to(dtype),)
-    return operands
+        result = result + (operand(times_rows(tiles[p], 1 / scale, BLOCK, N2, R), SPLIT),)
+    return result
 
 
 @triton.jit
-def first_factor(first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr):
+def _load_factor(ptr, at, plane: tl.constexpr, SPLIT: tl.constexpr):
+    """A table of planes (real, imaginary) and, where SPLIT, their lows: two operands."""
+    re, im = tl.load(ptr + at), tl.load(ptr + plane + at)
+    if SPLIT:
+        return (re, tl.load(ptr + 2 * plane + at)), (im, tl.load(ptr + 3 * plane + at))
+    else:
+        return (re, re), (im, im)
+
+
+@triton.jit
+def first_factor(first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
     """exp(-2 pi i n1 (k1 + 1/4) / N1) for block q of k1 and block p of n1: (real, imaginary), [BLOCK, BLOCK]."""
     at = (q * BLOCK + tl.arange(0, BLOCK))[:, None] * N1 + (p * BLOCK + tl.arange(0, BLOCK))[None, :]
-    return tl.load(first_ptr + at), tl.load(first_ptr + N1 * N1 + at)
+    return _load_factor(first_ptr, at, N1 * N1, SPLIT)
 
 
 @triton.jit
-def second_factor(second_ptr, N2: tl.constexpr):
+def second_factor(second_ptr, N2: tl.constexpr, SPLIT: tl.constexpr):
     """exp(-2 pi i n2 k2 / N2): (real, imaginary), [N2, N2], symmetric."""
     at = tl.arange(0, N2)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    return tl.load(second_ptr + at), tl.load(second_ptr + N2 * N2 + at)
+    return _load_factor(second_ptr, at, N2 * N2, SPLIT)
 
 
 @triton.jit
@@ -155,7 +200,7 @@ def load_spectrum(ptr, q, N1: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexp
 @triton.jit
 def transform(
     x, q, first_ptr, second_re, second_im, t_re, t_im, PIECES: tl.constexpr, N1: tl.constexpr, BLOCK: tl.constexpr,
-    N2: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    N2: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Block q of the spectrum of real rows, x a tuple of PIECES operands: (real, imaginary), [BLOCK R, N2], float32.
 
@@ -164,52 +209,41 @@ def transform(
     acc_re = tl.zeros([BLOCK, R * N2], tl.float32)
     acc_im = tl.zeros([BLOCK, R * N2], tl.float32)
     for p in tl.static_range(PIECES):
-        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK)
-        acc_re = tl.dot(f_re, x[p], acc_re, input_precision=PRECISION)
-        acc_im = tl.dot(f_im, x[p], acc_im, input_precision=PRECISION)
-    dtype: tl.constexpr = first_ptr.dtype.element_ty
-    a_re = tl.reshape((acc_re * t_re - acc_im * t_im).to(dtype), [BLOCK * R, N2])
-    a_im = tl.reshape((acc_re * t_im + acc_im * t_re).to(dtype), [BLOCK * R, N2])
-    x_re = tl.dot(a_re, second_re, input_precision=PRECISION)
-    x_re = tl.dot(-a_im, second_im, x_re, input_precision=PRECISION)
-    x_im = tl.dot(a_re, second_im, input_precision=PRECISION)
-    x_im = tl.dot(a_im, second_re, x_im, input_precision=PRECISION)
+        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
+        acc_re = add_product(acc_re, f_re, x[p], SPLIT)
+        acc_im = add_product(acc_im, f_im, x[p], SPLIT)
+    a_re = operand(tl.reshape(acc_re * t_re - acc_im * t_im, [BLOCK * R, N2]), SPLIT)
+    a_im = operand(tl.reshape(acc_re * t_im + acc_im * t_re, [BLOCK * R, N2]), SPLIT)
+    zero = tl.zeros([BLOCK * R, N2], tl.float32)
+    x_re = add_product(add_product(zero, a_re, second_re, SPLIT), negative(a_im), second_im, SPLIT)
+    x_im = add_product(add_product(zero, a_re, second_im, SPLIT), a_im, second_re, SPLIT)
     return x_re, x_im
 
 
 @triton.jit
 def inverse_first_half(
-    y_re, y_im, second_re, second_im, t_re, t_im, dtype: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr,
-    R: tl.constexpr, PRECISION: tl.constexpr,
+    y_re, y_im, second_re, second_im, t_re, t_im, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """From a block of a spectrum [BLOCK R, N2] back over k2, divided by N2: operands (real, imaginary), [BLOCK, R N2].
 
-    What remains is the first factor: block p of the result is the sum over the blocks q of `real_part`.
+    What remains is the first factor: block p of the result is the sum over the blocks q of `add_real_part`.
     """
-    y_re, y_im = y_re.to(dtype), y_im.to(dtype)
-    b_re = tl.dot(y_re, second_re, input_precision=PRECISION)
-    b_re = tl.dot(y_im, second_im, b_re, input_precision=PRECISION)
-    b_im = tl.dot(y_im, second_re, input_precision=PRECISION)
-    b_im = tl.dot(-y_re, second_im, b_im, input_precision=PRECISION)
+    y_re, y_im = operand(y_re, SPLIT), operand(y_im, SPLIT)
+    zero = tl.zeros([BLOCK * R, N2], tl.float32)
+    b_re = add_product(add_product(zero, y_re, second_re, SPLIT), y_im, second_im, SPLIT)
+    b_im = add_product(add_product(zero, y_im, second_re, SPLIT), negative(y_re), second_im, SPLIT)
     b_re = tl.reshape(b_re, [BLOCK, R * N2]) * (1.0 / N2)
     b_im = tl.reshape(b_im, [BLOCK, R * N2]) * (1.0 / N2)
-    return (b_re * t_re + b_im * t_im).to(dtype), (b_im * t_re - b_re * t_im).to(dtype)
+    return operand(b_re * t_re + b_im * t_im, SPLIT), operand(b_im * t_re - b_re * t_im, SPLIT)
 
 
 @triton.jit
-def real_part(acc, b_re, b_im, first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def add_real_part(acc, b_re, b_im, first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
     """acc [BLOCK, R N2] plus what block q of k1 gives to the real part of block p of the result."""
-    f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK)
-    acc = tl.dot(tl.trans(f_re), b_re, acc, input_precision=PRECISION)
-    return tl.dot(tl.trans(f_im), b_im, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def imaginary_part(acc, b_re, b_im, first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """As `real_part`, the imaginary one."""
-    f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK)
-    acc = tl.dot(tl.trans(f_re), b_im, acc, input_precision=PRECISION)
-    return tl.dot(tl.trans(f_im), -b_re, acc, input_precision=PRECISION)
+    f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
+    acc = add_product(acc, transposed(f_re), b_re, SPLIT)
+    return add_product(acc, transposed(f_im), b_im, SPLIT)
 
 
 # --- host side ------------------------------------------------------------------------------------------------------
@@ -238,17 +272,24 @@ def sizes(points: int, most: int) -> tuple[int, int, int] | None:
 
 
 @functools.lru_cache(maxsize=64)
-def tables(n1: int, n2: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """The two factors and the twiddles, (2, *, *) with the real part first: angles exact in integers, then float64."""
+def tables(n1: int, n2: int, split: bool, device: torch.device) -> dict[str, torch.Tensor]:
+    """The two factors and the twiddles, (planes, *, *): real, imaginary, and the lows of both where split.
+
+    Angles are exact in integers, then float64.
+    """
 
     def unit(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
         angle = (numerator % denominator).double() * (-2 * math.pi / denominator)
-        return torch.stack([angle.cos(), angle.sin()]).to(dtype).to(device)
+        return torch.stack([angle.cos(), angle.sin()])
+
+    def factor(planes: torch.Tensor) -> torch.Tensor:
+        high = planes.half()
+        return torch.cat([high, ((planes - high.double()) * LOW.value).half()]).to(device) if split else high.to(device)
 
     first, second = torch.arange(n1), torch.arange(n2)
     shifted = 4 * first + 1  # 4 (k1 + 1/4)
     return {
-        "first_ptr": unit(shifted[:, None] * first, 4 * n1),
-        "second_ptr": unit(second[:, None] * second, n2),
-        "twiddle_ptr": unit(shifted[:, None] * second, 4 * n1 * n2),
+        "first_ptr": factor(unit(shifted[:, None] * first, 4 * n1)),
+        "second_ptr": factor(unit(second[:, None] * second, n2)),
+        "twiddle_ptr": unit(shifted[:, None] * second, 4 * n1 * n2).to(torch.float32 if split else torch.half).to(device),
     }
