@@ -41,16 +41,20 @@ from . import fft_device as dev
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .fft_device import (
     FULL,
+    add_product,
     add_real_part,
+    first_factor,
     inverse_first_half,
     load_signal,
     load_spectrum,
     magnitudes,
     masked,
     negative,
+    operand,
     operands,
     rows_of,
     second_factor,
+    second_half,
     times_of,
     times_rows,
     transform,
@@ -80,11 +84,11 @@ def _taps(k_ptr, stride_k_s, s, valid, K, L, CIRCULAR: tl.constexpr, INT64: tl.c
 
 
 @triton.jit
-def _two_sided(
+def _at_lag(
     k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, j, L, M, K, K_reverse, offset, CIRCULAR: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
-    """g[j], [BLOCK, N2] like j, which lies between -N and N."""
+    """g[j] without skip, [BLOCK, N2] like j, which lies between -N and N."""
     valid = (j < M) & (j > -M)
     s = tl.where(j < 0, j + L, j) if CIRCULAR else j + offset
     g = _taps(k_ptr, stride_k_s, s, valid, K, L, CIRCULAR, INT64)
@@ -92,6 +96,19 @@ def _two_sided(
         s = tl.where(j > 0, L - j, -j) if CIRCULAR else -j
         g += _taps(reverse_ptr, stride_reverse_s, s, valid, K_reverse, L, CIRCULAR, INT64)
     return g
+
+
+@triton.jit
+def _two_sided(
+    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, n, N: tl.constexpr, L, M, K, K_reverse, offset,
+    CIRCULAR: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """(g[n], g[n - N]), [BLOCK, N2] like n."""
+    above = _at_lag(k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, L, M, K, K_reverse, offset, CIRCULAR, INT64)
+    below = _at_lag(
+        k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n - N, L, M, K, K_reverse, offset, CIRCULAR, INT64
+    )  # fmt: skip
+    return above + tl.where(n == 0, skip, 0.0), below
 
 
 @triton.jit
@@ -111,38 +128,38 @@ def _fft_conv_spectrum_kernel(
     k_ptr += d * stride_k_d
     if reverse_ptr is not None:
         reverse_ptr += d * stride_reverse_d
-    causal, anticausal = (), ()
-    scale, largest = 0.0, 1e-30
-    for p in tl.static_range(P):
-        n = times_of(p, BLOCK, N2, 1)
-        g = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, L, M, K, K_reverse, offset, CIRCULAR, INT64
+    skip = 0.0
+    if skip_ptr is not None:
+        skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
+    total = tl.zeros([BLOCK, N2], tl.float32)
+    largest = tl.zeros([BLOCK, N2], tl.float32)
+    for p in tl.range(P, num_stages=1):
+        above, below = _two_sided(
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
+            offset, CIRCULAR, INT64,
         )  # fmt: skip
-        if skip_ptr is not None:
-            g += tl.where(n == 0, tl.load(skip_ptr + d * stride_skip_d).to(tl.float32), 0.0)
-        scale += tl.sum(tl.abs(g))
-        largest = tl.maximum(largest, tl.max(tl.abs(g)))
-        causal = causal + (g,)
-        g = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n - N, L, M, K, K_reverse, offset, CIRCULAR, INT64
+        total += tl.abs(above) + tl.abs(below)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(above), tl.abs(below)))
+    total, largest = tl.sum(total), tl.max(largest)
+    scale = tl.where(total == 0, 1.0, total)
+    largest = tl.where(largest < 1e-30, 1.0, largest)
+    acc_re = tl.zeros([BLOCK, N2], tl.float32)
+    acc_im = tl.zeros([BLOCK, N2], tl.float32)
+    for p in tl.range(P, num_stages=1):
+        above, below = _two_sided(
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
+            offset, CIRCULAR, INT64,
         )  # fmt: skip
-        scale += tl.sum(tl.abs(g))
-        largest = tl.maximum(largest, tl.max(tl.abs(g)))
-        anticausal = anticausal + (g,)
-    scale = tl.where(scale == 0, 1.0, scale)
-    causal = operands(causal, largest, BLOCK, N2, 1, P, SPLIT)
-    anticausal = operands(anticausal, largest, BLOCK, N2, 1, P, SPLIT)
-    t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)
-    second_re, second_im = second_factor(second_ptr, N2, SPLIT)
-    g_re, g_im = transform(
-        causal, q, first_ptr, second_re, second_im, t_re, t_im, P, N1, BLOCK, N2, 1, SPLIT
-    )  # fmt: skip
-    h_re, h_im = transform(
-        anticausal, q, first_ptr, second_re, second_im, t_re, t_im, P, N1, BLOCK, N2, 1, SPLIT
-    )  # fmt: skip
+        above, below = operand(above / largest, SPLIT), operand(below / largest, SPLIT)
+        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
+        acc_re = add_product(add_product(acc_re, f_re, above, SPLIT), f_im, negative(below), SPLIT)
+        acc_im = add_product(add_product(acc_im, f_im, above, SPLIT), f_re, below, SPLIT)
+    t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)  # [BLOCK, N2]
+    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
+    g_re, g_im = second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, 1, SPLIT)
     at = d * 2 * N + times_of(q, BLOCK, N2, 1)
-    tl.store(spectrum_ptr + at, (g_re - h_im) * (largest / scale))
-    tl.store(spectrum_ptr + N + at, (g_im + h_re) * (largest / scale))
+    tl.store(spectrum_ptr + at, g_re * (largest / scale))
+    tl.store(spectrum_ptr + N + at, g_im * (largest / scale))
     if q == 0:
         tl.store(scale_ptr + d, scale)
 
@@ -373,6 +390,7 @@ def _fft_conv_taps_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _geometry(u: torch.Tensor, k: torch.Tensor, mode: str) -> tuple[int, int]:
@@ -383,33 +401,38 @@ def _geometry(u: torch.Tensor, k: torch.Tensor, mode: str) -> tuple[int, int]:
 
 def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> str | None:
     """None, or why these kernels do not compute the call."""
-    if u.dtype not in dev.MAX_POINTS:
+    if u.dtype not in DTYPES:
         return f"u is {str(u.dtype)[6:]}, not float32, float16 or bfloat16"
     for name, filters in (("k", k), ("k_reverse", k_reverse)):
         if filters is None:
             continue
         if filters.dim() != 2:
             return f"{name} is a filter for every sample"
-        if filters.dtype not in dev.MAX_POINTS:
+        if filters.dtype not in DTYPES:
             return f"{name} is {str(filters.dtype)[6:]}, not float32, float16 or bfloat16"
-    points, most = _geometry(u, k, mode)[1], dev.MAX_POINTS[u.dtype]
+    points, most = _geometry(u, k, mode)[1], dev.limit(u.dtype, u.device)
     if dev.sizes(points, most) is None:
-        return f"the output has {points} samples, more than the {most} of one fused transform"
-    if u.shape[0] * u.shape[1] * u.shape[2] == 0:
-        return "u is empty"
-    return None
+        return f"the output has {points} samples, more than one fused transform ({most} points) can hold"
+    return "u has no samples" if u.shape[2] == 0 else None
 
 
 def _factors(u: torch.Tensor, points: int) -> dict[str, int]:
-    P, block, n2 = dev.sizes(points, dev.MAX_POINTS[u.dtype])
+    P, block, n2 = dev.sizes(points, dev.limit(u.dtype, u.device))
     return {"P": P, "BLOCK": block, "N2": n2}
 
 
+def _filter_factors(u: torch.Tensor, points: int) -> dict[str, int]:
+    """The same points in smaller blocks, for the kernels that hold split operands whatever the dtype of u."""
+    factors = _factors(u, points)
+    pieces = max(1, factors["BLOCK"] // 64)
+    return {"P": factors["P"] * pieces, "BLOCK": factors["BLOCK"] // pieces, "N2": factors["N2"]}
+
+
 def _blocks(kernel: str, u: torch.Tensor, factors: dict[str, int]) -> dict[str, int]:
-    """R and num_warps. Short rows share a tile until it has 4096 elements, or 64 rows for the matrix units."""
+    """R and num_warps. Short rows share a tile of up to 2,048 elements, half that when operands are split."""
     points = factors["P"] * factors["BLOCK"] * factors["N2"]
-    rows = max(1, min(triton.next_power_of_2(u.shape[0]), 4096 // triton.next_power_of_2(points)))
-    default = {"R": rows, "num_warps": 4 if rows * points <= 2048 else 8 if rows * points <= 8192 else 16}
+    most = (1024 if u.dtype == torch.float32 else 2048) // triton.next_power_of_2(points)
+    default = {"R": max(1, min(triton.next_power_of_2(u.shape[0]), most)), "num_warps": dev.warps(factors["BLOCK"])}
     return config(kernel, f"{str(u.dtype)[6:]}-P{factors['P']}-{factors['BLOCK']}x{factors['N2']}", u.device, default)
 
 
@@ -429,13 +452,9 @@ def _bytes(mask: torch.Tensor | None) -> dict:
     return {"mask": mask.view(torch.uint8) if replaces else mask, "REPLACES": replaces}
 
 
-def _filter_warps(factors: dict[str, int]) -> int:
-    return 4 if factors["BLOCK"] * factors["N2"] <= 2048 else 8
-
-
 def _plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode) -> Launch:
     offset, points = _geometry(u, k, mode)
-    factors = _factors(u, points)
+    factors = _filter_factors(u, points)
     args = dict(
         spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
         **_tables(factors, True, u.device), L=u.shape[2], M=points, K=k.shape[1],
@@ -443,7 +462,7 @@ def _plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode) -> Launch:
         **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"), **factors, CIRCULAR=mode == "circular",
         INT64=wide(k, k_reverse),
     )  # fmt: skip
-    return Launch(_fft_conv_spectrum_kernel, (factors["P"], u.shape[1]), args, _filter_warps(factors))
+    return Launch(_fft_conv_spectrum_kernel, (factors["P"], u.shape[1]), args, dev.warps(factors["BLOCK"]))
 
 
 def _plan_convolution(
@@ -516,7 +535,7 @@ def _plan_filters(
     dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, u, mode, points, K_reverse
 ) -> list[Launch]:  # fmt: skip
     """From the partial spectra to the lags, and from those to the filters' gradients."""
-    factors, channels = _factors(u, points), u.shape[1]
+    factors, channels = _filter_factors(u, points), u.shape[1]
     offset, taps = _geometry(u, dk, mode)[0], dk.shape[1]
     inverse = dict(
         lags_ptr=lags, partial_ptr=partial, **_tables(factors, True, u.device), D=channels,
@@ -530,7 +549,7 @@ def _plan_filters(
         INT64=wide(dk, dk_reverse), BLOCK_S=512,
     )  # fmt: skip
     return [
-        Launch(_fft_conv_lags_kernel, (factors["P"], channels), inverse, _filter_warps(factors)),
+        Launch(_fft_conv_lags_kernel, (factors["P"], channels), inverse, dev.warps(factors["BLOCK"])),
         Launch(_fft_conv_taps_kernel, (triton.cdiv(max(taps, K_reverse), 512), channels), gather, 4),
     ]
 
@@ -549,7 +568,7 @@ def plan_fft_conv_bwd(
     groups = triton.cdiv(u.shape[0], blocks["R"])
     parts = max(1, min(groups, WANTED // (factors["P"] * channels)))
     turns = triton.cdiv(groups, parts)
-    parts = triton.cdiv(groups, turns)
+    parts = triton.cdiv(groups, max(1, turns)) or 1
     partial = spectrum.new_empty(parts, *spectrum.shape)
     lags = spectrum.new_empty(channels, 2, spectrum.shape[2] * spectrum.shape[3])
     bias_partial = None if bias is None else scale.new_empty(parts, channels)
@@ -577,3 +596,21 @@ def fft_conv_bwd(*args) -> None:
     """fill(du, dk, dk_reverse, dskip, dbias, dpregate, dpostgate, dout, *op arguments)"""
     for launch in plan_fft_conv_bwd(*args):
         launch.run()
+
+
+def _specs(dtype: torch.dtype, options: str = "") -> dict[str, Launch]:
+    """The launches of a typical call, by name. options: its length, or "wide" for channels-last beyond 32 bits."""
+    B, D, L = (64, 2**21, 1024) if options == "wide" else (64, 768, int(options or 1024))
+    x = meta(B, L, D, dtype=dtype).transpose(1, 2) if options == "wide" else meta(B, D, L, dtype=dtype)
+    k, vector, M = meta(D, L), meta(D), "causal"
+    reverse, mask = (k, meta(B, L, dtype=torch.bool)) if options == "wide" else (None, None)
+    call = (x, k, reverse, vector, vector, x, x, mask, M)
+    gradients = plan_fft_conv_bwd(x, k, reverse, vector, vector, x, x, x, *call)
+    names = ("spectrum", "du", "bwd", "lags", "taps")
+    return {"fwd": plan_fft_conv_fwd(x, *call)[1], **dict(zip(names, gradients))}
+
+
+for _name in ("spectrum", "fwd", "bwd", "lags", "taps", "du"):
+    compile_spec(f"fft_conv_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
+for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du", "wide")):
+    compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])

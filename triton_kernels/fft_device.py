@@ -212,6 +212,15 @@ def transform(
         f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
         acc_re = add_product(acc_re, f_re, x[p], SPLIT)
         acc_im = add_product(acc_im, f_im, x[p], SPLIT)
+    return second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, R, SPLIT)
+
+
+@triton.jit
+def second_half(
+    acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """What follows the first factor: twiddles and second factor, [BLOCK, R N2] to [BLOCK R, N2]."""
     a_re = operand(tl.reshape(acc_re * t_re - acc_im * t_im, [BLOCK * R, N2]), SPLIT)
     a_im = operand(tl.reshape(acc_re * t_im + acc_im * t_re, [BLOCK * R, N2]), SPLIT)
     zero = tl.zeros([BLOCK * R, N2], tl.float32)
@@ -249,7 +258,21 @@ def add_real_part(acc, b_re, b_im, first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.
 # --- host side ------------------------------------------------------------------------------------------------------
 
 MAX_PIECES = 6
-MAX_POINTS = {torch.float32: 16384, torch.float16: 32768, torch.bfloat16: 32768}  # accumulators stay in registers
+# The longest transform by a block's shared memory (read out of the cubins), the first number for half precision.
+LIMITS = ((227 * 1024, (16384, 8192)), (163 * 1024, (8192, 4096)), (99 * 1024, (2048, 1024)), (0, (0, 0)))
+
+
+def limit(dtype: torch.dtype, device: torch.device) -> int:
+    """The most points that one fused transform has on this device."""
+    shared = LIMITS[0][0]
+    if device.type == "cuda":
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return next(points for least, points in LIMITS if shared >= least)[dtype == torch.float32]
+
+
+def warps(block: int) -> int:
+    """64 rows a warpgroup: with more warps than that, wgmma's layout computes rows twice."""
+    return 8 if block > 64 else 4
 
 
 @functools.cache
@@ -257,15 +280,16 @@ def sizes(points: int, most: int) -> tuple[int, int, int] | None:
     """(P, BLOCK, N2) of the cheapest transform of at least `points` points and at most `most`; None when there is none.
 
     By flops a row, 8 N1 + 16 N2 a point, plus what a point costs whatever the factors. BLOCK below 64 cannot use
-    wgmma, whose tiles have 64 rows: counted as half the rate.
+    wgmma: counted as half the rate. N2 and P are bounded by what a thread has to hold (registers of sm_90).
     """
     best = None
-    for block in (64, 32, 16):
-        for n2 in (16, 32, 64, 128):
+    for block, widest in ((128, 64), (64, 32), (32, 32), (16, 16)):
+        for n2 in (16, 32, 64):
             pieces = max(1, -(-points // (block * n2)))
-            if pieces > MAX_PIECES or pieces * block * n2 > most or (block < 64 and block < n2):
+            held = pieces * block * n2 // (32 * warps(block))
+            if n2 > widest or pieces > MAX_PIECES or held > 64 or pieces * block * n2 > most:
                 continue
-            cost = pieces * block * n2 * ((8 * pieces * block + 16 * n2) * (1 if block == 64 else 2) + 512)
+            cost = pieces * block * n2 * ((8 * pieces * block + 16 * n2) * (1 if block >= 64 else 2) + 512)
             if best is None or cost < best[0]:
                 best = cost, (pieces, block, n2)
     return best and best[1]
