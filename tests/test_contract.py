@@ -23,6 +23,7 @@ from contract import (
     floating,
     forward,
     gradients,
+    has_backend,
     loss,
     tensors_of,
     with_tensors,
@@ -55,19 +56,23 @@ some_case = pytest.mark.parametrize("op, sample", small(CASES, IDS)) if INTERPRE
 some_trainable = (
     pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
 )
-every_op = pytest.mark.parametrize("op", list(testing.specs()))
+every_op = pytest.mark.parametrize("op", list(dict.fromkeys(op for op, _ in CASES)))
 compiled_only = pytest.mark.skipif(
     INTERPRET, reason="the interpreter's process tests kernels, not the torch integration"
 )
 
 
 @pytest.fixture
-def on(place):
+def on(place, request):
     """on(function, ...): run it on the place's backend. on.device: where the sample's tensors belong.
 
     Skips nothing silently: a backend that declines a sample must say so, and only a GPU kernel and complex A do.
     """
     device, backend = place
+    params = request.node.callspec.params
+    op = params["op"] if "op" in params else _library.OPS[params["mutant"].op].public
+    if not has_backend(op, backend):
+        pytest.skip(f"{op} has no {backend} backend")
 
     def run(function, *args, **kwargs):
         try:

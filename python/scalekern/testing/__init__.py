@@ -76,10 +76,12 @@ class Spec:
 
 
 def specs() -> dict[str, Spec]:
-    """Every public op of the package."""
-    from scalekern.testing import selective_scan
+    """Every public op of the package. Samples may be here before their op is."""
+    import scalekern
+    from scalekern.testing import fft_conv, selective_scan
 
-    return {**selective_scan.SPECS}
+    found = {**selective_scan.SPECS, **fft_conv.SPECS}
+    return {op: spec for op, spec in found.items() if op in scalekern.__all__}
 
 
 def samples(op: str) -> tuple[Sample, ...]:
