@@ -1,13 +1,19 @@
 """What the tests of the fft_conv family's oracles share: inputs, and explicit derivatives against autograd's."""
 
+import importlib
 import inspect
 
 import pytest
 import torch
 
-from scalekern.reference import depthwise_conv2d, diag_ssm, dplr_ssm, dwt2d, fft_conv
 from scalekern.testing import assert_close
 from scalekern.testing import fft_conv as family
+
+# The modules: the package itself gathers the functions, some of which have the names of their modules.
+depthwise_conv2d, diag_ssm, dplr_ssm, dwt2d, fft_conv = (
+    importlib.import_module(f"scalekern.reference.{name}")
+    for name in ("depthwise_conv2d", "diag_ssm", "dplr_ssm", "dwt2d", "fft_conv")
+)
 
 TIGHT = 1e-12  # float64 against float64
 

@@ -201,7 +201,8 @@ SPECS = {
             Sample("even_strided", _conv2d(2, 2, 9, 7, 3, 6, stride=2)),
             Sample("one", _conv2d(1, 1, 1, 1, 1, 1)),
             Sample("valid", _conv2d(2, 2, 9, 8, 3, 5, bias=True, padding="valid", method="fft")),
-            Sample("dilated", _conv2d(2, 2, 12, 11, 3, 3, padding=(2, 3), stride=(1, 2), dilation=(2, 3), method="fft")),
+            Sample("dilated", _conv2d(2, 2, 12, 11, 3, 3, padding=(2, 3), stride=(1, 2), dilation=(2, 3),
+                                      method="fft")),
         )
     ),
     "depthwise_conv_transpose2d": Spec(
