@@ -9,7 +9,7 @@ import torch
 from scalekern.testing import assert_close
 from scalekern.testing import fft_conv as family
 
-# By their names: where an op of a module's name exists already, the function hides the module in the package.
+# The modules: the package itself gathers the functions, some of which have the names of their modules.
 depthwise_conv2d, diag_ssm, dplr_ssm, dwt2d, fft_conv = (
     importlib.import_module(f"scalekern.reference.{name}")
     for name in ("depthwise_conv2d", "diag_ssm", "dplr_ssm", "dwt2d", "fft_conv")

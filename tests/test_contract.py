@@ -23,6 +23,7 @@ from contract import (
     floating,
     forward,
     gradients,
+    has_backend,
     loss,
     tensors_of,
     with_tensors,
@@ -55,29 +56,34 @@ some_case = pytest.mark.parametrize("op, sample", small(CASES, IDS)) if INTERPRE
 some_trainable = (
     pytest.mark.parametrize("op, sample", small(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
 )
-every_op = pytest.mark.parametrize("op", list(testing.specs()))
+every_op = pytest.mark.parametrize("op", list(dict.fromkeys(op for op, _ in CASES)))
 compiled_only = pytest.mark.skipif(
     INTERPRET, reason="the interpreter's process tests kernels, not the torch integration"
 )
 
 
 @pytest.fixture
-def on(place):
+def on(place, request):
     """on(function, ...): run it on the place's backend. on.device: where the sample's tensors belong.
 
-    Skips nothing silently: a backend that declines a sample must say so, and only a GPU kernel and complex A do.
+    Skips nothing silently: a backend that declines a sample must say so, and only GPU kernels do, for these reasons.
     """
     device, backend = place
+    params = request.node.callspec.params
+    op = params["op"] if "op" in params else _library.OPS[params["mutant"].op].public
+    if not has_backend(op, backend):
+        pytest.skip(f"{op} has no {backend} backend")
 
     def run(function, *args, **kwargs):
         try:
             with scalekern.backend(backend):
                 return function(*args, **kwargs)
         except scalekern.BackendError as declined:
-            assert backend in ("triton", "cuda") and "complex" in str(declined), declined
+            reasons = r"a complex A|filter for every sample|u is float64"
+            assert backend in ("triton", "cuda") and re.search(reasons, str(declined)), declined
             pytest.skip(str(declined))
 
-    run.device = device
+    run.device, run.backend = device, backend
     return run
 
 
@@ -529,6 +535,12 @@ def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
         actual = on(forward, getattr(scalekern, op), op, spoiled, kwargs)
         for i, (a, e) in enumerate(zip(actual, expected(op, spoiled, kwargs))):
             finite = torch.isfinite(e)  # of a complex number: both parts
+            if op == "fft_conv" and on.backend in ("triton", "cuda"):
+                # An FFT spreads it over the row; to look and repair, as the CPU does, would be a synchronization.
+                assert not torch.isfinite(a[~finite]).any()
+                rows = finite.all(-1)
+                assert_close(a[rows], e[rows], tolerance=1e-5, what=f"output {i}")
+                continue
             assert torch.equal(torch.isfinite(a), finite), f"output {i}"
             if not complex_arithmetic:
                 assert torch.equal(a.isnan(), e.isnan()), f"output {i}"

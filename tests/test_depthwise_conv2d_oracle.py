@@ -19,7 +19,7 @@ def pair(value):
     return (value, value) if isinstance(value, int) else value
 
 
-def brute(x, w, bias=None, *, padding="same", stride=1, dilation=1):
+def brute(x, w, bias=None, *, padding="same", stride=1, dilation=1, method="auto"):
     """Output by output, from an image with more zeros around it than any tap can reach."""
     w = w[:, 0] if w.dim() == 4 else w
     x, w, (s, t), (d, e) = x.numpy(), w.numpy(), pair(stride), pair(dilation)
@@ -39,7 +39,7 @@ def brute(x, w, bias=None, *, padding="same", stride=1, dilation=1):
     return torch.from_numpy(out) + (0 if bias is None else bias[:, None, None])
 
 
-def brute_transposed(x, w, bias=None, *, stride=1, padding=0, output_padding=0, dilation=1):
+def brute_transposed(x, w, bias=None, *, stride=1, padding=0, output_padding=0, dilation=1, method="auto"):
     x, w = x.numpy(), w.numpy()
     (s, t), (top, left), (d, e), more = pair(stride), pair(padding), pair(dilation), pair(output_padding)
     (B, C, H, W), (_, I, J) = x.shape, w.shape

@@ -2,6 +2,7 @@
 
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
 from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
@@ -14,11 +15,14 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "depthwise_conv2d",
+    "depthwise_conv_transpose2d",
     "fft_conv",
     "fft_conv_chunk",
     "fft_conv_step",
     "mamba_inner",
     "mamba_update",
+    "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
 ]

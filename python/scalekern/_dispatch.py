@@ -32,13 +32,19 @@ class BackendError(NotImplementedError):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation of an op. `run` takes the op's arguments and returns its outputs."""
+    """One implementation of an op. `run` takes the op's arguments and returns its outputs.
+
+    composed   of torch's own ops: it needs no library of ours
+    """
 
     name: str
     run: Callable
     supports: Callable[..., str | None] = lambda *args: None
+    composed: bool = False
 
     def unavailable(self, device_type: str) -> str | None:
+        if self.composed:
+            return None if device_type == self.name else f"serves {self.name.upper()} tensors only"
         return unavailable(self.name, device_type) or _missing(self.run)
 
 

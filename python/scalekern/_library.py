@@ -1,6 +1,7 @@
 """The only caller of torch.library: schema, implementations, fake, autograd, autocast and vmap of every op."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,9 +42,10 @@ class Op:
     def _laid_out(self, outputs, args):
         """The reference's outputs in the strides that the fake promises; kernels fill such tensors to begin with."""
         single = isinstance(outputs, torch.Tensor)
+        kind = type(outputs)  # a tuple, or the list of a Tensor[]
         outputs, promised = ((outputs,), (self.fake(*args),)) if single else (outputs, self.fake(*args))
-        outputs = tuple(o if o.stride() == p.stride() else p.copy_(o) for o, p in zip(outputs, promised))
-        return outputs[0] if single else outputs
+        outputs = [o if o.stride() == p.stride() else p.copy_(o) for o, p in zip(outputs, promised)]
+        return outputs[0] if single else kind(outputs)
 
 
 def define(
@@ -116,7 +118,7 @@ def _register_autocast(name: str, overload, cast_names: tuple[str, ...]) -> None
     def kernel_for(device_type: str) -> Callable:
         def kernel(*args):
             dtype = torch.get_autocast_dtype(device_type)
-            args = [a.to(dtype) if i in positions and a is not None and _castable(a) else a for i, a in enumerate(args)]
+            args = [_cast(a, dtype) if i in positions else a for i, a in enumerate(args)]
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return overload(*args)
 
@@ -126,8 +128,23 @@ def _register_autocast(name: str, overload, cast_names: tuple[str, ...]) -> None
     _lib.impl(name, kernel_for("cuda"), "AutocastCUDA")
 
 
-def _castable(value: torch.Tensor) -> bool:
-    return value.is_floating_point() and value.dtype != torch.float64
+def _cast(value, dtype: torch.dtype):
+    """A tensor, or a list of tensors, in the autocast dtype; what autocast leaves alone as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_cast(v, dtype) for v in value]
+    castable = value is not None and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if castable else value
+
+
+def without_autocast(function: Callable) -> Callable:
+    """For a backward out of torch's ops: called inside an autocast region, it must not be cast a second time."""
+
+    @functools.wraps(function)
+    def run(dout, *args):
+        with torch.autocast(dout.device.type, enabled=False):
+            return function(dout, *args)
+
+    return run
 
 
 def _vmap_by_loop(overload) -> Callable:
@@ -136,12 +153,19 @@ def _vmap_by_loop(overload) -> Callable:
     def vmap(info, in_dims, *args):
         results = []
         for i in range(info.batch_size):
-            results.append(overload(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims)]))
+            results.append(overload(*[_slice(a, d, i) for a, d in zip(args, in_dims)]))
         if isinstance(results[0], torch.Tensor):
             return torch.stack(results), 0
-        return tuple(torch.stack(r) for r in zip(*results)), tuple(0 for _ in results[0])
+        kind = type(results[0])
+        return kind(torch.stack(r) for r in zip(*results)), kind(0 for _ in results[0])
 
     return vmap
+
+
+def _slice(value, dim, i: int):
+    if isinstance(dim, (list, tuple)):
+        return [_slice(v, d, i) for v, d in zip(value, dim)]
+    return value if dim is None else value.select(dim, i)
 
 
 class _InferenceOnly(torch.autograd.Function):

@@ -6,7 +6,7 @@ Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, 
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend, filling
+from scalekern._dispatch import Backend, filling, triton
 from scalekern.ops import fft_conv_blocks
 from scalekern.reference.fft_conv import MODES
 from scalekern.reference.fft_conv import fft_conv_bwd as reference_bwd
@@ -191,12 +191,28 @@ _TENSORS = (
     "Tensor? mask, str mode, str method"
 )
 
-# One composition of torch's FFT for every device, in blocks that stay in cache.
+def _triton(function):
+    """The fused kernels know no `method`: they are the one that "auto" and "fft" mean where they can run."""
+    launch = triton("fft_conv", function)
+    run = lambda *args: launch(*args[:-1])
+    run.triton_module = launch.triton_module
+    return run
+
+
+def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
+    if method == "direct":
+        return "method 'direct' was asked for"
+    return triton("fft_conv", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode)
+
+
+# On a GPU torch's FFT comes first until the Triton kernels have been measured there; then the records decide.
+# The blocks are one composition of torch's FFT for every device.
 fft_conv_fwd = _library.define(
     NAME,
     f"fft_conv_fwd({_TENSORS}) -> Tensor",
     backends=(
         Backend("cuda", filling(_allocate_fwd, fft_conv_blocks.forward)),
+        Backend("triton", filling(_allocate_fwd, _triton("fft_conv_fwd")), _triton_supports),
         Backend("cpu", filling(_allocate_fwd, fft_conv_blocks.forward)),
         Backend("reference", reference_fwd),
     ),
@@ -212,6 +228,7 @@ fft_conv_bwd = _library.define(
     f"fft_conv_bwd(Tensor dout, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
         Backend("cuda", filling(_allocate_bwd, fft_conv_blocks.backward)),
+        Backend("triton", filling(_allocate_bwd, _triton("fft_conv_bwd")), lambda dout, *a: _triton_supports(*a)),
         Backend("cpu", filling(_allocate_bwd, fft_conv_blocks.backward)),
         Backend("reference", reference_bwd),
     ),

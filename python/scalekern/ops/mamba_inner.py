@@ -184,19 +184,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _without_autocast(function):
-    """A backward called inside an autocast region must not be cast a second time."""
-
-    @functools.wraps(function)
-    def run(dout, *args):
-        with torch.autocast(dout.device.type, enabled=False):
-            return function(dout, *args)
-
-    return run
-
-
 _fwd = functools.partial(composed_fwd, conv=causal_conv1d_fwd, scan=selective_scan_fwd)
-_bwd = _without_autocast(
+_bwd = _library.without_autocast(
     functools.partial(composed_bwd, conv=causal_conv1d_fwd, conv_bwd=causal_conv1d_bwd, scan_bwd=selective_scan_bwd)
 )
 _TENSORS = (
@@ -234,7 +223,7 @@ mamba_inner_bwd = _library.define(
         Backend("cuda", _bwd),
         Backend("triton", _bwd),
         Backend("cpu", _bwd),
-        Backend("reference", _without_autocast(composed_bwd)),
+        Backend("reference", _library.without_autocast(composed_bwd)),
     ),
     fake=_allocate_bwd,
     empty=lambda dout, y, checkpoints, x, steps, xz, *rest: xz.numel() == 0,

@@ -1,6 +1,11 @@
 """The oracles: every op in plain torch, in float64 when asked. They import no kernel."""
 
 from scalekern.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.reference.depthwise_conv2d import (
+    depthwise_conv2d,
+    depthwise_conv_transpose2d,
+    merge_dilated_branches,
+)
 from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
@@ -10,11 +15,14 @@ from scalekern.reference.selective_state_update import selective_state_update
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "depthwise_conv2d",
+    "depthwise_conv_transpose2d",
     "fft_conv",
     "fft_conv_chunk",
     "fft_conv_step",
     "mamba_inner",
     "mamba_update",
+    "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
 ]

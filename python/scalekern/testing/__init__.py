@@ -76,10 +76,13 @@ class Spec:
 
 
 def specs() -> dict[str, Spec]:
-    """Every public op of the package."""
+    """Every registered public op. Samples may be here before their op is."""
+    import scalekern  # noqa: F401 (defines the ops)
+    from scalekern import _library
     from scalekern.testing import fft_conv, selective_scan
 
-    return {**selective_scan.SPECS, **{op: fft_conv.SPECS[op] for op in fft_conv.REGISTERED}}
+    registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
+    return {op: spec for op, spec in {**selective_scan.SPECS, **fft_conv.SPECS}.items() if op in registered}
 
 
 def samples(op: str) -> tuple[Sample, ...]:
