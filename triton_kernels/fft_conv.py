@@ -253,7 +253,7 @@ def _fft_conv_fwd_kernel(
 
 @triton.jit
 def _fft_conv_bwd_kernel(
-    partial_ptr, bias_partial_ptr, dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, first_ptr, second_ptr,
+    partial_ptr, bias_partial_ptr, skip_partial_ptr, dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, first_ptr, second_ptr,
     twiddle_ptr, B, L, M, D, turns,
     stride_dout_b, stride_dout_d, stride_dout_l, stride_u_b, stride_u_d, stride_u_l,
     stride_pregate_b, stride_pregate_d, stride_pregate_l, stride_postgate_b, stride_postgate_d, stride_postgate_l,
@@ -261,9 +261,9 @@ def _fft_conv_bwd_kernel(
     P: tl.constexpr, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     REPLACES: tl.constexpr, SPLIT: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """partial (S, D, 2, N1, N2): block q of the spectrum of dg, over this part's rows; bias_partial (S, D): dbias.
-
-    Grid (P, D, S).
+    """partial (S, D, 2, N1, N2): block q of the spectrum of dg, over this part's rows; bias_partial and
+    skip_partial (S, D): dbias and dskip, the latter summed directly, since g[0] may be small beside the errors that
+    half-precision products spread over all lags. Grid (P, D, S).
     """
     N1: tl.constexpr = P * BLOCK
     N: tl.constexpr = N1 * N2
@@ -279,15 +279,13 @@ def _fft_conv_bwd_kernel(
     acc_re = tl.zeros([BLOCK * R, N2], tl.float32)
     acc_im = tl.zeros([BLOCK * R, N2], tl.float32)
     acc_bias = tl.zeros([BLOCK, R * N2], tl.float32)
+    acc_skip = tl.zeros([BLOCK, R * N2], tl.float32)
     for turn in tl.range(turns, num_stages=1):
         first = (part * turns + turn) * R
         v = load_signal(
             u_ptr, pregate_ptr, mask_ptr, stride_u_b, stride_u_l, stride_pregate_b, stride_pregate_l, stride_mask_b,
             stride_mask_l, first, B, L, P_IN, BLOCK, N2, R, REPLACES, INT64,
         )  # fmt: skip
-        v_scale = magnitudes(v, BLOCK, N2, R, P_IN)
-        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
-        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
         dy = load_signal(
             dout_ptr, postgate_ptr, None, stride_dout_b, stride_dout_l, stride_postgate_b, stride_postgate_l, 0, 0,
             first, B, M, P_OUT, BLOCK, N2, R, False, INT64,
@@ -295,11 +293,14 @@ def _fft_conv_bwd_kernel(
         if bias_partial_ptr is not None:
             for p in tl.static_range(P_OUT):
                 acc_bias += dy[p]
-        dy_scale = magnitudes(dy, BLOCK, N2, R, P_OUT)
+        if skip_partial_ptr is not None:
+            for p in tl.static_range(P_IN):
+                acc_skip += dy[p] * v[p]
+        v_scale, dy_scale = magnitudes(v, BLOCK, N2, R, P_IN), magnitudes(dy, BLOCK, N2, R, P_OUT)
+        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
         dy = operands(dy, dy_scale, BLOCK, N2, R, P_OUT, SPLIT)
-        dy_re, dy_im = transform(
-            dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, SPLIT
-        )  # fmt: skip
+        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
+        dy_re, dy_im = transform(dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, SPLIT)
         dy_re = times_rows(dy_re, v_scale * dy_scale, BLOCK, N2, R)
         dy_im = times_rows(dy_im, v_scale * dy_scale, BLOCK, N2, R)
         acc_re += dy_re * v_re + dy_im * v_im
@@ -310,6 +311,9 @@ def _fft_conv_bwd_kernel(
     if bias_partial_ptr is not None:
         if q == 0:
             tl.store(bias_partial_ptr + part * D + d, tl.sum(acc_bias))
+    if skip_partial_ptr is not None:
+        if q == 0:
+            tl.store(skip_partial_ptr + part * D + d, tl.sum(acc_skip))
 
 
 @triton.jit
@@ -352,12 +356,22 @@ def _lag(lags_ptr, j, valid, N):
 
 
 @triton.jit
+def _add_up(out_ptr, partial_ptr, stride_out_d, d, D, parts):
+    """out[d] from partial (S, D), in their order."""
+    if out_ptr is not None:
+        total = 0.0
+        for part in range(parts):
+            total += tl.load(partial_ptr + part * D + d)
+        tl.store(out_ptr + d * stride_out_d, total.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
 def _fft_conv_taps_kernel(
-    dk_ptr, dreverse_ptr, dskip_ptr, dbias_ptr, lags_ptr, bias_partial_ptr, D, L, M, K, K_reverse, offset, N, parts,
+    dk_ptr, dreverse_ptr, dskip_ptr, dbias_ptr, lags_ptr, bias_partial_ptr, skip_partial_ptr, D, L, M, K, K_reverse, offset, N, parts,
     stride_dk_d, stride_dk_s, stride_dreverse_d, stride_dreverse_s, stride_dskip_d, stride_dbias_d,
     CIRCULAR: tl.constexpr, INT64: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """dk, dk_reverse, dskip out of the lags, and dbias out of its partial sums. Grid (blocks of taps, D)."""
+    """dk and dk_reverse out of the lags, dskip and dbias out of their partial sums. Grid (blocks of taps, D)."""
     d = tl.cast(tl.program_id(1), tl.int64)
     lags_ptr += d * 2 * N
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -378,13 +392,8 @@ def _fft_conv_taps_kernel(
             at = d * stride_d + index(s, INT64) * stride_s
             tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=s < taps)
     if tl.program_id(0) == 0:
-        if dskip_ptr is not None:
-            tl.store(dskip_ptr + d * stride_dskip_d, tl.load(lags_ptr).to(dskip_ptr.dtype.element_ty))
-        if dbias_ptr is not None:
-            total = 0.0
-            for part in range(parts):
-                total += tl.load(bias_partial_ptr + part * D + d)
-            tl.store(dbias_ptr + d * stride_dbias_d, total.to(dbias_ptr.dtype.element_ty))
+        _add_up(dskip_ptr, skip_partial_ptr, stride_dskip_d, d, D, parts)
+        _add_up(dbias_ptr, bias_partial_ptr, stride_dbias_d, d, D, parts)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -514,12 +523,12 @@ def fft_conv_fwd(*args) -> None:
         launch.run()
 
 
-def _plan_products(partial, bias_partial, turns, dout, u, pregate, postgate, mask, blocks) -> Launch:
+def _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks) -> Launch:
     points = dout.shape[2]
     factors = _factors(u, points)
     piece, mask = factors["BLOCK"] * factors["N2"], _bytes(mask)
     args = dict(
-        partial_ptr=partial, bias_partial_ptr=bias_partial, dout_ptr=dout, u_ptr=u, pregate_ptr=pregate,
+        partial_ptr=partial, bias_partial_ptr=bias_partial, skip_partial_ptr=skip_partial, dout_ptr=dout, u_ptr=u, pregate_ptr=pregate,
         postgate_ptr=postgate, mask_ptr=mask["mask"], **_tables(factors, u.dtype == torch.float32, u.device), B=u.shape[0], L=u.shape[2],
         M=points, D=u.shape[1], turns=turns, **strides("dout", dout, "bdl"), **strides("u", u, "bdl"),
         **strides("pregate", pregate, "bdl"), **strides("postgate", postgate, "bdl"),
@@ -532,7 +541,7 @@ def _plan_products(partial, bias_partial, turns, dout, u, pregate, postgate, mas
 
 
 def _plan_filters(
-    dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, u, mode, points, K_reverse
+    dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points, K_reverse
 ) -> list[Launch]:  # fmt: skip
     """From the partial spectra to the lags, and from those to the filters' gradients."""
     factors, channels = _filter_factors(u, points), u.shape[1]
@@ -543,7 +552,7 @@ def _plan_filters(
     )  # fmt: skip
     gather = dict(
         dk_ptr=dk, dreverse_ptr=dk_reverse, dskip_ptr=dskip, dbias_ptr=dbias, lags_ptr=lags,
-        bias_partial_ptr=bias_partial, D=channels, L=u.shape[2], M=points, K=taps, K_reverse=K_reverse, offset=offset,
+        bias_partial_ptr=bias_partial, skip_partial_ptr=skip_partial, D=channels, L=u.shape[2], M=points, K=taps, K_reverse=K_reverse, offset=offset,
         N=lags.shape[2], parts=partial.shape[0], **strides("dk", dk, "ds"), **strides("dreverse", dk_reverse, "ds"),
         **strides("dskip", dskip, "d"), **strides("dbias", dbias, "d"), CIRCULAR=mode == "circular",
         INT64=wide(dk, dk_reverse), BLOCK_S=512,
@@ -572,14 +581,15 @@ def plan_fft_conv_bwd(
     partial = spectrum.new_empty(parts, *spectrum.shape)
     lags = spectrum.new_empty(channels, 2, spectrum.shape[2] * spectrum.shape[3])
     bias_partial = None if bias is None else scale.new_empty(parts, channels)
+    skip_partial = None if skip is None else scale.new_empty(parts, channels)
     launches = [
         _plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode),
         _plan_convolution(
             du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, points, True
         ),
-        _plan_products(partial, bias_partial, turns, dout, u, pregate, postgate, mask, blocks),
+        _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks),
         *_plan_filters(
-            dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, u, mode, points,
+            dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points,
             0 if k_reverse is None else k_reverse.shape[1],
         ),
     ]  # fmt: skip
