@@ -6,6 +6,7 @@ from scalekern.reference.depthwise_conv2d import (
     depthwise_conv_transpose2d,
     merge_dilated_branches,
 )
+from scalekern.reference.dwt2d import dwt2d, idwt2d
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.selective_scan import selective_scan
@@ -16,6 +17,8 @@ __all__ = [
     "causal_conv1d_update",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "dwt2d",
+    "idwt2d",
     "mamba_inner",
     "mamba_update",
     "merge_dilated_branches",
