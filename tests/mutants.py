@@ -67,7 +67,7 @@ def output(number, change):
             return change(outputs)
         if outputs[number].numel() == 0:
             raise NotHere
-        return *outputs[:number], change(outputs[number]), *outputs[number + 1 :]
+        return type(outputs)([*outputs[:number], change(outputs[number]), *outputs[number + 1 :]])
 
     return defect
 
@@ -187,6 +187,30 @@ FORWARD = {
         "place in the circular state off by one": given(cache_seqlens=lambda seen: seen + 1),
         "slots in another order": given(conv_state_indices=lambda slots: slots.flip(0)),
     },
+    "depthwise_conv2d_fwd": {
+        "two channels swapped": output(0, swapped(1)),
+        "last column not computed": output(0, zeroed(3, -1)),
+        "taps shifted": given(w=shifted(2)),
+        "first row of taps dropped": given(w=zeroed(1, 0)),
+        "filters flipped": given(w=lambda w: w.flip(1, 2)),
+        **ignored("bias"),
+    },
+    "depthwise_conv_transpose2d_fwd": {
+        "two channels swapped": output(0, swapped(1)),
+        "last column not computed": output(0, zeroed(3, -1)),
+        "filters flipped": given(w=lambda w: w.flip(1, 2)),
+        **ignored("bias"),
+    },
+    "dwt2d_fwd": {
+        "two channels of the details swapped": output(1, swapped(1)),
+        "horizontal and vertical swapped": output(1, lambda x: x[:, :, [1, 0, 2]]),
+        "last column of low not computed": output(0, zeroed(3, -1)),
+    },
+    "idwt2d_fwd": {
+        "last column not computed": output(0, zeroed(3, -1)),
+        "two channels swapped": output(0, swapped(1)),
+        **ignored("low"),
+    },
     "mamba_inner_fwd": {
         "two rows swapped": output(0, swapped(0)),
         "last token not computed": output(0, zeroed(1, -1)),
@@ -227,6 +251,24 @@ GRADIENTS = {
         "taps shifted": given(weight=shifted(1)),
         "runs joined": given(seq_idx=lambda ids: torch.where(ids < 0, ids, 0)),
         "sequence boundary off by one": given(cu_seqlens=boundary_moved),
+    },
+    "depthwise_conv2d_bwd": {
+        "two channels of dx swapped": output(0, swapped(1)),
+        "last column of dx not computed": output(0, zeroed(3, -1)),
+        "taps of dw shifted": output(1, shifted(2)),
+        "half of dw's terms lost": output(1, halved),
+        "two channels of dbias swapped": output(2, swapped(0)),
+        "filters flipped": given(w=lambda w: w.flip(1, 2)),
+    },
+    "depthwise_conv_transpose2d_bwd": {
+        "last column of dx not computed": output(0, zeroed(3, -1)),
+        "taps of dw shifted": output(1, shifted(2)),
+        "two channels of dbias swapped": output(2, swapped(0)),
+    },
+    "dwt2d_bwd": {"last column not computed": output(0, zeroed(3, -1)), **ignored("dlow")},
+    "idwt2d_bwd": {
+        "dlow not computed": output(0, torch.zeros_like),
+        "horizontal and vertical swapped": output(1, lambda x: x[:, :, [1, 0, 2]]),
     },
     "mamba_inner_bwd": {
         "two channels of dxz swapped": output(0, swapped(1)),

@@ -506,7 +506,7 @@ def test_bad_input_is_named(op, sample, fake):
     messages = [_refusal(op, *call, fake) for call in _bad_calls(args, kwargs)]
     for calls in _resized_calls(args, kwargs):
         refusals = [m for m in (_refusal(op, *call, fake) for call in calls) if m is not None]
-        assert refusals, "an argument may have any size at all"
+        assert refusals or len(tensors_of(args, kwargs)) == 1, "an argument may have any size at all"
         messages += refusals
     for message in messages:
         assert message is not None and re.match(rf"^{op}: .*(must|need|divide|pass one).*got", message), message
@@ -525,6 +525,8 @@ def test_not_a_tensor(op):
 @some_case
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
+    if testing.specs()[op].dense_oracle:
+        pytest.skip("what a NaN reaches is tested with the op's family")
     args, kwargs = sample.make(device=on.device, dtype=torch.float32, seed=12)
     # A product of complex numbers makes NaN of Inf wherever its terms cancel, so which of the two arrives is a matter
     # of the order of additions; that something not finite arrives is not.

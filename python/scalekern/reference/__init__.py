@@ -6,6 +6,7 @@ from scalekern.reference.depthwise_conv2d import (
     depthwise_conv_transpose2d,
     merge_dilated_branches,
 )
+from scalekern.reference.dwt2d import dwt2d, idwt2d
 from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
@@ -17,6 +18,8 @@ __all__ = [
     "causal_conv1d_update",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "dwt2d",
+    "idwt2d",
     "fft_conv",
     "fft_conv_chunk",
     "fft_conv_step",

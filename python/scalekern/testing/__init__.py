@@ -68,11 +68,13 @@ class Spec:
     inplace          positions of the arguments that it changes (then: no gradient)
     gradient_factor  times TOLERANCE for gradients, which pass through twice the rounded values of the forward; a
                      composition, which rounds between its parts as they do when called one by one, has more
+    dense_oracle     the oracle is a product with matrices, in which a NaN reaches every output
     """
 
     samples: tuple[Sample, ...]
     inplace: tuple[int, ...] = ()
     gradient_factor: float = 2
+    dense_oracle: bool = False
 
 
 def specs() -> dict[str, Spec]:
