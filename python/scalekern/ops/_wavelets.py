@@ -46,7 +46,7 @@ def idwt(low, details, wavelet, mode, sizes):
     return _owned(x, low.dtype)
 
 
-def idwt_bwd(dout, low, details, wavelet, mode):
+def idwt_bwd(dout, low, details, wavelet, mode, sizes):
     """[gradients of low and of the details]."""
     taps, dx, gradients = _reconstruction(wavelet), dout.to(_wide(low)), []
     for detail in reversed(details):
