@@ -4,7 +4,7 @@
               that include one of the family's headers among those
   triton      the module of the launcher and the modules of scalekern that it imports
   reference   the oracle's module likewise
-  blocks of torch's functions (fft_conv): the module of the function that fills the outputs
+  composed    out of torch's ops alone: the module of the function and those that it imports
   a composition (functools.partial of a function and the ops that it calls): the function's module, and those ops'
 
 Comments, docstrings and layout do not count: a comment that quotes a measurement must not make it stale.
@@ -20,7 +20,7 @@ import re
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
-FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops.fft_conv_blocks")
+FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops._")
 NATIVE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 
 
@@ -41,9 +41,11 @@ def files(backend) -> set[pathlib.Path]:
     if isinstance(run, functools.partial):
         parts = [files(part) for part in _parts(run, backend.name)]
         return _python(run.func.__module__).union(*parts) if all(parts) else set()
+    if backend.composed:
+        return _python(getattr(run, "fill_module", run.__module__))
     if backend.name in ("cpu", "cuda"):
         op = getattr(run, "native_op", None)
-        return _native(op, backend.name) if op else _python(getattr(run, "fill_module", ""))
+        return _native(op, backend.name) if op else set()
     module = getattr(run, "triton_module", None) if backend.name == "triton" else run.__module__
     return _python(module) if module else set()
 

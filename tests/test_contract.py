@@ -30,6 +30,7 @@ from contract import (
 )  # fmt: skip
 from mutants import MUTANTS, NotHere, inject
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import scalekern
 from scalekern import _library, reference, testing
@@ -218,9 +219,9 @@ def test_opcheck(op, sample):
     calls = captured_calls(op, args, kwargs)
     assert calls
     for overload, call_args in calls:
-        call_args = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in call_args)
+        call_args = tree_map_only(torch.Tensor, lambda a: a.detach().clone(), call_args)
         differentiable = overload._schema.name.endswith("_fwd")
-        for a in call_args if differentiable else ():
+        for a in tree_leaves(call_args) if differentiable else ():
             if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex()):
                 a.requires_grad_()
         torch.library.opcheck(overload, call_args)

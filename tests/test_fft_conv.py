@@ -5,7 +5,7 @@ import torch
 
 import scalekern
 from scalekern import reference
-from scalekern.ops import fft_conv_blocks as blocks
+from scalekern.ops import _fft_conv as blocks
 from scalekern.testing import error
 
 

@@ -23,7 +23,7 @@ def dwt(x, wavelet, levels, mode):
     for _ in range(levels):
         low, detail = split(extend(low, len(taps[0]), mode), taps)
         details.append(detail)
-    return [part.to(x.dtype) for part in (low, *reversed(details))]
+    return [_owned(part, x.dtype) for part in (low, *reversed(details))]
 
 
 def dwt_bwd(dlow, ddetails, x, wavelet, levels, mode):
@@ -33,7 +33,7 @@ def dwt_bwd(dlow, ddetails, x, wavelet, levels, mode):
     dx = dlow.to(_wide(x))
     for ddetail, size in zip(ddetails, reversed(sizes)):
         dx = unextend(merge(dx, ddetail.to(dx.dtype), taps), size, len(taps[0]), mode)
-    return dx.to(x.dtype)
+    return _owned(dx, x.dtype)
 
 
 def idwt(low, details, wavelet, mode, sizes):
@@ -43,10 +43,10 @@ def idwt(low, details, wavelet, mode, sizes):
         full = tuple(full_size(n, len(taps[0]), mode) for n in detail.shape[-2:])
         x = unextend(merge(x, detail.to(x.dtype), taps), full, len(taps[0]), _inverse(mode))
         x = x[..., : sizes[2 * i], : sizes[2 * i + 1]]
-    return x.to(low.dtype).contiguous()
+    return _owned(x, low.dtype)
 
 
-def idwt_bwd(dout, low, details, wavelet, mode):
+def idwt_bwd(dout, low, details, wavelet, mode, sizes):
     """[gradients of low and of the details]."""
     taps, dx, gradients = _reconstruction(wavelet), dout.to(_wide(low)), []
     for detail in reversed(details):
@@ -54,8 +54,8 @@ def idwt_bwd(dout, low, details, wavelet, mode):
         if full != tuple(dx.shape[-2:]):  # what was cut off an odd size
             dx = F.pad(dx, (0, full[1] - dx.shape[-1], 0, full[0] - dx.shape[-2]))
         dx, ddetail = split(extend(dx, len(taps[0]), _inverse(mode)), taps)
-        gradients.append(ddetail.to(detail.dtype))
-    return [dx.to(low.dtype), *reversed(gradients)]
+        gradients.append(_owned(ddetail, detail.dtype))
+    return [_owned(dx, low.dtype), *reversed(gradients)]
 
 
 def count(n, taps, mode):
@@ -71,6 +71,12 @@ def full_size(count, taps, mode):
 def _inverse(mode):
     """Coefficients of the inverse reach beyond the image only where it is periodic."""
     return mode if mode == "periodization" else "zero"
+
+
+def _owned(x, dtype):
+    """In this dtype, contiguous, and no part of something larger: what an op may return."""
+    whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if whole and x.dtype == dtype else x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _wide(x):
@@ -134,7 +140,7 @@ def split(x, taps):
         return _split_haar(x, taps[0][0] ** 2)
     y = F.conv2d(x.reshape(-1, 1, *x.shape[-2:]), _bank(taps, x), stride=2)
     y = y.view(*x.shape[:-2], *y.shape[1:])
-    return y[..., 0, :, :].contiguous(), y[..., 1:, :, :].contiguous()
+    return y[..., 0, :, :], y[..., 1:, :, :]
 
 
 def merge(low, details, taps):

@@ -169,10 +169,6 @@ def _oracle_inverse_bwd(dout, low, details, wavelet, mode, sizes):
     return reference_inverse_bwd(dout, [low, *details], wavelet, mode)
 
 
-def _composed_inverse_bwd(dout, low, details, wavelet, mode, sizes):
-    return _wavelets.idwt_bwd(dout, low, details, wavelet, mode)
-
-
 dwt2d_fwd = _library.define(
     NAME,
     "dwt2d_fwd(Tensor x, str wavelet, int levels, str mode) -> Tensor[]",
@@ -207,7 +203,7 @@ idwt2d_bwd = _library.define(
     INVERSE,
     "idwt2d_bwd(Tensor dout, Tensor low, Tensor[] details, str wavelet, str mode, SymInt[] sizes) -> Tensor[]",
     backends=_backends(
-        _library.without_autocast(_composed_inverse_bwd), _library.without_autocast(_oracle_inverse_bwd)
+        _library.without_autocast(_wavelets.idwt_bwd), _library.without_autocast(_oracle_inverse_bwd)
     ),
     fake=_allocate_inverse_bwd,
     empty=lambda dout, low, *rest: low.numel() == 0,

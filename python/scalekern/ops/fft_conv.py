@@ -7,7 +7,7 @@ import torch
 
 from scalekern import _checks, _library
 from scalekern._dispatch import Backend, filling, triton
-from scalekern.ops import fft_conv_blocks
+from scalekern.ops import _fft_conv as blocks
 from scalekern.reference.fft_conv import MODES
 from scalekern.reference.fft_conv import fft_conv_bwd as reference_bwd
 from scalekern.reference.fft_conv import fft_conv_fwd as reference_fwd
@@ -211,9 +211,9 @@ fft_conv_fwd = _library.define(
     NAME,
     f"fft_conv_fwd({_TENSORS}) -> Tensor",
     backends=(
-        Backend("cuda", filling(_allocate_fwd, fft_conv_blocks.forward)),
+        Backend("cuda", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("triton", filling(_allocate_fwd, _triton("fft_conv_fwd")), _triton_supports),
-        Backend("cpu", filling(_allocate_fwd, fft_conv_blocks.forward)),
+        Backend("cpu", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("reference", reference_fwd),
     ),
     fake=_allocate_fwd,
@@ -227,9 +227,9 @@ fft_conv_bwd = _library.define(
     NAME,
     f"fft_conv_bwd(Tensor dout, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend("cuda", filling(_allocate_bwd, fft_conv_blocks.backward)),
+        Backend("cuda", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("triton", filling(_allocate_bwd, _triton("fft_conv_bwd")), lambda dout, *a: _triton_supports(*a)),
-        Backend("cpu", filling(_allocate_bwd, fft_conv_blocks.backward)),
+        Backend("cpu", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("reference", reference_bwd),
     ),
     fake=_allocate_bwd,
