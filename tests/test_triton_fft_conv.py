@@ -110,7 +110,9 @@ def test_options(option):
     check(*case(2, 2, 20, 33, "circular", F16, option))
 
 
-@pytest.mark.parametrize("dtype, L, K, mode", ((F32, 600, 700, "same"), (F16, 520, 200, "full"), (F32, 520, 40, "full")))
+@pytest.mark.parametrize(
+    "dtype, L, K, mode", ((F32, 600, 700, "same"), (F16, 520, 200, "full"), (F32, 520, 40, "full"))
+)
 def test_several_pieces(monkeypatch, dtype, L, K, mode):
     """A transform cut into blocks of rows, of which the last piece of the samples may be empty."""
     torch.manual_seed(3)
@@ -158,7 +160,7 @@ def test_filters_and_gradients_in_half_precision():
 
 @pytest.mark.parametrize("magnitude", (1e-6, 1e4))
 def test_half_precision_keeps_its_range(magnitude):
-    """Rows and channels of very different magnitudes: no overflow in float16 operands, and none is lost beside others."""
+    """Rows and channels of very different magnitudes: no operand overflows, and none is lost beside others."""
     torch.manual_seed(8)
     args, dout = case(4, 2, 256, 256, "causal", BF16, "skip")
     args[0][1] *= magnitude

@@ -315,5 +315,5 @@ def tables(n1: int, n2: int, split: bool, device: torch.device) -> dict[str, tor
     return {
         "first_ptr": factor(unit(shifted[:, None] * first, 4 * n1)),
         "second_ptr": factor(unit(second[:, None] * second, n2)),
-        "twiddle_ptr": unit(shifted[:, None] * second, 4 * n1 * n2).to(torch.float32 if split else torch.half).to(device),
+        "twiddle_ptr": unit(shifted[:, None] * second, 4 * n1 * n2).to(device, torch.float32 if split else torch.half),
     }
