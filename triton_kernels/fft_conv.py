@@ -155,6 +155,30 @@ def _fft_conv_fwd_kernel(
 
 
 @triton.jit
+def _direct_sums(
+    dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, stride_dout_b, stride_dout_l, stride_u_b, stride_u_l,
+    stride_pregate_b, stride_pregate_l, stride_postgate_b, stride_postgate_l, stride_mask_b, stride_mask_l,
+    first, B, L, M, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
+    REPLACES: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """(sum of dy, sum of dy v) of R rows: numbers. Loads of its own, so that nothing is held for it."""
+    dy = load_signal(
+        dout_ptr, postgate_ptr, None, stride_dout_b, stride_dout_l, stride_postgate_b, stride_postgate_l, 0, 0,
+        first, B, M, P_OUT, BLOCK, N2, R, False, INT64,
+    )  # fmt: skip
+    v = load_signal(
+        u_ptr, pregate_ptr, mask_ptr, stride_u_b, stride_u_l, stride_pregate_b, stride_pregate_l, stride_mask_b,
+        stride_mask_l, first, B, L, P_IN, BLOCK, N2, R, REPLACES, INT64,
+    )  # fmt: skip
+    plain, product = dy[0], dy[0] * v[0]  # [BLOCK, R N2]
+    for p in tl.static_range(1, P_OUT):
+        plain += dy[p]
+    for p in tl.static_range(1, P_IN):
+        product += dy[p] * v[p]
+    return tl.sum(plain), tl.sum(product)
+
+
+@triton.jit
 def _fft_conv_bwd_kernel(
     partial_ptr, bias_partial_ptr, skip_partial_ptr, dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, first_ptr,
     second_ptr, twiddle_ptr, B, L, M, D, turns,
@@ -181,28 +205,30 @@ def _fft_conv_bwd_kernel(
     t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, R)  # [BLOCK, R N2]
     acc_re = tl.zeros([BLOCK * R, N2], tl.float32)
     acc_im = tl.zeros([BLOCK * R, N2], tl.float32)
-    acc_bias = tl.zeros([BLOCK, R * N2], tl.float32)
-    acc_skip = tl.zeros([BLOCK, R * N2], tl.float32)
+    acc_bias, acc_skip = 0.0, 0.0
     for turn in tl.range(turns, num_stages=1):
         first = (part * turns + turn) * R
+        if q == 0 and (bias_partial_ptr is not None or skip_partial_ptr is not None):
+            own_bias, own_skip = _direct_sums(
+                dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, stride_dout_b, stride_dout_l, stride_u_b,
+                stride_u_l, stride_pregate_b, stride_pregate_l, stride_postgate_b, stride_postgate_l, stride_mask_b,
+                stride_mask_l, first, B, L, M, P_IN, P_OUT, BLOCK, N2, R, REPLACES, INT64,
+            )  # fmt: skip
+            acc_bias += own_bias
+            acc_skip += own_skip
         v = load_signal(
             u_ptr, pregate_ptr, mask_ptr, stride_u_b, stride_u_l, stride_pregate_b, stride_pregate_l, stride_mask_b,
             stride_mask_l, first, B, L, P_IN, BLOCK, N2, R, REPLACES, INT64,
         )  # fmt: skip
+        v_scale = magnitudes(v, BLOCK, N2, R, P_IN)
+        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
+        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
         dy = load_signal(
             dout_ptr, postgate_ptr, None, stride_dout_b, stride_dout_l, stride_postgate_b, stride_postgate_l, 0, 0,
             first, B, M, P_OUT, BLOCK, N2, R, False, INT64,
         )  # fmt: skip
-        if bias_partial_ptr is not None:
-            for p in tl.static_range(P_OUT):
-                acc_bias += dy[p]
-        if skip_partial_ptr is not None:
-            for p in tl.static_range(P_IN):
-                acc_skip += dy[p] * v[p]
-        v_scale, dy_scale = magnitudes(v, BLOCK, N2, R, P_IN), magnitudes(dy, BLOCK, N2, R, P_OUT)
-        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
+        dy_scale = magnitudes(dy, BLOCK, N2, R, P_OUT)
         dy = operands(dy, dy_scale, BLOCK, N2, R, P_OUT, SPLIT)
-        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
         dy_re, dy_im = transform(dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, SPLIT)
         dy_re = times_rows(dy_re, v_scale * dy_scale, BLOCK, N2, R)
         dy_im = times_rows(dy_im, v_scale * dy_scale, BLOCK, N2, R)
@@ -213,10 +239,10 @@ def _fft_conv_bwd_kernel(
     tl.store(partial_ptr + N + at, tl.sum(tl.reshape(acc_im, [BLOCK, R, N2]), axis=1))
     if bias_partial_ptr is not None:
         if q == 0:
-            tl.store(bias_partial_ptr + part * D + d, tl.sum(acc_bias))
+            tl.store(bias_partial_ptr + part * D + d, acc_bias)
     if skip_partial_ptr is not None:
         if q == 0:
-            tl.store(skip_partial_ptr + part * D + d, tl.sum(acc_skip))
+            tl.store(skip_partial_ptr + part * D + d, acc_skip)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -244,9 +270,9 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> str 
 
 
 def _blocks(kernel: str, u: torch.Tensor, factors: dict[str, int]) -> dict[str, int]:
-    """R and num_warps. Short rows share a tile of up to 2,048 elements, half that when operands are split."""
+    """R and num_warps. Short rows share a tile of up to 2,048 elements; half that if operands are split or strided."""
     points = factors["P"] * factors["BLOCK"] * factors["N2"]
-    most = (1024 if u.dtype == torch.float32 else 2048) // triton.next_power_of_2(points)
+    most = (1024 if u.dtype == torch.float32 or u.stride(2) != 1 else 2048) // triton.next_power_of_2(points)
     default = {"R": max(1, min(triton.next_power_of_2(u.shape[0]), most)), "num_warps": dev.warps(factors["BLOCK"])}
     return config(kernel, f"{str(u.dtype)[6:]}-P{factors['P']}-{factors['BLOCK']}x{factors['N2']}", u.device, default)
 
@@ -274,8 +300,9 @@ def _plan_convolution(
         second_post_ptr=second_post, out_mask_ptr=out_mask["mask"], bias_ptr=bias, spectrum_ptr=spectrum,
         scale_ptr=scale, **tables_of(factors, x.dtype == torch.float32, x.device), B=batch, L_in=length,
         L_out=length_out, turns=turns, **strides("out", out, "bdl"), **strides("second_out", second_out, "bdl"),
-        **strides("x", x, "bdl"), **strides("gate", gate, "bdl"), **strides("in_mask", in_mask["mask"], "bl"), **strides("post", post, "bdl"),
-        **strides("second_post", second_post, "bdl"), **strides("out_mask", out_mask["mask"], "bl"),
+        **strides("x", x, "bdl"), **strides("gate", gate, "bdl"), **strides("in_mask", in_mask["mask"], "bl"),
+        **strides("post", post, "bdl"), **strides("second_post", second_post, "bdl"),
+        **strides("out_mask", out_mask["mask"], "bl"),
         **strides("bias", bias, "d"), **factors, P_IN=max(1, triton.cdiv(length, piece)),
         P_OUT=max(1, triton.cdiv(length_out, piece)), R=blocks["R"], CONJUGATE=conjugate,
         REPLACES=in_mask["REPLACES"] or out_mask["REPLACES"],

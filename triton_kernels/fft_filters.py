@@ -279,7 +279,8 @@ def plan_filters(
         dk_ptr=dk, dreverse_ptr=dk_reverse, dskip_ptr=dskip, dbias_ptr=dbias, lags_ptr=lags,
         bias_partial_ptr=bias_partial, skip_partial_ptr=skip_partial, D=channels, L=u.shape[2], M=points, K=taps,
         K_reverse=K_reverse, offset=offset, N=lags.shape[2], parts=partial.shape[0], **strides("dk", dk, "ds"),
-        **strides("dreverse", dk_reverse, "ds"), **strides("dskip", dskip, "d"), **strides("dbias", dbias, "d"), CIRCULAR=mode == "circular",
+        **strides("dreverse", dk_reverse, "ds"), **strides("dskip", dskip, "d"),
+        **strides("dbias", dbias, "d"), CIRCULAR=mode == "circular",
         INT64=wide(dk, dk_reverse), BLOCK_S=512,
     )  # fmt: skip
     return [
