@@ -409,3 +409,4 @@ for _name in ("spectrum", "fwd", "bwd", "lags", "taps", "du"):
     compile_spec(f"fft_conv_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du", "wide")):
     compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])
+compile_spec("fft_conv_fwd_float32_8192")(lambda dtype: _specs(torch.float32, "8192")["fwd"])  # most shared memory
