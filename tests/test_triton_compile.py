@@ -24,6 +24,7 @@ from scalekern.triton_kernels import (  # noqa: E402
     causal_conv1d,
     causal_conv1d_update,
     fft_conv,
+    fft_filters,
     selective_scan,
     selective_scan_bwd,
     selective_state_update,
@@ -31,7 +32,10 @@ from scalekern.triton_kernels import (  # noqa: E402
 )
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
-MODULES = (causal_conv1d, causal_conv1d_update, fft_conv, selective_scan, selective_scan_bwd, selective_state_update)
+MODULES = (
+    causal_conv1d, causal_conv1d_update, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
+    selective_state_update,
+)  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.
 REGISTER_SLACK, STACK_SLACK = 8, 32

@@ -91,8 +91,8 @@ def check(args, dout, tolerance=None):
 def test_lengths_and_taps(L, mode):
     """K from 1 to 3 L, with an odd batch, whose last rows share a tile with nothing."""
     torch.manual_seed(L)
-    for K in sorted({1, L, L + 1, 3 * L}) if L == 7 else (3 * L if L in (1, 16, 60) else L // 2 + 1,):
-        check(*case(3, 1 if L > 7 else 2, L, K, mode))
+    for K in (1, L + 1, 3 * L) if L == 7 else (3 * L if L in (1, 16, 60) else L // 2 + 1,):
+        check(*case(3, 2 if L == 2 else 1, L, K, mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -107,10 +107,12 @@ def test_half_precision(dtype, mode):
 def test_options(option):
     torch.manual_seed(2)
     check(*case(3, 2, 33, 20, "causal", F32, option))
-    check(*case(2, 2, 20, 33, "circular", F16, option))
+    check(*case(2, 1, 20, 33, "circular", F16, option))
 
 
-@pytest.mark.parametrize("dtype, L, K, mode", ((F32, 600, 700, "same"), (F16, 520, 200, "full"), (F32, 520, 40, "full")))
+@pytest.mark.parametrize(
+    "dtype, L, K, mode", ((F32, 600, 700, "same"), (F16, 520, 200, "full"), (F32, 520, 40, "full"))
+)
 def test_several_pieces(monkeypatch, dtype, L, K, mode):
     """A transform cut into blocks of rows, of which the last piece of the samples may be empty."""
     torch.manual_seed(3)
@@ -158,7 +160,7 @@ def test_filters_and_gradients_in_half_precision():
 
 @pytest.mark.parametrize("magnitude", (1e-6, 1e4))
 def test_half_precision_keeps_its_range(magnitude):
-    """Rows and channels of very different magnitudes: no overflow in float16 operands, and none is lost beside others."""
+    """Rows and channels of very different magnitudes: no operand overflows, and none is lost beside others."""
     torch.manual_seed(8)
     args, dout = case(4, 2, 256, 256, "causal", BF16, "skip")
     args[0][1] *= magnitude

@@ -1,7 +1,8 @@
 """Long convolution by a fused two-factor (Monarch) FFT on tl.dot: forward and backward.
 
 Shape letters: B batch, D channels, L length, K taps of k, M output length, N = N1 N2 points of the transform, N1 = P
-BLOCK, R batch rows in a tile, S parts of the batch. The transform itself is in fft_device.py.
+BLOCK, R batch rows in a tile, S parts of the batch. The transform itself is in fft_device.py, what is done once a
+channel in fft_filters.py.
 
 Every mode is one product with a two-sided Toeplitz matrix, y[t] = sum_j g[j] v[t - j] for 0 <= t < M and |j| < M:
 
@@ -10,25 +11,30 @@ Every mode is one product with a two-sided Toeplitz matrix, y[t] = sum_j g[j] v[
 
 and g[0] takes skip. The right-angle transform computes it with N >= M points, not 2 M: L = 8,192 needs N = 8,192.
 dv is the product with the conjugate spectrum; dg[j] = sum_t dy[t] v[t - j] is a product of two spectra, summed over
-the batch before its one inverse; dk, dk_reverse and dskip are read out of dg.
+the batch before its one inverse; dk and dk_reverse are read out of dg.
 
 What bounds it on an H100/H200 (predicted; never measured on a GPU): the byte floor of the gated forward in half
-precision is 8 bytes a point. Products cost 8 N1 + 16 N2 flops a point and row (the first factor meets real numbers on
-both ways): 768 at N = 1,024, 2,048 at 8,192, 4,096 at 32,768. At 500 TFLOP/s of 16-bit matrix rate that passes the
-time of 8 bytes at 3.35 TB/s from about 1,200 flops a point, N = 2,048 to 4,096: beyond, it is the tensor cores.
-Float32 goes through tf32x3, an eighth to a sixth of that rate. Tables and the spectrum come out of L1 and L2: about
-12 bytes a point and row, and the first factor's 4 N1 / N2 more.
+precision is 8 bytes a point. Products cost 8 N1 + 16 N2 flops a point (the first factor meets real numbers both ways):
+768 at N = 1,024, 1,024 at 2,048, 1,536 at 4,096, 2,048 at 8,192, 3,072 at 16,384. At 500 TFLOP/s of 16-bit matrix
+rate that takes as long as 8 bytes at 3.35 TB/s from about 1,200 flops on: bytes below N = 4,096, tensor cores above.
+Float32 takes three products for one. Tables and spectrum come out of L1 and L2: about 12 bytes a point, and 4 N1 / N2
+for the first factor.
 
 How the work is split: a program owns a channel and R batch rows at a time (R > 1 only for short rows, so that tiles
 fill the matrix units), several times over where there are more rows than a GPU has room for. The spectra are cut into
 P blocks of rows k1; a block goes through transform, product and inverse before the next. The gradient's kernel has a
 program for each of the blocks, and with few channels for parts of the batch.
 
-What stays where: the row's samples as operands (shared memory), its results as float32 accumulators and one complex
-block in registers. Nothing of the transform is written to memory.
+What stays where: the row's samples as float16 operands (shared memory), its results as float32 accumulators and one
+complex block in registers. Nothing of the transform is written to memory. From N = 8,192 on registers spill: a few
+hundred bytes a thread on sm_90, kilobytes on sm_80, whose mma.sync keeps operands in registers.
+
+The backward takes three passes over the rows: du and dpregate (the forward kernel on dout, with the conjugate
+spectrum), dpostgate (the forward again), dg. One pass would save two of its six transforms, and needs twice the
+registers.
 
 Memory beyond inputs and outputs: the spectrum, D (2 N + 1) floats; in the backward also S D 2 N for partial sums and
-D 2 N for dg; S D is at most max(D, 2 WANTED / P). No buffer grows with the batch.
+D 2 N for dg; S D is at most max(D, WANTED / P). No buffer grows with the batch.
 
 Determinism: every sum has a fixed order; S depends on the shapes alone.
 """
@@ -41,128 +47,24 @@ from . import fft_device as dev
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .fft_device import (
     FULL,
-    add_product,
     add_real_part,
-    first_factor,
     inverse_first_half,
     load_signal,
     load_spectrum,
     magnitudes,
     masked,
-    negative,
-    operand,
     operands,
     rows_of,
     second_factor,
-    second_half,
     times_of,
     times_rows,
     transform,
     twiddles,
 )  # fmt: skip
+from .fft_filters import factors_of, geometry, plan_filters, plan_spectrum, tables_of, workspace
 from .tuning import config
 
 __all__ = ["fft_conv_bwd", "fft_conv_fwd", "supports"]
-
-
-# --- the spectrum of the filters ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _taps(k_ptr, stride_k_s, s, valid, K, L, CIRCULAR: tl.constexpr, INT64: tl.constexpr):
-    """k[s], in mode circular the sum of k[s + i L], zero where not valid or no tap: [BLOCK, N2] like s."""
-    if CIRCULAR:
-        total = tl.zeros(s.shape, tl.float32)
-        for begin in range(0, K, L):
-            at = s + begin
-            inside = valid & (at < K)
-            total += tl.load(k_ptr + index(at, INT64) * stride_k_s, mask=inside, other=0.0).to(tl.float32)
-        return total
-    else:
-        inside = valid & (s >= 0) & (s < K)
-        return tl.load(k_ptr + index(s, INT64) * stride_k_s, mask=inside, other=0.0).to(tl.float32)  # [BLOCK, N2]
-
-
-@triton.jit
-def _at_lag(
-    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, j, L, M, K, K_reverse, offset, CIRCULAR: tl.constexpr,
-    INT64: tl.constexpr,
-):  # fmt: skip
-    """g[j] without skip, [BLOCK, N2] like j, which lies between -N and N."""
-    valid = (j < M) & (j > -M)
-    s = tl.where(j < 0, j + L, j) if CIRCULAR else j + offset
-    g = _taps(k_ptr, stride_k_s, s, valid, K, L, CIRCULAR, INT64)
-    if reverse_ptr is not None:
-        s = tl.where(j > 0, L - j, -j) if CIRCULAR else -j
-        g += _taps(reverse_ptr, stride_reverse_s, s, valid, K_reverse, L, CIRCULAR, INT64)
-    return g
-
-
-@triton.jit
-def _two_sided(
-    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, n, N: tl.constexpr, L, M, K, K_reverse, offset,
-    CIRCULAR: tl.constexpr, INT64: tl.constexpr,
-):  # fmt: skip
-    """(g[n], g[n - N]), [BLOCK, N2] like n."""
-    above = _at_lag(k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, L, M, K, K_reverse, offset, CIRCULAR, INT64)
-    below = _at_lag(
-        k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n - N, L, M, K, K_reverse, offset, CIRCULAR, INT64
-    )  # fmt: skip
-    return above + tl.where(n == 0, skip, 0.0), below
-
-
-@triton.jit
-def _fft_conv_spectrum_kernel(
-    spectrum_ptr, scale_ptr, k_ptr, reverse_ptr, skip_ptr, first_ptr, second_ptr, twiddle_ptr, L, M, K, K_reverse, offset,
-    stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s, stride_skip_d,
-    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, CIRCULAR: tl.constexpr, SPLIT: tl.constexpr,
-    INT64: tl.constexpr,
-):  # fmt: skip
-    """spectrum (D, 2, N1, N2) of g and skip, divided by scale (D,), the sum of their magnitudes. Grid (P, D).
-
-    A lag j below zero stands at j + N, and w^(j (k + 1/4)) = i w^((j + N) (k + 1/4)): it is imaginary there.
-    """
-    N1: tl.constexpr = P * BLOCK
-    N: tl.constexpr = N1 * N2
-    q, d = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
-    k_ptr += d * stride_k_d
-    if reverse_ptr is not None:
-        reverse_ptr += d * stride_reverse_d
-    skip = 0.0
-    if skip_ptr is not None:
-        skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
-    total = tl.zeros([BLOCK, N2], tl.float32)
-    largest = tl.zeros([BLOCK, N2], tl.float32)
-    for p in tl.range(P, num_stages=1):
-        above, below = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
-            offset, CIRCULAR, INT64,
-        )  # fmt: skip
-        total += tl.abs(above) + tl.abs(below)
-        largest = tl.maximum(largest, tl.maximum(tl.abs(above), tl.abs(below)))
-    total, largest = tl.sum(total), tl.max(largest)
-    scale = tl.where(total == 0, 1.0, total)
-    largest = tl.where(largest < 1e-30, 1.0, largest)
-    acc_re = tl.zeros([BLOCK, N2], tl.float32)
-    acc_im = tl.zeros([BLOCK, N2], tl.float32)
-    for p in tl.range(P, num_stages=1):
-        above, below = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
-            offset, CIRCULAR, INT64,
-        )  # fmt: skip
-        above, below = operand(above / largest, SPLIT), operand(below / largest, SPLIT)
-        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
-        acc_re = add_product(add_product(acc_re, f_re, above, SPLIT), f_im, negative(below), SPLIT)
-        acc_im = add_product(add_product(acc_im, f_im, above, SPLIT), f_re, below, SPLIT)
-    t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)  # [BLOCK, N2]
-    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
-    g_re, g_im = second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, 1, SPLIT)
-    at = d * 2 * N + times_of(q, BLOCK, N2, 1)
-    tl.store(spectrum_ptr + at, g_re * (largest / scale))
-    tl.store(spectrum_ptr + N + at, g_im * (largest / scale))
-    if q == 0:
-        tl.store(scale_ptr + d, scale)
-
 
 # --- the convolution ------------------------------------------------------------------------------------------------
 
@@ -174,7 +76,8 @@ def _fft_conv_fwd_kernel(
     stride_out_b, stride_out_d, stride_out_l, stride_second_out_b, stride_second_out_d, stride_second_out_l,
     stride_x_b, stride_x_d, stride_x_l, stride_gate_b, stride_gate_d, stride_gate_l,
     stride_in_mask_b, stride_in_mask_l, stride_post_b, stride_post_d, stride_post_l,
-    stride_second_post_b, stride_second_post_d, stride_second_post_l, stride_out_mask_b, stride_out_mask_l, stride_bias_d,
+    stride_second_post_b, stride_second_post_d, stride_second_post_l, stride_out_mask_b, stride_out_mask_l,
+    stride_bias_d,
     P: tl.constexpr, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     CONJUGATE: tl.constexpr, REPLACES: tl.constexpr, SPLIT: tl.constexpr,
     INT64: tl.constexpr,
@@ -252,9 +155,33 @@ def _fft_conv_fwd_kernel(
 
 
 @triton.jit
+def _direct_sums(
+    dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, stride_dout_b, stride_dout_l, stride_u_b, stride_u_l,
+    stride_pregate_b, stride_pregate_l, stride_postgate_b, stride_postgate_l, stride_mask_b, stride_mask_l,
+    first, B, L, M, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
+    REPLACES: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """(sum of dy, sum of dy v) of R rows: numbers. Loads of its own, so that nothing is held for it."""
+    dy = load_signal(
+        dout_ptr, postgate_ptr, None, stride_dout_b, stride_dout_l, stride_postgate_b, stride_postgate_l, 0, 0,
+        first, B, M, P_OUT, BLOCK, N2, R, False, INT64,
+    )  # fmt: skip
+    v = load_signal(
+        u_ptr, pregate_ptr, mask_ptr, stride_u_b, stride_u_l, stride_pregate_b, stride_pregate_l, stride_mask_b,
+        stride_mask_l, first, B, L, P_IN, BLOCK, N2, R, REPLACES, INT64,
+    )  # fmt: skip
+    plain, product = dy[0], dy[0] * v[0]  # [BLOCK, R N2]
+    for p in tl.static_range(1, P_OUT):
+        plain += dy[p]
+    for p in tl.static_range(1, P_IN):
+        product += dy[p] * v[p]
+    return tl.sum(plain), tl.sum(product)
+
+
+@triton.jit
 def _fft_conv_bwd_kernel(
-    partial_ptr, bias_partial_ptr, skip_partial_ptr, dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, first_ptr, second_ptr,
-    twiddle_ptr, B, L, M, D, turns,
+    partial_ptr, bias_partial_ptr, skip_partial_ptr, dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, first_ptr,
+    second_ptr, twiddle_ptr, B, L, M, D, turns,
     stride_dout_b, stride_dout_d, stride_dout_l, stride_u_b, stride_u_d, stride_u_l,
     stride_pregate_b, stride_pregate_d, stride_pregate_l, stride_postgate_b, stride_postgate_d, stride_postgate_l,
     stride_mask_b, stride_mask_l,
@@ -278,28 +205,30 @@ def _fft_conv_bwd_kernel(
     t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, R)  # [BLOCK, R N2]
     acc_re = tl.zeros([BLOCK * R, N2], tl.float32)
     acc_im = tl.zeros([BLOCK * R, N2], tl.float32)
-    acc_bias = tl.zeros([BLOCK, R * N2], tl.float32)
-    acc_skip = tl.zeros([BLOCK, R * N2], tl.float32)
+    acc_bias, acc_skip = 0.0, 0.0
     for turn in tl.range(turns, num_stages=1):
         first = (part * turns + turn) * R
+        if q == 0 and (bias_partial_ptr is not None or skip_partial_ptr is not None):
+            own_bias, own_skip = _direct_sums(
+                dout_ptr, u_ptr, pregate_ptr, postgate_ptr, mask_ptr, stride_dout_b, stride_dout_l, stride_u_b,
+                stride_u_l, stride_pregate_b, stride_pregate_l, stride_postgate_b, stride_postgate_l, stride_mask_b,
+                stride_mask_l, first, B, L, M, P_IN, P_OUT, BLOCK, N2, R, REPLACES, INT64,
+            )  # fmt: skip
+            acc_bias += own_bias
+            acc_skip += own_skip
         v = load_signal(
             u_ptr, pregate_ptr, mask_ptr, stride_u_b, stride_u_l, stride_pregate_b, stride_pregate_l, stride_mask_b,
             stride_mask_l, first, B, L, P_IN, BLOCK, N2, R, REPLACES, INT64,
         )  # fmt: skip
+        v_scale = magnitudes(v, BLOCK, N2, R, P_IN)
+        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
+        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
         dy = load_signal(
             dout_ptr, postgate_ptr, None, stride_dout_b, stride_dout_l, stride_postgate_b, stride_postgate_l, 0, 0,
             first, B, M, P_OUT, BLOCK, N2, R, False, INT64,
         )  # fmt: skip
-        if bias_partial_ptr is not None:
-            for p in tl.static_range(P_OUT):
-                acc_bias += dy[p]
-        if skip_partial_ptr is not None:
-            for p in tl.static_range(P_IN):
-                acc_skip += dy[p] * v[p]
-        v_scale, dy_scale = magnitudes(v, BLOCK, N2, R, P_IN), magnitudes(dy, BLOCK, N2, R, P_OUT)
-        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
+        dy_scale = magnitudes(dy, BLOCK, N2, R, P_OUT)
         dy = operands(dy, dy_scale, BLOCK, N2, R, P_OUT, SPLIT)
-        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
         dy_re, dy_im = transform(dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, SPLIT)
         dy_re = times_rows(dy_re, v_scale * dy_scale, BLOCK, N2, R)
         dy_im = times_rows(dy_im, v_scale * dy_scale, BLOCK, N2, R)
@@ -310,102 +239,16 @@ def _fft_conv_bwd_kernel(
     tl.store(partial_ptr + N + at, tl.sum(tl.reshape(acc_im, [BLOCK, R, N2]), axis=1))
     if bias_partial_ptr is not None:
         if q == 0:
-            tl.store(bias_partial_ptr + part * D + d, tl.sum(acc_bias))
+            tl.store(bias_partial_ptr + part * D + d, acc_bias)
     if skip_partial_ptr is not None:
         if q == 0:
-            tl.store(skip_partial_ptr + part * D + d, tl.sum(acc_skip))
-
-
-@triton.jit
-def _fft_conv_lags_kernel(
-    lags_ptr, partial_ptr, first_ptr, second_ptr, twiddle_ptr, D, parts,
-    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """lags (D, 2, N) from the partial spectra: dg[n], and dg[n - N], which is the imaginary part. Grid (P, D)."""
-    N1: tl.constexpr = P * BLOCK
-    N: tl.constexpr = N1 * N2
-    p, d = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
-    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
-    acc_re = tl.zeros([BLOCK, N2], tl.float32)
-    acc_im = tl.zeros([BLOCK, N2], tl.float32)
-    for q in tl.range(P, num_stages=1):
-        y_re = tl.zeros([BLOCK, N2], tl.float32)
-        y_im = tl.zeros([BLOCK, N2], tl.float32)
-        for part in tl.range(parts, num_stages=1):
-            own_re, own_im = load_spectrum(partial_ptr + (part * tl.cast(D, tl.int64) + d) * 2 * N, q, N1, BLOCK, N2, 1)
-            y_re += own_re  # [BLOCK, N2]
-            y_im += own_im
-        t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)  # [BLOCK, N2]
-        largest = tl.maximum(tl.maximum(tl.max(tl.abs(y_re)), tl.max(tl.abs(y_im))), 1e-30)
-        b_re, b_im = inverse_first_half(
-            y_re / largest, y_im / largest, second_re, second_im, t_re, t_im, BLOCK, N2, 1, SPLIT
-        )  # fmt: skip
-        zero = tl.zeros([BLOCK, N2], tl.float32)
-        acc_re += add_real_part(zero, b_re, b_im, first_ptr, q, p, N1, BLOCK, SPLIT) * largest
-        # The imaginary part of b is the real part of -i b.
-        acc_im += add_real_part(zero, b_im, negative(b_re), first_ptr, q, p, N1, BLOCK, SPLIT) * largest
-    at = d * 2 * N + times_of(p, BLOCK, N2, 1)
-    tl.store(lags_ptr + at, acc_re * (1.0 / N1))
-    tl.store(lags_ptr + N + at, acc_im * (1.0 / N1))
-
-
-@triton.jit
-def _lag(lags_ptr, j, valid, N):
-    """dg[j] of a channel's lags (2, N), zero where not valid."""
-    return tl.load(lags_ptr + tl.where(j < 0, j + 2 * N, j), mask=valid, other=0.0)  # [BLOCK_S]
-
-
-@triton.jit
-def _add_up(out_ptr, partial_ptr, stride_out_d, d, D, parts):
-    """out[d] from partial (S, D), in their order."""
-    if out_ptr is not None:
-        total = 0.0
-        for part in range(parts):
-            total += tl.load(partial_ptr + part * D + d)
-        tl.store(out_ptr + d * stride_out_d, total.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _fft_conv_taps_kernel(
-    dk_ptr, dreverse_ptr, dskip_ptr, dbias_ptr, lags_ptr, bias_partial_ptr, skip_partial_ptr, D, L, M, K, K_reverse, offset, N, parts,
-    stride_dk_d, stride_dk_s, stride_dreverse_d, stride_dreverse_s, stride_dskip_d, stride_dbias_d,
-    CIRCULAR: tl.constexpr, INT64: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """dk and dk_reverse out of the lags, dskip and dbias out of their partial sums. Grid (blocks of taps, D)."""
-    d = tl.cast(tl.program_id(1), tl.int64)
-    lags_ptr += d * 2 * N
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    for reverse in tl.static_range(2):
-        out_ptr = dreverse_ptr if reverse else dk_ptr
-        if out_ptr is not None:
-            taps = K_reverse if reverse else K
-            stride_d = stride_dreverse_d if reverse else stride_dk_d
-            stride_s = stride_dreverse_s if reverse else stride_dk_s
-            if CIRCULAR:
-                j = s % L
-                if reverse:
-                    j = tl.where(j == 0, 0, L - j)
-                value = _lag(lags_ptr, j, s < taps, N) + _lag(lags_ptr, j - L, (s < taps) & (j > 0), N)
-            else:
-                j = -s if reverse else s - offset
-                value = _lag(lags_ptr, j, (j < M) & (j > -M) & (s < taps), N)
-            at = d * stride_d + index(s, INT64) * stride_s
-            tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=s < taps)
-    if tl.program_id(0) == 0:
-        _add_up(dskip_ptr, skip_partial_ptr, stride_dskip_d, d, D, parts)
-        _add_up(dbias_ptr, bias_partial_ptr, stride_dbias_d, d, D, parts)
+            tl.store(skip_partial_ptr + part * D + d, acc_skip)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _geometry(u: torch.Tensor, k: torch.Tensor, mode: str) -> tuple[int, int]:
-    """(o, M)."""
-    length, taps = u.shape[2], k.shape[-1]
-    return (taps - 1) // 2 if mode == "same" else 0, length + taps - 1 if mode == "full" else length
 
 
 def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> str | None:
@@ -419,40 +262,20 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> str 
             return f"{name} is a filter for every sample"
         if filters.dtype not in DTYPES:
             return f"{name} is {str(filters.dtype)[6:]}, not float32, float16 or bfloat16"
-    points, most = _geometry(u, k, mode)[1], dev.limit(u.dtype, u.device)
+    points, most = geometry(u, k, mode)[1], dev.limit(u.dtype, u.device)
     if dev.sizes(points, most) is None:
         return f"the output has {points} samples, more than one fused transform ({most} points) can hold"
     return "u has no samples" if u.shape[2] == 0 else None
 
 
-def _factors(u: torch.Tensor, points: int) -> dict[str, int]:
-    P, block, n2 = dev.sizes(points, dev.limit(u.dtype, u.device))
-    return {"P": P, "BLOCK": block, "N2": n2}
-
-
-def _filter_factors(u: torch.Tensor, points: int) -> dict[str, int]:
-    """The same points in smaller blocks, for the kernels that hold split operands whatever the dtype of u."""
-    factors = _factors(u, points)
-    pieces = max(1, factors["BLOCK"] // 64)
-    return {"P": factors["P"] * pieces, "BLOCK": factors["BLOCK"] // pieces, "N2": factors["N2"]}
-
 
 def _blocks(kernel: str, u: torch.Tensor, factors: dict[str, int]) -> dict[str, int]:
-    """R and num_warps. Short rows share a tile of up to 2,048 elements, half that when operands are split."""
+    """R and num_warps. Short rows share a tile of up to 2,048 elements; half that if operands are split or strided."""
     points = factors["P"] * factors["BLOCK"] * factors["N2"]
-    most = (1024 if u.dtype == torch.float32 else 2048) // triton.next_power_of_2(points)
+    most = (1024 if u.dtype == torch.float32 or u.stride(2) != 1 else 2048) // triton.next_power_of_2(points)
     default = {"R": max(1, min(triton.next_power_of_2(u.shape[0]), most)), "num_warps": dev.warps(factors["BLOCK"])}
     return config(kernel, f"{str(u.dtype)[6:]}-P{factors['P']}-{factors['BLOCK']}x{factors['N2']}", u.device, default)
 
-
-def _tables(factors: dict[str, int], split: bool, device: torch.device) -> dict:
-    """The tables, and how kernels read them."""
-    n1, n2 = factors["P"] * factors["BLOCK"], factors["N2"]
-    if device.type != "meta":
-        return {**dev.tables(n1, n2, split, device), "SPLIT": split}
-    planes, twiddle = 4 if split else 2, torch.float32 if split else torch.float16
-    first, second = meta(planes, n1, n1, dtype=torch.float16), meta(planes, n2, n2, dtype=torch.float16)
-    return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": meta(2, n1, n2, dtype=twiddle), "SPLIT": split}
 
 
 def _bytes(mask: torch.Tensor | None) -> dict:
@@ -461,23 +284,11 @@ def _bytes(mask: torch.Tensor | None) -> dict:
     return {"mask": mask.view(torch.uint8) if replaces else mask, "REPLACES": replaces}
 
 
-def _plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode) -> Launch:
-    offset, points = _geometry(u, k, mode)
-    factors = _filter_factors(u, points)
-    args = dict(
-        spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
-        **_tables(factors, True, u.device), L=u.shape[2], M=points, K=k.shape[1],
-        K_reverse=0 if k_reverse is None else k_reverse.shape[1], offset=offset, **strides("k", k, "ds"),
-        **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"), **factors, CIRCULAR=mode == "circular",
-        INT64=wide(k, k_reverse),
-    )  # fmt: skip
-    return Launch(_fft_conv_spectrum_kernel, (factors["P"], u.shape[1]), args, dev.warps(factors["BLOCK"]))
-
 
 def _plan_convolution(
     out, second_out, x, gate, in_mask, post, second_post, out_mask, bias, spectrum, scale, points, conjugate
 ) -> Launch:  # fmt: skip
-    factors = _factors(x, points)
+    factors = factors_of(x, points)
     blocks = _blocks("fft_conv_fwd", x, factors)
     piece = factors["BLOCK"] * factors["N2"]
     (batch, channels, length), length_out = x.shape, out.shape[2]
@@ -487,10 +298,11 @@ def _plan_convolution(
     args = dict(
         out_ptr=out, second_out_ptr=second_out, x_ptr=x, gate_ptr=gate, in_mask_ptr=in_mask["mask"], post_ptr=post,
         second_post_ptr=second_post, out_mask_ptr=out_mask["mask"], bias_ptr=bias, spectrum_ptr=spectrum,
-        scale_ptr=scale, **_tables(factors, x.dtype == torch.float32, x.device), B=batch, L_in=length, L_out=length_out, turns=turns,
-        **strides("out", out, "bdl"), **strides("second_out", second_out, "bdl"), **strides("x", x, "bdl"),
-        **strides("gate", gate, "bdl"), **strides("in_mask", in_mask["mask"], "bl"), **strides("post", post, "bdl"),
-        **strides("second_post", second_post, "bdl"), **strides("out_mask", out_mask["mask"], "bl"),
+        scale_ptr=scale, **tables_of(factors, x.dtype == torch.float32, x.device), B=batch, L_in=length,
+        L_out=length_out, turns=turns, **strides("out", out, "bdl"), **strides("second_out", second_out, "bdl"),
+        **strides("x", x, "bdl"), **strides("gate", gate, "bdl"), **strides("in_mask", in_mask["mask"], "bl"),
+        **strides("post", post, "bdl"), **strides("second_post", second_post, "bdl"),
+        **strides("out_mask", out_mask["mask"], "bl"),
         **strides("bias", bias, "d"), **factors, P_IN=max(1, triton.cdiv(length, piece)),
         P_OUT=max(1, triton.cdiv(length_out, piece)), R=blocks["R"], CONJUGATE=conjugate,
         REPLACES=in_mask["REPLACES"] or out_mask["REPLACES"],
@@ -499,20 +311,13 @@ def _plan_convolution(
     return Launch(_fft_conv_fwd_kernel, (triton.cdiv(groups, turns), channels), args, blocks["num_warps"])
 
 
-def _workspace(u: torch.Tensor, points: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(spectrum, scale)."""
-    factors, channels = _factors(u, points), u.shape[1]
-    real = {"dtype": torch.float32}
-    spectrum = u.new_empty(channels, 2, factors["P"] * factors["BLOCK"], factors["N2"], **real)
-    return spectrum, u.new_empty(channels, **real)
-
 
 def plan_fft_conv_fwd(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> list[Launch]:
     """The launches, from shapes, strides and dtypes alone."""
-    points = _geometry(u, k, mode)[1]
-    spectrum, scale = _workspace(u, points)
+    points = geometry(u, k, mode)[1]
+    spectrum, scale = workspace(u, points)
     return [
-        _plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode),
+        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode),
         _plan_convolution(out, None, u, pregate, mask, postgate, None, None, bias, spectrum, scale, points, False),
     ]
 
@@ -523,14 +328,16 @@ def fft_conv_fwd(*args) -> None:
         launch.run()
 
 
+
 def _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks) -> Launch:
     points = dout.shape[2]
-    factors = _factors(u, points)
+    factors = factors_of(u, points)
     piece, mask = factors["BLOCK"] * factors["N2"], _bytes(mask)
     args = dict(
-        partial_ptr=partial, bias_partial_ptr=bias_partial, skip_partial_ptr=skip_partial, dout_ptr=dout, u_ptr=u, pregate_ptr=pregate,
-        postgate_ptr=postgate, mask_ptr=mask["mask"], **_tables(factors, u.dtype == torch.float32, u.device), B=u.shape[0], L=u.shape[2],
-        M=points, D=u.shape[1], turns=turns, **strides("dout", dout, "bdl"), **strides("u", u, "bdl"),
+        partial_ptr=partial, bias_partial_ptr=bias_partial, skip_partial_ptr=skip_partial, dout_ptr=dout, u_ptr=u,
+        pregate_ptr=pregate, postgate_ptr=postgate, mask_ptr=mask["mask"],
+        **tables_of(factors, u.dtype == torch.float32, u.device), B=u.shape[0], L=u.shape[2], M=points,
+        D=u.shape[1], turns=turns, **strides("dout", dout, "bdl"), **strides("u", u, "bdl"),
         **strides("pregate", pregate, "bdl"), **strides("postgate", postgate, "bdl"),
         **strides("mask", mask["mask"], "bl"), **factors, P_IN=max(1, triton.cdiv(u.shape[2], piece)),
         P_OUT=max(1, triton.cdiv(points, piece)), R=blocks["R"], REPLACES=mask["REPLACES"],
@@ -539,28 +346,6 @@ def _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate,
     grid = (factors["P"], u.shape[1], partial.shape[0])
     return Launch(_fft_conv_bwd_kernel, grid, args, blocks["num_warps"])
 
-
-def _plan_filters(
-    dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points, K_reverse
-) -> list[Launch]:  # fmt: skip
-    """From the partial spectra to the lags, and from those to the filters' gradients."""
-    factors, channels = _filter_factors(u, points), u.shape[1]
-    offset, taps = _geometry(u, dk, mode)[0], dk.shape[1]
-    inverse = dict(
-        lags_ptr=lags, partial_ptr=partial, **_tables(factors, True, u.device), D=channels,
-        parts=partial.shape[0], **factors,
-    )  # fmt: skip
-    gather = dict(
-        dk_ptr=dk, dreverse_ptr=dk_reverse, dskip_ptr=dskip, dbias_ptr=dbias, lags_ptr=lags,
-        bias_partial_ptr=bias_partial, skip_partial_ptr=skip_partial, D=channels, L=u.shape[2], M=points, K=taps, K_reverse=K_reverse, offset=offset,
-        N=lags.shape[2], parts=partial.shape[0], **strides("dk", dk, "ds"), **strides("dreverse", dk_reverse, "ds"),
-        **strides("dskip", dskip, "d"), **strides("dbias", dbias, "d"), CIRCULAR=mode == "circular",
-        INT64=wide(dk, dk_reverse), BLOCK_S=512,
-    )  # fmt: skip
-    return [
-        Launch(_fft_conv_lags_kernel, (factors["P"], channels), inverse, dev.warps(factors["BLOCK"])),
-        Launch(_fft_conv_taps_kernel, (triton.cdiv(max(taps, K_reverse), 512), channels), gather, 4),
-    ]
 
 
 def plan_fft_conv_bwd(
@@ -571,11 +356,11 @@ def plan_fft_conv_bwd(
     points, channels = dout.shape[2], u.shape[1]
     dk_reverse, dskip = None if k_reverse is None else dk_reverse, None if skip is None else dskip
     dbias, dpregate = None if bias is None else dbias, None if pregate is None else dpregate
-    spectrum, scale = _workspace(u, points)
-    factors = _factors(u, points)
+    spectrum, scale = workspace(u, points)
+    factors = factors_of(u, points)
     blocks = _blocks("fft_conv_bwd", u, factors)
     groups = triton.cdiv(u.shape[0], blocks["R"])
-    parts = max(1, min(groups, WANTED // (factors["P"] * channels)))
+    parts = max(1, min(groups, WANTED // max(1, factors["P"] * channels)))
     turns = triton.cdiv(groups, parts)
     parts = triton.cdiv(groups, max(1, turns)) or 1
     partial = spectrum.new_empty(parts, *spectrum.shape)
@@ -583,12 +368,12 @@ def plan_fft_conv_bwd(
     bias_partial = None if bias is None else scale.new_empty(parts, channels)
     skip_partial = None if skip is None else scale.new_empty(parts, channels)
     launches = [
-        _plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode),
+        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode),
         _plan_convolution(
             du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, points, True
         ),
         _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks),
-        *_plan_filters(
+        *plan_filters(
             dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points,
             0 if k_reverse is None else k_reverse.shape[1],
         ),
@@ -624,3 +409,4 @@ for _name in ("spectrum", "fwd", "bwd", "lags", "taps", "du"):
     compile_spec(f"fft_conv_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du", "wide")):
     compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])
+compile_spec("fft_conv_fwd_float32_8192")(lambda dtype: _specs(torch.float32, "8192")["fwd"])  # most shared memory

@@ -280,14 +280,15 @@ def sizes(points: int, most: int) -> tuple[int, int, int] | None:
     """(P, BLOCK, N2) of the cheapest transform of at least `points` points and at most `most`; None when there is none.
 
     By flops a row, 8 N1 + 16 N2 a point, plus what a point costs whatever the factors. BLOCK below 64 cannot use
-    wgmma: counted as half the rate. N2 and P are bounded by what a thread has to hold (registers of sm_90).
+    wgmma: counted as half the rate. N2 and P are bounded by what a thread has to hold and by shared memory (3 x
+    128 x 32 asks for 236 KiB on sm_90).
     """
     best = None
     for block, widest in ((128, 64), (64, 32), (32, 32), (16, 16)):
         for n2 in (16, 32, 64):
             pieces = max(1, -(-points // (block * n2)))
             held = pieces * block * n2 // (32 * warps(block))
-            if n2 > widest or pieces > MAX_PIECES or held > 64 or pieces * block * n2 > most:
+            if n2 > widest or pieces > (2 if block == 128 else MAX_PIECES) or held > 64 or pieces * block * n2 > most:
                 continue
             cost = pieces * block * n2 * ((8 * pieces * block + 16 * n2) * (1 if block >= 64 else 2) + 512)
             if best is None or cost < best[0]:
@@ -315,5 +316,5 @@ def tables(n1: int, n2: int, split: bool, device: torch.device) -> dict[str, tor
     return {
         "first_ptr": factor(unit(shifted[:, None] * first, 4 * n1)),
         "second_ptr": factor(unit(second[:, None] * second, n2)),
-        "twiddle_ptr": unit(shifted[:, None] * second, 4 * n1 * n2).to(torch.float32 if split else torch.half).to(device),
+        "twiddle_ptr": unit(shifted[:, None] * second, 4 * n1 * n2).to(device, torch.float32 if split else torch.half),
     }
