@@ -134,7 +134,7 @@ def test_quantiles():
 
 # ---- every case ----
 
-SMALL = {"B": 2, "D": 6, "N": 5, "L": 40, "W": 4}
+SMALL = {"B": 2, "D": 6, "N": 5, "L": 40, "W": 4, "C": 3, "S": 14, "K": 11}
 BUILT = [c for cases in case_module.families().values() for c in cases if c.build]
 
 
@@ -158,7 +158,8 @@ def test_every_case_is_right_when_small(case):
         assert out is None or harness.relative_error(harness.as_tuple(out), expected) < 5e-2, name
         assert peer.version and peer.scale > 0
     work.run()
-    assert min(work.bytes_moved, work.flops, work.exponentials) > 0
+    assert min(work.bytes_moved, work.flops) > 0
+    assert (work.exponentials > 0) == (case.family != "image_conv")
     for op in case.ops:
         assert op in _library.OPS
 
