@@ -54,7 +54,8 @@ def test_every_geometry(op, method):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_large_filters_in_every_dtype(dtype):
-    x, w = randn(3, 5, 24, 30).to(dtype), randn(5, 31, 51, seed=1).to(dtype if dtype == torch.float64 else torch.float32)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    x, w = randn(3, 5, 24, 30).to(dtype), randn(5, 31, 51, seed=1).to(wide)
     found = with_gradients(scalekern.depthwise_conv2d, (x, w))
     dout = randn(*x.shape, seed=7).to(dtype).double()
     expected = with_gradients(scalekern.depthwise_conv2d, (x.double(), w.double()), dout, method="direct")
@@ -102,7 +103,7 @@ def test_memory_beyond_the_output_is_a_piece():
     assert 0 < largest <= 1.2 * _depthwise.PIECE_BYTES["cpu"] < x.numel() * 4 / 2
 
 
-@pytest.mark.parametrize("n, even, good", [(1, False, 1), (7, False, 8), (71, True, 72), (75, False, 75), (75, True, 80)])
+@pytest.mark.parametrize("n, even, good", [(1, 0, 1), (7, 0, 8), (71, 1, 72), (75, 0, 75), (75, 1, 80)])
 def test_good_sizes(n, even, good):
     assert _depthwise.good_size(n, even) == good
 
