@@ -126,10 +126,10 @@ _CONV, _CONV_TRAIN = (functools.partial(conv, train=train) for train in (False, 
 _DWT, _DWT_TRAIN = (functools.partial(dwt, train=train) for train in (False, True))
 
 
-def wave(build, direction, device, priority, wavelet):
+def wave(build, direction, device, priority, wavelet, shape=_WAVE):
     ops = DWT_OPS if direction == "fwd+bwd" else DWT_OPS[::2]
     build = functools.partial(build, wavelet=wavelet)
-    return case("dwt", build, ops, direction, device, priority, _WAVE, note=wavelet)
+    return case("dwt", build, ops, direction, device, priority, shape, note=wavelet)
 
 
 CPU = [
@@ -148,7 +148,7 @@ CUDA = [
     case("dwconv2d", _CONV, CONV_OPS[:1], "fwd", "cuda", 96, {"B": 64, "C": 128, "S": 56, "K": 31}, backends=_FAST),
     case("dwconv2d", _CONV_TRAIN, CONV_OPS, "fwd+bwd", "cuda", 97, {"B": 64, "C": 128, "S": 56, "K": 13}, BF16,
          backends=_FAST),
-    wave(_DWT_TRAIN, "fwd+bwd", "cuda", 98, "haar"),
+    wave(_DWT_TRAIN, "fwd+bwd", "cuda", 98, "haar", {"B": 64, "C": 128, "S": 128}),
 ]  # fmt: skip
 
 CASES = [*CPU, *CUDA]

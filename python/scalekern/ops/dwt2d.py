@@ -9,10 +9,10 @@ from scalekern import _checks, _library
 from scalekern._dispatch import Backend
 from scalekern.ops import _wavelets
 from scalekern.reference.dwt2d import MODES, WAVELETS, filters
-from scalekern.reference.dwt2d import dwt2d_bwd as reference_bwd
+from scalekern.reference.dwt2d import dwt2d_bwd_op as reference_bwd
 from scalekern.reference.dwt2d import dwt2d_fwd as reference_fwd
-from scalekern.reference.dwt2d import idwt2d_bwd as reference_inverse_bwd
-from scalekern.reference.dwt2d import idwt2d_fwd as reference_inverse_fwd
+from scalekern.reference.dwt2d import idwt2d_bwd_op as reference_inverse_bwd
+from scalekern.reference.dwt2d import idwt2d_fwd_op as reference_inverse_fwd
 
 NAME, INVERSE = "dwt2d", "idwt2d"
 
@@ -128,7 +128,7 @@ def _allocate_inverse_bwd(dout, low, details, wavelet, mode, sizes):
 
 def _setup_context(ctx, inputs, output):
     x, *ctx.options = inputs
-    ctx.save_for_backward(x)  # its size is all that matters, but it carries the graph in which a second order is refused
+    ctx.save_for_backward(x)  # for its size, and for the graph in which a second order is refused
 
 
 def _backward(ctx, gradients):
@@ -157,18 +157,6 @@ def _backends(function, reference):
     )
 
 
-def _oracle_bwd(dlow, ddetails, x, wavelet, levels, mode):
-    return reference_bwd([dlow, *ddetails], x, wavelet, mode)
-
-
-def _oracle_inverse_fwd(low, details, wavelet, mode, sizes):
-    return reference_inverse_fwd([low, *details], wavelet, mode, sizes[-2:])
-
-
-def _oracle_inverse_bwd(dout, low, details, wavelet, mode, sizes):
-    return reference_inverse_bwd(dout, [low, *details], wavelet, mode)
-
-
 dwt2d_fwd = _library.define(
     NAME,
     "dwt2d_fwd(Tensor x, str wavelet, int levels, str mode) -> Tensor[]",
@@ -183,7 +171,7 @@ dwt2d_fwd = _library.define(
 dwt2d_bwd = _library.define(
     NAME,
     "dwt2d_bwd(Tensor dlow, Tensor[] ddetails, Tensor x, str wavelet, int levels, str mode) -> Tensor",
-    backends=_backends(_library.without_autocast(_wavelets.dwt_bwd), _library.without_autocast(_oracle_bwd)),
+    backends=_backends(_library.without_autocast(_wavelets.dwt_bwd), _library.without_autocast(reference_bwd)),
     fake=_allocate_bwd,
     empty=lambda dlow, ddetails, x, *rest: x.numel() == 0,
 )
@@ -191,7 +179,7 @@ dwt2d_bwd = _library.define(
 idwt2d_fwd = _library.define(
     INVERSE,
     "idwt2d_fwd(Tensor low, Tensor[] details, str wavelet, str mode, SymInt[] sizes) -> Tensor",
-    backends=_backends(_wavelets.idwt, _oracle_inverse_fwd),
+    backends=_backends(_wavelets.idwt, reference_inverse_fwd),
     fake=_allocate_inverse_fwd,
     empty=lambda low, *rest: low.numel() == 0,
     setup_context=_setup_inverse_context,
@@ -203,7 +191,7 @@ idwt2d_bwd = _library.define(
     INVERSE,
     "idwt2d_bwd(Tensor dout, Tensor low, Tensor[] details, str wavelet, str mode, SymInt[] sizes) -> Tensor[]",
     backends=_backends(
-        _library.without_autocast(_wavelets.idwt_bwd), _library.without_autocast(_oracle_inverse_bwd)
+        _library.without_autocast(_wavelets.idwt_bwd), _library.without_autocast(reference_inverse_bwd)
     ),
     fake=_allocate_inverse_bwd,
     empty=lambda dout, low, *rest: low.numel() == 0,

@@ -137,6 +137,21 @@ def idwt2d_bwd(dout, coefficients, wavelet, mode):
     return [dx.to(low.dtype), *reversed(gradients)]
 
 
+# As the registered ops take their arguments: a tensor first, then a list of them.
+
+
+def dwt2d_bwd_op(dlow, ddetails, x, wavelet, levels, mode):
+    return dwt2d_bwd([dlow, *ddetails], x, wavelet, mode)
+
+
+def idwt2d_fwd_op(low, details, wavelet, mode, sizes):
+    return idwt2d_fwd([low, *details], wavelet, mode, sizes[-2:])
+
+
+def idwt2d_bwd_op(dout, low, details, wavelet, mode, sizes):
+    return idwt2d_bwd(dout, [low, *details], wavelet, mode)
+
+
 def filters(wavelet):
     """(dec_lo, dec_hi, rec_lo, rec_hi), PyWavelets' filter bank."""
     if wavelet not in WAVELETS:
