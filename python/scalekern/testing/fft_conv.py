@@ -128,12 +128,13 @@ SPECS = {
             Sample("short_filter", _conv(2, 3, 41, 4)),
             Sample("long_filter", _conv(2, 3, 11, 33, R=29, options="bias")),
             Sample("per_sample", _conv(3, 2, 17, 6, R=4, per_sample=True, options="mask")),
+            Sample("circular", _conv(2, 3, 12, 12, "circular")),
             Sample("circular_everything", _conv(2, 3, 13, 6, "circular", R=7, options=_ALL)),
             Sample("circular_wraps_thrice", _conv(2, 2, 7, 21, "circular", R=20, per_sample=True)),
             Sample("same_even", _conv(2, 3, 15, 6, "same", R=3, options=_ALL)),
             Sample("same_long_filter", _conv(2, 2, 5, 14, "same", per_sample=True)),
             Sample("full_everything", _conv(2, 3, 11, 7, "full", options=_ALL)),
-            Sample("full_long_filter", _conv(2, 2, 4, 12, "full", per_sample=True, options="skip postgate")),
+            Sample("full_long_filter", _conv(2, 2, 4, 12, "full", per_sample=True)),
         )
     ),
     "fft_conv_chunk": Spec(
