@@ -316,8 +316,8 @@ def mixer_step(device, dtype=FP32, *, B, M, D, N) -> Work:
 
     products = 3 * M * D + D * (2 * rank + 2 * N)
     return Work(
-        run=lambda: scalekern.mamba_update(hidden, *states, *weights), sample=stepping(scalekern.mamba_update),
-        oracle=stepping(reference.mamba_update, lambda t: t.double()), tolerance=TOLERANCE[dtype],
+        run=stepping(scalekern.mamba_update), sample=lambda: stepping(scalekern.mamba_update)(),
+        oracle=lambda: stepping(reference.mamba_update, lambda t: t.double())(), tolerance=TOLERANCE[dtype],
         bytes_moved=products * dtype.itemsize + B * D * N * 8, flops=2 * B * products + B * D * 6 * N,
         exponentials=B * D * (N + 3), peers={"composed of torch's products": lambda: peers.Peer(stepping(composed), torch.__version__)},
     )  # fmt: skip
