@@ -1,0 +1,85 @@
+// What the fast forward and backward scans share: rows of tokens that lie along time on 16-byte bounds, at most 16
+// states, nothing packed. Everything else takes the general kernels (cuda_scan_fwd.cuh, cuda_scan_bwd.cuh).
+//
+// u, delta, z, dout and the results go straight between global memory and registers, 8 tokens of a channel at a time: a
+// warp's load touches a sector a channel, whose other half the next group finds in L1. What the general kernels spend
+// on staging these rows in shared memory (a third of their instructions, measured) is gone. B and C, which all channels
+// of a block share, are widened into shared memory, 64 tokens at a time, and read from there as broadcasts.
+#pragma once
+#include "selective_scan/cuda_scan.cuh"
+
+namespace scalekern::scan {
+
+constexpr int kRowStates = 16;  // of a channel, padded
+constexpr int kRowTokens = 64;  // of a tile of B and C; the least checkpoint stride
+
+// Eight tokens of a row between global memory and registers, in scan order.
+template <class T, class F>
+SK_DEVICE void load_row(const T* row, bool reverse, F (&x)[kGroup]) {
+  constexpr int kPack = Pack<T>::kSize;
+#pragma unroll
+  for (int k = 0; k < kGroup; k += kPack) {
+    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(row + k);
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) x[k + e] = widen(pack.v[e]);
+  }
+  if (reverse) swap_ends(x);
+}
+
+template <class T, class F>
+SK_DEVICE void store_row(T* row, bool reverse, F (&x)[kGroup]) {
+  constexpr int kPack = Pack<T>::kSize;
+  if (reverse) swap_ends(x);
+#pragma unroll
+  for (int k = 0; k < kGroup; k += kPack) {
+    Pack<T> pack;
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) pack.v[e] = narrow<T>(x[k + e]);
+    *reinterpret_cast<Pack<T>*>(row + k) = pack;
+  }
+}
+
+// One of 128 threads' share of a tile of B or C: 8 tokens of one state, fetched a tile ahead.
+template <class T>
+struct MatrixShare {
+  static constexpr int kPacks = kGroup / Pack<T>::kSize;
+  Pack<T> packs[kPacks];
+
+  SK_DEVICE void fetch(const Problem& p, const Matrix& m, int64_t batch, int64_t channel, int64_t t0) {
+    const int n = thread_index() / kGroup;
+    const int64_t t = t0 + thread_index() % kGroup * kGroup;
+    const bool inside = n < p.states && t < p.length;
+    const T* from = static_cast<const T*>(m.p) + m.offset(batch, channel) + n * m.n + t;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      packs[k] = inside ? reinterpret_cast<const Pack<T>*>(from)[k] : Pack<T>{};
+  }
+
+  // To a tile of (kRowTokens, kRowStates).
+  template <class F>
+  SK_DEVICE void store(F* tile) const {
+    F* to = tile + thread_index() % kGroup * kGroup * kRowStates + thread_index() / kGroup;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) to[j * kRowStates] = widen(packs[j / Pack<T>::kSize].v[j % Pack<T>::kSize]);
+  }
+};
+
+// Whether a tensor's rows can be read in packs of 16 bytes.
+template <class T>
+bool packable(const Sequences& s) {
+  return s.p == nullptr || (s.l == 1 && aligned16(s.p) && s.b % Pack<T>::kSize == 0 && s.d % Pack<T>::kSize == 0);
+}
+
+template <class T>
+bool packable(const Matrix& m) {
+  const int64_t size = Pack<T>::kSize;
+  return !m.constant && m.l == 1 && aligned16(m.p) && m.b % size == 0 && m.g % size == 0 && m.n % size == 0;
+}
+
+template <class T>
+bool takes_rows(const Problem& p) {
+  return sizeof(Compute<T>) == 4 && p.cu.data == nullptr && p.states <= kRowStates && p.length % kGroup == 0 &&
+         packable<T>(p.u) && packable<T>(p.delta) && packable<T>(p.z) && packable<T>(p.B) && packable<T>(p.C);
+}
+
+}  // namespace scalekern::scan
