@@ -99,6 +99,17 @@ SCAN_CASES = {
     "packed_without_states": dict(B=1, D=3, L=141, N=6, cu=PACKED, optional="z"),
 }
 
+# Rows along time, whole groups of 8 tokens, at most 16 states: the kernels of cuda_scan_*_rows.cuh.
+SCAN_CASES |= {
+    "rows": dict(B=2, D=70, L=72, N=16),
+    "rows_reverse": dict(B=1, D=17, L=200, N=16, reverse=True),
+    "rows_one_group": dict(B=1, D=1, L=8, N=1),
+    "rows_few_states": dict(B=2, D=9, L=64, N=5, dtype=torch.bfloat16),
+    "rows_groups": dict(B=1, D=130, L=72, N=16, groups=(2, 1), dtype=torch.bfloat16),
+    "rows_bare": dict(B=1, D=15, L=136, N=16, optional="", softplus=False),
+    "rows_half_reverse": dict(B=1, D=20, L=72, N=12, dtype=torch.float16, reverse=True),
+}
+
 
 @pytest.mark.parametrize("case", SCAN_CASES)
 def test_emulated_scan_forward(case):
@@ -148,7 +159,7 @@ def test_emulated_backward_without_some_gradients():
     assert_all_close(emulated.selective_scan_bwd(*call), selective_scan_bwd(*doubled(call)), SCAN, 2e-6)
 
 
-@pytest.mark.parametrize("case", ["plain", "packed_reverse", "many_states", "few_states"])
+@pytest.mark.parametrize("case", ["plain", "packed_reverse", "many_states", "few_states", "rows", "rows_half_reverse"])
 def test_thread_order_changes_no_bit(case):
     """A missing barrier would show: fibers run in other orders, and asynchronous copies land late."""
     args = scan_inputs(**SCAN_CASES[case])

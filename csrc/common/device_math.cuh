@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -102,6 +103,19 @@ SK_FN f16 narrow<f16, float>(float x) {
   if (magnitude < 0x38800000u)  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
     return f16{uint16_t(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u))};
   return f16{uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13))};
+#endif
+}
+
+// Two neighbours at once, the first in the low half.
+template <class T>
+SK_FN uint32_t narrow_two(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t both;
+  if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+  return both;
+#else
+  return narrow<T>(a).bits | uint32_t(narrow<T>(b).bits) << 16;
 #endif
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "selective_scan/cuda_scan_bwd.cuh"
+#include "selective_scan/cuda_scan_bwd_rows.cuh"
 #include "selective_scan/cuda_scan_fwd.cuh"
 #include "selective_scan/cuda_scan_problem.h"
 #include "selective_scan/cuda_scan_reduce.cuh"
@@ -60,19 +61,34 @@ template <class T, class Exec>
 void launch_scan_bwd(Exec& exec, BwdArgs& a, const Inputs& in, const Gradients& d) {
   using F = Compute<T>;
   Problem& p = a.p;
-  split(p, ScanBwd<T>::kThreads, 4);
-  plan_tiles<T>(a);
-  const int64_t rows = int64_t(sizeof(F)) * p.batch * p.channels, segments = p.channels / p.segment;
-  a.dA = exec.scratch(rows * p.states);
-  a.dB_constant = p.B.constant ? exec.scratch(rows * p.states) : nullptr;
-  a.dC_constant = p.C.constant ? exec.scratch(rows * p.states) : nullptr;
-  a.dD = exec.scratch(rows), a.dbias = exec.scratch(rows);
+  bool rows = false;
+  if constexpr (sizeof(F) == 4) rows = takes_rows<T>(p) && packable<T>(a.dout) && packable<T>(a.du) &&
+                                       packable<T>(a.ddelta) && packable<T>(a.dz) && p.checkpoint_stride == kRowTokens;
+  if (rows) {
+    p.lanes = 2, p.channels_per_block = ScanBwdRows<T, false>::kChannels;
+    p.blocks_per_segment = ceil_div(p.segment, p.channels_per_block);
+    a.padded = kRowStates, a.shared_bytes = ScanBwdRows<T, false>::kSharedBytes;
+  } else {
+    split(p, ScanBwd<T>::kThreads, 4);
+    plan_tiles<T>(a);
+  }
+  const int64_t bytes = int64_t(sizeof(F)) * p.batch * p.channels, segments = p.channels / p.segment;
+  a.dA = exec.scratch(bytes * p.states);
+  a.dB_constant = p.B.constant ? exec.scratch(bytes * p.states) : nullptr;
+  a.dC_constant = p.C.constant ? exec.scratch(bytes * p.states) : nullptr;
+  a.dD = exec.scratch(bytes), a.dbias = exec.scratch(bytes);
   // Slots for at most one F a token and channel, or one slot a segment.
-  a.slots = std::clamp<int64_t>(p.segment / (2 * a.padded), 1, p.blocks_per_segment);
+  a.slots = rows ? p.blocks_per_segment : std::clamp<int64_t>(p.segment / (2 * a.padded), 1, p.blocks_per_segment);
   if (!p.B.constant || !p.C.constant)
     a.partial = exec.scratch(int64_t(sizeof(F)) * p.batch * segments * a.slots * p.length * 2 * a.padded);
-  for (a.round = 0; a.round * a.slots < p.blocks_per_segment; ++a.round)
-    exec.template launch<ScanBwd<T>>(p.batch * segments * a.slots, a.shared_bytes, a);
+  for (a.round = 0; a.round * a.slots < p.blocks_per_segment; ++a.round) {
+    const int64_t blocks = p.batch * segments * a.slots;
+    if constexpr (sizeof(F) == 4) {
+      if (rows && p.reverse) exec.template launch<ScanBwdRows<T, true>>(blocks, a.shared_bytes, a);
+      if (rows && !p.reverse) exec.template launch<ScanBwdRows<T, false>>(blocks, a.shared_bytes, a);
+    }
+    if (!rows) exec.template launch<ScanBwd<T>>(blocks, a.shared_bytes, a);
+  }
   reduce_matrix<T>(exec, a, p.B, d.B, 0);
   reduce_matrix<T>(exec, a, p.C, d.C, a.padded);
   reduce_batch<F, F>(exec, p, a.dA, d.A, p.states);
