@@ -256,6 +256,18 @@ SK_DEVICE Quad<F> load_quad(const F* p) {
   return *reinterpret_cast<const Quad<F>*>(p);
 }
 
+template <class F>
+SK_DEVICE void store_quad(F* p, const Quad<F>& quad) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(F) == 4) {  // the compiler would store each of the four by itself
+    asm volatile("st.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(quad.v[0]), "f"(quad.v[1]), "f"(quad.v[2]),
+                 "f"(quad.v[3]) : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Quad<F>*>(p) = quad;
+}
+
 // A in the base of the exponential that the steps use: 2 for float, e for double's exp2 alike.
 template <class F>
 SK_FN F scaled_A(F a) {

@@ -375,7 +375,7 @@ struct ScanBwdRows {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum.v[e] += x.v[e] + y.v[e];
       }
-      *reinterpret_cast<Quad<F>*>(to + i) = sum;
+      store_quad(to + i, sum);
     }
   }
 
