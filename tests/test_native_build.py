@@ -42,6 +42,7 @@ def grid(low, high, count=20001):
         ("exp2_poly", -1e-3, 1e-3, np.exp2, 1.0),
         ("softplus", -80, 40, lambda x: np.logaddexp(0, x), 70.0),  # e^-|x| carries the rounding of x log2 e
         ("softplus", -1, 1, lambda x: np.logaddexp(0, x), 3.0),
+        ("softplus_short", -1, 40, lambda x: np.logaddexp(0, x), 20.0),  # 1.3e-6
         ("sigmoid", -80, 40, lambda x: 1 / (1 + np.exp(-x)), 70.0),
         ("silu", -5, 40, lambda x: x / (1 + np.exp(-x)), 6.0),
         # x (1 - gate) cancels: half an ulp of 1, times an x of 16
@@ -62,12 +63,13 @@ def test_exp2_poly_is_exact_where_a_state_does_not_decay_and_at_integers():
     assert device_math("exp2_poly", np.array([0.0, -0.0])).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["exp2_poly", "exp2_unit", "softplus", "sigmoid", "silu"])
+@pytest.mark.parametrize("name", ["exp2_poly", "exp2_unit", "softplus", "softplus_short", "sigmoid", "silu"])
 def test_device_math_at_the_edges(name):
     inf = float("inf")
     values = device_math(name, np.array([inf, -inf, float("nan"), -1e30, 1e30]))
     assert np.isnan(values[2])
     expected = {"exp2_poly": [inf, 0, 0, inf], "exp2_unit": [inf, 0, 0, inf], "softplus": [inf, 0, 0, np.float32(1e30)],
+                "softplus_short": [inf, 0, 0, np.float32(1e30)],
                 "sigmoid": [1, 0, 0, 1], "silu": [inf, None, 0, np.float32(1e30)]}[name]  # fmt: skip
     for value, want in zip(values[[0, 1, 3, 4]], expected):
         assert want is None or value == want

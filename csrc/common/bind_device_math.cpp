@@ -27,6 +27,7 @@ std::vector<double> device_math(const std::string& name, const std::vector<doubl
   if (name == "exp2_poly") return map(x, [](float v) { return exp2_poly(v); });
   if (name == "exp2_unit") return map(x, [](float v) { return exp2_unit(v); });
   if (name == "softplus") return map(x, [](float v) { return softplus(v); });
+  if (name == "softplus_short") return map(x, [](float v) { return softplus_short(v); });
   if (name == "softplus_slope") return map(x, [](float v) { return softplus_slope(v); });
   if (name == "sigmoid") return map(x, [](float v) { return sigmoid(v); });
   if (name == "silu") return map(x, [](float v) { return silu(v); });

@@ -221,6 +221,18 @@ SK_FN float softplus(float x) {
 }
 SK_FN double softplus(double x) { return (x > 0 ? x : 0.0) + log1p(exp(-fabs(x))); }
 
+// The same with log1p of degree 6 (minimax, 1.3e-6 relative): three instructions less, for io of 16 bits.
+SK_FN float softplus_short(float x) {
+  const float w = exp_neg_abs(x);
+  float p = fused(0.014141022f, w, -0.066401795f);
+  p = fused(p, w, 0.14922386f);
+  p = fused(p, w, -0.2350386f);
+  p = fused(p, w, 0.33109447f);
+  p = fused(p, w, -0.49986964f);
+  p = fused(p, w, 0.99999875f);
+  return fused(p, w, fmaxf(x, 0.0f));  // fmaxf turns NaN into 0, but then w is NaN
+}
+
 // d softplus(x) / dx = sigmoid(x), from d = softplus(x) alone: 1 - e^-d, by its series where that would cancel.
 SK_FN float softplus_slope(float d) {
   float p = fused(1.0f / 5040, d, -1.0f / 720);

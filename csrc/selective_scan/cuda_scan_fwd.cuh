@@ -134,7 +134,7 @@ struct ScanFwd {
       const int n = state_of(a.p.lanes, w.lane, i);
       w.A[i] = n < a.p.states ? scaled_A(A[n * a.p.A.n]) : F(0);
     }
-    if (a.p.D.p && w.lane == 0) w.D = static_cast<const F*>(a.p.D.p)[w.channel * a.p.D.d];  // one lane adds D u
+    if (a.p.D.p) w.D = static_cast<const F*>(a.p.D.p)[w.channel * a.p.D.d];
     if (a.p.bias.p) w.bias = static_cast<const F*>(a.p.bias.p)[w.channel * a.p.bias.d];
     load_states(a, w, !kLocal && place.chunk > 0 ? entry_row(a, w, place.chunk) : nullptr, 1);
     w.sequence = {0, 0, 0};
@@ -161,8 +161,10 @@ struct ScanFwd {
     }
   }
 
-  // One token: the state moves on, and this thread's share of C h comes back. b and c are its first quads.
-  static SK_DEVICE F step(Walk& w, F d, F du, const F* b, const F* c, int quad_stride) {
+  // One token: the state moves on, and this thread's share of C h comes back. b and c are its first quads. An infinite
+  // du makes NaN of padded states (0 * Inf), which then must stay out of the sum: kPadded.
+  template <bool kPadded>
+  static SK_DEVICE F step(const Args& a, Walk& w, F d, F du, const F* b, const F* c, int quad_stride) {
     F y[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int q = 0; q < kStates / 4; ++q) {
@@ -173,7 +175,7 @@ struct ScanFwd {
       for (int e = 0; e < 4; ++e) {
         const int i = 4 * q + e;
         w.h[i] = advance(decay_of(d, w.A[i], i), w.h[i], du, B.v[e]);
-        if constexpr (!kLocal) y[e] = fused(C.v[e], w.h[i], y[e]);
+        if (!kLocal && (!kPadded || state_of(a.p.lanes, w.lane, i) < a.p.states)) y[e] = fused(C.v[e], w.h[i], y[e]);
       }
     }
     return (y[0] + y[1]) + (y[2] + y[3]);
@@ -204,6 +206,7 @@ struct ScanFwd {
   }
 
   // Eight tokens of one sequence; `first` is the earliest one's place in the tile.
+  template <bool kPadded>
   static SK_DEVICE void group(const Args& a, Walk& w, const Operands& o, int first) {
     const bool reverse = a.p.reverse;
     F u[kGroup], d[kGroup], y[kGroup];
@@ -214,17 +217,22 @@ struct ScanFwd {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       const int t = first + (reverse ? kGroup - 1 - j : j);
-      y[j] = fused(w.D, u[j], step(w, d[j], d[j] * u[j], o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride));
+      y[j] = step<kPadded>(a, w, d[j], d[j] * u[j], o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
       if constexpr (kLocal) w.step_sum += d[j];
     }
-    if constexpr (!kLocal) finish_group(a, w, o, first, y);
+    if constexpr (!kLocal) finish_group(a, w, o, first, u, y);
   }
 
-  static SK_DEVICE void finish_group(const Args& a, const Walk& w, const Operands& o, int first, F (&y)[kGroup]) {
+  static SK_DEVICE void finish_group(
+      const Args& a, const Walk& w, const Operands& o, int first, const F (&u)[kGroup], F (&y)[kGroup]) {
     const bool reverse = a.p.reverse;
     for (int m = 1; m < a.p.lanes; m *= 2) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) y[j] += shuffle_xor(y[j], m);
+    }
+    if (a.p.D.p) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) y[j] = fused(w.D, u[j], y[j]);
     }
     if (o.z) {
       F z[kGroup];
@@ -240,11 +248,12 @@ struct ScanFwd {
   static SK_DEVICE void token(const Args& a, Walk& w, const Operands& o, int t) {
     const F u = widen(o.u[o.row * a.u.row + t * a.u.time]);
     const F d = step_size(F(widen(o.delta[o.row * a.delta.row + t * a.delta.time])), w.bias, a.p.softplus);
-    F y = fused(w.D, u, step(w, d, d * u, o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride));
+    F y = step<true>(a, w, d, d * u, o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
     if constexpr (kLocal) {
       w.step_sum += d;
     } else {
       for (int m = 1; m < a.p.lanes; m *= 2) y += shuffle_xor(y, m);
+      if (a.p.D.p) y = fused(w.D, u, y);
       if (o.z) y *= silu(F(widen(o.z[o.row * a.z.row + t * a.z.time])));
       sync_warp();
       if (w.active && w.lane == 0) o.out[o.row * a.out_tile.row + t * a.out_tile.time] = narrow<T>(y);
@@ -264,7 +273,7 @@ struct ScanFwd {
       if (whole && !w.sequence.holds(entering)) w.sequence = sequence_at(a.p, w.batch, entering);
       if (whole && w.sequence.holds(leaving)) {
         enter(a, w, entering);
-        group(a, w, o, first);
+        kLocal || a.p.states == a.padded ? group<false>(a, w, o, first) : group<true>(a, w, o, first);
         leave(a, w, leaving);
         continue;
       }

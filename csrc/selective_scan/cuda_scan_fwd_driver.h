@@ -1,8 +1,10 @@
 // Plans and launches the forward scan. `Exec` is the GPU (cuda_launch.h) or the host emulator.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 
 #include "selective_scan/cuda_scan_fwd.cuh"
+#include "selective_scan/cuda_scan_fwd_rows.cuh"
 #include "selective_scan/cuda_scan_problem.h"
 
 namespace scalekern::scan {
@@ -31,11 +33,10 @@ void plan_tiles(FwdArgs& a, int per_thread, const View& out) {
   a.shared_bytes = at;
 }
 
-template <class T, int kStates, class Exec>
-void launch_scan_fwd(Exec& exec, FwdArgs& a, const View& out) {
-  using F = Compute<T>;
+// kernel<kLocal>: ScanFwd or ScanFwdRows, whose tiles and split of channels are planned.
+template <class F, template <bool> class Kernel, class Exec>
+void launch_over_time(Exec& exec, FwdArgs& a) {
   Problem& p = a.p;
-  plan_tiles<T>(a, kStates, out);
   const int64_t blocks = p.batch * p.channel_blocks();
   // Time is split when half of the SMs would have no block; every chunk costs its exponentials twice, so at least four.
   const int64_t wanted = 2 * blocks > exec.processors() ? 1 : 2 * exec.processors() / blocks;
@@ -45,10 +46,45 @@ void launch_scan_fwd(Exec& exec, FwdArgs& a, const View& out) {
   if (a.chunks > 1) {
     a.entry = exec.scratch(int64_t(sizeof(F)) * p.batch * a.chunks * p.channels * p.states);
     a.step_sum = exec.scratch(int64_t(sizeof(F)) * p.batch * a.chunks * p.channels);
-    exec.template launch<ScanFwd<T, kStates, true>>(blocks * (a.chunks - 1), a.shared_bytes, a);
+    exec.template launch<Kernel<true>>(blocks * (a.chunks - 1), a.shared_bytes, a);
     exec.template launch<JoinChunks<F>>(ceil_div(p.batch * p.channels * p.states, JoinChunks<F>::kThreads), 0, a);
   }
-  exec.template launch<ScanFwd<T, kStates, false>>(blocks * a.chunks, a.shared_bytes, a);
+  exec.template launch<Kernel<false>>(blocks * a.chunks, a.shared_bytes, a);
+}
+
+template <class T, int kStates>
+struct ScanFwdOf {
+  template <bool kLocal>
+  using Kernel = ScanFwd<T, kStates, kLocal>;
+};
+
+template <class T, int kLanes>
+struct ScanFwdRowsOf {
+  template <bool kLocal>
+  using Kernel = ScanFwdRows<T, kLanes, kLocal>;
+};
+
+template <class T, int kStates, class Exec>
+void launch_scan_fwd(Exec& exec, FwdArgs& a, const View& out) {
+  split(a.p, 128, kStates);
+  plan_tiles<T>(a, kStates, out);
+  launch_over_time<Compute<T>, ScanFwdOf<T, kStates>::template Kernel>(exec, a);
+}
+
+template <class T, int kLanes, class Exec>
+void launch_scan_fwd_rows(Exec& exec, FwdArgs& a) {
+  a.p.lanes = kLanes, a.p.channels_per_block = 128 / kLanes;
+  a.p.blocks_per_segment = ceil_div(a.p.segment, a.p.channels_per_block);
+  a.shared_bytes = ScanFwdRows<T, kLanes, false>::kSharedBytes;
+  launch_over_time<Compute<T>, ScanFwdRowsOf<T, kLanes>::template Kernel>(exec, a);
+}
+
+// Lanes of a channel: two while the channels alone do not fill three blocks an SM.
+template <class Exec>
+int row_lanes(Exec& exec, const Problem& p) {
+  static const char* const forced = std::getenv("SCALEKERN_SCAN_LANES");  // for the measurement only
+  if (forced) return std::atoi(forced);
+  return p.batch * p.channels >= 3 * 128 * exec.processors() ? 1 : 2;
 }
 
 template <class Exec>
@@ -60,14 +96,14 @@ void selective_scan_fwd(Exec& exec, const View& out, const View& last, const Vie
   with_type(in.u.dtype, [&]<class T>(T*) {
     using F = Compute<T>;
     if constexpr (std::is_same_v<T, double>) {
-      split(a.p, 128, 4);
       launch_scan_fwd<T, 4>(exec, a, out);
+    } else if (takes_rows<T>(a.p) && packable<T>(a.out) && a.p.length < int64_t(1) << 31) {
+      row_lanes(exec, a.p) == 1 ? launch_scan_fwd_rows<T, 1>(exec, a) : launch_scan_fwd_rows<T, 2>(exec, a);
     } else {
       split(a.p, 128, 16);
       // Four states a thread give four times the threads, at the price of the step sizes and gates four times over.
       const bool few = a.p.batch * a.p.channel_blocks() < exec.processors();
       const bool narrow = a.p.states <= 8 || (few && a.p.states <= 128);
-      if (narrow) split(a.p, 128, 4);
       narrow ? launch_scan_fwd<T, 4>(exec, a, out) : launch_scan_fwd<T, 16>(exec, a, out);
     }
     if (in.cu) exec.template launch<EmptySequences<F>>(a.p.sequences, 0, {a.p, a.last, a.p.initial});

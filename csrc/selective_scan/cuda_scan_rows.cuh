@@ -45,6 +45,19 @@ struct MatrixShare {
   static constexpr int kPacks = kGroup / Pack<T>::kSize;
   Pack<T> packs[kPacks];
 
+  // The share's first element in the first tile.
+  static SK_DEVICE const T* start(const Matrix& m, int64_t batch, int64_t channel) {
+    const int n = thread_index() / kGroup, t = thread_index() % kGroup * kGroup;
+    return static_cast<const T*>(m.p) + m.offset(batch, channel) + n * m.n + t;
+  }
+
+  // A share's start in a tile, and whether its state and tokens exist: no division, unlike the other fetch.
+  SK_DEVICE void fetch(const T* from, bool inside) {
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      packs[k] = inside ? reinterpret_cast<const Pack<T>*>(from)[k] : Pack<T>{};
+  }
+
   SK_DEVICE void fetch(const Problem& p, const Matrix& m, int64_t batch, int64_t channel, int64_t t0) {
     const int n = thread_index() / kGroup;
     const int64_t t = t0 + thread_index() % kGroup * kGroup;
@@ -61,6 +74,17 @@ struct MatrixShare {
     F* to = tile + thread_index() % kGroup * kGroup * kRowStates + thread_index() / kGroup;
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) to[j * kRowStates] = widen(packs[j / Pack<T>::kSize].v[j % Pack<T>::kSize]);
+  }
+
+  // To a tile in scan order, whose groups are kGroupPitch apart: no two threads of a warp meet in a bank.
+  static constexpr int kGroupPitch = kGroup * kRowStates + 4;
+  template <class F>
+  SK_DEVICE void store_scanned(F* tile, bool reverse) const {
+    const int g = thread_index() % kGroup, last = kGroup - 1;
+    F* to = tile + (reverse ? last - g : g) * kGroupPitch + thread_index() / kGroup + (reverse ? last * kRowStates : 0);
+    const int pitch = reverse ? -kRowStates : kRowStates;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) to[j * pitch] = widen(packs[j / Pack<T>::kSize].v[j % Pack<T>::kSize]);
   }
 };
 
