@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import scalekern
-from scalekern import reference, testing
+from scalekern import _dispatch, _library, reference, testing
 from scalekern.ops import _fft_conv as blocks
 from scalekern.testing import error
 
@@ -69,6 +69,22 @@ def test_the_way_of_a_gpu(sample, dtype, monkeypatch):
     monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cuda", 100)
     bound = 1e-13 if dtype == torch.float64 else 1e-3
     assert all(error(a, b) < bound for a, b in zip(run(), usual))
+
+
+@pytest.mark.parametrize(
+    "length, options, chosen",
+    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"),
+     (1024, {"dtype": torch.float64}, "cuda"), (1024, {"k": (2, 3, 9)}, "cuda")],
+)  # fmt: skip
+def test_what_a_gpu_runs(length, options, chosen):
+    """The Triton kernels; torch's FFT where they decline, which is never the reference."""
+    pytest.importorskip("triton")
+    u = torch.empty(2, 3, length, dtype=options.get("dtype", torch.bfloat16), device="meta")
+    k = torch.empty(options.get("k", (3, length)), device="meta")
+    args = (u, k, *[None] * 6, "causal", options.get("method", "auto"))
+    for op, call in (("fft_conv_fwd", args), ("fft_conv_bwd", (u, *args))):
+        rows = _dispatch.explain(_library.OPS[op].backends, "cuda", call, None)
+        assert next(entry.name for entry, reason in rows if reason is None) == chosen
 
 
 @pytest.mark.parametrize("mode", ["causal", "same", "full"])
