@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import scalekern
-from scalekern import reference
+from scalekern import _dispatch, _library, reference, testing
 from scalekern.ops import _fft_conv as blocks
 from scalekern.testing import error
 
@@ -48,8 +48,72 @@ def test_blocks_change_nothing(mode, channels, monkeypatch):
         return out, *torch.autograd.grad(out.square().sum(), (u, k))
 
     whole = run()
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", 1)
     assert all(error(a, b) < 1e-13 for a, b in zip(run(), whole))
+
+
+@pytest.mark.parametrize("sample", testing.samples("fft_conv"), ids=lambda sample: sample.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_way_of_a_gpu(sample, dtype, monkeypatch):
+    """What takes another branch there, run here: sums over the batch, complex rows of an odd period, few taps."""
+    args, kwargs = sample.make(dtype=dtype, seed=3)
+    for t in (tensors := [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]):
+        t.requires_grad_()
+
+    def run():
+        out = scalekern.fft_conv(*args, **kwargs)
+        return out, *torch.autograd.grad(out.double().square().sum(), tensors)
+
+    usual = run()
+    monkeypatch.setattr(blocks, "_kind", lambda x: "cuda")
+    monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cuda", 100)
+    bound = 1e-13 if dtype == torch.float64 else 1e-3
+    assert all(error(a, b) < bound for a, b in zip(run(), usual))
+
+
+@pytest.mark.parametrize(
+    "length, options, chosen",
+    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"),
+     (1024, {"dtype": torch.float64}, "cuda"), (1024, {"k": (2, 3, 9)}, "cuda")],
+)  # fmt: skip
+def test_what_a_gpu_runs(length, options, chosen):
+    """The Triton kernels; torch's FFT where they decline, which is never the reference."""
+    pytest.importorskip("triton")
+    u = torch.empty(2, 3, length, dtype=options.get("dtype", torch.bfloat16), device="meta")
+    k = torch.empty(options.get("k", (3, length)), device="meta")
+    args = (u, k, *[None] * 6, "causal", options.get("method", "auto"))
+    for op, call in (("fft_conv_fwd", args), ("fft_conv_bwd", (u, *args))):
+        rows = _dispatch.explain(_library.OPS[op].backends, "cuda", call, None)
+        assert next(entry.name for entry, reason in rows if reason is None) == chosen
+
+
+@pytest.mark.parametrize("mode", ["causal", "same", "full"])
+def test_the_fft_is_even_where_it_may_be(mode):
+    """cuFFT lets two rows of an odd length share a transform, and their NaN."""
+    for length, taps, reverse in ((37, 37, 1), (23, 23, 23), (1, 1, 1), (2, 9, 1)):
+        count = length + taps - 1 if mode == "full" else length
+        assert blocks.ring_of(mode, length, count, taps, 1 if mode == "full" else reverse).size % 2 == 0
+
+
+def test_no_index_waits_for_the_device(monkeypatch):
+    """Which taps are kept is known from the sizes: a mask would be counted on the host, and break a CUDA graph."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+            index = args[1] if function in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) else ()
+            assert not any(i is not None and i.dtype == torch.bool for i in index)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(blocks, "_kind", lambda x: "cuda")
+    u, k, reverse = randn(2, 3, 11), randn(3, 33, seed=1), randn(3, 29, seed=2)
+    for mode, r in (("causal", reverse), ("same", reverse), ("circular", reverse), ("full", None)):
+        out = u.new_empty(2, 3, 43 if mode == "full" else 11)
+        grads = [torch.empty_like(t) if t is not None else u.new_empty(0) for t in (u, k, r, *[None] * 4)]
+        with Waits():
+            blocks.forward(out, u, k, r, None, None, None, None, None, mode, "fft")
+            blocks.backward(*grads, torch.ones_like(out), u, k, r, None, None, None, None, None, mode, "fft")
 
 
 @pytest.mark.parametrize(
@@ -124,5 +188,5 @@ def test_peak_memory_is_a_block_and_the_outputs():
     out = torch.empty_like(u)
     with Largest() as seen:
         blocks.forward(out, u, k, None, None, None, None, None, None, "causal", "fft")
-    assert 0 < seen.elements <= 2 * blocks.BLOCK_ELEMENTS + 4096
+    assert 0 < seen.elements <= 2 * blocks.BLOCK_ELEMENTS["cpu"] + 4096
     assert error(out, reference.fft_conv(u, k, method="fft")) < 1e-6

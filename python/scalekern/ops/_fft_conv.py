@@ -1,25 +1,31 @@
-"""The long convolution by torch's FFT, a block of channels at a time, so that spectrum, product and gates stay in cache.
+"""The long convolution by torch's FFT, a block of channels at a time: on a CPU so that spectrum, product and gates stay
+in cache, on a GPU so that the memory is bounded, in blocks that fill it.
 
 Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, M output length, N size of the FFT,
 F = N / 2 + 1 frequencies.
 
 Both filters lie on one ring of N lags: k[s] at s - o (o as in the oracle), k_reverse[s] at -s. One product of spectra
-then is the whole convolution, and its transpose the whole backward. N is the least 5-smooth size at which no wanted
-output meets a wrapped lag, and L itself for a circular convolution.
+then is the whole convolution, and its transpose the whole backward. N is the least even 5-smooth size at which no
+wanted output meets a wrapped lag, and L itself for a circular convolution. 1 / N is put into the filter's spectrum: on
+a GPU a scaled inverse FFT is one pass more over its result.
 
-Bound: on a CPU the FFTs, 2.5 N log2 N flops each: forward one a row and one back, and one a filter.
-Memory: one block of rows, about 4 N numbers each, whatever B and D; never a spectrum of the whole tensor.
+Bound: on a CPU the FFTs, 2.5 N log2 N flops each: forward one a row and one back, and one a filter. On a GPU memory,
+each op a pass over the block.
+Memory: one block of rows, about 5 N numbers each, whatever B and D; never a spectrum of the whole tensor.
 """
 
 import dataclasses
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from scalekern.reference.fft_conv import _convolve as direct_convolve
 
-FEW_TAPS = 16  # up to which sums over the taps are faster than two FFTs
-BLOCK_ELEMENTS = 1 << 20  # of v in a block
+# Taps up to which sums over them take less than the FFTs: on a GPU a tap is three or four passes, an FFT's way ten.
+FEW_TAPS = {"cpu": 16, "cuda": 2}
+# Of v in a block: float32 spectra of 4 MiB stay in cache; a GPU's launches take less time than passes over 256 MiB.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 REPAIRABLE = 1 << 30  # products of a row and its filter
 
 
@@ -40,7 +46,11 @@ class Ring:
         lead = k.shape if k_reverse is None else torch.broadcast_shapes(k.shape[:-1], k_reverse.shape[:-1]) + (1,)
         ring = k.new_zeros(*lead[:-1], self.size)
         for taps, places, kept in self._places(k, k_reverse):
-            ring.index_add_(-1, places, taps[..., kept].expand(*ring.shape[:-1], -1))
+            taps = taps[..., kept]
+            if taps.shape[-1] > self.size:  # a place takes several: summed here, since index_add_ has no order on a GPU
+                taps = F.pad(taps, (0, -taps.shape[-1] % self.size)).unflatten(-1, (-1, self.size)).sum(-2)
+                places = places[: self.size]
+            ring.index_add_(-1, places, taps.expand(*ring.shape[:-1], -1))
         return ring
 
     def gradients(self, dring, k, k_reverse):
@@ -53,15 +63,15 @@ class Ring:
         return found[0], found[1] if len(found) > 1 else None
 
     def _places(self, k, k_reverse):
-        """Of each filter: the filter, the places of its kept taps on the ring, and which taps are kept."""
+        """Of each filter: the filter, the places of its kept taps on the ring, and the slice of the kept taps."""
         for taps, sign, offset in ((k, 1, self.offset), (k_reverse, -1, 0)):
             if taps is not None:
-                lags = sign * (torch.arange(taps.shape[-1], device=taps.device) - offset)
-                kept = slice(None)
+                first, end = 0, taps.shape[-1]
                 if self.period is None:
-                    kept = (lags <= self.ahead) & (lags >= -self.behind)
-                    lags = lags[kept]
-                yield taps, lags % self.size, kept
+                    first = max(0, offset - (self.behind if sign > 0 else self.ahead))
+                    end = min(end, offset + (self.ahead if sign > 0 else self.behind) + 1)
+                lags = sign * (torch.arange(first, end, device=taps.device) - offset)
+                yield taps, lags % self.size, slice(first, end)
 
 
 def ring_of(mode, length, count, taps, reverse_taps):
@@ -71,7 +81,8 @@ def ring_of(mode, length, count, taps, reverse_taps):
     ahead, behind = count - 1, length - 1
     reach_ahead = min(taps - 1 - offset, ahead)
     reach_behind = min(max(offset, reverse_taps - 1), behind)
-    return Ring(good_size(max(reach_ahead + length, count + reach_behind)), offset, None, ahead, behind)
+    least = max(reach_ahead + length, count + reach_behind)
+    return Ring(2 * good_size((least + 1) // 2), offset, None, ahead, behind)
 
 
 @functools.cache
@@ -89,6 +100,11 @@ def good_size(n: int) -> int:
     return best
 
 
+def _kind(x):
+    """Which device's way to take."""
+    return "cuda" if x.device.type == "cuda" else "cpu"
+
+
 class _Call:
     """What forward and backward share: the operands of one block of channels, in the type that is computed in."""
 
@@ -99,56 +115,66 @@ class _Call:
         self.length = u.shape[2]
         self.padded: dict = {}
         self.ring = ring_of(mode, self.length, count, k.shape[-1], 1 if k_reverse is None else k_reverse.shape[-1])
+        # cuFFT takes real rows of an odd length in pairs, so that one that is not finite would spoil its neighbour
+        # (seen at N = 75): a circular convolution of an odd period goes by complex rows there.
+        self.whole = _kind(u) == "cuda" and self.ring.size % 2 == 1
 
     def blocks(self):
-        batch, channels, _ = self.tensors[0].shape
-        size = max(1, BLOCK_ELEMENTS // max(1, batch * self.ring.size))
+        u = self.tensors[0]
+        batch, channels, _ = u.shape
+        most = max(1, BLOCK_ELEMENTS[_kind(u)] // max(1, batch * self.ring.size))
         # Blocks of one size: the FFT library plans once for each shape.
+        size = -(-channels // -(-channels // most))
         for first in range(0, channels, size):
             yield slice(first, min(first + size, channels))
 
     def load(self, block):
-        """(u mask, k, k_reverse, skip, bias, gate, postgate) of a block; the gate masked too where there is one."""
+        """(u mask, v, k, k_reverse, skip, bias, gate, postgate) of a block; the gate masked too where there is one.
+
+        v is in the type that is computed in, where it is not u itself; u and the gates are in their own.
+        """
         u, k, k_reverse, skip, bias, pregate, postgate = self.tensors
-        row = lambda t: None if t is None else t[:, block].to(self.real)
+        row = lambda t: None if t is None else t[:, block]
         channel = lambda t: None if t is None else t[block, None]
         lag = lambda t: None if t is None else (t[block] if t.dim() == 2 else t[:, block])
-        return (
-            self.masked(row(u)), lag(k), lag(k_reverse), channel(skip), channel(bias), self.masked(row(pregate)),
-            row(postgate),
-        )  # fmt: skip
+        u_, gate = self.masked(row(u)), self.masked(row(pregate))
+        v = u_ if gate is None else u_.to(self.real) * gate
+        return u_, v, lag(k), lag(k_reverse), channel(skip), channel(bias), gate, row(postgate)
 
     def masked(self, x):
         return x if x is None or self.mask is None else torch.where(self.mask[:, None], x, 0)
 
-    def forward_fft(self, x):
+    def forward_fft(self, x, norm="backward"):
         """rfft(x, N). The zeros behind x are written once for all blocks: torch's own padding costs more than the
-        transform (10 us a row of 2,048 instead of 1.6)."""
+        transform (10 us a row of 2,048 instead of 1.6). Copying converts x as well."""
+        transform = torch.fft.fft if self.whole else torch.fft.rfft
         if x.shape[-1] == self.ring.size:
-            return torch.fft.rfft(x)
+            return transform(x.to(self.real), norm=norm)
         padded = self.padded.get(x.shape)
         if padded is None:
-            padded = self.padded[x.shape] = x.new_zeros(*x.shape[:-1], self.ring.size)
+            padded = self.padded[x.shape] = x.new_zeros(*x.shape[:-1], self.ring.size, dtype=self.real)
         padded[..., : x.shape[-1]] = x
-        return torch.fft.rfft(padded)
+        return transform(padded, norm=norm)
 
     def backward_fft(self, spectrum, count):
-        return torch.fft.irfft(spectrum, n=self.ring.size)[..., :count]
+        """N irfft(spectrum), its first elements."""
+        if self.whole:
+            return torch.fft.ifft(spectrum, norm="forward").real[..., :count]
+        return torch.fft.irfft(spectrum, n=self.ring.size, norm="forward")[..., :count]
 
     def spectrum(self, k, k_reverse):
-        """(c, F), or (B, c, F) where a filter is a sample's own."""
-        return self.forward_fft(self.ring.filter(k, k_reverse))
+        """That of the filters, divided by N: (c, F), or (B, c, F) where a filter is a sample's own."""
+        return self.forward_fft(self.ring.filter(k, k_reverse), norm="forward")
 
 
 def forward(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
     call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, out.shape[2])
-    few = k.shape[-1] <= FEW_TAPS and (k_reverse is None or k_reverse.shape[-1] <= FEW_TAPS)
+    few = max(k.shape[-1], 0 if k_reverse is None else k_reverse.shape[-1]) <= FEW_TAPS[_kind(u)]
     by_sums = method == "direct" or method == "auto" and few
     for block in call.blocks():
-        u_, k_, reverse_, skip_, bias_, gate, post = call.load(block)
-        v = u_ if gate is None else u_ * gate
+        _, v, k_, reverse_, skip_, bias_, _, post = call.load(block)
         if by_sums:
-            y = direct_convolve(v, k_, reverse_, None, None, mode, "direct")
+            y = direct_convolve(v.to(call.real), k_, reverse_, None, None, mode, "direct")
         else:
             V = call.forward_fft(v)
             V *= call.spectrum(k_, reverse_)
@@ -169,13 +195,13 @@ def _finite(y, V, v, k, k_reverse, mode):
 
     Not on a GPU, where asking would mean to wait for the answer.
     """
-    if y.device.type != "cpu" or bool(torch.isfinite(torch.view_as_real(V[..., 0])).all()):
+    if _kind(y) == "cuda" or bool(torch.isfinite(torch.view_as_real(V[..., 0])).all()):
         return y
     taps = k.shape[-1] + (0 if k_reverse is None else k_reverse.shape[-1])
     if y.shape[-1] * taps <= REPAIRABLE:
         bad = ~torch.isfinite(torch.view_as_real(V[..., 0])).all(-1)
         of_rows = lambda t: None if t is None else t.expand(*bad.shape, -1)[bad]
-        y[bad] = direct_convolve(v[bad][None], of_rows(k), of_rows(k_reverse), None, None, mode, "direct")[0]
+        y[bad] = direct_convolve(v[bad][None].to(y.dtype), of_rows(k), of_rows(k_reverse), None, None, mode, "direct")[0]
     return y
 
 
@@ -186,19 +212,18 @@ def backward(
     """The oracle's formulas on the ring: dv is the transposed convolution of dy, the ring's gradient their product."""
     call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, dout.shape[2])
     for block in call.blocks():
-        u_, k_, reverse_, skip_, bias_, gate, post = call.load(block)
-        v = u_ if gate is None else u_ * gate
-        dy = dout[:, block].to(call.real)
+        u_, v, k_, reverse_, skip_, bias_, gate, post = call.load(block)
+        dy = dout[:, block]
         G, V = call.spectrum(k_, reverse_), call.forward_fft(v)
         if post is not None:
             y = _finite(call.backward_fft(V * G, call.count), V, v, k_, reverse_, mode)
             y = _add_skip(y, v, skip_)
             dpostgate[:, block] = dy * (y if bias_ is None else y.add_(bias_))
-            dy = dy * post
+            dy = dy.to(call.real) * post
         DY = call.forward_fft(dy)
         V.conj_physical_()  # the lazy kind loses its mark inside a compiled graph (torch 2.13)
-        dring = DY * V if G.dim() == 3 else _sum_of_products(DY, V)
-        dring = torch.fft.irfft(dring, n=call.ring.size)
+        dring = V.mul_(DY) if G.dim() == 3 else _sum_of_products(DY, V)
+        dring = call.backward_fft(dring, call.ring.size) / call.ring.size
         for target, gradient, taps in zip((dk, dk_reverse), call.ring.gradients(dring, k_, reverse_), (k, k_reverse)):
             if taps is not None and taps.dim() == 2:
                 target[block] = gradient if gradient.dim() == 2 else gradient.sum(0)
@@ -207,10 +232,10 @@ def backward(
         dv = call.backward_fft(DY.mul_(G.conj_physical_()), call.length)
         near = dy[..., : call.length]
         if skip_ is not None:
-            dskip[block] = (near * v).sum((0, 2))
-            dv = dv.addcmul(near, skip_.expand_as(near))
+            dskip[block] = (near.to(call.real) * v).sum((0, 2))
+            dv.addcmul_(near, skip_.expand_as(near))
         if bias_ is not None:
-            dbias[block] = dy.sum((0, 2))
+            dbias[block] = dy.sum((0, 2), dtype=call.real)
         if gate is not None:
             dpregate[:, block] = call.masked(dv * u_)
             dv = dv * gate
@@ -218,7 +243,9 @@ def backward(
 
 
 def _sum_of_products(DY, V):
-    """sum_b DY V, sample by sample: no product of the whole block."""
+    """sum_b DY V. On a CPU sample by sample, no product of the whole block; on a GPU in three launches, into V."""
+    if _kind(V) == "cuda":
+        return V.mul_(DY).sum(0)
     total = DY[0] * V[0]
     for b in range(1, DY.shape[0]):
         total.addcmul_(DY[b], V[b])

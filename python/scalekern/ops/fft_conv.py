@@ -192,6 +192,7 @@ _TENSORS = (
     "Tensor? mask, str mode, str method"
 )
 
+
 def _triton(function):
     """The fused kernels know no `method`: they are the one that "auto" and "fft" mean where they can run."""
     launch = triton("fft_conv", function)
@@ -206,14 +207,13 @@ def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode,
     return triton("fft_conv", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode)
 
 
-# On a GPU torch's FFT comes first until the Triton kernels have been measured there; then the records decide.
-# The blocks are one composition of torch's FFT for every device.
+# The blocks are one composition of torch's FFT for every device; on a GPU they take what the Triton kernels decline.
 fft_conv_fwd = _library.define(
     NAME,
     f"fft_conv_fwd({_TENSORS}) -> Tensor",
     backends=(
-        Backend("cuda", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("triton", filling(_allocate_fwd, _triton("fft_conv_fwd")), _triton_supports),
+        Backend("cuda", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("cpu", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("reference", reference_fwd),
     ),
@@ -228,8 +228,8 @@ fft_conv_bwd = _library.define(
     NAME,
     f"fft_conv_bwd(Tensor dout, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend("cuda", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("triton", filling(_allocate_bwd, _triton("fft_conv_bwd")), lambda dout, *a: _triton_supports(*a)),
+        Backend("cuda", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("cpu", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("reference", reference_bwd),
     ),
