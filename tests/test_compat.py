@@ -100,6 +100,12 @@ def assert_same(got, expected, tolerance):
     assert max(errors.values()) < tolerance, errors
 
 
+def cache_of(out):
+    """The cache in a model's output, under the first name that the version has for it."""
+    name = "cache" if "cache" in out else "cache_params"
+    return {name: out[name]}
+
+
 def greedy(model, mask, **options):
     ids, padding = batch()
     out = model.generate(ids, attention_mask=padding if mask else None, max_new_tokens=8, do_sample=False, **options)
@@ -178,13 +184,10 @@ def test_cache_contents_and_steps(model, how):
             seen = [out.logits]
             for token in (3, 7, 11):
                 column = torch.full((ids.shape[0], 1), token)
-                out = model(column, cache_params=out.cache_params, use_cache=True)
+                out = model(column, use_cache=True, **cache_of(out))
                 seen.append(out.logits)
-            for i in range(2):
-                seen += [
-                    out.cache_params.get_conv_state(i, state_idx=0),
-                    out.cache_params.get_recurrent_state(i, state_idx=0),
-                ]
+            for layer in next(iter(cache_of(out).values())).layers:
+                seen += [layer.conv_states[0], layer.recurrent_states[0]]
         return {str(i): t.clone() for i, t in enumerate(seen)}
 
     expected = run()
@@ -228,12 +231,14 @@ def test_bfloat16_is_as_good_as_without(family):
 def test_biases_and_gradient_checkpointing(how):
     model = build("mamba", use_bias=True, use_conv_bias=False)
     expected = differentiate(model, True, True)
-    model.activation_checkpointing_enable()
+    # its name in later versions, or in earlier ones
+    checkpointing = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{checkpointing}_checkpointing_enable")()
     with enter(how, model):
         got = differentiate(model, True, True)
         assert_same(got, expected, 2e-5)
         got = differentiate(model, True, False)
-    model.activation_checkpointing_disable()
+    getattr(model, f"{checkpointing}_checkpointing_disable")()
     assert_same(got, differentiate(model, True, False), 2e-5)
 
 
@@ -456,3 +461,74 @@ def test_accelerate_says_what_it_cannot_do():
         accelerate(build("mamba", hidden_act="gelu"))
     with pytest.raises(ValueError, match="width 9, and the op takes 2 to 8"):
         accelerate(build("mamba", conv_kernel=9))
+
+
+@HOW
+@pytest.mark.parametrize("name", ["cache", "cache_params"])
+def test_both_names_of_the_cache(model, how, name):
+    """transformers renamed the argument; a layer that took the new name for something else would lose its past."""
+    with enter(how, model), torch.no_grad():
+        (cache,) = cache_of(model(batch()[0], use_cache=True)).values()
+        block, x = model.backbone.layers[0], torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(2))
+        for layer in (block, block.mixer):
+            positional = layer(x, copy.deepcopy(cache))
+            assert torch.equal(layer(x, **{name: copy.deepcopy(cache)}), positional)
+            assert not torch.equal(layer(x), positional)
+
+
+class StrangeLayer:
+    """A cache layer with one state, not a list of them, as transformers had it until 5.14."""
+
+    conv_states = recurrent_states = None
+    record_past = has_previous_state = False
+
+    def update_conv_state(self, conv_states, conv_kernel_size=None): ...
+
+
+def strange_forward(self, hidden_states, past=None, attention_mask=None, **kwargs): ...
+
+
+@pytest.mark.parametrize("what", ["cache", "no cache", "mixer", "block"])
+def test_an_unknown_transformers_is_left_alone(model, what, monkeypatch):
+    block, mixer = type(model.backbone.layers[0]), type(model.backbone.layers[0].mixer)
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    if what == "cache":
+        monkeypatch.setattr("transformers.cache_utils.LinearAttentionLayer", StrangeLayer)
+    elif what == "no cache":
+        monkeypatch.delattr("transformers.cache_utils.LinearAttentionLayer")
+    else:
+        monkeypatch.setattr(mixer if what == "mixer" else block, "forward", strange_forward)
+    before = block.forward, mixer.forward
+    with pytest.warns(UserWarning, match="does not know the Mamba layers .* Upgrade scalekern") as warned, Installed():
+        assert (block.forward, mixer.forward) == before
+        if what.endswith("cache"):  # transformers' own forward, on the shims
+            with torch.no_grad(), SeenOps() as seen:
+                got = model(ids, attention_mask=mask).logits
+            assert error(got, expected) < 2e-5 and seen.names >= SEQUENCE
+    assert len([w for w in warned if "does not know" in str(w.message)]) == 1  # although Mamba and FalconMamba are here
+    if what != "block":  # a single model's mixers do without their blocks
+        with pytest.raises(ValueError, match="layers.0.mixer .*the caches or the layers of transformers .* not known"):
+            accelerate(model)
+
+
+def test_an_unknown_transformers_can_be_imported():
+    script = """
+        import warnings
+        from scalekern import compat
+        compat.install()
+        import torch
+        import transformers.cache_utils
+        del transformers.cache_utils.Cache.update_recurrent_state
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            from transformers import FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+            FalconMambaForCausalLM
+            model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, state_size=2, num_hidden_layers=1))
+        model.eval()(torch.arange(8)[None], use_cache=False)
+        print(len([w for w in warned if "does not know" in str(w.message)]), sorted(compat.calls()))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1 ['causal_conv1d_fn', 'selective_scan_fn']"

@@ -5,11 +5,14 @@ for the upstream package once and keeps what it found in a closure. `patch` make
 already there. On top, the two Mamba-1 mixers and the blocks around them run on scalekern's own forward (integrations.transformers), which
 decodes a token of a block in one op, and which in train mode does not take upstream's fused function where that computes something
 else than their torch path: MambaMixer masks the padding after the convolution as well, FalconMambaMixer normalizes the
-step size before its projection and not after it.
+step size before its projection and not after it. Where their caches are not known (integrations.transformers.unknown),
+the mixers stay transformers' own and call the shims as they would call upstream's functions, in train mode too.
 """
 
+import functools
 import importlib.machinery
 import sys
+import warnings
 
 MIXERS = {
     "transformers.models.mamba.modeling_mamba": ("MambaMixer", "MambaBlock"),
@@ -32,6 +35,7 @@ def patch(serves) -> None:
 def unpatch() -> None:
     _resolve_again()
     _packages.clear()
+    _warn_once.cache_clear()
     for name, classes in MIXERS.items():
         for cls in filter(None, (getattr(sys.modules.get(name), c, None) for c in classes)):
             cls.forward = getattr(cls.forward, "_scalekern_original", cls.forward)
@@ -56,10 +60,27 @@ def patched_spec(name: str, path):
 def _patch_classes(module) -> None:
     from scalekern.integrations import transformers
 
-    for name, replace in zip(MIXERS[module.__name__], (transformers.mixer_class_forward, transformers.block_forward)):
-        cls = getattr(module, name, None)
-        if cls is not None and not hasattr(cls.forward, "_scalekern_original"):
+    classes = [getattr(module, name, None) for name in MIXERS[module.__name__]]
+    if any(cls is None or transformers.unknown(cls) for cls in classes):
+        return _warn_once()
+    for cls, replace in zip(classes, (transformers.mixer_class_forward, transformers.block_forward)):
+        if not hasattr(cls.forward, "_scalekern_original"):
             cls.forward = replace(cls.forward)
+
+
+@functools.cache
+def _warn_once() -> None:
+    """An error here would break the import of transformers."""
+    import transformers
+
+    from scalekern.integrations.transformers import KNOWN
+
+    warnings.warn(
+        f"scalekern.compat does not know the Mamba layers of transformers {transformers.__version__}: they keep their own "
+        "forward, which takes single functions of mamba_ssm and causal_conv1d from scalekern at best, and none for a "
+        f"whole token. Upgrade scalekern, or install transformers {KNOWN}.",
+        stacklevel=2,
+    )
 
 
 def _resolve_again() -> None:

@@ -5,6 +5,7 @@ Shape letters: B batch, L length, M model width, D channels, N state size, W fil
 
 import dataclasses
 import functools
+import inspect
 import types
 
 import torch
@@ -20,6 +21,8 @@ SUPPORTED = {
 OPS = (
     "mamba_inner", "causal_conv1d", "selective_scan", "mamba_update", "causal_conv1d_update", "selective_state_update",
 )  # fmt: skip
+KNOWN = "5.17 to 5.24"  # for messages; tested are 5.17.0, 5.23.0 and 5.24.0
+_CACHE_NAMES = ("cache", "cache_params")  # since 5.24 and before
 
 
 def accelerate(model: torch.nn.Module) -> "Acceleration":
@@ -29,16 +32,18 @@ def accelerate(model: torch.nn.Module) -> "Acceleration":
         accelerated.undo()                   # or `with accelerate(model): ...`
 
     Raises:
-        ValueError: the model has no layer of a supported kind (named in the message), or was accelerated already.
+        ValueError: the model has no layer of a supported kind (named in the message), was accelerated already, or
+            comes from a transformers whose caches are not known.
     """
-    mixers = [(name, m) for name, m in model.named_modules() if _is_supported(m)]
+    mixers = [(name, m) for name, m in model.named_modules() if _supported_class(m)]
     if not mixers:
         raise ValueError(
             f"accelerate: {type(model).__name__} has no layer that scalekern replaces; supported are "
             + " and ".join(f"{name} ({module})" for name, module in SUPPORTED.items())
         )
     for name, mixer in mixers:
-        reason = "its forward was replaced already (undo() that first)" if "forward" in mixer.__dict__ else _obstacle(mixer)
+        reason = "its forward was replaced already (undo() that first)" if "forward" in mixer.__dict__ else None
+        reason = reason or _obstacle(mixer) or unknown(_supported_class(mixer))
         if reason:
             raise ValueError(f"accelerate: {name} ({type(mixer).__name__}) cannot be replaced: {reason}")
     forward = _hooked(mixer_forward)
@@ -47,7 +52,7 @@ def accelerate(model: torch.nn.Module) -> "Acceleration":
     for mixer in replaced:
         mixer.forward = types.MethodType(forward, mixer)
     for block in [m for m in model.modules() if m._modules.get("mixer") in replaced and "forward" not in m.__dict__]:
-        if type(block).__name__ == type(block.mixer).__name__.replace("Mixer", "Block"):
+        if type(block).__name__ == type(block.mixer).__name__.replace("Mixer", "Block") and not unknown(type(block)):
             block.forward = types.MethodType(block_forward(type(block).forward), block)
             replaced.append(block)
     summary = [Replaced(name, type(m).__name__, OPS if _fuses(m) else OPS[1:]) for name, m in mixers]
@@ -88,8 +93,8 @@ class Acceleration:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
-def _is_supported(module) -> bool:
-    return any(SUPPORTED.get(c.__name__) == c.__module__ for c in type(module).__mro__)
+def _supported_class(module) -> type | None:
+    return next((c for c in type(module).__mro__ if SUPPORTED.get(c.__name__) == c.__module__), None)
 
 
 def _obstacle(mixer) -> str | None:
@@ -101,15 +106,33 @@ def _obstacle(mixer) -> str | None:
     return None
 
 
+def unknown(cls: type) -> str | None:
+    """Why the forwards below cannot stand for this mixer's or block's in the transformers that is here, or None."""
+    import transformers
+
+    try:
+        from transformers.cache_utils import Cache, LinearAttentionLayer
+        from transformers.integrations.accelerate import force_accelerate_hooks  # noqa: F401
+
+        layer = LinearAttentionLayer()
+        known = (
+            not layer.record_past and not layer.has_previous_state[0]
+            and layer.conv_states[0] is None and layer.recurrent_states[0] is None
+            and "conv_kernel_size" in inspect.signature(layer.update_conv_state).parameters
+            and callable(Cache.update_conv_state) and callable(Cache.update_recurrent_state)
+        )  # fmt: skip
+        names = [*inspect.signature(cls.forward).parameters]
+        known = known and names in [["self", "hidden_states", c, "attention_mask", "kwargs"] for c in _CACHE_NAMES]
+    except Exception:  # whatever a version does that nobody has seen yet
+        known = False
+    version = transformers.__version__
+    return None if known else f"the caches or the layers of transformers {version} are not known, those of {KNOWN} are"
+
+
 def _hooked(forward):
     """conv1d and dt_proj are read without being called; where layers are offloaded, their hooks must still fire."""
-    from transformers.cache_utils import Cache
     from transformers.integrations.accelerate import force_accelerate_hooks
 
-    if not hasattr(Cache, "get_recurrent_state"):
-        import transformers
-
-        raise ValueError(f"accelerate: the caches of transformers {transformers.__version__} are older than supported")
     return force_accelerate_hooks(["conv1d", "dt_proj"])(forward)
 
 
@@ -118,29 +141,29 @@ def _fuses(mixer) -> bool:
     return "dt_layernorm" not in mixer._modules
 
 
-def mixer_forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+def mixer_forward(self, hidden_states, cache=None, attention_mask=None, *, cache_params=None, **kwargs):
     """The forward of transformers' MambaMixer and FalconMambaMixer: (B, L, M) to (B, L, M)."""
-    if cache_params is not None and cache_params.is_recording_past(self.layer_idx):
+    cache = cache_params if cache is None else cache
+    layer = None if cache is None else cache.layers[self.layer_idx]  # the Cache's own getters are younger than these
+    if layer is not None and layer.record_past:
         # Assisted decoding rolls the cache back; that bookkeeping stays transformers' own.
         forward = getattr(type(self).forward, "_scalekern_original", type(self).forward)
-        return forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+        return forward(self, hidden_states, cache, attention_mask, **kwargs)
     length = hidden_states.shape[1]
     hidden_states = _masked(hidden_states, attention_mask)
-    if cache_params is not None and length == 1:
-        conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
-        if conv_state is not None and attention_mask is None and _is_plain(self, hidden_states):
-            return _fused_step(self, hidden_states, conv_state, cache_params)
-        if conv_state is not None:
-            return _step(self, hidden_states, conv_state, cache_params, attention_mask)
+    if layer is not None and length == 1 and layer.has_previous_state[0]:
+        if attention_mask is None and _is_plain(self, hidden_states):
+            return _fused_step(self, hidden_states, layer)
+        return _step(self, hidden_states, layer, attention_mask)
     xz = self.in_proj(hidden_states).transpose(1, 2)
-    if cache_params is None and attention_mask is None and _fuses(self) and kwargs.get("seq_idx") is None:
+    if cache is None and attention_mask is None and _fuses(self) and kwargs.get("seq_idx") is None:
         return _shims.mamba_inner_fn(
             xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight,
             self.out_proj.bias, _A(self), D=self.D, delta_bias=self.dt_proj.bias,
         )  # fmt: skip
     x, z = xz.chunk(2, dim=1)  # [B, D, L] each
-    if cache_params is not None:
-        x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+    if cache is not None:
+        x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
     x = _shims.causal_conv1d_fn(
         x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=kwargs.get("seq_idx"), activation=self.activation
     )
@@ -150,8 +173,8 @@ def mixer_forward(self, hidden_states, cache_params=None, attention_mask=None, *
         x.transpose(1, 2), dt.transpose(1, 2), _A(self), B.transpose(1, 2), C.transpose(1, 2), self.D, z=z,
         delta_bias=self.dt_proj.bias, delta_softplus=True, return_last_state=True,
     )  # fmt: skip
-    if cache_params is not None:
-        cache_params.update_recurrent_state(state, self.layer_idx)
+    if cache is not None:
+        cache.update_recurrent_state(state, self.layer_idx)
     return self.out_proj(y.transpose(1, 2))
 
 
@@ -160,9 +183,8 @@ def mixer_class_forward(original):
     ours = _hooked(mixer_forward)
 
     @functools.wraps(original)
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        chosen = original if _obstacle(self) else ours
-        return chosen(self, hidden_states, cache_params, attention_mask, **kwargs)
+    def forward(self, *args, **kwargs):
+        return (original if _obstacle(self) else ours)(self, *args, **kwargs)
 
     forward._scalekern_original = original
     return forward
@@ -172,14 +194,14 @@ def block_forward(original):
     """The forward of transformers' MambaBlock and FalconMambaBlock: a token whose block is plain runs as one op."""
 
     @functools.wraps(original)
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        if cache_params is not None and attention_mask is None and hidden_states.shape[1] == 1 and not kwargs:
+    def forward(self, hidden_states, cache=None, attention_mask=None, *, cache_params=None, **kwargs):
+        cache = cache_params if cache is None else cache
+        if cache is not None and attention_mask is None and hidden_states.shape[1] == 1 and not kwargs:
             mixer, norm = self._modules["mixer"], self._modules["norm"]
-            if not cache_params.is_recording_past(mixer.layer_idx) and _is_plain_block(mixer, norm, hidden_states):
-                conv_state = cache_params.get_conv_state(mixer.layer_idx, state_idx=0)
-                if conv_state is not None:
-                    return _fused_step(mixer, hidden_states, conv_state, cache_params, norm)
-        return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+            layer = cache.layers[mixer.layer_idx]
+            if layer.has_previous_state[0] and not layer.record_past and _is_plain_block(mixer, norm, hidden_states):
+                return _fused_step(mixer, hidden_states, layer, norm)
+        return original(self, hidden_states, cache, attention_mask, **kwargs)
 
     forward._scalekern_original = original
     return forward
@@ -219,25 +241,24 @@ def _is_plain_block(mixer, norm, hidden_states) -> bool:
     )  # fmt: skip
 
 
-def _fused_step(self, hidden_states, conv_state, cache_params, norm=None):
+def _fused_step(self, hidden_states, layer, norm=None):
     """`_step` as one op, with `norm` the block around it. Parameters are read from the modules' dictionaries: as
     attributes, 20 of them would cost 20 us."""
-    state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
     own, conv = self._parameters, self._modules["conv1d"]._parameters
     in_proj, x_proj, dt_proj, out_proj = (self._modules[name]._parameters for name in _LINEARS)
     block = {} if norm is None else dict(norm_weight=norm._parameters["weight"], norm_eps=norm.variance_epsilon)
     out = _shims.mamba_update(
-        hidden_states.squeeze(1), conv_state, state, in_proj["weight"], conv["weight"], conv["bias"],
-        x_proj["weight"], dt_proj["weight"], out_proj["weight"], own["A_log"], own["D"], dt_proj["bias"],
+        hidden_states.squeeze(1), layer.conv_states[0], layer.recurrent_states[0], in_proj["weight"], conv["weight"],
+        conv["bias"], x_proj["weight"], dt_proj["weight"], out_proj["weight"], own["A_log"], own["D"], dt_proj["bias"],
         in_proj_bias=in_proj["bias"], out_proj_bias=out_proj["bias"],
         rms_eps=None if _fuses(self) else self.rms_eps, **block,
     )  # fmt: skip
     return out.unsqueeze(1)
 
 
-def _step(self, hidden_states, conv_state, cache_params, attention_mask):
-    """One token; both states of the cache change in place."""
-    state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+def _step(self, hidden_states, layer, attention_mask):
+    """One token; both states of the cache's layer change in place."""
+    conv_state, state = layer.conv_states[0], layer.recurrent_states[0]
     x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)  # [B, D] each
     x = _shims.causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
     x = x if attention_mask is None else (x * attention_mask).to(x.dtype)
