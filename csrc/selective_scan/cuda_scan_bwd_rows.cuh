@@ -33,28 +33,28 @@ SK_DEVICE void tf32_product(float (&sum)[4], const float (&a)[4], float b0, floa
         "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
-// Lane q of every four gets the sums over the four of x[4 q .. 4 q + 3]. ones[2 i + h]: 1 where lane / 4 = 2 i + h.
+// Lane q of every four gets the sums over the four of x[4 q .. 4 q + 3]. even: 1 in the lanes whose lane / 4 is even.
 template <bool kExact>
-SK_DEVICE void quad_sums(const float (&x)[16], const float (&ones)[8], float (&sums)[4]) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) sums[k] = 0;
+SK_DEVICE void quad_sums(const float (&x)[16], float even, float (&sums)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float high[4], low[4];
+    float high[4], low[4], sum[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       high[k] = kExact ? __uint_as_float(__float_as_uint(x[4 * i + k]) & 0xffffe000u) : x[4 * i + k];
       low[k] = x[4 * i + k] - high[k];
     }
-    tf32_product(sums, high, ones[2 * i], ones[2 * i + 1]);
-    if constexpr (kExact) tf32_product(sums, low, ones[2 * i], ones[2 * i + 1]);
+    tf32_product(sum, high, even, 1.0f - even);
+    if constexpr (kExact) tf32_product(sum, low, even, 1.0f - even);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[k] = i == 0 || thread_index() % 4 == i ? sum[k] : sums[k];
   }
 }
 
 #else
 
 template <bool kExact>
-inline void quad_sums(const float (&x)[16], const float (&)[8], float (&sums)[4]) {
+inline void quad_sums(const float (&x)[16], float, float (&sums)[4]) {
   for (int i = 0; i < 16; ++i) {
     float sum = x[i] + shuffle_xor(x[i], 1);
     sum += shuffle_xor(sum, 2);
@@ -69,22 +69,23 @@ struct ScanBwdRows {
   using F = float;
   using Args = BwdArgs;
   static constexpr int kThreads = 128;
-  static constexpr int kBlocks = 3;
+  static constexpr int kBlocks = 4;
   static constexpr int kStates = 8;
   static constexpr int kChannels = kThreads / 2;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kWidth = 2 * kRowStates;  // dB and dC of a token
   static constexpr int kSteps = 4;  // tokens whose states stay in registers
-  static constexpr int kPieces = kRowTokens / kSteps;
-  // In floats: B and C of a tile, then for each warp and four tokens 8 states of 32 lanes, later the tokens' sums.
   static constexpr int kPiece = kStates * 32;
+  // In floats: B and C of a tile, then for each warp the states of 32 lanes on entering each of 8 groups, and one piece
+  // more: the sums of a group's 8 tokens take the place of the states of the group after it, which are used up.
+  static constexpr int kPieces = kRowTokens / kGroup + 1;
   static constexpr int kSharedBytes = int(sizeof(F)) * (2 * kRowTokens * kRowStates + kWarps * kPieces * kPiece);
-  static_assert(kPiece == kSteps * 2 * kWidth);
+  static_assert(kPiece == kGroup * kWidth);
 
   struct Walk {
     F A[kStates], g[kStates], dA[kStates];
     F D, bias, dD, dbias;
-    F ones[8];
+    F even;  // 1 where lane / 4 is even
     int64_t u, delta, z, dout, du, ddelta, dz;  // where the channel's row begins
     bool active;
   };
@@ -111,7 +112,7 @@ struct ScanBwdRows {
 
   static SK_DEVICE F* tile_B() { return reinterpret_cast<F*>(shared_memory()); }
   static SK_DEVICE F* tile_C() { return tile_B() + kRowTokens * kRowStates; }
-  static SK_DEVICE F* piece(int i, int warp = thread_index() / 32) {  // the i-th four tokens in scan order
+  static SK_DEVICE F* piece(int i, int warp = thread_index() / 32) {
     return tile_C() + kRowTokens * kRowStates + (warp * kPieces + i) * kPiece;
   }
 
@@ -144,8 +145,7 @@ struct ScanBwdRows {
     load_states(a, place, row_of(a.dlast, place), a.dlast.n, w.g);
     if (a.p.D.p) w.D = static_cast<const F*>(a.p.D.p)[place.channel * a.p.D.d];
     if (a.p.bias.p) w.bias = static_cast<const F*>(a.p.bias.p)[place.channel * a.p.bias.d];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) w.ones[i] = thread_index() % 32 / 4 == i ? F(1) : F(0);
+    w.even = thread_index() / 4 % 2 == 0 ? F(1) : F(0);
     const auto row = [&](const Sequences& s) { return place.batch * s.b + place.channel * s.d; };
     w.u = row(a.p.u), w.delta = row(a.p.delta), w.z = row(a.p.z), w.dout = row(a.dout);
     w.du = row(a.du), w.ddelta = row(a.ddelta), w.dz = row(a.dz);
@@ -182,25 +182,28 @@ struct ScanBwdRows {
     SK_FN int place(int g) const { return kReverse ? groups - 1 - g : g; }  // of group g in scan order
   };
 
-  // Up the tile, leaving the states on entering each four tokens in shared memory.
+  // One token up.
+  static SK_DEVICE void advance_states(const Walk& w, const F* Bs, int j, F step, F du, F (&h)[kStates]) {
+    F B[kStates];
+    load_matrix(Bs, j, B);
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) h[i] = advance(exp2_unit(step * w.A[i]), h[i], du, B[i]);
+  }
+
+  // Up the tile, leaving the states on entering each group in shared memory.
   static SK_DEVICE void advance_tile(const Args& a, const Walk& w, const Tile& tile, int half, F (&h)[kStates]) {
 #pragma unroll 1
-    for (int g = 0; g < tile.groups; ++g) {
+    for (int g = 0;; ++g) {
+      F* own = piece(g) + thread_index() % 32;
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) own[i * 32] = h[i];
+      if (g == tile.groups - 1) return;
       const int first = tile.place(g) * kGroup;
       F step[kGroup], du[kGroup];
       load_steps(a, w, tile.t0 + first, step, du);
+      const F* Bs = tile_B() + first * kRowStates + kStates * half;
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        if (j % kSteps == 0) {
-          F* own = piece(2 * g + j / kSteps) + thread_index() % 32;
-#pragma unroll
-          for (int i = 0; i < kStates; ++i) own[i * 32] = h[i];
-        }
-        F B[kStates];
-        load_matrix(tile_B() + first * kRowStates + kStates * half, j, B);
-#pragma unroll
-        for (int i = 0; i < kStates; ++i) h[i] = advance(exp2_unit(step[j] * w.A[i]), h[i], du[j], B[i]);
-      }
+      for (int j = 0; j < kGroup; ++j) advance_states(w, Bs, j, step[j], du[j], h);
     }
   }
 
@@ -224,45 +227,68 @@ struct ScanBwdRows {
     }
   }
 
-  // What finish_group needs of a group's tokens: sums over the states of C h, g B and g h A decay.
+  // What finish_group needs: sums over the states of C h, g B and g h A decay. First of this lane's 8 states at the
+  // later four tokens, then, as the earlier four come, of all 16 states at the four that this lane finishes.
   struct Sums {
-    F y[kGroup], gB[kGroup], gA[kGroup];
+    F y[kSteps], gB[kSteps], gA[kSteps];
+
+    SK_DEVICE void join(bool upper, int j, F y_early, F gB_early, F gA_early) {
+      const auto exchange = [&](F& late, F early) {
+        late = (upper ? late : early) + shuffle_xor(upper ? early : late, 16);
+      };
+      exchange(y[j], y_early), exchange(gB[j], gB_early), exchange(gA[j], gA_early);
+    }
   };
+
+  // exp(step A) once more: written so that the compiler does not keep the first one, for which there is no room.
+  static SK_DEVICE F decay_again(F step, F A) {
+#if defined(__CUDA_ARCH__)
+    F product;
+    asm("fma.rn.f32 %0, %1, %2, 0f00000000;" : "=f"(product) : "f"(step), "f"(A));
+    return exp2_unit(product);
+#else
+    return exp2_unit(step * A);
+#endif
+  }
+
+  // u of four tokens times their step sizes; zeros in lanes without a channel, whose sums must not count.
+  static SK_DEVICE void load_du(const Args& a, const Walk& w, int64_t t, const F* step, F (&du)[kSteps]) {
+    load_four(a.p.u.p, w.u + t, du);
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) du[j] = w.active ? du[j] * step[j] : F(0);
+  }
 
   // Four tokens, backward in time: their states first, then the adjoint g.
   template <int kFirst>
   static SK_DEVICE void sweep_four(
       const Args& a, Walk& w, const Tile& tile, int half, int g, const F (&steps)[kGroup], Sums& s) {
     const int first = tile.place(g) * kGroup;
-    F* own = piece(2 * g + kFirst / kSteps);
-    F states[kSteps + 1][kStates], decays[kSteps][kStates];  // states on entering each token, and at the end
+    const int64_t t = tile.t0 + first;
+    const auto place = [&](int four) { return t + ((four != 0) != kReverse ? kSteps : 0); };
+    const F* Bs = tile_B() + first * kRowStates + kStates * half;
+    const F* Cs = tile_C() + first * kRowStates + kStates * half;
+    F states[kSteps + 1][kStates], du[kSteps], dy[kSteps];  // states on entering each token, and at the end
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) states[0][i] = own[i * 32 + thread_index() % 32];
-    sync_warp();  // what was read makes place for the sums
-    const int64_t t = tile.t0 + first + ((kFirst != 0) != kReverse ? kSteps : 0);
-    F du[kSteps], dy[kSteps];
-    load_four(a.p.u.p, w.u + t, du);
-    load_four(a.dout.p, w.dout + t, dy);
+    for (int i = 0; i < kStates; ++i) states[0][i] = piece(g)[i * 32 + thread_index() % 32];
+    if constexpr (kFirst != 0) {
+      load_du(a, w, place(0), steps, du);
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) advance_states(w, Bs, j, steps[j], du[j], states[0]);
+    }
+    load_du(a, w, place(kFirst), steps + kFirst, du);
+    load_four(a.dout.p, w.dout + place(kFirst), dy);
     if (a.p.z.p) {
       F z[kSteps];
-      load_four(a.p.z.p, w.z + t, z);
+      load_four(a.p.z.p, w.z + place(kFirst), z);
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) dy[j] *= silu(z[j]);
     }
-    const F* Bs = tile_B() + first * kRowStates + kStates * half;
-    const F* Cs = tile_C() + first * kRowStates + kStates * half;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-      const F step = steps[kFirst + j];
-      du[j] = w.active ? du[j] * step : F(0);  // lanes without a channel: their sums must not count
       dy[j] = w.active ? dy[j] : F(0);
-      F B[kStates];
-      load_matrix(Bs, kFirst + j, B);
 #pragma unroll
-      for (int i = 0; i < kStates; ++i) {
-        decays[j][i] = exp2_unit(step * w.A[i]);
-        states[j + 1][i] = advance(decays[j][i], states[j][i], du[j], B[i]);
-      }
+      for (int i = 0; i < kStates; ++i) states[j + 1][i] = states[j][i];
+      advance_states(w, Bs, kFirst + j, steps[kFirst + j], du[j], states[j + 1]);
     }
 #pragma unroll
     for (int j = kSteps - 1; j >= 0; --j) {
@@ -278,13 +304,14 @@ struct ScanBwdRows {
         y = fused(C[i], h, y);
         x[i] = w.g[i] * du[j], x[kStates + i] = h * dy[j];
         gB = fused(w.g[i], B[i], gB);
-        w.g[i] *= decays[j][i];
+        w.g[i] *= decay_again(step, w.A[i]);
         const F dE = w.g[i] * states[j][i];  // the gradient of step * A
         w.dA[i] = fused(dE, step, w.dA[i]);
         gA = fused(dE, w.A[i], gA);
       }
-      s.y[at] = y, s.gB[at] = gB, s.gA[at] = gA;
-      add_channels(w, own + (kReverse ? kSteps - 1 - j : j) * 2 * kWidth, half, x);
+      add_channels(w, piece(g + 1) + (kReverse ? kGroup - 1 - at : at) * kWidth, half, x);
+      if constexpr (kFirst != 0) s.y[j] = y, s.gB[j] = gB, s.gA[j] = gA;
+      else s.join(half != 0, j, y, gB, gA);
     }
   }
 
@@ -300,40 +327,26 @@ struct ScanBwdRows {
     finish_group(a, w, t, half, steps, sums);
   }
 
-  struct alignas(8) Two {
-    F v[2];
-  };
-
-  // dB and dC of one token, summed over the two 8 channels of the warp, into its two rows of the sums.
+  // dB and dC of one token, summed over the 16 channels of the warp, into its row of the sums.
   static SK_DEVICE void add_channels(const Walk& w, F* row, int half, const F (&x)[2 * kStates]) {
     const int lane = thread_index() % 32;
     F sums[4];
-    quad_sums<sizeof(T) == 4>(x, w.ones, sums);
-    const bool high = lane & 4;  // keeps two of the four
-    Two two;
+    quad_sums<sizeof(T) == 4>(x, w.even, sums);
+    const bool high = lane & 4, odd = lane & 8;  // keep two of the four, then one
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const F keep = high ? sums[2 + i] : sums[i], give = high ? sums[i] : sums[2 + i];
-      two.v[i] = keep + shuffle_xor(give, 4);
+      sums[i] = keep + shuffle_xor(give, 4);
     }
-    const int value = lane % 4 * 4 + (high ? 2 : 0);  // of dB of 8 states, then dC of 8 states
-    row += (lane & 8) / 8 * kWidth + value / kStates * kRowStates + kStates * half + value % kStates;
-    *reinterpret_cast<Two*>(row) = two;
+    const F keep = odd ? sums[1] : sums[0], give = odd ? sums[0] : sums[1];
+    const int value = lane % 4 * 4 + (high ? 2 : 0) + (odd ? 1 : 0);  // of dB of 8 states, then dC of 8 states
+    row[value / kStates * kRowStates + kStates * half + value % kStates] = keep + shuffle_xor(give, 8);
   }
 
   // Each of the two lanes of a channel finishes four tokens of the group.
   static SK_DEVICE void finish_group(
       const Args& a, Walk& w, int64_t t, int half, const F (&steps)[kGroup], const Sums& s) {
     const bool upper = half != 0;
-    F step[4], y[4], gB[4], gA[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const auto join = [&](const F(&x)[kGroup]) {
-        return (upper ? x[4 + i] : x[i]) + shuffle_xor(upper ? x[i] : x[4 + i], 16);
-      };
-      step[i] = upper ? steps[4 + i] : steps[i];
-      y[i] = join(s.y), gB[i] = join(s.gB), gA[i] = join(s.gA);
-    }
     if (!w.active) return;
     const int64_t at = t + (upper != kReverse ? 4 : 0);
     F u[4], dout[4], du[4], ddelta[4], dz[4];
@@ -343,17 +356,18 @@ struct ScanBwdRows {
     if (a.p.z.p) load_four(a.p.z.p, w.z + at, z);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const F step = upper ? steps[4 + i] : steps[i];
       F dy = dout[i];
       if (a.p.z.p) {
         const F gate = sigmoid(z[i]);
         dy *= z[i] * gate;
-        dz[i] = dout[i] * fused(w.D, u[i], y[i]) * silu_slope(z[i], gate);
+        dz[i] = dout[i] * fused(w.D, u[i], s.y[i]) * silu_slope(z[i], gate);
       }
-      ddelta[i] = fused(gB[i], u[i], gA[i] * F(0.69314718055994530942));  // A is scaled by log2 e
-      if (a.p.softplus) ddelta[i] *= softplus_slope(step[i]);
+      ddelta[i] = fused(s.gB[i], u[i], s.gA[i] * F(0.69314718055994530942));  // A is scaled by log2 e
+      if (a.p.softplus) ddelta[i] *= softplus_slope(step);
       w.dbias += ddelta[i];
       w.dD = fused(dy, u[i], w.dD);
-      du[i] = fused(gB[i], step[i], w.D * dy);
+      du[i] = fused(s.gB[i], step, w.D * dy);
     }
     store_four(a.du.p, w.du + at, du);
     store_four(a.ddelta.p, w.ddelta + at, ddelta);
@@ -363,17 +377,16 @@ struct ScanBwdRows {
   // The tile's sums of all warps, in order, to this block's slot.
   static SK_DEVICE void store_sums(const Args& a, const Tile& tile) {
     F* to = static_cast<F*>(a.partial) + (block_index() * a.p.length + tile.t0) * kWidth;
-    const int count = tile.groups * kGroup * kWidth, fours = 2 * tile.groups;
+    const int count = tile.groups * kGroup * kWidth;
     for (int i = 4 * thread_index(); i < count; i += 4 * kThreads) {
       // Pieces lie in the order of the scan, tokens within them in the order of memory.
-      const int four = i / (kSteps * kWidth), token = i / kWidth % kSteps, at = 2 * kWidth * token + i % kWidth;
+      const int g = tile.place(i / kPiece);
       Quad<F> sum{};
 #pragma unroll
       for (int warp = 0; warp < kWarps; ++warp) {
-        const F* from = piece(kReverse ? fours - 1 - four : four, warp) + at;
-        const Quad<F> x = load_quad(from), y = load_quad(from + kWidth);
+        const Quad<F> x = load_quad(piece(g + 1, warp) + i % kPiece);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum.v[e] += x.v[e] + y.v[e];
+        for (int e = 0; e < 4; ++e) sum.v[e] += x.v[e];
       }
       store_quad(to + i, sum);
     }
