@@ -95,6 +95,9 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
             else:
                 contenders[backend] = under(backend, work.run)
         rivals, absent = _prepare_peers(work, expected, announce, skip or {})
+        expected = None  # up to a tenth of a GPU's memory, which a rival may need
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if not contenders:
             return [_record(case, device, **fields) for fields in found.values()]
         hints |= {name: rival["first"] for name, rival in rivals.items()}
@@ -176,11 +179,13 @@ def _prepare_peers(work: Work, expected: tuple | None, announce: Callable, skip:
 def _interleave(runs: dict, hints: dict, device, seconds, deadline, rounds) -> dict[str, list[float]]:
     """Seconds a run of everybody, a sample each in turn; who is slow takes part in fewer of the rounds.
 
-    hints   what the first run of each took, which is enough to know of those that take long
+    hints   what the first run of each took, which on a CPU is enough to know of those that take long; on a GPU it may
+            have been spent on compiling a kernel
     """
     samplers, wanted = {}, {}
     for name, run in runs.items():
-        first = hints[name] if hints.get(name, 0.0) > 1.0 else _first(device, run)
+        slow = device.type == "cpu" and hints.get(name, 0.0) > 1.0
+        first = hints[name] if slow else _first(device, run)
         samplers[name] = _sampler(device, run, first)
         wanted[name] = _rounds(first, seconds)
     samples = {name: [] for name in runs}

@@ -57,7 +57,8 @@ def test_blocks_change_nothing(mode, channels, monkeypatch):
 def test_the_way_of_a_gpu(sample, dtype, monkeypatch):
     """What takes another branch there, run here: sums over the batch, complex rows of an odd period, few taps."""
     args, kwargs = sample.make(dtype=dtype, seed=3)
-    for t in (tensors := [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]):
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    for t in tensors:
         t.requires_grad_()
 
     def run():

@@ -158,16 +158,19 @@ def _wide(x):
 
 
 class _Spectra:
-    """Spectra of pieces of images that lie at given places of the period; one buffer, whose zeros stay."""
+    """Spectra of pieces of images that lie at given places of the period; one buffer, whose zeros stay.
 
-    def __init__(self, like, shape, places, period):
+    norm "forward" divides by the period's pixels: the filters' part, since a scaled inverse is one pass more on a GPU.
+    """
+
+    def __init__(self, like, shape, places, period, norm="backward"):
         self.buffer = torch.zeros(*shape, *period, dtype=_wide(like), device=like.device)
-        self.places = (..., *places)
+        self.places, self.norm = (..., *places), norm
 
     def __call__(self, piece):
         buffer = self.buffer[tuple(slice(n) for n in piece.shape[:-2])]
         buffer[self.places] = piece  # converts, and reads any strides, in the same pass
-        return torch.fft.rfft2(buffer)
+        return torch.fft.rfft2(buffer, norm=self.norm)
 
 
 def _apply_fft(into, source, w, bias, g):
@@ -177,7 +180,7 @@ def _apply_fft(into, source, w, bias, g):
     come_from, period = "large" if into == "small" else "small", g.period
     rows, width = _piece(source, period)
     images = _Spectra(source, (rows, width), g.places(come_from), period)
-    filters = _Spectra(source, (width,), g.places("taps"), period)
+    filters = _Spectra(source, (width,), g.places("taps"), period, "forward")
     for c in range(0, channels, width):
         piece_w = w[c : c + width]
         w_spectrum = filters(piece_w)
@@ -202,7 +205,7 @@ def _backward_fft(into, large, small, w, g):
     larges, smalls = (
         _Spectra(large, (rows, width), g.places(what), period) for what in ("large", "small")
     )  # fmt: skip
-    filters = _Spectra(large, (width,), g.places("taps"), period)
+    filters = _Spectra(large, (width,), g.places("taps"), period, "forward")
     for c in range(0, channels, width):
         piece_w, w_sum = w[c : c + width], 0
         w_spectrum = filters(piece_w)
@@ -217,15 +220,15 @@ def _backward_fft(into, large, small, w, g):
                 y = _direct(into, source[piece], piece_w, None, g)
             dx[piece] = y
             w_sum = w_sum + of_large.mul_(of_small.conj_physical_()).sum(0)
-        gradient = _image(w_sum, g, "taps", period)
+        gradient = _image(w_sum, g, "taps", period, norm="backward")
         if _spoiled(gradient):
             gradient = _direct_bwd(large[:, c : c + width], small[:, c : c + width], piece_w, g, need_large=False)[1]
         dw[c : c + width] = gradient
     return dx, dw
 
 
-def _image(spectrum, g, what, period):
-    return torch.fft.irfft2(spectrum, period)[(..., *g.places(what))]
+def _image(spectrum, g, what, period, norm="forward"):
+    return torch.fft.irfft2(spectrum, period, norm=norm)[(..., *g.places(what))]
 
 
 def _piece(x, period):

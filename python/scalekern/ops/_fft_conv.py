@@ -201,7 +201,8 @@ def _finite(y, V, v, k, k_reverse, mode):
     if y.shape[-1] * taps <= REPAIRABLE:
         bad = ~torch.isfinite(torch.view_as_real(V[..., 0])).all(-1)
         of_rows = lambda t: None if t is None else t.expand(*bad.shape, -1)[bad]
-        y[bad] = direct_convolve(v[bad][None].to(y.dtype), of_rows(k), of_rows(k_reverse), None, None, mode, "direct")[0]
+        rows = v[bad][None].to(y.dtype)
+        y[bad] = direct_convolve(rows, of_rows(k), of_rows(k_reverse), None, None, mode, "direct")[0]
     return y
 
 

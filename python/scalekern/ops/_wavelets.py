@@ -11,6 +11,8 @@ transposed convolution takes 9 times as long (AMD EPYC, 2 cores, B8 C64 56 x 56,
 four coefficients to the four pixels of a cell. The two taps of haar are additions, three passes over the image.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -155,10 +157,15 @@ def merge(low, details, taps):
 
 
 def _bank(taps, like):
+    return _bank_of(taps, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)  # copying it to a GPU would wait for the device, and break a CUDA graph
+def _bank_of(taps, dtype, device):
     """(4, 1, F, F): low, horizontal (high-pass along H), vertical, diagonal."""
     lo, hi = torch.tensor(taps, dtype=torch.float64)
     bank = torch.stack([torch.outer(rows, columns) for rows, columns in ((lo, lo), (hi, lo), (lo, hi), (hi, hi))])
-    return bank[:, None].to(like.device, like.dtype)
+    return bank[:, None].to(device, dtype)
 
 
 def _split_haar(x, scale):

@@ -69,12 +69,15 @@ class Spec:
     gradient_factor  times TOLERANCE for gradients, which pass through twice the rounded values of the forward; a
                      composition, which rounds between its parts as they do when called one by one, has more
     dense_oracle     the oracle is a product with matrices, in which a NaN reaches every output
+    operand_error    what a Triton kernel adds to the rounding of half-precision inputs and outputs, since it multiplies
+                     intermediate results in half precision too
     """
 
     samples: tuple[Sample, ...]
     inplace: tuple[int, ...] = ()
     gradient_factor: float = 2
     dense_oracle: bool = False
+    operand_error: float = 0.0
 
 
 def specs() -> dict[str, Spec]:
