@@ -23,14 +23,16 @@ def test_case(case, benchmark):
     harness.run_in_pytest(case, benchmark)
 
 
-def plain_fft_conv(u, k):
+def plain_fft_conv(u, k, pregate=None, postgate=None):
     """What a model without this package writes."""
     size = 2 * u.shape[-1]
+    u = u if pregate is None else u * pregate
     product = torch.fft.rfft(u.float(), n=size) * torch.fft.rfft(k, n=size)
-    return torch.fft.irfft(product, n=size)[..., : u.shape[-1]].to(u.dtype)
+    y = torch.fft.irfft(product, n=size)[..., : u.shape[-1]].to(u.dtype)
+    return y if postgate is None else y * postgate
 
 
-def exact(u, k, dout, passes, channels=64) -> tuple:
+def exact(u, k, gates, dout, passes, channels=64) -> tuple:
     """The outputs in float64, a few channels at a time: all at once would take a GPU's whole memory.
 
     Those of half precision are kept in float32, which is exact enough for them, in half of the memory.
@@ -40,27 +42,40 @@ def exact(u, k, dout, passes, channels=64) -> tuple:
     outputs = tuple(torch.empty(shape, dtype=kept, device=u.device) for shape in shapes)
     for cut in (slice(i, i + channels) for i in range(0, len(k), channels)):
         wide = tuple(t.detach().double().requires_grad_(u.requires_grad) for t in (u[:, cut], k[cut]))
-        one = passes(lambda at=wide: reference.fft_conv(*at, method="fft"), wide, dout[:, cut].double())()
+        open_ = {name: gate[:, cut].double() for name, gate in gates.items()}
+        run = lambda at=wide, kw=open_: reference.fft_conv(*at, **kw, method="fft")
+        one = passes(run, wide, dout[:, cut].double())()
         for whole, part in zip(outputs, one if isinstance(one, tuple) else (one.detach(),)):
             whole[..., cut, :] = part
     return outputs
 
 
-def conv(device, dtype=FP32, *, B, D, L, train=False) -> Work:
+def conv(device, dtype=FP32, *, B, D, L, train=False, gated=False) -> Work:
     """A causal convolution with a filter as long as the sequence, against a plain one by torch.fft."""
     randn = normal(device, 0)
     u, k, dout = randn(B, D, L).to(dtype), randn(D, L) / L**0.5, randn(B, D, L).to(dtype)
+    gates = {name: randn(B, D, L).to(dtype) for name in ("pregate", "postgate")} if gated else {}
     leaves = (u.requires_grad_(train), k.requires_grad_(train))
     passes = (lambda f, at, d: peers.forward_backward(f, d, at)) if train else (lambda f, at, d: f)
-    # An FFT of N real numbers: 2.5 N log2 N. Forward one a row, one back, one a filter; backward two, one, two.
+    # An FFT of N real numbers: 2.5 N log2 N. Forward one a row, one back, one a filter; backward two, one, two. The
+    # limit knows the rate of fp32; tensor cores do half precision at fifteen times that (H100's and H200's datasheets).
     size = 2 * L
     transforms = 2 * B * D + D + (3 * B * D + 2 * D if train else 0)
+    flops = int(transforms * 2.5 * size * math.log2(size) / (1 if dtype == FP32 else 15))
+
+    def against(function):
+        return peers.Peer(passes(lambda: function(u, k, **gates), leaves, dout), torch.__version__)
+
+    def flash():
+        function, version = peers.flash_fft_conv(u, size)
+        return peers.Peer(passes(lambda: function(u, k, *gates.values()), leaves, dout), version)
+
     return Work(
-        run=passes(lambda: scalekern.fft_conv(u, k), leaves, dout), oracle=lambda: exact(u, k, dout, passes),
+        run=passes(lambda: scalekern.fft_conv(u, k, **gates), leaves, dout),
+        oracle=lambda: exact(u, k, gates, dout, passes),
         tolerance=gradient_tolerance("fft_conv", dtype) if train else TOLERANCE[dtype],
-        bytes_moved=((5 if train else 2) * B * D * L * dtype.itemsize + (2 if train else 1) * D * L * 4),
-        flops=int(transforms * 2.5 * size * math.log2(size)), exponentials=0,
-        peers={PLAIN: lambda: peers.Peer(passes(lambda: plain_fft_conv(u, k), leaves, dout), torch.__version__)},
+        bytes_moved=((5 if train else 2 + len(gates)) * B * D * L * dtype.itemsize + (2 if train else 1) * D * L * 4),
+        flops=flops, exponentials=0, peers={PLAIN: lambda: against(plain_fft_conv), "flashfftconv": flash},
     )  # fmt: skip
 
 
@@ -72,9 +87,15 @@ CPU = [
     for i, (shape, targets) in enumerate(_CPU_SHAPES)
     for build, ops, direction in ((conv, OPS[:1], "fwd"), (_train, OPS, "fwd+bwd"))
 ]
+_CUDA_LIMITS = {1024: 0.6, 8192: 0.6, 32768: 0.4}  # of the bytes of a gated forward: 8 a point
+_gated = functools.partial(conv, gated=True)
 CUDA = [
-    case("fft_conv", build, ops, direction, "cuda", 15 + i, {"B": 64, "D": 768, "L": length}, BF16, backends=_FAST)
-    for i, length in enumerate((1024, 8192, 32768))
-    for build, ops, direction in ((conv, OPS[:1], "fwd"), (_train, OPS, "fwd+bwd"))
-]
+    case("fft_conv", build, ops, direction, "cuda", 15 + i, {"B": 64, "D": 768, "L": length}, BF16, note=note,
+         backends=_FAST, targets=targets)
+    for i, (length, limit) in enumerate(_CUDA_LIMITS.items())
+    for build, ops, direction, note, targets in (
+        (_gated, OPS[:1], "fwd", "gated", {PLAIN: 4, "limit": limit, "flashfftconv": 1.5}),
+        (_train, OPS, "fwd+bwd", "", {}),
+    )
+]  # fmt: skip
 CASES = [*CPU, *CUDA]

@@ -100,6 +100,13 @@ def causal_conv1d_update(x, conv_state, weight, bias, activation) -> Peer:
     return Peer(run, version("causal_conv1d"))
 
 
+def flash_fft_conv(u, size: int) -> tuple[Callable, str]:
+    """FlashFFTConv's module for FFTs of `size` points, which has to be a power of two."""
+    upstream = module("flashfftconv")
+    _cuda_only(u, "flashfftconv")
+    return upstream.FlashFFTConv(size, dtype=u.dtype).to(u.device).train(u.requires_grad), version("flashfftconv")
+
+
 def transformers_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Peer:
     """The loop over time that transformers runs when mamba_ssm is not installed."""
     slow = transformers_slow("mamba_selective_scan")
