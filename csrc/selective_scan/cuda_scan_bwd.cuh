@@ -11,7 +11,7 @@
 // Split: a thread owns 4 states of a channel, N / 4 lanes a channel, 384 threads (96 channels at N = 16) a block;
 // tokens in sequence, from the last chunk to the first. One block an SM: 168 registers, 146 KB. Compiled and not taken:
 // 256 threads in two blocks (128 registers) spill 300 bytes; 256 threads in one block (200) leave 8 warps an SM.
-// Time is not split: below about 132 x 96 channels times batch SMs stay idle, and Triton may be the better choice.
+// Time is not split here: below about 132 x 96 channels times batch SMs stay idle.
 // dB and dC are sums over channels: a warp reduces its 8 values (4 of dB, 4 of dC) over its channels by halving
 // exchanges (7 shuffles in place of 24), the warps meet in shared memory, and every channel block writes its sums to a
 // slot of a partial buffer; ReduceMatrix adds the slots in a fixed order. Where the slots of all blocks would be larger
@@ -31,6 +31,10 @@ struct BwdArgs {
   void *dD, *dbias;                      // (B, D), likewise
   void* partial;                         // (B, segments, slots, L, 2 padded): dB, dC summed over the channels of a slot
   int64_t slots, round;                  // slots a segment; this launch takes its blocks from round * slots on
+  // Plain rows only (cuda_scan_bwd_rows.cuh). chunks of time, in scan order, of chunk_tiles tiles; where there are two or
+  // more: the adjoint on entering each from its end (B, chunks, D, N), its sum of step sizes (B, chunks, D).
+  int64_t chunks, chunk_tiles;
+  void *entry, *step_sum;
   int tokens, padded, pitch;             // tokens of a tile; states padded to whole threads; pitch of a tile's row
   int delta_at, dy_at, B_at, C_at, saved_at, sums_at, shared_bytes;  // u's tile is at 0
 };

@@ -50,52 +50,85 @@ void reduce_matrix(Exec& exec, const BwdArgs& a, const Matrix& m, const View& ou
 }
 
 template <class F, class T, class Exec>
-void reduce_batch(Exec& exec, const Problem& p, const void* partial, const View& out, int64_t states) {
+void reduce_batch(Exec& exec, const Problem& p, int64_t rows, const void* partial, const View& out, int64_t states) {
   using Kernel = ReduceBatch<F, T>;
   const typename Kernel::Args r{partial, out.data, out.stride[0], states > 1 || out.dims > 1 ? out.stride[1] : 0,
-                                p.batch, p.channels, states};
+                                rows, p.channels, states};
   exec.template launch<Kernel>(ceil_div(p.channels * states, Kernel::kThreads), 0, r);
+}
+
+template <class T>
+bool takes_rows(const BwdArgs& a) {
+  return takes_rows<T>(a.p) && a.p.checkpoint_stride == kRowTokens && packable<T>(a.dout) && packable<T>(a.du) &&
+         packable<T>(a.ddelta) && packable<T>(a.dz);
+}
+
+// Plain rows. Time is split when half of the places for blocks would stay empty: every chunk but the first costs its
+// adjoint twice.
+template <class T>
+void plan_rows(BwdArgs& a, int64_t processors) {
+  using Kernel = ScanBwdRows<T, false, false>;
+  Problem& p = a.p;
+  p.lanes = 2, p.channels_per_block = Kernel::kChannels;
+  p.blocks_per_segment = ceil_div(p.segment, p.channels_per_block);
+  a.padded = kRowStates, a.shared_bytes = Kernel::kSharedBytes, a.slots = p.blocks_per_segment;
+  const int64_t blocks = p.batch * p.channel_blocks(), tiles = ceil_div(p.length, kRowTokens);
+  const int64_t chunks = std::clamp<int64_t>(Kernel::kBlocks * processors / blocks, 1, tiles);
+  a.chunk_tiles = ceil_div(tiles, chunks), a.chunks = ceil_div(tiles, a.chunk_tiles);
+}
+
+template <class T, bool kReverse, class Exec>
+void launch_rows(Exec& exec, BwdArgs& a) {
+  const Problem& p = a.p;
+  const int64_t blocks = p.batch * p.channel_blocks(), rows = int64_t(sizeof(float)) * p.batch * p.channels;
+  if (a.chunks > 1) {
+    a.entry = exec.scratch(rows * a.chunks * p.states), a.step_sum = exec.scratch(rows * a.chunks);
+    exec.template launch<ScanBwdRows<T, kReverse, true>>(blocks * (a.chunks - 1), a.shared_bytes, a);
+    exec.template launch<JoinAdjoints>(ceil_div(p.batch * p.channels * p.states, JoinAdjoints::kThreads), 0, a);
+  }
+  exec.template launch<ScanBwdRows<T, kReverse, false>>(blocks * a.chunks, a.shared_bytes, a);
+}
+
+template <class T, class Exec>
+void launch_general(Exec& exec, BwdArgs& a) {
+  for (a.round = 0; a.round * a.slots < a.p.blocks_per_segment; ++a.round)
+    exec.template launch<ScanBwd<T>>(a.p.batch * (a.p.channels / a.p.segment) * a.slots, a.shared_bytes, a);
 }
 
 template <class T, class Exec>
 void launch_scan_bwd(Exec& exec, BwdArgs& a, const Inputs& in, const Gradients& d) {
   using F = Compute<T>;
   Problem& p = a.p;
-  bool rows = false;
-  if constexpr (sizeof(F) == 4) rows = takes_rows<T>(p) && packable<T>(a.dout) && packable<T>(a.du) &&
-                                       packable<T>(a.ddelta) && packable<T>(a.dz) && p.checkpoint_stride == kRowTokens;
-  if (rows) {
-    p.lanes = 2, p.channels_per_block = ScanBwdRows<T, false>::kChannels;
-    p.blocks_per_segment = ceil_div(p.segment, p.channels_per_block);
-    a.padded = kRowStates, a.shared_bytes = ScanBwdRows<T, false>::kSharedBytes;
+  a.chunks = 1;
+  const bool plain = takes_rows<T>(a);
+  if (plain) {
+    if constexpr (sizeof(F) == 4) plan_rows<T>(a, exec.processors());
   } else {
     split(p, ScanBwd<T>::kThreads, 4);
     plan_tiles<T>(a);
+    // Slots for at most one F a token and channel, or one slot a segment.
+    a.slots = std::clamp<int64_t>(p.segment / (2 * a.padded), 1, p.blocks_per_segment);
   }
-  const int64_t bytes = int64_t(sizeof(F)) * p.batch * p.channels, segments = p.channels / p.segment;
+  const int64_t rows = p.batch * a.chunks, bytes = int64_t(sizeof(F)) * rows * p.channels;
   a.dA = exec.scratch(bytes * p.states);
   a.dB_constant = p.B.constant ? exec.scratch(bytes * p.states) : nullptr;
   a.dC_constant = p.C.constant ? exec.scratch(bytes * p.states) : nullptr;
   a.dD = exec.scratch(bytes), a.dbias = exec.scratch(bytes);
-  // Slots for at most one F a token and channel, or one slot a segment.
-  a.slots = rows ? p.blocks_per_segment : std::clamp<int64_t>(p.segment / (2 * a.padded), 1, p.blocks_per_segment);
-  if (!p.B.constant || !p.C.constant)
-    a.partial = exec.scratch(int64_t(sizeof(F)) * p.batch * segments * a.slots * p.length * 2 * a.padded);
-  for (a.round = 0; a.round * a.slots < p.blocks_per_segment; ++a.round) {
-    const int64_t blocks = p.batch * segments * a.slots;
-    if constexpr (sizeof(F) == 4) {
-      if (rows && p.reverse) exec.template launch<ScanBwdRows<T, true>>(blocks, a.shared_bytes, a);
-      if (rows && !p.reverse) exec.template launch<ScanBwdRows<T, false>>(blocks, a.shared_bytes, a);
-    }
-    if (!rows) exec.template launch<ScanBwd<T>>(blocks, a.shared_bytes, a);
+  if (!p.B.constant || !p.C.constant) {
+    const int64_t slots = p.batch * (p.channels / p.segment) * a.slots;
+    a.partial = exec.scratch(int64_t(sizeof(F)) * slots * p.length * 2 * a.padded);
   }
+  if constexpr (sizeof(F) == 4) {
+    if (plain) p.reverse ? launch_rows<T, true>(exec, a) : launch_rows<T, false>(exec, a);
+  }
+  if (!plain) launch_general<T>(exec, a);
   reduce_matrix<T>(exec, a, p.B, d.B, 0);
   reduce_matrix<T>(exec, a, p.C, d.C, a.padded);
-  reduce_batch<F, F>(exec, p, a.dA, d.A, p.states);
-  if (p.B.constant) reduce_batch<F, T>(exec, p, a.dB_constant, d.B, p.states);
-  if (p.C.constant) reduce_batch<F, T>(exec, p, a.dC_constant, d.C, p.states);
-  if (p.D.p) reduce_batch<F, F>(exec, p, a.dD, d.D, 1);
-  if (p.bias.p) reduce_batch<F, F>(exec, p, a.dbias, d.bias, 1);
+  reduce_batch<F, F>(exec, p, rows, a.dA, d.A, p.states);
+  if (p.B.constant) reduce_batch<F, T>(exec, p, rows, a.dB_constant, d.B, p.states);
+  if (p.C.constant) reduce_batch<F, T>(exec, p, rows, a.dC_constant, d.C, p.states);
+  if (p.D.p) reduce_batch<F, F>(exec, p, rows, a.dD, d.D, 1);
+  if (p.bias.p) reduce_batch<F, F>(exec, p, rows, a.dbias, d.bias, 1);
   if (in.cu && a.dinitial.p) exec.template launch<EmptySequences<F>>(p.sequences, 0, {p, a.dinitial, a.dlast});
 }
 

@@ -64,7 +64,7 @@ inline void quad_sums(const float (&x)[16], float, float (&sums)[4]) {
 
 #endif
 
-template <class T, bool kReverse>
+template <class T, bool kReverse, bool kLocal>
 struct ScanBwdRows {
   using F = float;
   using Args = BwdArgs;
@@ -92,17 +92,20 @@ struct ScanBwdRows {
 
   // Where this thread works.
   struct Place {
-    int64_t batch, channel;
+    int64_t batch, chunk, slot, channel;
     Channels block;
     int half;  // which 8 of the states
     bool active;
+
+    SK_FN int64_t row(const Args& a) const { return (batch * a.chunks + chunk) * a.p.channels + channel; }
   };
 
   static SK_DEVICE Place place_of(const Args& a) {
-    const int64_t blocks = a.p.channel_blocks();
+    const int64_t skipped = kLocal ? 1 : 0, scanned = a.chunks - skipped;  // nothing comes before the first chunk
     Place w{};
-    w.batch = block_index() / blocks;
-    w.block = channels_of(a.p, block_index() % blocks);
+    w.chunk = block_index() % scanned + skipped, w.slot = block_index() / scanned;
+    w.batch = w.slot / a.p.channel_blocks();
+    w.block = channels_of(a.p, w.slot % a.p.channel_blocks());
     const int lane = thread_index() % 32, row = thread_index() / 32 * 16 + lane % 16;
     w.half = lane / 16;
     w.active = row < w.block.count;
@@ -142,7 +145,10 @@ struct ScanBwdRows {
     load_states(a, place, static_cast<const F*>(a.p.A.p) + place.channel * a.p.A.d, a.p.A.n, w.A);
 #pragma unroll
     for (int i = 0; i < kStates; ++i) w.A[i] = scaled_A(w.A[i]);
-    load_states(a, place, row_of(a.dlast, place), a.dlast.n, w.g);
+    const F* entry = static_cast<const F*>(a.entry) + place.row(a) * a.p.states;
+    if (kLocal) load_states(a, place, nullptr, 0, w.g);
+    else if (a.chunks > 1) load_states(a, place, entry, 1, w.g);
+    else load_states(a, place, row_of(a.dlast, place), a.dlast.n, w.g);
     if (a.p.D.p) w.D = static_cast<const F*>(a.p.D.p)[place.channel * a.p.D.d];
     if (a.p.bias.p) w.bias = static_cast<const F*>(a.p.bias.p)[place.channel * a.p.bias.d];
     w.even = thread_index() / 4 % 2 == 0 ? F(1) : F(0);
@@ -375,8 +381,8 @@ struct ScanBwdRows {
   }
 
   // The tile's sums of all warps, in order, to this block's slot.
-  static SK_DEVICE void store_sums(const Args& a, const Tile& tile) {
-    F* to = static_cast<F*>(a.partial) + (block_index() * a.p.length + tile.t0) * kWidth;
+  static SK_DEVICE void store_sums(const Args& a, const Place& place, const Tile& tile) {
+    F* to = static_cast<F*>(a.partial) + (place.slot * a.p.length + tile.t0) * kWidth;
     const int count = tile.groups * kGroup * kWidth;
     for (int i = 4 * thread_index(); i < count; i += 4 * kThreads) {
       // Pieces lie in the order of the scan, tokens within them in the order of memory.
@@ -393,7 +399,7 @@ struct ScanBwdRows {
   }
 
   static SK_DEVICE void save_parameter_gradients(const Args& a, const Place& place, Walk& w) {
-    const int64_t row = place.batch * a.p.channels + place.channel;
+    const int64_t row = place.row(a);
     save_states(a, place, static_cast<F*>(a.dA) + row * a.p.states, 1, w.dA);
     w.dD += shuffle_xor(w.dD, 16), w.dbias += shuffle_xor(w.dbias, 16);
     if (!w.active || place.half != 0) return;
@@ -401,31 +407,94 @@ struct ScanBwdRows {
     static_cast<F*>(a.dbias)[row] = w.dbias;
   }
 
+  // What is left at the chunk's first token of an adjoint that is zero at its end, and the chunk's sum of step sizes.
+  static SK_DEVICE void sweep_locally(const Args& a, Walk& w, const Tile& tile, int half, F& step_sum) {
+#pragma unroll 1
+    for (int g = tile.groups - 1; g >= 0; --g) {
+      const int first = tile.place(g) * kGroup;
+      F step[kGroup], dy[kGroup];
+      load_row(static_cast<const T*>(a.p.delta.p) + w.delta + tile.t0 + first, kReverse, step);
+      load_row(static_cast<const T*>(a.dout.p) + w.dout + tile.t0 + first, kReverse, dy);
+      if (a.p.z.p) {
+        F z[kGroup];
+        load_row(static_cast<const T*>(a.p.z.p) + w.z + tile.t0 + first, kReverse, z);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) dy[j] *= silu(z[j]);
+      }
+#pragma unroll
+      for (int j = kGroup - 1; j >= 0; --j) {
+        step[j] = step_size(step[j], w.bias, a.p.softplus);
+        step_sum += step[j];
+        F C[kStates];
+        load_matrix(tile_C() + first * kRowStates + kStates * half, j, C);
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) w.g[i] = fused(C[i], dy[j], w.g[i]) * exp2_unit(step[j] * w.A[i]);
+      }
+    }
+  }
+
   static SK_DEVICE void run(const Args& a) {
     const Place place = place_of(a);
     Walk w = begin_walk(a, place);
+    F step_sum = 0;
     const int64_t tiles = (a.p.length + kRowTokens - 1) / kRowTokens;
+    const int64_t begin = place.chunk * a.chunk_tiles, end = begin + a.chunk_tiles < tiles ? begin + a.chunk_tiles : tiles;
 #pragma unroll 1
-    for (int64_t i = tiles - 1; i >= 0; --i) {  // in scan order, from the last
+    for (int64_t i = end - 1; i >= begin; --i) {  // in scan order, from the last
       const int64_t slot = kReverse ? tiles - 1 - i : i, left = a.p.length - slot * kRowTokens;
       const Tile tile{slot * kRowTokens, int(left < kRowTokens ? left : kRowTokens) / kGroup};
       MatrixShare<T> share;
-      share.fetch(a.p, a.p.B, place.batch, place.block.first, tile.t0);
-      share.store(tile_B());
       share.fetch(a.p, a.p.C, place.batch, place.block.first, tile.t0);
       share.store(tile_C());
-      F h[kStates];
-      load_states(a, place, checkpoint<F>(a.p, place.batch, slot, place.channel), 1, h);
-      sync_threads();
-      advance_tile(a, w, tile, place.half, h);
+      if constexpr (kLocal) {
+        sync_threads();
+        sweep_locally(a, w, tile, place.half, step_sum);
+      } else {
+        share.fetch(a.p, a.p.B, place.batch, place.block.first, tile.t0);
+        share.store(tile_B());
+        F h[kStates];
+        load_states(a, place, checkpoint<F>(a.p, place.batch, slot, place.channel), 1, h);
+        sync_threads();
+        advance_tile(a, w, tile, place.half, h);
 #pragma unroll 1
-      for (int g = tile.groups - 1; g >= 0; --g) sweep_group(a, w, tile, place.half, g);
-      sync_threads();
-      store_sums(a, tile);
+        for (int g = tile.groups - 1; g >= 0; --g) sweep_group(a, w, tile, place.half, g);
+        sync_threads();
+        store_sums(a, place, tile);
+      }
       sync_threads();
     }
-    save_parameter_gradients(a, place, w);
-    if (a.dinitial.p) save_states(a, place, row_of(a.dinitial, place), a.dinitial.n, w.g);
+    if constexpr (kLocal) {
+      F* before = static_cast<F*>(a.entry) + (place.row(a) - a.p.channels) * a.p.states;  // of the chunk before
+      save_states(a, place, before, 1, w.g);
+      if (w.active && place.half == 0) static_cast<F*>(a.step_sum)[place.row(a)] = step_sum;
+    } else {
+      save_parameter_gradients(a, place, w);
+      if (a.dinitial.p && place.chunk == 0) save_states(a, place, row_of(a.dinitial, place), a.dinitial.n, w.g);
+    }
+  }
+};
+
+// Turns what ScanBwdRows<.., true> left of zero adjoints into the adjoints on entering each chunk from its end.
+struct JoinAdjoints {
+  using F = float;
+  using Args = BwdArgs;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocks = 1;
+
+  static SK_DEVICE void run(const Args& a) {
+    const int64_t i = block_index() * kThreads + thread_index(), states = a.p.states;
+    if (i >= a.p.batch * a.p.channels * states) return;
+    const int64_t n = i % states, channel = i / states % a.p.channels, batch = i / states / a.p.channels;
+    const F A = scaled_A(static_cast<const F*>(a.p.A.p)[channel * a.p.A.d + n * a.p.A.n]);
+    const auto row = [&](int64_t chunk) { return (batch * a.chunks + chunk) * a.p.channels + channel; };
+    const States& s = a.dlast;
+    F g = s.p ? static_cast<const F*>(s.p)[batch * s.s + channel * s.d + n * s.n] : F(0);
+    F* entry = static_cast<F*>(a.entry) + n;
+    entry[row(a.chunks - 1) * states] = g;
+    for (int64_t chunk = a.chunks - 1; chunk > 0; --chunk) {
+      F& before = entry[row(chunk - 1) * states];
+      before = g = fused(exp2_unit(A * static_cast<const F*>(a.step_sum)[row(chunk)]), g, before);
+    }
   }
 };
 
