@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "selective_scan/cuda_conv1d.cuh"
+#include "selective_scan/cuda_conv1d_time.cuh"
 #include "selective_scan/cuda_conv1d_update.cuh"
 
 namespace scalekern::conv {
@@ -39,12 +40,54 @@ void with_shape(const Args& a, F&& f) {
   else a.by_time ? with_width(std::integral_constant<int, 1>{}) : with_width(std::integral_constant<int, kChannels>{});
 }
 
+// Whether the kernels of cuda_conv1d_time.cuh take these rows: their places in a row are numbers of 32 bits.
+inline bool takes_time(const Args& a) {
+  return a.by_time && !a.ids.data && !a.cu.data && a.length > 0 && a.length < (1 << 30);
+}
+
+// Rows of packs that are contiguous and aligned.
+template <class T>
+bool packed(const Args& a, const Rows& r) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(r.p) | uintptr_t(r.b * sizeof(T)) | uintptr_t(r.d * sizeof(T));
+  return r.l == 1 && bits % 16 == 0 && a.length % kTokens == 0;
+}
+
+inline TimeArgs time_args(const Args& a, bool packed) {
+  TimeArgs t{a};
+  const int64_t groups = ceil_div(a.length, kTokens);
+  while (t.lane_bits < 5 && (1 << t.lane_bits) < groups) ++t.lane_bits;
+  t.packed = packed, t.by_channels = Divisor(a.channels);
+  t.steps = int(ceil_div(groups, 1 << t.lane_bits));
+  return t;
+}
+
+template <class Kernel, class Exec>
+void launch_units(Exec& exec, const TimeArgs& a) {
+  exec.template launch<Kernel>(ceil_div(int64_t(a.units) << a.lane_bits, Kernel::kThreads), 0, a);
+}
+
+template <class T, class Exec>
+bool launch_time_fwd(Exec& exec, const Args& args) {
+  TimeArgs a = time_args(args, packed<T>(args, args.x) && packed<T>(args, args.out));
+  const auto launch = [&]<int kWidth>(std::integral_constant<int, kWidth>) {
+    using Kernel = ConvTimeFwd<T, kWidth>;
+    a.segments = int(ceil_div(a.steps, Kernel::kSteps)), a.by_segments = Divisor(a.segments);
+    const int64_t units = a.batch * a.channels * a.segments;
+    if (units >= (int64_t(1) << 31)) return false;
+    a.units = int(units);
+    launch_units<Kernel>(exec, a);
+    return true;
+  };
+  return a.width <= 4 ? launch(std::integral_constant<int, 4>{}) : launch(std::integral_constant<int, 8>{});
+}
+
 template <class Exec>
 void causal_conv1d_fwd(Exec& exec, const View& out, const View& final_states, const Inputs& in) {
   Args a = args_of(in);
   if (a.sequences == 0) return;
   a.out = rows_of(out), a.final = rows_of(final_states);
   with_type(in.x.dtype, [&]<class T>(T*) {
+    if (takes_time(a) && launch_time_fwd<T>(exec, a)) return;
     with_shape<8 / int(sizeof(T))>(a, [&](auto width, auto channels) {
       using Kernel = ConvFwd<T, width.value, channels.value>;
       const int64_t threads = a.batch * ceil_div(a.channels, channels.value) * ceil_div(a.length, kTokens);

@@ -1,0 +1,153 @@
+// The convolution of whole rows whose tokens are neighbours: no seq_idx, no packed sequences.
+//
+// Bound: memory, 2 elements a token and channel forward (x, out) and 3 backward (x, dout, dx). At 4.3 TB/s and bf16 a
+// token of a warp has 32 issue slots forward and 48 backward; some 20 and @BWD@ are used.
+//
+// Split: `lanes` threads (a power of two up to 32) share a row, each with 8 neighbouring tokens a step: 16-byte loads and
+// stores in bf16, the tokens before them again from the L1. Forward a thread has 4 steps, all loaded before the first is
+// used. Backward the lanes walk through a segment of the row from its end, so that the gradients before the activation of
+// the tokens ahead come by shuffle from the next lane, or from the step before; the loads of the next step are under way
+// meanwhile. Sums for the filter stay in registers until the lanes have walked through all of their segments.
+// Rows that are not aligned, or not a multiple of 8 long, take the same path with loads of single elements.
+//
+// Lost, measured on an H200 (bf16, B 8, D 4096, L 4096, W 4): a thread for 8 tokens with 64-bit divisions for its place,
+// the first 8 of a row element by element: 486 us forward and 67 instructions a token; backward the slopes of W - 1
+// tokens ahead computed again and the same rows' ends: 2.07 ms.
+//
+// Shape letters: B batch, D channels, L length, W filter width.
+#pragma once
+#include "selective_scan/cuda_conv1d_rows.cuh"
+
+namespace scalekern::conv {
+
+struct TimeArgs : Args {
+  int lane_bits, steps, segments, share;  // steps and segments of a row; backward: segments (of all rows) of a unit
+  int units;                              // groups of lanes with work
+  bool packed;
+  Divisor by_segments, by_channels;
+};
+
+// What a group of lanes works on: unit = (row, segment) forward, (slice, channel) backward.
+struct Unit {
+  int number, lane, lanes;
+  SK_DEVICE explicit Unit(const TimeArgs& a, int threads)
+      : number(int(block_index()) * (threads >> a.lane_bits) + (thread_index() >> a.lane_bits)),
+        lane(thread_index() & ((1 << a.lane_bits) - 1)),
+        lanes(1 << a.lane_bits) {}
+};
+
+// kTokens tokens of a row from t on, raw. kPacked: t may lie past the end, and then the row's last ones come; otherwise
+// there are zeros past the end.
+template <bool kPacked, class T>
+SK_DEVICE Group<T, kTokens> load_tokens(const T* row, int64_t l, int t, int length) {
+  if constexpr (kPacked) return Group<T, kTokens>::load(row + (t < length ? t : length - kTokens));
+  Group<T, kTokens> own{};
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j)
+    if (t + j < length) own.set(j, row[(t + j) * l]);
+  return own;
+}
+
+template <bool kPacked, class T>
+SK_DEVICE void store_tokens(T* row, int64_t l, int t, int length, const Compute<T> (&value)[kTokens]) {
+  const auto own = Group<T, kTokens>::of(value);
+  if constexpr (kPacked) {
+    if (t < length) own.store(row + t);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j)
+      if (t + j < length) row[(t + j) * l] = own.get(j);
+  }
+}
+
+// The tokens of a lane with the kWidth before them.
+template <class T, int kWidth>
+struct Window {
+  Group<T, kWidth> head;
+  Group<T, kTokens> own;
+
+  // kFirst: t may be 0.
+  template <bool kPacked, bool kFirst>
+  SK_DEVICE void load(const Args& a, const T* row, int b, int d, int t, int length) {
+    own = load_tokens<kPacked>(row, a.x.l, t, length);
+    if (kPacked && !(kFirst && t == 0)) {
+      head = Group<T, kWidth>::load(row + (t < length ? t : length) - kWidth);
+    } else {
+      head = {};
+#pragma unroll
+      for (int k = 1; k < kWidth; ++k) {
+        const int position = t - kWidth + k, place = position + a.width - 1;
+        if (position >= length) continue;
+        if (position >= 0) head.set(k, row[position * a.x.l]);
+        else if (a.initial.p && place >= 0) head.set(k, *at<T>(a.initial, b, d, place));
+      }
+    }
+  }
+
+  // Elements of `column`: tokens t - (kWidth - 1) .. t + kTokens.
+  template <class F>
+  SK_DEVICE void widen_to(F (&column)[kWidth - 1 + kTokens]) const {
+#pragma unroll
+    for (int k = 1; k < kWidth; ++k) column[k - 1] = widen(head.get(k));
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) column[kWidth - 1 + j] = widen(own.get(j));
+  }
+};
+
+template <class T, int kWidth>
+struct ConvTimeFwd {
+  using F = Compute<T>;
+  using Args = TimeArgs;
+  static constexpr int kThreads = 128, kBlocks = sizeof(F) == 8 ? 1 : 7;
+  static constexpr int kSteps = 4;
+
+  static SK_APART void final_state(const Args& a, int b, int d) {
+    const Run run{0, a.length, b, false};
+    const int taps = a.width - 1;
+    for (int k = 0; k < taps; ++k)
+      *at<T>(a.final, b, d, k) = narrow<T>(history<T>(a, run, b, d, a.length - taps + k));
+  }
+
+  static SK_DEVICE void run(const Args& a) {
+    const Unit unit(a, kThreads);
+    if (unit.number >= a.units) return;
+    const int row = a.by_segments.quotient(unit.number), segment = unit.number - row * a.segments;
+    const int b = a.by_channels.quotient(row), d = row - b * int(a.channels), length = int(a.length);
+    const T* x = pinned(at<const T>(a.x, b, d, 0));
+    T* out = pinned(at<T>(a.out, b, d, 0));
+    const int stride = unit.lanes * kTokens, begin = segment * kSteps * stride + unit.lane * kTokens;
+    F w[kWidth];
+    load_filter(a, d, w);
+    const F bias = bias_at<F>(a, d);
+    const auto finish = [&]<bool kPacked>(const Window<T, kWidth>& window, int t) {
+      F column[kWidth - 1 + kTokens], y[kTokens];
+      window.widen_to(column);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) y[j] = convolve_column<kWidth>(a, w, bias, column + j);
+      if (a.silu) {
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) y[j] = device::silu(y[j]);
+      }
+      store_tokens<kPacked>(out, a.out.l, t, length, y);
+    };
+    if (a.packed) {
+      Window<T, kWidth> windows[kSteps];
+      windows[0].template load<true, true>(a, x, b, d, begin, length);
+#pragma unroll
+      for (int s = 1; s < kSteps; ++s) windows[s].template load<true, false>(a, x, b, d, begin + s * stride, length);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) finish.template operator()<true>(windows[s], begin + s * stride);
+    } else {
+#pragma unroll 1
+      for (int s = 0; s < kSteps; ++s) {
+        Window<T, kWidth> window;
+        window.template load<false, true>(a, x, b, d, begin + s * stride, length);
+        finish.template operator()<false>(window, begin + s * stride);
+      }
+    }
+    const int last = ((length - 1) & -kTokens) - begin;  // from this lane to the row's last group
+    if (last >= 0 && last < kSteps * stride && (last & (stride - 1)) == 0) final_state(a, b, d);
+  }
+};
+
+}  // namespace scalekern::conv
