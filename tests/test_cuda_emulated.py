@@ -192,6 +192,8 @@ def update_inputs(H, P, N, dtype, state_dtype, *, groups=1, indices=None, B=5, e
         dict(H=1, P=9, N=16, dtype=torch.float32, state_dtype=torch.float32),
         dict(H=4, P=3, N=5, dtype=torch.bfloat16, state_dtype=torch.float32, groups=2),
         dict(H=2, P=3, N=150, dtype=torch.float16, state_dtype=torch.bfloat16, expanded_A=True),
+        dict(H=2, P=11, N=16, dtype=torch.bfloat16, state_dtype=torch.float32, indices=torch.tensor([-1, 4, 0, 6, -1])),
+        dict(H=2, P=3, N=128, dtype=torch.float16, state_dtype=torch.float16, expanded_A=True, optional="z"),
         dict(H=1, P=40, N=16, dtype=torch.float64, state_dtype=torch.float64, optional=""),
         dict(H=1, P=5, N=8, dtype=torch.float32, state_dtype=torch.float16, indices=torch.tensor([3, -1, 0, 6, 2])),
     ],
@@ -204,8 +206,9 @@ def test_emulated_state_update(case):
     assert_all_close([got], [want], ["out"], TOLERANCE[case["dtype"]])
     assert_all_close([mine[0]], [oracle[0]], ["state"], max(TOLERANCE[case["state_dtype"]], TOLERANCE[args[3].dtype]))
     if case.get("indices") is not None:
-        untouched = [1, 4, 5]
-        assert torch.equal(mine[0][untouched], args[0][untouched]) and got[1].abs().max() == 0
+        padded = case["indices"] < 0
+        untouched = [i for i in range(len(args[0])) if i not in case["indices"]]
+        assert torch.equal(mine[0][untouched], args[0][untouched]) and got[padded].abs().max() == 0
 
 
 def conv_inputs(

@@ -88,13 +88,22 @@ struct alignas(16) Pack {
   T v[kSize];
 };
 
-// Makes the compiler compute a pointer once, instead of again from its parts at every access.
+// Makes the compiler compute a pointer to global memory once, instead of again from its parts at every access.
 template <class T>
 SK_FN T* pinned(T* p) {
 #if defined(__CUDA_ARCH__)
-  asm("" : "+l"(p));
+  size_t address = __cvta_generic_to_global(p);
+  asm("" : "+l"(address));
+  p = static_cast<T*>(__cvta_global_to_generic(address));
 #endif
   return p;
+}
+
+// Loads written before it are not moved down to where their values are used.
+SK_FN void loads_begin_above() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
 }
 
 template <class T>
