@@ -98,8 +98,27 @@ void causal_conv1d_fwd(Exec& exec, const View& out, const View& final_states, co
   });
 }
 
+// Slices of the sums in the order in which they are added, and the launch.
 template <class T, class Exec>
-void launch_bwd(Exec& exec, Args& a, const View& dweight, const View& dbias) {
+bool launch_time_bwd(Exec& exec, Args& args) {
+  const bool is_packed = packed<T>(args, args.x) && packed<T>(args, args.dout) && packed<T>(args, args.out);
+  TimeArgs a = time_args(args, is_packed);
+  // Enough warps for some 12 waves on the GPU, so that the last one costs little; a segment has at least 4 steps.
+  const int64_t wanted = std::max<int64_t>(1, 256 * exec.processors() * (32 >> a.lane_bits) / a.channels);
+  a.segments = int(std::clamp<int64_t>(wanted / a.batch, 1, ceil_div(a.steps, 4)));
+  a.steps = int(ceil_div(a.steps, a.segments)), a.by_segments = Divisor(a.segments);
+  const int64_t pieces = a.batch * a.segments;
+  a.share = int(ceil_div(pieces, wanted));
+  const int64_t slices = ceil_div(pieces, a.share), units = slices * a.channels;
+  if (units >= (int64_t(1) << 31) || pieces + a.share >= (int64_t(1) << 31)) return false;
+  args.slices = slices, a.units = int(units);
+  args.partial = a.partial = exec.scratch(int64_t(sizeof(Compute<T>)) * units * (a.width + 1));
+  a.width <= 4 ? launch_units<ConvTimeBwd<T, 4>>(exec, a) : launch_units<ConvTimeBwd<T, 8>>(exec, a);
+  return true;
+}
+
+template <class T, class Exec>
+void launch_strips_bwd(Exec& exec, Args& a) {
   using F = Compute<T>;
   with_shape<sizeof(T) == 8 ? 1 : 2>(a, [&](auto width, auto channels) {
     using Kernel = ConvBwd<T, width.value, channels.value>;
@@ -112,6 +131,12 @@ void launch_bwd(Exec& exec, Args& a, const View& dweight, const View& dbias) {
     const int64_t shared = int64_t(sizeof(F)) * Kernel::kThreads / 32 * a.channel_lanes * kV * Kernel::kSums;
     exec.template launch<Kernel>(blocks * a.slices, shared, a);
   });
+}
+
+template <class T, class Exec>
+void launch_bwd(Exec& exec, Args& a, const View& dweight, const View& dbias) {
+  using F = Compute<T>;
+  if (!takes_time(a) || !launch_time_bwd<T>(exec, a)) launch_strips_bwd<T>(exec, a);
   const typename ReduceFilter<F>::Args r{a.partial, dweight.data, a.bias ? dbias.data : nullptr, a.slices, a.channels,
                                          dweight.stride[0], dweight.stride[1], dbias.stride[0], a.width};
   exec.template launch<ReduceFilter<F>>(ceil_div(a.channels * (a.width + 1), ReduceFilter<F>::kThreads), 0, r);

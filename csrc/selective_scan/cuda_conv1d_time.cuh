@@ -150,4 +150,106 @@ struct ConvTimeFwd {
   }
 };
 
+// dx, and this unit's share of dweight and dbias: a unit is a channel and `share` segments of its rows.
+template <class T, int kWidth>
+struct ConvTimeBwd {
+  using F = Compute<T>;
+  using Args = TimeArgs;
+  static constexpr int kThreads = 128, kBlocks = sizeof(F) == 8 ? 1 : kWidth == 8 ? 4 : 5;
+  static constexpr int kSums = kWidth + 1;
+
+  static SK_APART F slope_at(const Args& a, int b, int d, int64_t t) {
+    return slope<T>(a, Run{0, a.length, b, false}, b, d, t);
+  }
+
+  // The final state's gradient reaches the row's last W - 1 tokens.
+  static SK_DEVICE void add_final(const Args& a, int b, int d, int t, F (&dx)[kTokens]) {
+    const int64_t first = a.length - (a.width - 1);
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j)
+      if (t + j >= first && t + j < a.length) dx[j] += F(widen(*at<T>(a.final, b, d, t + j - first)));
+  }
+
+  template <bool kPacked>
+  static SK_DEVICE void walk(const Args& a, const Unit& unit, int slice, int d, F (&sums)[kSums]) {
+    const int length = int(a.length), stride = unit.lanes * kTokens;
+    F w[kWidth];
+    load_filter(a, d, w);
+    const F bias = bias_at<F>(a, d);
+    const int neighbour = (thread_index() & 31 & ~(unit.lanes - 1)) | ((unit.lane + 1) & (unit.lanes - 1));
+#pragma unroll 1
+    for (int q = 0; q < a.share; ++q) {
+      const int piece = slice * a.share + q, row = a.by_segments.quotient(piece), segment = piece - row * a.segments;
+      const bool active = unit.number < a.units && row < a.batch;
+      const int b = active ? row : 0, end = active ? length : 0;  // inactive: all tokens lie past the end
+      const T* x = pinned(at<const T>(a.x, b, d, 0));
+      const T* dout = pinned(at<const T>(a.dout, b, d, 0));
+      T* out = pinned(at<T>(a.out, b, d, 0));
+      int t = ((segment + 1) * a.steps - 1) * stride + unit.lane * kTokens;
+
+      F ahead[kWidth - 1];  // in lane 0: the gradients before the activation that follow the step
+      const int64_t next = int64_t(segment + 1) * a.steps * stride;
+#pragma unroll
+      for (int j = 0; j < kWidth - 1; ++j) ahead[j] = next + j < end ? slope_at(a, b, d, next + j) : F(0);
+
+      Window<T, kWidth> window;
+      window.template load<kPacked, true>(a, x, b, d, t, length);
+      Group<T, kTokens> gradients = load_tokens<kPacked>(dout, a.dout.l, t, length);
+#pragma unroll 1
+      for (int s = a.steps - 1; s >= 0; --s, t -= stride) {
+        F column[kWidth - 1 + kTokens], g[kTokens + kWidth - 1], dx[kTokens];
+        window.widen_to(column);
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) g[j] = t + (kPacked ? 0 : j) < end ? F(widen(gradients.get(j))) : F(0);
+        if (s > 0) {
+          window.template load<kPacked, true>(a, x, b, d, t - stride, length);
+          gradients = load_tokens<kPacked>(dout, a.dout.l, t - stride, length);
+          loads_begin_above();
+        }
+        if (a.silu) {
+#pragma unroll
+          for (int j = 0; j < kTokens; ++j) {
+            const F before = convolve_column<kWidth>(a, w, bias, column + j);
+            g[j] *= silu_slope(before, sigmoid(before));
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kWidth - 1; ++j) {
+          g[kTokens + j] = shuffle(unit.lane == 0 ? ahead[j] : g[j], neighbour);
+          ahead[j] = g[j];
+        }
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          dx[j] = 0;
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i)
+            if (i < a.width) dx[j] = fused(w[kWidth - 1 - i], g[j + i], dx[j]);
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k)
+            if (k >= kWidth - a.width) sums[k] = fused(g[j], column[j + k], sums[k]);
+          sums[kWidth] += g[j];
+        }
+        if (a.final.p && t + kTokens > length - a.width) add_final(a, b, d, t, dx);
+        store_tokens<kPacked>(out, a.out.l, t, end, dx);
+      }
+    }
+  }
+
+  static SK_DEVICE void run(const Args& a) {
+    const Unit unit(a, kThreads);
+    const int number = unit.number < a.units ? unit.number : 0;  // idle lanes shuffle with the others
+    const int slice = a.by_channels.quotient(number), d = number - slice * int(a.channels);
+    F sums[kSums] = {};
+    if (a.packed) walk<true>(a, unit, slice, d, sums);
+    else walk<false>(a, unit, slice, d, sums);
+    F* partial = static_cast<F*>(a.partial) + (slice * a.channels + d) * (a.width + 1);
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      for (int m = 1; m < unit.lanes; m *= 2) sums[k] += shuffle_xor(sums[k], m);
+      const int column = k == kWidth ? a.width : k - (kWidth - a.width);
+      if (unit.lane == 0 && unit.number < a.units && column >= 0) partial[column] = sums[k];
+    }
+  }
+};
+
 }  // namespace scalekern::conv
