@@ -283,6 +283,22 @@ def test_emulated_convolution_update(steps, size, circular):
     assert torch.equal(mine[[0, 1, 3, 4]], state[[0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width, size, slots", [(4, 3, False), (4, 4, True), (2, 3, True), (3, 4, False)])
+def test_emulated_convolution_step(width, size, slots, dtype):
+    """One token, the shapes that decoding has: channels four at a time, rows two at a time."""
+    generator = torch.Generator().manual_seed(width)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    state, x, weight, bias = normal(8, 12, size).to(dtype), normal(7, 12, 1).to(dtype), normal(12, width), normal(12)
+    slots = torch.tensor([7, -1, 0, 3, -1, 5, 2]) if slots else None
+    mine, oracle = state.clone(), state.double()
+    got = emulated.causal_conv1d_update(mine, x, weight, bias, None, slots, True)
+    want = causal_conv1d_update_op(oracle, x.double(), weight.double(), bias.double(), None, slots, True)
+    assert_all_close([got], [want], ["out"], TOLERANCE[dtype])
+    assert torch.equal(mine, oracle.to(dtype)) and not torch.equal(mine, state)
+    assert slots is None or got[slots < 0].abs().max() == 0
+
+
 @pytest.mark.parametrize("broken", ["zeros", "dropped_skip", "permuted_groups"])
 def test_the_comparison_notices(broken):
     args = scan_inputs(B=1, D=4, L=20, N=16, groups=(2, 2))

@@ -169,6 +169,15 @@ void causal_conv1d_update(
   a.weight_d = weight.stride[0], a.weight_w = weight.stride[1], a.bias_d = bias.stride[0];
   a.lengths = indices_of(lengths, 0), a.slots = indices_of(slots, 0);
   with_type(x.dtype, [&]<class T>(T*) {
+    const auto step = [&]<class Kernel>(Kernel*) {
+      if (!Kernel::plan(a, x.dtype)) return false;
+      const int64_t threads = ceil_div(a.batch, Kernel::kRows) * (a.channels / Kernel::kChannels);
+      exec.template launch<Kernel>(ceil_div(threads, Kernel::kThreads), 0, a);
+      return true;
+    };
+    if constexpr (sizeof(T) <= 4) {
+      if (step(static_cast<ConvStep<T, 3>*>(nullptr)) || step(static_cast<ConvStep<T, 4>*>(nullptr))) return;
+    }
     using Kernel = ConvUpdate<T>;
     exec.template launch<Kernel>(ceil_div(a.batch * a.channels, Kernel::kThreads), 0, a);
   });

@@ -1,7 +1,7 @@
 // The convolution of whole rows whose tokens are neighbours: no seq_idx, no packed sequences.
 //
 // Bound: memory, 2 elements a token and channel forward (x, out) and 3 backward (x, dout, dx). At 4.3 TB/s and bf16 a
-// token of a warp has 32 issue slots forward and 48 backward; some 20 and @BWD@ are used.
+// token of a warp has 32 issue slots forward and 48 backward; some 20 and 36 are used.
 //
 // Split: `lanes` threads (a power of two up to 32) share a row, each with 8 neighbouring tokens a step: 16-byte loads and
 // stores in bf16, the tokens before them again from the L1. Forward a thread has 4 steps, all loaded before the first is
