@@ -215,6 +215,8 @@ def update_inputs(H, P, N, dtype, state_dtype, *, groups=1, indices=None, B=5, e
         dict(H=1, P=9, N=16, dtype=torch.float32, state_dtype=torch.float32),
         dict(H=4, P=3, N=5, dtype=torch.bfloat16, state_dtype=torch.float32, groups=2),
         dict(H=2, P=3, N=150, dtype=torch.float16, state_dtype=torch.bfloat16, expanded_A=True),
+        dict(H=2, P=11, N=16, dtype=torch.bfloat16, state_dtype=torch.float32, indices=torch.tensor([-1, 4, 0, 6, -1])),
+        dict(H=2, P=3, N=128, dtype=torch.float16, state_dtype=torch.float16, expanded_A=True, optional="z"),
         dict(H=1, P=40, N=16, dtype=torch.float64, state_dtype=torch.float64, optional=""),
         dict(H=1, P=5, N=8, dtype=torch.float32, state_dtype=torch.float16, indices=torch.tensor([3, -1, 0, 6, 2])),
     ],
@@ -227,8 +229,9 @@ def test_emulated_state_update(case):
     assert_all_close([got], [want], ["out"], TOLERANCE[case["dtype"]])
     assert_all_close([mine[0]], [oracle[0]], ["state"], max(TOLERANCE[case["state_dtype"]], TOLERANCE[args[3].dtype]))
     if case.get("indices") is not None:
-        untouched = [1, 4, 5]
-        assert torch.equal(mine[0][untouched], args[0][untouched]) and got[1].abs().max() == 0
+        padded = case["indices"] < 0
+        untouched = [i for i in range(len(args[0])) if i not in case["indices"]]
+        assert torch.equal(mine[0][untouched], args[0][untouched]) and got[padded].abs().max() == 0
 
 
 def conv_inputs(
@@ -254,6 +257,8 @@ CONV_CASES = {
     "width_4": dict(B=2, D=5, L=100, W=4),
     "width_3_bare": dict(B=2, D=3, L=64, W=3, bias=False, initial=False, silu=False),
     "width_8_bf16": dict(B=1, D=3, L=96, W=8, dtype=torch.bfloat16),
+    "longer_than_the_lanes": dict(B=2, D=2, L=2056, W=4, dtype=torch.bfloat16),
+    "longer_than_the_lanes_odd": dict(B=1, D=3, L=1301, W=3, initial=False),
     "width_2_float64": dict(B=1, D=3, L=50, W=2, dtype=torch.float64),
     "odd_length": dict(B=2, D=3, L=101, W=4, dtype=torch.float16),
     "shorter_than_the_filter": dict(B=2, D=3, L=2, W=6),
@@ -299,6 +304,22 @@ def test_emulated_convolution_update(steps, size, circular):
     # A token of this call reaches the state in bfloat16 but the outputs as it came.
     assert_all_close([got, mine], [want, oracle.to(torch.bfloat16)], ("out", "state"), 2e-6)
     assert torch.equal(mine[[0, 1, 3, 4]], state[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width, size, slots", [(4, 3, False), (4, 4, True), (2, 3, True), (3, 4, False)])
+def test_emulated_convolution_step(width, size, slots, dtype):
+    """One token, the shapes that decoding has: channels four at a time, rows two at a time."""
+    generator = torch.Generator().manual_seed(width)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    state, x, weight, bias = normal(8, 12, size).to(dtype), normal(7, 12, 1).to(dtype), normal(12, width), normal(12)
+    slots = torch.tensor([7, -1, 0, 3, -1, 5, 2]) if slots else None
+    mine, oracle = state.clone(), state.double()
+    got = emulated.causal_conv1d_update(mine, x, weight, bias, None, slots, True)
+    want = causal_conv1d_update_op(oracle, x.double(), weight.double(), bias.double(), None, slots, True)
+    assert_all_close([got], [want], ["out"], TOLERANCE[dtype])
+    assert torch.equal(mine, oracle.to(dtype)) and not torch.equal(mine, state)
+    assert slots is None or got[slots < 0].abs().max() == 0
 
 
 @pytest.mark.parametrize("broken", ["zeros", "dropped_skip", "permuted_groups"])

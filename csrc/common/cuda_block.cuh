@@ -3,6 +3,8 @@
 // Kernels are structs with `Args`, `kThreads` and `static SK_DEVICE void run(const Args&)`. nvcc makes a __global__
 // function of each (cuda_launch.h); for the host compiler the same source runs, thread by thread, in emulator.h.
 #pragma once
+#include <type_traits>
+
 #include "common/device_math.cuh"
 
 #if defined(__CUDACC__)
@@ -20,6 +22,12 @@ SK_DEVICE void sync_warp() { __syncwarp(); }
 template <class F>
 SK_DEVICE F shuffle_xor(F value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// The value of another lane of the warp.
+template <class F>
+SK_DEVICE F shuffle(F value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
 }
 
 SK_DEVICE unsigned char* shared_memory() {
@@ -57,6 +65,11 @@ inline F shuffle_xor(F value, int mask) {
   return F(emulator::block().exchange(wide, mask));
 }
 
+template <class F>
+inline F shuffle(F value, int lane) {
+  return shuffle_xor(value, (thread_index() & 31) ^ lane);
+}
+
 inline unsigned char* shared_memory() { return emulator::block().shared(); }
 inline void copy_async(void* shared, const void* global) { emulator::block().copy_async(shared, global); }
 inline void copy_commit() {}
@@ -75,10 +88,86 @@ struct alignas(16) Pack {
   T v[kSize];
 };
 
+// Makes the compiler compute a pointer to global memory once, instead of again from its parts at every access.
+template <class T>
+SK_FN T* pinned(T* p) {
+#if defined(__CUDA_ARCH__)
+  size_t address = __cvta_generic_to_global(p);
+  asm("" : "+l"(address));
+  p = static_cast<T*>(__cvta_global_to_generic(address));
+#endif
+  return p;
+}
+
+// Loads written before it are not moved down to where their values are used.
+SK_FN void loads_begin_above() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
 template <class T>
 SK_FN bool aligned16(const T* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
+
+// Two neighbours in storage as one word, the first in its lower half.
+template <class T>
+SK_FN uint32_t narrow_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  return narrow<T>(first).bits | uint32_t(narrow<T>(second).bits) << 16;
+#endif
+}
+
+// kCount neighbouring elements as they are stored, moved in pieces of up to 16 bytes. Those of 2 bytes stay in pairs: as
+// elements each would take a register.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Group {
+  static constexpr bool kPairs = sizeof(T) == 2;
+  using Word = std::conditional_t<kPairs, uint32_t, T>;
+  Word words[kPairs ? kCount / 2 : kCount];
+
+  static SK_FN Group load(const T* p) { return *reinterpret_cast<const Group*>(p); }
+  SK_FN void store(T* p) const { *reinterpret_cast<Group*>(p) = *this; }
+
+  SK_FN T get(int i) const {
+    if constexpr (kPairs) return T{uint16_t(words[i / 2] >> (i % 2 * 16))};
+    else return words[i];
+  }
+  SK_FN void set(int i, T value) {  // of a group that began as zeros
+    if constexpr (kPairs) words[i / 2] |= uint32_t(value.bits) << (i % 2 * 16);
+    else words[i] = value;
+  }
+  template <class F>
+  static SK_FN Group of(const F (&value)[kCount]) {
+    Group group;
+    if constexpr (kPairs) {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) group.words[i / 2] = narrow_pair<T>(value[i], value[i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) group.words[i] = narrow<T>(value[i]);
+    }
+    return group;
+  }
+};
+
+// n / d, 0 <= n < 2^31, by a multiplication: a division of 32 bits costs some 20 instructions, one of 64 bits 70.
+struct Divisor {
+  uint32_t magic = 1u << 31;
+  int shift = 31;
+  Divisor() = default;
+  explicit Divisor(int64_t d) {
+    while ((int64_t(1) << (shift - 31)) < d) ++shift;
+    magic = uint32_t(((uint64_t(1) << shift) + d - 1) / d);
+  }
+  SK_FN int quotient(int n) const { return int((uint64_t(uint32_t(n)) * magic) >> shift); }
+};
 
 // Calls f with a null pointer of the type that `dtype` (enum Dtype) names.
 template <class Call>

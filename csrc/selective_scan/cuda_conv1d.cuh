@@ -1,9 +1,8 @@
 // Short causal depthwise convolution, forward and backward, and its step for decoding.
 //
-// Bound: memory, 2 elements a token and channel forward (x, out) and 3 backward (x, dout, dx): with bf16 at 4.3 TB/s
-// 8e9 outputs a second and SM, 4.1 a clock, so some 30 instructions a thread and output are the budget; W products,
-// silu and conversions take about 15 at W = 4. Predicted: 85 to 90 % of the copy bandwidth forward, 75 to 85 % backward
-// (which recomputes W - 1 of 8 + W - 1 tokens). Never measured on a GPU.
+// These kernels take channels-last tensors, seq_idx and packed sequences; cuda_conv1d_time.cuh has whole rows along time.
+//
+// Bound: memory, 2 elements a token and channel forward (x, out) and 3 backward (x, dout, dx).
 //
 // Split: a thread makes 8 tokens of V channels. Where time is contiguous, V is 1 and the 8 tokens and the 8 before them
 // are 16-byte loads; where channels are, V fill 8 bytes (2 channels backward, for the registers) and a warp reads up to

@@ -195,8 +195,12 @@ SK_DEVICE bool inside_run(const Args& a, const Run& run, int64_t t0, int before,
 
 template <class F, int kWidth>
 SK_DEVICE void load_filter(const Args& a, int64_t d, F (&w)[kWidth]) {  // right-aligned, zeros in front
+  const F* tap = static_cast<const F*>(a.weight) + d * a.weight_d;
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) w[k] = k >= kWidth - a.width ? weight_at<F>(a, d, k - (kWidth - a.width)) : F(0);
+  for (int k = 0; k < kWidth; ++k) {
+    w[k] = k >= kWidth - a.width ? *tap : F(0);
+    if (k >= kWidth - a.width) tap += a.weight_w;
+  }
 }
 
 // Before the activation, from a strip's column whose element i is token t - (kWidth - 1) + i. Elements before the

@@ -1,12 +1,17 @@
 // One decoding step of the selective scan.
 //
 // Bound: memory. The state is read and written once (8 N bytes a channel in fp32); A comes once for kBatch rows of the
-// batch, everything else is smaller by N. Predicted: 85 to 95 % of the copy bandwidth from about 32 MB of state on;
-// below that the launch. Never measured on a GPU.
+// batch, everything else is smaller by N. Below some 32 MB of state the launch.
 //
 // Split: a thread owns 4 neighbouring states (16 bytes in fp32) of one (head, channel) for kBatch rows of the batch,
-// whose loads are all under way before the first is used; N / 4 lanes a channel (at most 32, then they loop), which add
-// y by shuffles. States of neighbouring channels are neighbours in memory, so a warp reads 512 bytes in a row.
+// whose loads are all under way before the first is used; N / 4 lanes a channel (4 to 32; beyond 128 states they loop). States of
+// neighbouring channels are neighbours in memory, so a warp reads 512 bytes in a row. What a row of a channel needs once
+// (dt with its softplus, x, z, D, the output) is one lane's work: lane i does it for row i % 4 and hands dt and x to the
+// others by shuffle; the sums over N are exchanged so that lane i ends with row i % 4's.
+//
+// Lost, measured on an H200 (bf16, fp32 state, B 256, D 8192, N 16): every lane with its own softplus for every row, the
+// state's type looked up at its loads and stores, and five divisions of 64 bits for a thread's place: 269 us, 358
+// instructions a row and quad of states, 114 registers; memory does it in 68 us.
 #pragma once
 #include "common/cuda_block.cuh"
 #include "common/view.h"
@@ -18,50 +23,38 @@ using namespace scalekern::device;
 
 struct Args {
   StateUpdateArgs u;
-  int lanes;
-  bool state_packed, A_packed, B_packed, C_packed;  // quads of it are contiguous and aligned
-  int64_t row_blocks;
+  int lane_bits, rows;  // threads of a channel; heads * dim
+  bool A_packed;        // quads of A are contiguous and aligned
+  Divisor by_row_blocks, by_dim, by_heads_per_group;
+  int row_blocks;
 };
 
-template <class T>
-struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
-  T v[4];
-};
-
-// Up to four elements of a row, widened; beyond `count` zeros.
-template <class T, class F>
-SK_DEVICE void load_four(const T* p, int64_t stride, int count, bool packed, F (&x)[4]) {
-  if (packed && count == 4) {
-    const Four<T> four = *reinterpret_cast<const Four<T>*>(p);
+// Four elements of a row, raw; beyond `count` zeros.
+template <bool kPacked, class T>
+SK_DEVICE Group<T, 4> load_four(const T* p, int64_t stride, int count) {
+  if constexpr (kPacked) return Group<T, 4>::load(p);
+  Group<T, 4> four{};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = F(widen(four.v[i]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = i < count ? F(widen(p[i * stride])) : F(0);
-  }
+  for (int i = 0; i < 4; ++i)
+    if (i < count) four.set(i, p[i * stride]);
+  return four;
 }
 
-template <class T, class F>
-SK_DEVICE void store_four(T* p, int64_t stride, int count, bool packed, const F (&x)[4]) {
-  using Stored = Compute<T>;
-  if (packed && count == 4) {
-    Four<T> four;
+template <bool kPacked, class T>
+SK_DEVICE void store_four(T* p, int64_t stride, int count, const Compute<T> (&x)[4]) {
+  const auto four = Group<T, 4>::of(x);
+  if constexpr (kPacked) return four.store(p);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four.v[i] = narrow<T>(Stored(x[i]));
-    *reinterpret_cast<Four<T>*>(p) = four;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) p[i * stride] = narrow<T>(Stored(x[i]));
-  }
+  for (int i = 0; i < 4; ++i)
+    if (i < count) p[i * stride] = four.get(i);
 }
 
-// T: inputs and output. The state's type is decided at run time, by a uniform branch at its loads and at its stores.
-template <class T>
+// T: inputs and output, S: the state. kPacked: the state, B and C are quads that are contiguous and aligned.
+template <class T, class S, bool kPacked>
 struct StateUpdate {
   using F = Compute<T>;
   using Args = update::Args;
-  static constexpr int kThreads = 128, kBlocks = sizeof(F) == 8 ? 1 : 4;
+  static constexpr int kThreads = 128, kBlocks = kPacked ? 5 : 1;
   static constexpr int kBatch = 4;
 
   template <class X>
@@ -74,79 +67,107 @@ struct StateUpdate {
     return Indices{u.indices, u.indices_b, u.indices_are_int64 != 0}[b];
   }
 
-  // Rows of the batch that this thread serves, with what a row needs once.
-  struct Row {
-    int64_t b, slot;
-    F x, d, y;
-  };
-
-  static SK_DEVICE Row begin_row(const StateUpdateArgs& u, int64_t b, int64_t h, int64_t p) {
-    Row r{b, b < u.batch ? slot_of(u, b) : -1, 0, 0, 0};
-    if (r.slot < 0) return r;
-    r.x = widen(*at<T>(u.x, b * u.x_b + h * u.x_h + p * u.x_p));
-    r.d = widen(*at<T>(u.dt, b * u.dt_b + h * u.dt_h + p * u.dt_p));
-    if (u.dt_bias) r.d += *at<F>(u.dt_bias, h * u.bias_h + p * u.bias_p);
-    if (u.softplus) r.d = softplus(r.d);
-    return r;
-  }
-
-  static SK_DEVICE void end_row(const StateUpdateArgs& u, const Row& r, int64_t h, int64_t p) {
-    if (r.b >= u.batch) return;
-    F y = r.y;
-    if (u.D) y += *at<F>(u.D, h * u.D_h + p * u.D_p) * r.x;
-    if (u.z && r.slot >= 0) y *= silu(F(widen(*at<T>(u.z, r.b * u.z_b + h * u.z_h + p * u.z_p))));
-    static_cast<T*>(u.out)[(r.b * u.heads + h) * u.dim + p] = narrow<T>(r.slot < 0 ? F(0) : y);
+  // Sums over the lanes of a channel: lane i gets y[i % kBatch] in y[0].
+  static SK_DEVICE F sum_lanes(F (&y)[kBatch], int lane, int lanes) {
+    const bool odd = lane & 1, upper = lane & 2;
+    const F a = (odd ? y[1] : y[0]) + shuffle_xor(odd ? y[0] : y[1], 1);
+    const F b = (odd ? y[3] : y[2]) + shuffle_xor(odd ? y[2] : y[3], 1);
+    F sum = (upper ? b : a) + shuffle_xor(upper ? a : b, 2);
+    for (int m = 4; m < lanes; m *= 2) sum += shuffle_xor(sum, m);
+    return sum;
   }
 
   static SK_DEVICE void run(const Args& a) {
     const StateUpdateArgs& u = a.u;
-    const int lane = thread_index() % a.lanes;
-    const int64_t group = block_index() / a.row_blocks;
-    const int64_t row = block_index() % a.row_blocks * (kThreads / a.lanes) + thread_index() / a.lanes;
-    const bool active = row < u.heads * u.dim;
-    const int64_t h = active ? row / u.dim : 0, p = active ? row % u.dim : 0, g = h / u.heads_per_group;
-    Row rows[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) rows[i] = begin_row(u, active ? group * kBatch + i : u.batch, h, p);
-    for (int64_t n = 4 * lane; n < u.states; n += 4 * a.lanes) {
-      const int count = u.states - n < 4 ? int(u.states - n) : 4;
-      F A[4], states[kBatch][4];
-      load_four(at<F>(u.A, h * u.A_h + p * u.A_p + n * u.A_n), u.A_n, count, a.A_packed, A);
-      const int64_t offset = h * u.state_h + p * u.state_p + n * u.state_n;
-      with_type(u.state_dtype, [&]<class S>(S*) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (rows[i].slot >= 0)
-            load_four(at<S>(u.state, offset + rows[i].slot * u.state_s), u.state_n, count, a.state_packed, states[i]);
-      });
+    const int lanes = 1 << a.lane_bits, lane = thread_index() & (lanes - 1);
+    const int group = a.by_row_blocks.quotient(int(block_index()));
+    const int row = (int(block_index()) - group * a.row_blocks) * (kThreads >> a.lane_bits) +
+                    (thread_index() >> a.lane_bits);
+    const bool active = row < a.rows;
+    const int h = active ? a.by_dim.quotient(row) : 0, p = active ? row - h * int(u.dim) : 0;
+    const int g = a.by_heads_per_group.quotient(h);
+
+    // This lane's row of the batch, with what it needs once. Rows past the batch read its last one and store nothing.
+    const int64_t begin = int64_t(group) * kBatch, own = begin + lane % kBatch;
+    const int64_t b = own < u.batch ? own : u.batch - 1;
+    const int slot = active && own < u.batch ? int(slot_of(u, b)) : -1;
+    const T raw_x = *at<T>(u.x, b * u.x_b + h * u.x_h + p * u.x_p);
+    const T raw_dt = *at<T>(u.dt, b * u.dt_b + h * u.dt_h + p * u.dt_p);
+    const T raw_z = u.z ? *at<T>(u.z, b * u.z_b + h * u.z_h + p * u.z_p) : T{};
+    const F bias = u.dt_bias ? *at<F>(u.dt_bias, h * u.bias_h + p * u.bias_p) : F(0);
+    const F skip = u.D ? *at<F>(u.D, h * u.D_h + p * u.D_p) : F(0);
+
+    const int first = thread_index() & 31 & ~(lanes - 1);  // the channel's first lane in the warp
+    S* state = pinned(static_cast<S*>(u.state) + h * u.state_h + p * u.state_p);
+    const F* A_row = pinned(at<F>(u.A, h * u.A_h + p * u.A_p));
+    const T* B_row = pinned(at<T>(u.B, begin * u.B_b + g * u.B_g));
+    const T* C_row = pinned(at<T>(u.C, begin * u.C_b + g * u.C_g));
+    // Packed, a lane has all of its states at once, or none: lane 0's stand in, and are not stored.
+    const bool idle = kPacked && 4 * lane >= u.states;
+    S* states[kBatch];
+    bool stored[kBatch];
+    Group<S, 4> old[kBatch];
+    Group<T, 4> B[kBatch], C[kBatch];
+    Group<F, 4> A;
+    const auto load = [&](int64_t n, int count) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        Row& r = rows[i];
-        if (r.slot < 0) continue;
-        F B[4], C[4];
-        load_four(at<T>(u.B, r.b * u.B_b + g * u.B_g + n * u.B_n), u.B_n, count, a.B_packed, B);
-        load_four(at<T>(u.C, r.b * u.C_b + g * u.C_g + n * u.C_n), u.C_n, count, a.C_packed, C);
+        const int of_row = shuffle(slot, first + i);
+        stored[i] = of_row >= 0 && !idle;
+        states[i] = pinned(state + (of_row >= 0 ? of_row : 0) * u.state_s + n * u.state_n);
+        old[i] = load_four<kPacked>(states[i], u.state_n, stored[i] || kPacked ? count : 0);
+      }
+      A = kPacked && a.A_packed ? load_four<true>(A_row + n * u.A_n, u.A_n, count)
+                     : load_four<false>(A_row + n * u.A_n, u.A_n, count);
+      const T *B_first = B_row + n * u.B_n, *C_first = C_row + n * u.C_n;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        B[i] = load_four<kPacked>(B_first, u.B_n, count);
+        C[i] = load_four<kPacked>(C_first, u.C_n, count);
+        if (begin + i + 1 < u.batch) B_first += u.B_b, C_first += u.C_b;
+      }
+      loads_begin_above();
+    };
+    const auto step = [&](int count, const F (&d)[kBatch], const F (&dx)[kBatch], F (&y)[kBatch]) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        Compute<S> fresh[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const F decay = exp2_unit(r.d * (A[e] * F(1.4426950408889634074)));
-          states[i][e] = fused(decay, states[i][e], r.d * r.x * B[e]);
-          if (e < count) r.y = fused(C[e], states[i][e], r.y);
+          const F next = fused(exp2_unit(d[i] * A.get(e)), F(widen(old[i].get(e))), dx[i] * F(widen(B[i].get(e))));
+          if (kPacked || e < count) y[i] = fused(F(widen(C[i].get(e))), next, y[i]);
+          fresh[e] = Compute<S>(next);
         }
+        if (stored[i]) store_four<kPacked>(states[i], u.state_n, count, fresh);
       }
-      with_type(u.state_dtype, [&]<class S>(S*) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (rows[i].slot >= 0) {
-            S* to = static_cast<S*>(u.state) + offset + rows[i].slot * u.state_s;
-            store_four(to, u.state_n, count, a.state_packed, states[i]);
-          }
-      });
-    }
+    };
+    if constexpr (kPacked) load(idle ? 0 : 4 * lane, 4);
+
+    const F x = widen(raw_x);
+    F dt = widen(raw_dt) + bias;
+    if (u.softplus) dt = softplus(dt);
+    F d[kBatch], dx[kBatch], y[kBatch] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      for (int m = 1; m < a.lanes; m *= 2) rows[i].y += shuffle_xor(rows[i].y, m);
-      if (active && lane == 0) end_row(u, rows[i], h, p);
+      d[i] = shuffle(dt * F(1.4426950408889634074), first + i);
+      dx[i] = shuffle(dt * x, first + i);
     }
+    if constexpr (kPacked) {
+      step(4, d, dx, y);
+      if (idle) y[0] = y[1] = y[2] = y[3] = 0;
+    } else {
+      for (int64_t begin_n = 0; begin_n < u.states; begin_n += 4 * lanes) {  // all lanes: they shuffle
+        const int64_t n = begin_n + 4 * lane, left = u.states - n;
+        const int count = left >= 4 ? 4 : left > 0 ? int(left) : 0;
+        load(n, count);
+        step(count, d, dx, y);
+      }
+    }
+    const F sum = sum_lanes(y, lane, lanes);
+    if (!active || lane >= kBatch || own >= u.batch) return;
+    F out = sum + skip * x;
+    if (u.z) out *= silu(F(widen(raw_z)));
+    static_cast<T*>(u.out)[b * a.rows + row] = narrow<T>(slot < 0 ? F(0) : out);
   }
 };
 
@@ -178,14 +199,25 @@ void selective_state_update(
   u.C_b = C.stride[0], u.C_g = C.stride[1], u.C_n = C.stride[2];
   u.D_h = D.stride[0], u.D_p = D.stride[1], u.bias_h = dt_bias.stride[0], u.bias_p = dt_bias.stride[1];
   u.indices_b = indices.stride[0];
+  a.rows = int(u.heads * u.dim), a.by_dim = Divisor(u.dim), a.by_heads_per_group = Divisor(u.heads_per_group);
+  while (a.lane_bits < 5 && (4 << a.lane_bits) < u.states) ++a.lane_bits;
+  a.lane_bits = a.lane_bits < 2 ? 2 : a.lane_bits;
   with_type(u.io_dtype, [&]<class T>(T*) {
-    using Kernel = StateUpdate<T>;
-    with_type(u.state_dtype, [&]<class S>(S*) { a.state_packed = packed(state, sizeof(S)); });
-    a.A_packed = packed(A, sizeof(Compute<T>)), a.B_packed = packed(B, sizeof(T)), a.C_packed = packed(C, sizeof(T));
-    a.lanes = power_of_two_from(ceil_div(u.states, 4));
-    a.lanes = a.lanes > 32 ? 32 : a.lanes;
-    a.row_blocks = ceil_div(u.heads * u.dim, Kernel::kThreads / a.lanes);
-    exec.template launch<Kernel>(a.row_blocks * ceil_div(u.batch, Kernel::kBatch), 0, a);
+    with_type(u.state_dtype, [&]<class S>(S*) {
+      const bool quads = u.states % 4 == 0;
+      a.A_packed = quads && packed(A, sizeof(Compute<T>));
+      const auto launch = [&]<bool kPacked>(std::bool_constant<kPacked>) {
+        using Kernel = StateUpdate<T, S, kPacked>;
+        a.row_blocks = int(ceil_div(a.rows, Kernel::kThreads >> a.lane_bits)), a.by_row_blocks = Divisor(a.row_blocks);
+        exec.template launch<Kernel>(a.row_blocks * ceil_div(u.batch, Kernel::kBatch), 0, a);
+      };
+      if constexpr (sizeof(Compute<T>) == 4 && sizeof(S) <= 4) {
+        const bool fits = quads && u.states <= 128 && state.size[0] > 0;
+        if (fits && packed(state, sizeof(S)) && packed(B, sizeof(T)) && packed(C, sizeof(T)))
+          return launch(std::true_type{});
+      }
+      launch(std::false_type{});
+    });
   });
 }
 
