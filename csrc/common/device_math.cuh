@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -102,6 +103,19 @@ SK_FN f16 narrow<f16, float>(float x) {
   if (magnitude < 0x38800000u)  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
     return f16{uint16_t(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u))};
   return f16{uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13))};
+#endif
+}
+
+// Two numbers of 16 bits in a word, the first one low: one instruction. (One alone takes two, at a quarter of the rate.)
+template <class T>
+SK_FN uint32_t narrow_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return narrow<T>(low).bits | uint32_t(narrow<T>(high).bits) << 16;
 #endif
 }
 
