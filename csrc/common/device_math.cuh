@@ -106,7 +106,7 @@ SK_FN f16 narrow<f16, float>(float x) {
 #endif
 }
 
-// Two numbers of 16 bits in a word, the first one low: one instruction. (One alone takes two, at a quarter of the rate.)
+// Two numbers of 16 bits in a word, the first one low: one instruction. (One alone goes through a slower pipe.)
 template <class T>
 SK_FN uint32_t narrow_pair(float low, float high) {
 #if defined(__CUDA_ARCH__)

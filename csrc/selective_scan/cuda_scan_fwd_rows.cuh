@@ -1,22 +1,40 @@
 // Forward selective scan of plain rows (takes_rows), the common case: at most 16 states, time contiguous on 16-byte
-// bounds, nothing packed. cuda_scan_fwd.cuh has the general kernel, whose plan of chunks and JoinChunks this one shares.
+// bounds, nothing packed. cuda_scan_fwd.cuh has the general kernel, whose split of time and JoinChunks this one shares.
+//
+// Bound: the special-function unit, 16 lanes a clock and SM, 8 clocks of a scheduler for a warp's instruction. A token
+// of a channel takes 16 exponentials for the decays, one for softplus, two operations for the gate: 19, of which one
+// lane a channel moves one to the FMA pipe (18: 144 clocks a token of 32 channels, 0.58 ms at B8 D4096 L4096 on an
+// H200; two move none: 152 clocks, 0.61 ms). Issue slots come next, counted in the code for sm_90a, bf16, gated,
+// with softplus: 128 instructions a token of 32 channels with one lane a channel, 134 with two (5 for each state, 8
+// loads of B and C, 10 softplus, 12 the polynomial exponential, 7 the gate, 4 to widen and narrow, the rest addresses
+// and the skip), and 2 for the tile's turn. The general kernel takes 241, and 1.90 ms there.
+//
+// Split: a thread owns a channel and 16 states (kLanes 1: 168 registers, three blocks an SM), or two threads half a
+// warp apart own 8 each (kLanes 2: 128 registers, four blocks of half as many channels), and then each computes the step
+// sizes and gates of 4 of the 8 tokens of a group. A group's u and delta are loaded while the one before is computed,
+// its z when it begins; B and C of 64 tokens lie in shared memory in scan order, the next 64 in registers.
+//
+// Tried and lost: elements of 16 bits instead of words (a register each, 20 instructions a token to sort them); zeros
+// for the padding with a branch for 0 * Inf (a second loop, and spills); reverse as a flag in the loop (3 instructions a
+// token); choices by lane without masks (the compiler makes a branch of them, with a shuffle on either side).
 #pragma once
 #include "selective_scan/cuda_scan_fwd.cuh"
 #include "selective_scan/cuda_scan_rows.cuh"
 
 namespace scalekern::scan {
 
-// One in kRowsPolyEvery exponentials leaves the special-function unit alone.
+// One in kRowsPolyEvery of a lane's exponentials leaves the special-function unit alone: 1 of 16 with one lane a
+// channel, none of 8 with two (each costs 13 issue slots and saves 8 clocks of the unit).
 constexpr int kRowsPolyEvery = 16;
 
-// Fewer than 16 states are filled up with copies of themselves, which share out C: with zeros, an infinite du would make
-// NaN of the padding (0 * Inf) and of all outputs.
+// Fewer than 16 states are filled up with copies of themselves, which share out C: with zeros, an infinite du would
+// make NaN of the padding (0 * Inf) and of all outputs.
 template <class T, int kLanes, bool kLocal>
 struct ScanFwdRows {
   using F = Compute<T>;
   using Args = FwdArgs;
   static constexpr int kThreads = 128;
-  static constexpr int kBlocks = kLanes == 1 ? 3 : 4;
+  static constexpr int kBlocks = kLanes == 2 && sizeof(T) == 2 ? 4 : 3;
   static constexpr int kStates = kRowStates / kLanes;
   static constexpr int kMine = kGroup / kLanes;  // tokens of a group whose step sizes and gates this lane computes
   static constexpr int kSwap = 16;               // the other lane of a channel is this far away
@@ -98,6 +116,12 @@ struct ScanFwdRows {
     return y[0] + y[1];
   }
 
+  // first in lane 0, second in lane 1. In bits: the compiler makes a branch of a choice, with the shuffles inside.
+  static SK_DEVICE F by_lane(const Walk& w, F first, F second) {
+    const uint32_t mask = uint32_t(-w.lane);
+    return as_float((as_bits(first) & ~mask) | (as_bits(second) & mask));
+  }
+
   // The step sizes of a group's tokens, in scan order, from what this lane has loaded of them.
   static SK_DEVICE void step_sizes(const Args& a, const Walk& w, F (&x)[kMine], F (&d)[kGroup]) {
     if (a.p.softplus) {
@@ -110,21 +134,22 @@ struct ScanFwdRows {
         d[j] = x[j];
       } else {
         const F other = shuffle_xor(x[j], kSwap);
-        d[j] = w.lane == 0 ? x[j] : other;
-        d[kMine + j] = w.lane == 0 ? other : x[j];
+        d[j] = by_lane(w, x[j], other);
+        d[kMine + j] = by_lane(w, other, x[j]);
       }
     }
   }
 
   // The outputs of this lane's tokens from both lanes' shares.
+  template <bool kReverse>
   static SK_DEVICE void finish(const Args& a, const Walk& w, const F (&y)[kGroup], const Raw<T, kMine>& z, T* out) {
     F mine[kMine];
 #pragma unroll
     for (int j = 0; j < kMine; ++j) {
       mine[j] = y[j];
       if constexpr (kLanes == 2) {
-        const F other = shuffle_xor(w.lane == 0 ? y[kMine + j] : y[j], kSwap);
-        mine[j] = (w.lane == 0 ? y[j] : y[kMine + j]) + other;
+        const F other = shuffle_xor(by_lane(w, y[kMine + j], y[j]), kSwap);
+        mine[j] = by_lane(w, y[j], y[kMine + j]) + other;
       }
     }
     if (a.p.z.p) {
@@ -133,17 +158,17 @@ struct ScanFwdRows {
     }
     Raw<T, kMine> packed;
     packed.set(mine);
-    if (a.p.reverse) packed.turn();
+    if constexpr (kReverse) packed.turn();
     if (w.active) packed.store(out);
   }
 
+  template <bool kReverse>
   static SK_DEVICE void walk(const Args& a, Walk& w, int64_t chunk) {
-    const bool reverse = a.p.reverse;
-    const int64_t begin = (reverse ? a.chunks - 1 - chunk : chunk) * a.chunk_tokens;
+    const int64_t begin = (kReverse ? a.chunks - 1 - chunk : chunk) * a.chunk_tokens;
     const int64_t left = a.p.length - begin;
     const int count = int(left < a.chunk_tokens ? left : a.chunk_tokens);  // tokens of this chunk
-    const int first = reverse ? count - kGroup : 0, onward = reverse ? -kGroup : kGroup;
-    const int own = (reverse ? kLanes - 1 - w.lane : w.lane) * kMine;  // of this lane's tokens in a group
+    const int first = kReverse ? count - kGroup : 0, onward = kReverse ? -kGroup : kGroup;
+    const int own = (kReverse ? kLanes - 1 - w.lane : w.lane) * kMine;  // of this lane's tokens in a group
     const T* u_at = row_of(w, a.p.u) + begin + first;
     const T* delta_at = row_of(w, a.p.delta) + begin + first + own;
     const T* z_at = a.p.z.p ? row_of(w, a.p.z) + begin + first + own : nullptr;
@@ -164,8 +189,8 @@ struct ScanFwdRows {
       if constexpr (!kLocal) C.load(C_from + tile, inside);
     };
     const auto spread = [&](Raw<T, kGroup>& x, F* to, F scale) {
-      if (reverse) x.turn();
-      to += (reverse ? kGroup - 1 - share : share) * kGroupPitch + place;
+      if constexpr (kReverse) x.turn();
+      to += (kReverse ? kGroup - 1 - share : share) * kGroupPitch + place;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) to[j * kRowStates] = x.at(j) * scale;
     };
@@ -177,35 +202,35 @@ struct ScanFwdRows {
       u_next.load(u_at), delta_next.load(delta_at);
     };
     fetch_rows();
+    const F* tokens = nullptr;  // of B; C lies kTile further
 
 #pragma unroll 1
     for (int t = first; t >= 0 && t < count; t += onward) {
       const int tile = t / kRowTokens * kRowTokens, within = t % kRowTokens;
-      F* const matrices = shared + (tile / kRowTokens & 1) * 2 * kTile;
-      if (t == first || within == (reverse ? kRowTokens - kGroup : 0)) {
+      if (t == first || within == (kReverse ? kRowTokens - kGroup : 0)) {
         // The other buffer may still be read: the barrier of the next tile comes before it is written again.
+        F* const matrices = shared + (tile / kRowTokens & 1) * 2 * kTile;
+        tokens = matrices + (kReverse ? kRowTokens - kGroup - within : 0) / kGroup * kGroupPitch + 4 * w.lane;
         spread(B, matrices, 1);
         if constexpr (!kLocal) spread(C, matrices + kTile, part);
-        const int next = reverse ? tile - kRowTokens : tile + kRowTokens;
+        const int next = kReverse ? tile - kRowTokens : tile + kRowTokens;
         if (next >= 0 && next < count) fetch(next);
         if (!kLocal && a.p.checkpoints)
           save_states(a, w, checkpoint<F>(a.p, w.batch, (begin + tile) / kRowTokens, w.channel), 1);
         sync_threads();
       }
       F x[kMine], d[kGroup], y[kGroup];
-      if (reverse) u_next.turn(), delta_next.turn();
+      if constexpr (kReverse) u_next.turn(), delta_next.turn();
       const Raw<T, kGroup> u = u_next;
 #pragma unroll
       for (int j = 0; j < kMine; ++j) x[j] = delta_next.at(j) + w.bias;
       Raw<T, kMine> z{};
       if (!kLocal && a.p.z.p) z.load(z_at);
-      u_at += onward, delta_at += onward, z_at += onward;
-      const int next = t + onward;
-      if (next >= 0 && next < count) fetch_rows();
+      const int next = t + onward, further = next >= 0 && next < count ? onward : 0;
+      u_at += further, delta_at += further, z_at += onward;
+      fetch_rows();
       sync_warp();  // or the compiler would move the loads down to where they are used
       step_sizes(a, w, x, d);
-      const F* const tokens = matrices + (reverse ? kRowTokens - kGroup - within : within) / kGroup * kGroupPitch +
-                              4 * w.lane;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         const F* at = tokens + j * kRowStates;
@@ -213,9 +238,9 @@ struct ScanFwdRows {
         if (w.skips) y[j] = fused(w.D, u.at(j), y[j]);  // not by zero: u may be infinite
         if constexpr (kLocal) w.step_sum += d[j];
       }
-      if (reverse) z.turn();
-      if constexpr (!kLocal) finish(a, w, y, z, out_at);
-      out_at += onward;
+      if constexpr (kReverse) z.turn();
+      if constexpr (!kLocal) finish<kReverse>(a, w, y, z, out_at);
+      out_at += onward, tokens += kGroupPitch;
     }
   }
 
@@ -223,7 +248,7 @@ struct ScanFwdRows {
     const int64_t scanned = kLocal ? a.chunks - 1 : a.chunks;
     const int64_t chunk = block_index() % scanned, rest = block_index() / scanned, blocks = a.p.channel_blocks();
     Walk w = begin_walk(a, rest / blocks, channels_of(a.p, rest % blocks), chunk);
-    walk(a, w, chunk);
+    a.p.reverse ? walk<true>(a, w, chunk) : walk<false>(a, w, chunk);
     if constexpr (kLocal) {
       save_states(a, w, entry_row(a, w, chunk + 1), 1);
       if (w.active && w.lane == 0)
