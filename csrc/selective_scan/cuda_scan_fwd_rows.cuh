@@ -5,16 +5,16 @@
 // of a channel takes 16 exponentials for the decays, one for softplus, two operations for the gate: 19, of which one
 // lane a channel moves one to the FMA pipe (18: 144 clocks a token of 32 channels, 0.58 ms at B8 D4096 L4096 on an
 // H200; two move none: 152 clocks, 0.61 ms). Issue slots come next, counted in the code for sm_90a, bf16, gated,
-// with softplus: 128 instructions a token of 32 channels with one lane a channel, 134 with two (5 for each state, 8
+// with softplus: 129 instructions a token of 32 channels with one lane a channel, 135 with two (5 for each state, 8
 // loads of B and C, 10 softplus, 12 the polynomial exponential, 7 the gate, 4 to widen and narrow, the rest addresses
-// and the skip), and 2 for the tile's turn. The general kernel takes 241, and 1.90 ms there.
+// and the skip), and 2 to 4 for the turn of a tile. The general kernel takes 241, and 1.90 ms there.
 //
 // Split: a thread owns a channel and 16 states (kLanes 1: 168 registers, three blocks an SM), or two threads half a
 // warp apart own 8 each (kLanes 2: 128 registers, four blocks of half as many channels), and then each computes the step
 // sizes and gates of 4 of the 8 tokens of a group. A group's u and delta are loaded while the one before is computed,
 // its z when it begins; B and C of 64 tokens lie in shared memory in scan order, the next 64 in registers.
 //
-// Tried and lost: elements of 16 bits instead of words (a register each, 20 instructions a token to sort them); zeros
+// Tried and lost: elements of 16 bits instead of words (a register each, 8 instructions a token to sort them); zeros
 // for the padding with a branch for 0 * Inf (a second loop, and spills); reverse as a flag in the loop (3 instructions a
 // token); choices by lane without masks (the compiler makes a branch of them, with a shuffle on either side).
 #pragma once
