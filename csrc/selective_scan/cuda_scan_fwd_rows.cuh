@@ -10,12 +10,12 @@
 // and the skip), and 2 to 4 for the turn of a tile. The general kernel takes 241, and 1.90 ms there.
 //
 // Split: a thread owns a channel and 16 states (kLanes 1: 168 registers, three blocks an SM), or two threads half a
-// warp apart own 8 each (kLanes 2: 128 registers, four blocks of half as many channels), and then each computes the step
+// warp apart own 8 each (kLanes 2: 128 registers, four blocks of half as many channels); each then computes the step
 // sizes and gates of 4 of the 8 tokens of a group. A group's u and delta are loaded while the one before is computed,
 // its z when it begins; B and C of 64 tokens lie in shared memory in scan order, the next 64 in registers.
 //
 // Tried and lost: elements of 16 bits instead of words (a register each, 8 instructions a token to sort them); zeros
-// for the padding with a branch for 0 * Inf (a second loop, and spills); reverse as a flag in the loop (3 instructions a
+// for the padding with a branch for 0 * Inf (a second loop, spills); reverse as a flag in the loop (3 instructions a
 // token); choices by lane without masks (the compiler makes a branch of them, with a shuffle on either side).
 #pragma once
 #include "selective_scan/cuda_scan_fwd.cuh"
