@@ -97,6 +97,16 @@ SCAN_CASES = {
     "packed": dict(B=1, D=6, L=141, N=16, cu=PACKED),
     "packed_reverse": dict(B=1, D=6, L=141, N=16, cu=PACKED, reverse=True),
     "packed_without_states": dict(B=1, D=3, L=141, N=6, cu=PACKED, optional="z"),
+    # cuda_scan_fwd_rows.cuh: lengths of whole groups of 8, at most 16 states
+    "rows_of_one_group": dict(B=1, D=15, L=8, N=16),
+    "rows_of_one_tile_bf16": dict(B=2, D=17, L=64, N=16, dtype=torch.bfloat16),
+    "rows_of_one_tile_and_a_group": dict(B=1, D=130, L=72, N=16, dtype=torch.float16),
+    "rows": dict(B=1, D=6, L=200, N=16, groups=(2, 3)),
+    "rows_reverse_bf16": dict(B=3, D=130, L=200, N=16, dtype=torch.bfloat16, reverse=True),
+    "rows_reverse_groups": dict(B=2, D=12, L=72, N=5, groups=(3, 2), reverse=True),
+    "rows_of_one_state": dict(B=2, D=1, L=72, N=1),
+    "rows_bare": dict(B=3, D=4, L=64, N=16, optional="", softplus=False),
+    "rows_of_five_states_f16": dict(B=3, D=17, L=200, N=5, dtype=torch.float16, optional="zh"),
 }
 
 # Rows along time, whole groups of 8 tokens, at most 16 states: the kernels of cuda_scan_*_rows.cuh.
@@ -143,9 +153,10 @@ def test_emulated_scan_backward(case):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cu", [None, PACKED + [320], [0, 64, 128, 320]])
-def test_emulated_scan_split_over_time(cu, reverse):
-    args = scan_inputs(B=1, D=4, L=320, N=16, cu=cu, reverse=reverse)
+@pytest.mark.parametrize("N", [16, 5])
+@pytest.mark.parametrize("cu", [None, PACKED + [328], [0, 64, 128, 328]])
+def test_emulated_scan_split_over_time(cu, N, reverse):
+    args = scan_inputs(B=1, D=4, L=328, N=N, cu=cu, reverse=reverse)
     want = selective_scan_fwd(*doubled(args), True)
     for processors in (8, 64):  # 64 is enough for a chunk a checkpoint
         got = emulated.selective_scan_fwd(*args, True, processors=processors)
@@ -185,8 +196,24 @@ def test_thread_order_changes_no_bit(case):
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
 
 
-def test_nan_and_infinity_travel_as_in_the_oracle():
-    args = scan_inputs(B=1, D=3, L=30, N=16)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("optional", ["Dzbh", "zbh"])  # 0 * Inf for an absent D would be NaN
+@pytest.mark.parametrize("N", [1, 3, 5, 16, 20])
+@pytest.mark.parametrize("L", [30, 32])
+def test_infinite_inputs_make_no_nan_of_padded_states(L, N, optional, reverse):
+    args = scan_inputs(B=1, D=3, L=L, N=N, optional=optional, reverse=reverse)
+    args[0][0, 1, 7] = float("inf")
+    args[3].abs_(), args[4].abs_()  # or states of either sign make NaN
+    args[4][0, 0, :, 9] *= -1
+    want = selective_scan_fwd(*doubled(args), True)
+    for got, expected in zip(emulated.selective_scan_fwd(*args, True), want):
+        assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+    assert want[0].isinf().any() and not want[1].isnan().any()
+
+
+@pytest.mark.parametrize("L", [30, 32])
+def test_nan_and_infinity_travel_as_in_the_oracle(L):
+    args = scan_inputs(B=1, D=3, L=L, N=16)
     args[0][0, 1, 7] = float("nan")
     args[3][0, 0, 2, 20] = float("inf")
     want = selective_scan_fwd(*doubled(args), False)[0]

@@ -42,7 +42,7 @@ def grid(low, high, count=20001):
         ("exp2_poly", -1e-3, 1e-3, np.exp2, 1.0),
         ("softplus", -80, 40, lambda x: np.logaddexp(0, x), 70.0),  # e^-|x| carries the rounding of x log2 e
         ("softplus", -1, 1, lambda x: np.logaddexp(0, x), 3.0),
-        ("softplus_short", -1, 40, lambda x: np.logaddexp(0, x), 20.0),  # 1.3e-6
+        ("softplus_short", -1, 40, lambda x: np.logaddexp(0, x), 25.0),  # 1.3e-6
         ("sigmoid", -80, 40, lambda x: 1 / (1 + np.exp(-x)), 70.0),
         ("silu", -5, 40, lambda x: x / (1 + np.exp(-x)), 6.0),
         # x (1 - gate) cancels: half an ulp of 1, times an x of 16

@@ -111,19 +111,6 @@ SK_FN bool aligned16(const T* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
 
-// Two neighbours in storage as one word, the first in its lower half.
-template <class T>
-SK_FN uint32_t narrow_pair(float first, float second) {
-#if defined(__CUDA_ARCH__)
-  uint32_t word;
-  if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  return word;
-#else
-  return narrow<T>(first).bits | uint32_t(narrow<T>(second).bits) << 16;
-#endif
-}
-
 // kCount neighbouring elements as they are stored, moved in pieces of up to 16 bytes. Those of 2 bytes stay in pairs: as
 // elements each would take a register.
 template <class T, int kCount>

@@ -225,8 +225,8 @@ struct ScanBwdRows {
   static SK_DEVICE void store_four(void* p, int64_t at, const F (&x)[4]) {
     T* to = static_cast<T*>(p) + at;
     if constexpr (sizeof(T) == 2) {
-      const uint32_t low = kReverse ? narrow_two<T>(x[3], x[2]) : narrow_two<T>(x[0], x[1]);
-      const uint32_t high = kReverse ? narrow_two<T>(x[1], x[0]) : narrow_two<T>(x[2], x[3]);
+      const uint32_t low = kReverse ? narrow_pair<T>(x[3], x[2]) : narrow_pair<T>(x[0], x[1]);
+      const uint32_t high = kReverse ? narrow_pair<T>(x[1], x[0]) : narrow_pair<T>(x[2], x[3]);
       *reinterpret_cast<uint64_t*>(to) = uint64_t(high) << 32 | low;
     } else {
       *reinterpret_cast<Four*>(to) = kReverse ? Four{x[3], x[2], x[1], x[0]} : Four{x[0], x[1], x[2], x[3]};

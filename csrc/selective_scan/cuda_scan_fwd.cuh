@@ -100,7 +100,7 @@ struct ScanFwd {
     F D, bias, step_sum;
     Sequence sequence;
     int64_t batch, channel;
-    int lane;
+    int lane, states;  // that are not padding
     bool active;
   };
 
@@ -132,6 +132,7 @@ struct ScanFwd {
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       const int n = state_of(a.p.lanes, w.lane, i);
+      w.states += n < a.p.states ? 1 : 0;
       w.A[i] = n < a.p.states ? scaled_A(A[n * a.p.A.n]) : F(0);
     }
     if (a.p.D.p) w.D = static_cast<const F*>(a.p.D.p)[w.channel * a.p.D.d];
@@ -164,7 +165,7 @@ struct ScanFwd {
   // One token: the state moves on, and this thread's share of C h comes back. b and c are its first quads. An infinite
   // du makes NaN of padded states (0 * Inf), which then must stay out of the sum: kPadded.
   template <bool kPadded>
-  static SK_DEVICE F step(const Args& a, Walk& w, F d, F du, const F* b, const F* c, int quad_stride) {
+  static SK_DEVICE F step(Walk& w, F d, F du, const F* b, const F* c, int quad_stride) {
     F y[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int q = 0; q < kStates / 4; ++q) {
@@ -175,7 +176,7 @@ struct ScanFwd {
       for (int e = 0; e < 4; ++e) {
         const int i = 4 * q + e;
         w.h[i] = advance(decay_of(d, w.A[i], i), w.h[i], du, B.v[e]);
-        if (!kLocal && (!kPadded || state_of(a.p.lanes, w.lane, i) < a.p.states)) y[e] = fused(C.v[e], w.h[i], y[e]);
+        if (!kLocal && (!kPadded || i < w.states)) y[e] = fused(C.v[e], w.h[i], y[e]);
       }
     }
     return (y[0] + y[1]) + (y[2] + y[3]);
@@ -217,20 +218,21 @@ struct ScanFwd {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       const int t = first + (reverse ? kGroup - 1 - j : j);
-      y[j] = step<kPadded>(a, w, d[j], d[j] * u[j], o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
+      y[j] = step<kPadded>(w, d[j], d[j] * u[j], o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
       if constexpr (kLocal) w.step_sum += d[j];
     }
-    if constexpr (!kLocal) finish_group(a, w, o, first, u, y);
+    if constexpr (!kLocal) finish_group(a, w, o, first, y);
   }
 
-  static SK_DEVICE void finish_group(
-      const Args& a, const Walk& w, const Operands& o, int first, const F (&u)[kGroup], F (&y)[kGroup]) {
+  static SK_DEVICE void finish_group(const Args& a, const Walk& w, const Operands& o, int first, F (&y)[kGroup]) {
     const bool reverse = a.p.reverse;
     for (int m = 1; m < a.p.lanes; m *= 2) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) y[j] += shuffle_xor(y[j], m);
     }
     if (a.p.D.p) {
+      F u[kGroup];  // read again, rather than kept in registers
+      load_group(o.u, a.u, o.row, first, reverse, u);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) y[j] = fused(w.D, u[j], y[j]);
     }
@@ -248,7 +250,7 @@ struct ScanFwd {
   static SK_DEVICE void token(const Args& a, Walk& w, const Operands& o, int t) {
     const F u = widen(o.u[o.row * a.u.row + t * a.u.time]);
     const F d = step_size(F(widen(o.delta[o.row * a.delta.row + t * a.delta.time])), w.bias, a.p.softplus);
-    F y = step<true>(a, w, d, d * u, o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
+    F y = step<true>(w, d, d * u, o.B + t * o.B_time, o.C + t * o.C_time, o.quad_stride);
     if constexpr (kLocal) {
       w.step_sum += d;
     } else {

@@ -39,24 +39,50 @@ SK_DEVICE void store_row(T* row, bool reverse, F (&x)[kGroup]) {
   }
 }
 
+// Tokens of a row as they lie in memory: in words, because the compiler keeps elements of 16 bits apart.
+template <class T, int kCount>
+struct Raw {
+  static constexpr int kPer = 4 / int(sizeof(T)), kWords = kCount / kPer, kBytes = 4 * kWords < 16 ? 4 * kWords : 16;
+  struct alignas(kBytes) Part {
+    uint32_t w[kBytes / 4];
+  };
+  Part parts[4 * kWords / kBytes];
+
+  SK_DEVICE uint32_t& word(int i) { return parts[4 * i / kBytes].w[i % (kBytes / 4)]; }
+  SK_DEVICE uint32_t word(int i) const { return parts[4 * i / kBytes].w[i % (kBytes / 4)]; }
+
+  SK_DEVICE void load(const T* p) { *this = *reinterpret_cast<const Raw*>(p); }
+  SK_DEVICE void load(const T* p, bool inside) { *this = inside ? *reinterpret_cast<const Raw*>(p) : Raw{}; }
+  SK_DEVICE void store(T* p) const { *reinterpret_cast<Raw*>(p) = *this; }
+
+  SK_DEVICE Compute<T> at(int j) const {
+    if constexpr (kPer == 1) return as_float(word(j));
+    else return widen(T{uint16_t(word(j / 2) >> (j % 2 * 16))});
+  }
+
+  SK_DEVICE void set(const Compute<T> (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (kPer == 1) word(i) = as_bits(x[i]);
+      else word(i) = narrow_pair<T>(x[2 * i], x[2 * i + 1]);
+    }
+  }
+
+  SK_DEVICE void turn() {
+#pragma unroll
+    for (int i = 0; i < (kWords + 1) / 2; ++i) {
+      const uint32_t low = word(i), high = word(kWords - 1 - i);
+      word(i) = kPer == 1 ? high : high >> 16 | high << 16;
+      word(kWords - 1 - i) = kPer == 1 ? low : low >> 16 | low << 16;
+    }
+  }
+};
+
 // One of 128 threads' share of a tile of B or C: 8 tokens of one state, fetched a tile ahead.
 template <class T>
 struct MatrixShare {
   static constexpr int kPacks = kGroup / Pack<T>::kSize;
   Pack<T> packs[kPacks];
-
-  // The share's first element in the first tile.
-  static SK_DEVICE const T* start(const Matrix& m, int64_t batch, int64_t channel) {
-    const int n = thread_index() / kGroup, t = thread_index() % kGroup * kGroup;
-    return static_cast<const T*>(m.p) + m.offset(batch, channel) + n * m.n + t;
-  }
-
-  // A share's start in a tile, and whether its state and tokens exist: no division, unlike the other fetch.
-  SK_DEVICE void fetch(const T* from, bool inside) {
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k)
-      packs[k] = inside ? reinterpret_cast<const Pack<T>*>(from)[k] : Pack<T>{};
-  }
 
   SK_DEVICE void fetch(const Problem& p, const Matrix& m, int64_t batch, int64_t channel, int64_t t0) {
     const int n = thread_index() / kGroup;
@@ -74,17 +100,6 @@ struct MatrixShare {
     F* to = tile + thread_index() % kGroup * kGroup * kRowStates + thread_index() / kGroup;
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) to[j * kRowStates] = widen(packs[j / Pack<T>::kSize].v[j % Pack<T>::kSize]);
-  }
-
-  // To a tile in scan order, whose groups are kGroupPitch apart: no two threads of a warp meet in a bank.
-  static constexpr int kGroupPitch = kGroup * kRowStates + 4;
-  template <class F>
-  SK_DEVICE void store_scanned(F* tile, bool reverse) const {
-    const int g = thread_index() % kGroup, last = kGroup - 1;
-    F* to = tile + (reverse ? last - g : g) * kGroupPitch + thread_index() / kGroup + (reverse ? last * kRowStates : 0);
-    const int pitch = reverse ? -kRowStates : kRowStates;
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) to[j * pitch] = widen(packs[j / Pack<T>::kSize].v[j % Pack<T>::kSize]);
   }
 };
 
