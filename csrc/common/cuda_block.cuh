@@ -124,8 +124,8 @@ SK_FN uint32_t narrow_pair(float first, float second) {
 #endif
 }
 
-// kCount neighbouring elements as they are stored, moved in pieces of up to 16 bytes. Those of 2 bytes stay in pairs: as
-// elements each would take a register.
+// kCount neighbouring elements as they are stored, moved in pieces of up to 16 bytes. Those of 2 bytes stay in pairs:
+// as elements each would take a register.
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Group {
   static constexpr bool kPairs = sizeof(T) == 2;
