@@ -286,6 +286,7 @@ CONV_CASES = {
     "width_8_bf16": dict(B=1, D=3, L=96, W=8, dtype=torch.bfloat16),
     "longer_than_the_lanes": dict(B=2, D=2, L=2056, W=4, dtype=torch.bfloat16),
     "longer_than_the_lanes_odd": dict(B=1, D=3, L=1301, W=3, initial=False),
+    "many_rows_of_a_channel_in_one_sum": dict(B=2, D=130, L=264, W=4, dtype=torch.float16, initial=False),
     "width_2_float64": dict(B=1, D=3, L=50, W=2, dtype=torch.float64),
     "odd_length": dict(B=2, D=3, L=101, W=4, dtype=torch.float16),
     "shorter_than_the_filter": dict(B=2, D=3, L=2, W=6),

@@ -1,6 +1,7 @@
 // Short causal depthwise convolution, forward and backward, and its step for decoding.
 //
-// These kernels take channels-last tensors, seq_idx and packed sequences; cuda_conv1d_time.cuh has whole rows along time.
+// These kernels take channels-last tensors, seq_idx and packed sequences; cuda_conv1d_time.cuh has whole rows along
+// time.
 //
 // Bound: memory, 2 elements a token and channel forward (x, out) and 3 backward (x, dout, dx).
 //
@@ -252,6 +253,7 @@ struct ReduceFilter {
     const int64_t columns = a.width + 1, i = block_index() * kThreads + thread_index();
     if (i >= a.channels * columns) return;
     F sum = 0;
+#pragma unroll 16  // loads under way at once; added in order all the same
     for (int64_t s = 0; s < a.slices; ++s) sum += static_cast<const F*>(a.partial)[s * a.channels * columns + i];
     const int64_t d = i / columns, w = i % columns;
     if (w < a.width) static_cast<F*>(a.dweight)[d * a.weight_d + w * a.weight_w] = sum;

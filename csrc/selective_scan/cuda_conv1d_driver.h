@@ -73,7 +73,7 @@ bool launch_time_fwd(Exec& exec, const Args& args) {
     using Kernel = ConvTimeFwd<T, kWidth>;
     a.segments = int(ceil_div(a.steps, Kernel::kSteps)), a.by_segments = Divisor(a.segments);
     const int64_t units = a.batch * a.channels * a.segments;
-    if (units >= (int64_t(1) << 31)) return false;
+    if (units >= (1 << 30)) return false;
     a.units = int(units);
     launch_units<Kernel>(exec, a);
     return true;
@@ -110,7 +110,7 @@ bool launch_time_bwd(Exec& exec, Args& args) {
   const int64_t pieces = a.batch * a.segments;
   a.share = int(ceil_div(pieces, wanted));
   const int64_t slices = ceil_div(pieces, a.share), units = slices * a.channels;
-  if (units >= (int64_t(1) << 31) || pieces + a.share >= (int64_t(1) << 31)) return false;
+  if (units >= (1 << 30) || pieces + a.share >= (1 << 30)) return false;
   args.slices = slices, a.units = int(units);
   args.partial = a.partial = exec.scratch(int64_t(sizeof(Compute<T>)) * units * (a.width + 1));
   a.width <= 4 ? launch_units<ConvTimeBwd<T, 4>>(exec, a) : launch_units<ConvTimeBwd<T, 8>>(exec, a);

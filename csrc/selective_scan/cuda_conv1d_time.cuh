@@ -3,16 +3,16 @@
 // Bound: memory, 2 elements a token and channel forward (x, out) and 3 backward (x, dout, dx). At 4.3 TB/s and bf16 a
 // token of a warp has 32 issue slots forward and 48 backward; some 20 and 36 are used.
 //
-// Split: `lanes` threads (a power of two up to 32) share a row, each with 8 neighbouring tokens a step: 16-byte loads and
-// stores in bf16, the tokens before them again from the L1. Forward a thread has 4 steps, all loaded before the first is
-// used. Backward the lanes walk through a segment of the row from its end, so that the gradients before the activation of
-// the tokens ahead come by shuffle from the next lane, or from the step before; the loads of the next step are under way
-// meanwhile. Sums for the filter stay in registers until the lanes have walked through all of their segments.
-// Rows that are not aligned, or not a multiple of 8 long, take the same path with loads of single elements.
+// Split: `lanes` threads (a power of two up to 32) share a row, each with 8 neighbouring tokens a step: 16-byte loads
+// and stores in bf16, the tokens before them again from the L1. Forward a thread has 4 steps, all loaded before the
+// first is used. Backward the lanes walk through a segment of the row from its end, so that the gradients before the
+// activation of the tokens ahead come by shuffle from the next lane, or from the step before; the loads of the next
+// step are under way meanwhile. Sums for the filter stay in registers until the lanes have walked through all of their
+// segments. Rows that are not aligned, or not a multiple of 8 long, take the same path with loads of single elements.
 //
-// Lost, measured on an H200 (bf16, B 8, D 4096, L 4096, W 4): a thread for 8 tokens with 64-bit divisions for its place,
-// the first 8 of a row element by element: 486 us forward and 67 instructions a token; backward the slopes of W - 1
-// tokens ahead computed again and the same rows' ends: 2.07 ms.
+// Lost, measured on an H200 (bf16, B 8, D 4096, L 4096, W 4): a thread for 8 tokens with 64-bit divisions for its
+// place, the first 8 of a row element by element: 486 us forward and 67 instructions a token; backward the same rows'
+// ends, and the slopes of the tokens ahead computed again: 2.07 ms.
 //
 // Shape letters: B batch, D channels, L length, W filter width.
 #pragma once

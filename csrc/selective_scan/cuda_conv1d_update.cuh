@@ -2,12 +2,12 @@
 //
 // Bound: memory and the launch: the state is read and written once, W - 1 to K elements a channel.
 //
-// Split: of the usual step (one token, a window of 3 or 4 that is contiguous, channels beside each other) a thread takes 4
-// channels of 2 rows: their windows are neighbours, so 8-byte loads (16 for fp32), all under way at once, and the filter
-// comes once for both rows. Everything else: a thread for a channel of a row.
+// Split: of the usual step (one token, a window of 3 or 4 that is contiguous, channels beside each other) a thread
+// takes 4 channels of 2 rows: their windows are neighbours, so 8-byte loads (16 for fp32), all under way at once, and
+// the filter comes once for both rows. Everything else: a thread for a channel of a row.
 //
-// Lost, measured on an H200 (bf16, B 256, D 8192, W 4, K 3): that for the usual step too, with 64-bit remainders for the
-// places in the window: 52 us and 514 instructions a channel; memory does it in 8.
+// Lost, measured on an H200 (bf16, B 256, D 8192, W 4, K 3): that for the usual step too, with 64-bit remainders for
+// the places in the window: 52 us and 514 instructions a channel; memory does it in 8.
 #pragma once
 #include "selective_scan/cuda_conv1d_rows.cuh"
 

@@ -4,13 +4,13 @@
 // batch, everything else is smaller by N. Below some 32 MB of state the launch.
 //
 // Split: a thread owns 4 neighbouring states (16 bytes in fp32) of one (head, channel) for kBatch rows of the batch,
-// whose loads are all under way before the first is used; N / 4 lanes a channel (4 to 32; beyond 128 states they loop). States of
-// neighbouring channels are neighbours in memory, so a warp reads 512 bytes in a row. What a row of a channel needs once
-// (dt with its softplus, x, z, D, the output) is one lane's work: lane i does it for row i % 4 and hands dt and x to the
-// others by shuffle; the sums over N are exchanged so that lane i ends with row i % 4's.
+// whose loads are all under way before the first is used; N / 4 lanes a channel (4 to 32; beyond 128 states they loop).
+// States of neighbouring channels are neighbours in memory, so a warp reads 512 bytes in a row. What a row of a channel
+// needs once (dt with its softplus, x, z, D, the output) is one lane's work: lane i does it for row i % 4 and hands dt
+// and x to the others by shuffle; the sums over N are exchanged so that lane i ends with row i % 4's.
 //
-// Lost, measured on an H200 (bf16, fp32 state, B 256, D 8192, N 16): every lane with its own softplus for every row, the
-// state's type looked up at its loads and stores, and five divisions of 64 bits for a thread's place: 269 us, 358
+// Lost, measured on an H200 (bf16, fp32 state, B 256, D 8192, N 16): every lane with its own softplus for every row,
+// the state's type looked up at its loads and stores, and five divisions of 64 bits for a thread's place: 269 us, 358
 // instructions a row and quad of states, 114 registers; memory does it in 68 us.
 #pragma once
 #include "common/cuda_block.cuh"
