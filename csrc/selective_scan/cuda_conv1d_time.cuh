@@ -98,7 +98,7 @@ template <class T, int kWidth>
 struct ConvTimeFwd {
   using F = Compute<T>;
   using Args = TimeArgs;
-  static constexpr int kThreads = 128, kBlocks = sizeof(F) == 8 ? 1 : 7;
+  static constexpr int kThreads = 128, kBlocks = sizeof(F) == 8 ? 1 : sizeof(T) * kWidth >= 32 ? 5 : 7;
   static constexpr int kSteps = 4;
 
   static SK_APART void final_state(const Args& a, int b, int d) {

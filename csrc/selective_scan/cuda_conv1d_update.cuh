@@ -96,7 +96,7 @@ template <class T, int kSize>
 struct ConvStep {
   using F = Compute<T>;
   using Args = UpdateArgs;
-  static constexpr int kThreads = 128, kBlocks = sizeof(T) == 2 ? 8 : 5;
+  static constexpr int kThreads = 128, kBlocks = sizeof(T) != 2 ? 5 : kSize == 3 ? 8 : 7;
   static constexpr int kChannels = 4, kRows = 2;
   using Channels = Group<T, kChannels>;
 
