@@ -69,7 +69,7 @@ struct ScanBwdRows {
   using F = float;
   using Args = BwdArgs;
   static constexpr int kThreads = 128;
-  static constexpr int kBlocks = 4;
+  static constexpr int kBlocks = 3;
   static constexpr int kStates = 8;
   static constexpr int kChannels = kThreads / 2;
   static constexpr int kWarps = kThreads / 32;

@@ -1,7 +1,6 @@
 // Plans and launches the forward scan. `Exec` is the GPU (cuda_launch.h) or the host emulator.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
 
 #include "selective_scan/cuda_scan_fwd.cuh"
 #include "selective_scan/cuda_scan_fwd_rows.cuh"
@@ -71,20 +70,14 @@ void launch_scan_fwd(Exec& exec, FwdArgs& a, const View& out) {
   launch_over_time<Compute<T>, ScanFwdOf<T, kStates>::template Kernel>(exec, a);
 }
 
+constexpr int kRowLanes = 1;  // lanes of a channel
+
 template <class T, int kLanes, class Exec>
 void launch_scan_fwd_rows(Exec& exec, FwdArgs& a) {
   a.p.lanes = kLanes, a.p.channels_per_block = 128 / kLanes;
   a.p.blocks_per_segment = ceil_div(a.p.segment, a.p.channels_per_block);
   a.shared_bytes = ScanFwdRows<T, kLanes, false>::kSharedBytes;
   launch_over_time<Compute<T>, ScanFwdRowsOf<T, kLanes>::template Kernel>(exec, a);
-}
-
-// Lanes of a channel: two while the channels alone do not fill three blocks an SM.
-template <class Exec>
-int row_lanes(Exec& exec, const Problem& p) {
-  static const char* const forced = std::getenv("SCALEKERN_SCAN_LANES");  // for the measurement only
-  if (forced) return std::atoi(forced);
-  return p.batch * p.channels >= 3 * 128 * exec.processors() ? 1 : 2;
 }
 
 template <class Exec>
@@ -98,7 +91,7 @@ void selective_scan_fwd(Exec& exec, const View& out, const View& last, const Vie
     if constexpr (std::is_same_v<T, double>) {
       launch_scan_fwd<T, 4>(exec, a, out);
     } else if (takes_rows<T>(a.p) && packable<T>(a.out) && a.p.length < int64_t(1) << 31) {
-      row_lanes(exec, a.p) == 1 ? launch_scan_fwd_rows<T, 1>(exec, a) : launch_scan_fwd_rows<T, 2>(exec, a);
+      launch_scan_fwd_rows<T, kRowLanes>(exec, a);
     } else {
       split(a.p, 128, 16);
       // Four states a thread give four times the threads, at the price of the step sizes and gates four times over.
