@@ -102,7 +102,8 @@ def measure(case: Case, device: torch.device, *, seconds: float = 4.0, deadline:
             return [_record(case, device, **fields) for fields in found.values()]
         hints |= {name: rival["first"] for name, rival in rivals.items()}
         runs = {**contenders, **{name: rival["run"] for name, rival in rivals.items()}}
-        samples = _interleave(runs, hints, device, seconds, deadline, rounds)
+        samples, starved = _interleave(runs, set(rivals), hints, device, seconds, deadline, rounds)
+        absent |= {name: "ran out of memory" for name in starved}
         for backend in contenders:
             if samples[backend]:
                 found[backend] |= _timings(case, work, device, backend, samples, rivals, absent)
@@ -176,34 +177,47 @@ def _prepare_peers(work: Work, expected: tuple | None, announce: Callable, skip:
     return ready, absent
 
 
-def _interleave(runs: dict, hints: dict, device, seconds, deadline, rounds) -> dict[str, list[float]]:
-    """Seconds a run of everybody, a sample each in turn; who is slow takes part in fewer of the rounds.
+def _interleave(runs: dict, rivals: set, hints: dict, device, seconds, deadline, rounds) -> tuple[dict, set]:
+    """({name: seconds of each run}, rivals that ran out of memory): everybody samples in turn, the slow less often.
 
     hints   what the first run of each took, which on a CPU is enough to know of those that take long; on a GPU it may
             have been spent on compiling a kernel
     """
-    samplers, wanted = {}, {}
+    samplers, wanted, starved = {}, {}, set()
+    samples = {name: [] for name in runs}
+
+    def attempt(name: str, action: Callable):
+        try:
+            return action()
+        except torch.OutOfMemoryError:
+            if name not in rivals:
+                raise
+        starved.add(name)
+        samples[name].clear()
+        torch.cuda.empty_cache()
+
     for name, run in runs.items():
         slow = device.type == "cpu" and hints.get(name, 0.0) > 1.0
-        first = hints[name] if slow else _first(device, run)
-        samplers[name] = _sampler(device, run, first)
-        wanted[name] = _rounds(first, seconds)
-    samples = {name: [] for name in runs}
+        first = hints[name] if slow else attempt(name, lambda: _first(device, run))  # noqa: B023
+        if first is not None:
+            samplers[name] = _sampler(device, run, first)
+            wanted[name] = _rounds(first, seconds)
     total = max(wanted.values())
     turn = itertools.count()
     main = next(iter(runs))
 
     def one_round():
         i = next(turn)
-        for name in runs:
-            if deadline is not None and time.monotonic() > deadline and samples[name]:
+        for name in wanted:
+            if name in starved or deadline is not None and time.monotonic() > deadline and samples[name]:
                 continue
             if i * wanted[name] % total < wanted[name]:  # spread evenly, the first round included
-                samples[name].append(samplers[name]())
+                taken = attempt(name, samplers[name])
+                samples[name] += [] if taken is None else [taken]
         clock.now += samples[main][-1] if samples[main] else 0.0
 
     rounds(one_round, total)
-    return samples
+    return samples, starved
 
 
 def _first(device: torch.device, run: Callable) -> float:

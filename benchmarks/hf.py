@@ -5,6 +5,7 @@ warmed up, and then take turns, one run each.
 """
 
 import argparse
+import importlib.util
 import json
 import select
 import statistics
@@ -14,6 +15,7 @@ import time
 
 import torch
 
+from scalekern.benchmarks import peers
 from scalekern.benchmarks.case import Case
 
 OPS = {
@@ -127,7 +129,7 @@ def _prepare(mode: str, device: torch.device, shape: dict, compat: bool):
     if compat:
         from scalekern import compat as shims
 
-        shims.install()
+        shims.install(force=True)  # the packages themselves, where they are installed, are the other side's
     import transformers
 
     from scalekern.benchmarks.trace import backends_used
@@ -155,9 +157,10 @@ def _prepare(mode: str, device: torch.device, shape: dict, compat: bool):
         result = run()
         logits = result if mode == "prefill" else prefill()
     run()
+    packages = ["transformers", *(p for p in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(p))]
     tokens = [] if mode == "prefill" else result[0].tolist()
     first = {"logits": logits[0, -1].float().tolist(), "tokens": tokens, "used": used,
-             "version": f"transformers {transformers.__version__}"}  # fmt: skip
+             "version": ", ".join(f"{p} {peers.version(p)}" for p in packages)}  # fmt: skip
     return run, first
 
 

@@ -122,4 +122,12 @@ def _normalized(path: pathlib.Path, _mtime: int) -> str:
         first = (getattr(node, "body", None) or [None])[0] if isinstance(getattr(node, "body", None), list) else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             node.body.pop(0)
-    return ast.dump(tree)
+    return _outline(tree)
+
+
+def _outline(node) -> str:
+    """A tree as text, the same on every Python: ast.dump shows fields that only some versions have."""
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({', '.join(f'{name}={_outline(value)}' for name, value in fields)})"
+    return f"[{', '.join(map(_outline, node))}]" if isinstance(node, list) else repr(node)

@@ -1,5 +1,7 @@
 """The benchmark harness: it refuses what is wrong, keeps what it measured, knows what is stale, stays in its budget."""
 
+import ast
+import itertools
 import json
 import os
 import pathlib
@@ -118,8 +120,20 @@ def test_rounds_end_at_the_deadline():
 
 def test_samples_follow_the_wanted_numbers():
     fast, slow = (lambda: None), (lambda: time.sleep(0.01))
-    samples = harness._interleave({"a": fast, "b": slow}, {}, CPU, 0.05, None, harness.plain_rounds)
+    samples, _ = harness._interleave({"a": fast, "b": slow}, set(), {}, CPU, 0.05, None, harness.plain_rounds)
     assert len(samples["a"]) == harness.MAX_ROUNDS and harness.MIN_ROUNDS <= len(samples["b"]) < 10
+
+
+def test_a_rival_that_runs_out_of_memory_loses_its_line_only():
+    calls = itertools.count()
+
+    def greedy():  # the check and the first run still fit
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.zeros(3)
+
+    (record,) = measure(toy(lambda x: 2 * x, rivals={"greedy": lambda: peers.Peer(greedy, "1.0")}))
+    assert record["status"] == "ok" and record["peers"] == [{"name": "greedy", "absent": "ran out of memory"}]
 
 
 def test_the_limit_is_the_slowest_part():
@@ -286,6 +300,14 @@ def test_digest_covers_exactly_the_sources_of_the_op(csrc):
         assert (sources.digest(backend) != first) == (name in names), name
         (csrc / name).write_text(NATIVE[name])
     assert sources.digest(backend) == first
+
+
+def test_a_digest_is_the_same_on_every_python():
+    """Not ast.dump, which shows a function's type_params from 3.12 on and hides empty fields from 3.13 on."""
+    assert sources._outline(ast.parse("def f(x, *, y=1):\n    return -x")) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(args=[arg(arg='x')], kwonlyargs=[arg(arg='y')], "
+        "kw_defaults=[Constant(value=1)]), body=[Return(value=UnaryOp(op=USub(), operand=Name(id='x', ctx=Load())))])])"
+    )
 
 
 def test_comments_do_not_make_a_measurement_stale(csrc):
