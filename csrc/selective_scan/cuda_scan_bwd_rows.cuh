@@ -1,22 +1,29 @@
 // Backward selective scan of plain rows (cuda_scan_rows.cuh says when): the fast one.
 //
-// Bound: issue slots and the special-function unit alike. A token of a channel takes 3 x 16 exponentials (states to the
-// group's bounds, states within a group, decays on the way back: keeping 8 x 8 decays in registers beside the states
-// would cost half of the warps) and 11 for step sizes and gates, 59 unit operations or 472 cycles of a scheduler a warp;
-// by count some 480 instructions. Together at best 2.0 ms at B8 D4096 N16 L4096 on an H200. Memory is a tenth of that.
+// Bound, by count: issue slots, some 320 instructions a token and lane, 640 a token of 32 channels: 2.6 ms at B8 D4096
+// N16 L4096 on an H200, the special-function unit 2.0 ms (3.5 x 16 exponentials a token: states up to the bounds of the
+// groups, up to the middle of a group, within four tokens, and decays on the way back), memory 0.5 ms.
+// Measured there: 6.84 ms with the reductions, 1.33 times mamba_ssm 2.3.2, so 60 % of the issue slots are empty. Three
+// variants with other bounds came out alike (below), which leaves the loads: u, dout and z come three, two and two
+// times, 8 bytes a row each, and are waited for at once, where the forward fetches whole groups of 8 one group ahead
+// (what gained it a quarter). To be tried next.
 //
 // Split: two lanes a channel (l and l ^ 16), 8 states each; a warp 16 channels, a block 64; 128 threads. Tokens from the
 // last tile of 64 to the first: up the tile from its checkpoint, leaving the states on entering each group of 8 in
-// shared memory, then group by group back down, 8 x 8 states in registers.
+// shared memory; then group by group back down, four tokens at a time, whose 4 x 8 states stay in registers.
+// Where that does not fill the GPU, time is split too: the adjoint of every chunk but the first is swept once from zero
+// (kLocal), JoinAdjoints carries it across chunks with exp(A sum d), and the sweep proper begins each chunk with it.
+// At B1 D1536 L16384 that takes 1.34 ms in place of 12.1 (mamba_ssm: 1.96).
 //
 // dB and dC are sums over channels. Tensor cores do the first step: 16 values of a lane are summed over the four lanes
-// of its quad by four products with ones, exactly placed so that every lane ends up with 4 of the 16 (quad_sums; the
-// terms are cut to tf32 for 2-byte types, split in two for float). Two exchanges finish the warp's 16 channels: 18
-// instructions a token where shuffles alone took 60. The sums take the place of the group's saved states, and at the
-// end of the tile the block adds its warps' and leaves them in its slot of the partial buffer (cuda_scan_reduce.cuh).
+// of its quad by four products with ones, placed so that every lane ends up with 4 of the 16 (quad_sums; the terms are
+// cut to tf32 for 2-byte types, split in two for float). Exchanges finish the warp's 16 channels. The sums take the
+// place of saved states that are used up, and at the end of the tile the block adds its warps' and leaves them in its
+// slot of the partial buffer (cuda_scan_reduce.cuh).
 //
-// The general kernel (cuda_scan_bwd.cuh), which this replaces here, took 15.6 ms on an H200: 1,585 instructions a token
-// of 32 channels at 0.47 a clock, 150 each to stage and store through shared memory, and spills.
+// Tried, in ms at the shape above: the general kernel 15.6; decays kept in registers beside the states, states saved
+// every four tokens, products chained 6.87; decays computed twice, products independent, four blocks an SM (the whole
+// shape in one wave, but 820 bytes spilled) 7.24, three blocks 6.63.
 #pragma once
 #include "selective_scan/cuda_scan_bwd.cuh"
 #include "selective_scan/cuda_scan_rows.cuh"

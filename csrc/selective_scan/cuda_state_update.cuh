@@ -9,6 +9,8 @@
 // needs once (dt with its softplus, x, z, D, the output) is one lane's work: lane i does it for row i % 4 and hands dt
 // and x to the others by shuffle; the sums over N are exchanged so that lane i ends with row i % 4's.
 //
+// Measured on an H200 (bf16, fp32 state, B 256, D 8192, N 16): 88 us, 77 % of the copy bandwidth; Triton's is at 83.
+//
 // Lost, measured on an H200 (bf16, fp32 state, B 256, D 8192, N 16): every lane with its own softplus for every row,
 // the state's type looked up at its loads and stores, and five divisions of 64 bits for a thread's place: 269 us, 358
 // instructions a row and quad of states, 114 registers; memory does it in 68 us.

@@ -164,8 +164,47 @@ def _cuda_supports(largest_N: int):
     return supports
 
 
+def _in_rows_fwd(fill):
+    return in_rows(fill, 3, (0,), (0, 1, 3, 4, 6))
+
+
+def _in_rows_bwd(fill):
+    return in_rows(fill, 9, (0, 1, 6), (0, 2, 3, 5, 6, 8))
+
+
 _CUDA_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))  # 163 KB of shared memory a block or more
 _cuda_supports_fwd, _cuda_supports_bwd = _cuda_supports(512), _cuda_supports(128)
+
+
+def in_rows(fill, outputs: int, over_time: tuple, inputs: tuple):
+    """`fill`, a CUDA scan, with the tokens of a row beside each other in memory, as its fast kernels read them.
+
+    Products over (B, L, D) leave them a channel's width apart. A copy moves each tensor twice through memory, some 5 %
+    of what the general kernels take longer (at 4,096 channels of 4,096 tokens on an H200: 1.9 ms against 0.84 forward,
+    15.6 against 6.8 backward). Calls that take the general kernels anyway are passed on as they are.
+
+    outputs: how many tensors the call fills, those numbered `over_time` with a value a token; inputs: numbers of
+    (dout, u, delta, B, C, z) among its other arguments, dout only backward.
+    """
+    u = inputs[-5]
+
+    def run(*args):
+        filled, rest = list(args[:outputs]), list(args[outputs:])
+        length, states, packed = rest[u].shape[-1], rest[u + 2].shape[-1], rest[u + 9]
+        varying = rest[u + 3].dim() == 4 and rest[u + 4].dim() == 4
+        if packed is None and varying and states <= 16 and length % 8 == 0 and rest[u].dtype != torch.float64:
+            for i in inputs:
+                rest[i] = rest[i] if rest[i] is None or rest[i].stride(-1) == 1 else rest[i].contiguous()
+            for i in over_time:
+                if filled[i].dim() == 3 and filled[i].stride(-1) != 1:
+                    filled[i] = torch.empty(filled[i].shape, dtype=filled[i].dtype, device=filled[i].device)
+        fill(*filled, *rest)
+        for given, used in zip(args, filled):
+            if used is not given:
+                given.copy_(used)
+
+    run.native_op = fill.native_op
+    return run
 
 
 def _backward(ctx, dout, dlast_state, _dcheckpoints):
@@ -192,13 +231,16 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+_cuda_fwd = _in_rows_fwd(native("selective_scan_fwd", "cuda"))
+_cuda_bwd = _in_rows_bwd(native("selective_scan_bwd", "cuda"))
+
 selective_scan_fwd = _library.define(
     NAME,
     "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool reverse, "
     "bool save_checkpoints) -> (Tensor, Tensor, Tensor)",
     backends=(
-        Backend("cuda", filling(_allocate_fwd, native("selective_scan_fwd", "cuda")), _cuda_supports_fwd),
+        Backend("cuda", filling(_allocate_fwd, _cuda_fwd), _cuda_supports_fwd),
         Backend("triton", filling(_allocate_fwd, triton("selective_scan", "selective_scan_fwd")), _gpu_supports),
         Backend("cpu", filling(_allocate_fwd, native("selective_scan_fwd", "cpu"))),
         Backend("reference", reference_fwd),
@@ -216,9 +258,7 @@ selective_scan_bwd = _library.define(
     "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, "
     "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend(
-            "cuda", filling(_allocate_bwd, native("selective_scan_bwd", "cuda")), lambda g, h, *a: _cuda_supports_bwd(*a)
-        ),
+        Backend("cuda", filling(_allocate_bwd, _cuda_bwd), lambda g, h, *a: _cuda_supports_bwd(*a)),
         Backend("triton", filling(_allocate_bwd, triton("selective_scan", "selective_scan_bwd")), lambda g, h, *a: _gpu_supports(*a)),
         Backend("cpu", filling(_allocate_bwd, native("selective_scan_bwd", "cpu"))),
         Backend("reference", reference_bwd),
