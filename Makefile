@@ -7,7 +7,7 @@ PY ?= $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 OUT ?= out/gpu
 
-.PHONY: demo test test-suite test-interpret bench gpu report build clean
+.PHONY: demo test test-contract test-rest test-interpret bench gpu report build clean
 
 ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
@@ -27,12 +27,15 @@ build: $(READY)
 demo: build
 	$(PY) -m scalekern demo
 
-# Two processes side by side: the interpreter has to be chosen before the kernels are imported.
+# Processes side by side, two at a time. The interpreter's is its own: it is chosen before the kernels are imported.
 test: build
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-suite test-interpret
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-contract test-interpret test-rest
 
-test-suite:
-	$(PY) -m pytest -q
+test-contract:
+	$(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py
+
+test-rest:
+	$(PY) -m pytest -q -p no:cacheprovider --ignore=tests/test_contract.py
 
 test-interpret:
 	@if $(PY) -c "import triton" 2>/dev/null; then \

@@ -195,14 +195,14 @@ def test_the_kernels_get_rows_where_that_makes_them_fast(case):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(1, 4, 320, 16), (2, 70, 136, 5), (1, 3, 64, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 320, 16), (1, 70, 136, 5), (1, 3, 64, 16)], ids=str)
 def test_emulated_backward_split_over_time(shape, reverse):
     args = scan_inputs(*shape, reverse=reverse)
     out, last, checkpoints = selective_scan_fwd(*doubled(args), True)
     dout, dlast = (torch.linspace(-1, 2, x.numel()).reshape(x.shape) for x in (out, last))
     call = [dout, dlast, *args[:10], checkpoints.float(), *args[10:]]
     want = selective_scan_bwd(*doubled(call))
-    for processors in (1, 2, 64):  # 64 is enough for a chunk a tile
+    for processors in (1, 64):  # 64 is enough for a chunk a tile
         assert_all_close(emulated.selective_scan_bwd(*call, processors=processors), want, SCAN, TOLERANCE[torch.float32])
 
 
