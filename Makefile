@@ -29,7 +29,7 @@ demo: build
 
 # Processes side by side, two at a time. The interpreter's is its own: it is chosen before the kernels are imported.
 test: build
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-contract test-interpret test-rest
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-interpret test-contract
 
 test-contract:
 	$(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py
