@@ -98,28 +98,42 @@ SCAN_CASES = {
     "packed": dict(B=1, D=6, L=141, N=16, cu=PACKED),
     "packed_reverse": dict(B=1, D=6, L=141, N=16, cu=PACKED, reverse=True),
     "packed_without_states": dict(B=1, D=3, L=141, N=6, cu=PACKED, optional="z"),
-    # cuda_scan_fwd_rows.cuh: lengths of whole groups of 8, at most 16 states
-    "rows_of_one_group": dict(B=1, D=15, L=8, N=16),
-    "rows_of_one_tile_bf16": dict(B=2, D=17, L=64, N=16, dtype=torch.bfloat16),
-    "rows_of_one_tile_and_a_group": dict(B=1, D=130, L=72, N=16, dtype=torch.float16),
-    "rows": dict(B=1, D=6, L=200, N=16, groups=(2, 3)),
-    "rows_reverse_bf16": dict(B=3, D=130, L=200, N=16, dtype=torch.bfloat16, reverse=True),
-    "rows_reverse_groups": dict(B=2, D=12, L=72, N=5, groups=(3, 2), reverse=True),
-    "rows_of_one_state": dict(B=2, D=1, L=72, N=1),
-    "rows_bare": dict(B=3, D=4, L=64, N=16, optional="", softplus=False),
-    "rows_of_five_states_f16": dict(B=3, D=17, L=200, N=5, dtype=torch.float16, optional="zh"),
 }
-
 # Rows along time, whole groups of 8 tokens, at most 16 states: the kernels of cuda_scan_*_rows.cuh.
-SCAN_CASES |= {
+ROWS = {
     "rows": dict(B=2, D=70, L=72, N=16),
     "rows_reverse": dict(B=1, D=17, L=200, N=16, reverse=True),
-    "rows_one_group": dict(B=1, D=1, L=8, N=1),
-    "rows_few_states": dict(B=2, D=9, L=64, N=5, dtype=torch.bfloat16),
-    "rows_groups": dict(B=1, D=130, L=72, N=16, groups=(2, 1), dtype=torch.bfloat16),
-    "rows_bare": dict(B=1, D=15, L=136, N=16, optional="", softplus=False),
+    "rows_reverse_bf16": dict(B=3, D=130, L=200, N=16, dtype=torch.bfloat16, reverse=True),
+    "rows_of_one_group": dict(B=1, D=15, L=8, N=16),
+    "rows_of_one_token_group_and_state": dict(B=1, D=1, L=8, N=1),
+    "rows_of_one_tile_bf16": dict(B=2, D=17, L=64, N=16, dtype=torch.bfloat16),
+    "rows_of_one_tile_and_a_group": dict(B=1, D=130, L=72, N=16, dtype=torch.float16),
+    "rows_of_one_state": dict(B=2, D=1, L=72, N=1),
+    "rows_of_five_states_bf16": dict(B=2, D=9, L=64, N=5, dtype=torch.bfloat16),
+    "rows_of_five_states_f16": dict(B=3, D=17, L=200, N=5, dtype=torch.float16, optional="zh"),
     "rows_half_reverse": dict(B=1, D=20, L=72, N=12, dtype=torch.float16, reverse=True),
+    "rows_groups": dict(B=1, D=6, L=200, N=16, groups=(2, 3)),
+    "rows_groups_bf16": dict(B=1, D=130, L=72, N=16, groups=(2, 1), dtype=torch.bfloat16),
+    "rows_reverse_groups": dict(B=2, D=12, L=72, N=5, groups=(3, 2), reverse=True),
+    "rows_bare": dict(B=3, D=4, L=64, N=16, optional="", softplus=False),
+    "rows_bare_long": dict(B=1, D=15, L=136, N=16, optional="", softplus=False),
 }
+SCAN_CASES |= ROWS
+
+
+@pytest.mark.parametrize("case", SCAN_CASES)
+def test_the_fast_kernels_take_rows_and_nothing_else(case):
+    """Otherwise the cases of rows would show that the general kernels are right."""
+    from scalekern import _C
+
+    args = scan_inputs(**SCAN_CASES[case])
+    _C.emulated_kernels()
+    out, _, checkpoints = emulated.selective_scan_fwd(*args, True)
+    forward = _C.emulated_kernels()
+    emulated.selective_scan_bwd(torch.ones_like(out), None, *args[:10], checkpoints, *args[10:])
+    for kernels, name in ((forward, "scan::ScanFwd"), (_C.emulated_kernels(), "scan::ScanBwd")):
+        assert any(f"{name}Rows<" in k for k in kernels) == (case in ROWS), kernels
+        assert any(f"{name}<" in k for k in kernels) != (case in ROWS), kernels
 
 
 @pytest.mark.parametrize("case", SCAN_CASES)
@@ -184,7 +198,8 @@ def test_the_kernels_get_rows_where_that_makes_them_fast(case):
     outputs = emulated._poisoned(scan._allocate_fwd(*args, True))
     scan._in_rows_fwd(watched("selective_scan_fwd"))(*outputs, *args, True)
     assert_all_close(outputs[:2], (out, last), ("out", "last_state"), TOLERANCE[args[0].dtype])
-    dout, call = torch.ones_like(args[0]), [*args[:10], checkpoints.to(args[2].dtype), *args[10:]]
+    dout = torch.empty_like(args[0]).copy_(torch.linspace(-1, 2, out.numel()).reshape(out.shape))
+    call = [*args[:10], checkpoints.to(args[2].dtype), *args[10:]]
     gradients = emulated._poisoned(scan._allocate_bwd(dout, None, *call))
     scan._in_rows_bwd(watched("selective_scan_bwd"))(*gradients, dout, None, *call)
     want = selective_scan_bwd(*doubled([dout, None, *call]))

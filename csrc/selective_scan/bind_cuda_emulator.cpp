@@ -2,11 +2,14 @@
 //
 // A tensor is a tuple (address, dtype code, sizes, strides); None stands for an absent one. `processors` is the number
 // of SMs that the driver believes in (it decides how time is split); `order` is the order in which fibers run.
+// emulated_kernels: which kernels that launched.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "selective_scan/cuda_conv1d_driver.h"
@@ -32,6 +35,10 @@ View view(const std::optional<TensorTuple>& t) {
   return v;
 }
 
+std::vector<std::string> launched;  // names of kernels, since they were last asked for
+
+std::vector<std::string> emulated_kernels() { return std::exchange(launched, {}); }
+
 class HostExec {
  public:
   HostExec(int processors, int order) : processors_(processors) { emulator::block().order = emulator::Order(order); }
@@ -47,6 +54,7 @@ class HostExec {
   template <class Kernel>
   void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Args& args) {
     if (shared_bytes > 163 * 1024) throw std::runtime_error("more shared memory than a block has on sm_80");
+    launched.push_back(py::type_id<Kernel>());
     emulator::block().template launch<Kernel>(blocks, shared_bytes, args);
   }
 
@@ -104,6 +112,7 @@ void causal_conv1d_update(const Tensors& t, bool silu, int processors, int order
 }  // namespace
 
 void bind_cuda_emulator(py::module_& m) {
+  m.def("emulated_kernels", &emulated_kernels);
   m.def("emulate_selective_scan_fwd", &selective_scan_fwd);
   m.def("emulate_selective_scan_bwd", &selective_scan_bwd);
   m.def("emulate_selective_state_update", &selective_state_update);
