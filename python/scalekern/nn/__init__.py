@@ -2,5 +2,19 @@
 
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
+from scalekern.nn.monarch_mixer import (
+    BlockdiagLinear,
+    MonarchMixerBlock,
+    MonarchMixerMLP,
+    MonarchMixerSequenceMixing,
+)
 
-__all__ = ["HyenaFilter", "HyenaOperator", "Mamba"]
+__all__ = [
+    "BlockdiagLinear",
+    "HyenaFilter",
+    "HyenaOperator",
+    "Mamba",
+    "MonarchMixerBlock",
+    "MonarchMixerMLP",
+    "MonarchMixerSequenceMixing",
+]
