@@ -30,7 +30,10 @@ def tensors(module):
 
 
 def check_against(rendering, module, x, forward_error=1e-12, gradient_error=1e-10):
-    """module(x) and rendering(tensors, x) agree, and so do their gradients for x and every parameter."""
+    """module(x) and rendering(tensors, x) agree, and so do their gradients for x and every parameter.
+
+    A gradient that is zero but for rounding (of a constant before a batch norm in training) is zero in both.
+    """
     x = x.requires_grad_()
     named = dict(module.named_parameters())
     outs = module(x), rendering(tensors(module), x)
@@ -38,7 +41,7 @@ def check_against(rendering, module, x, forward_error=1e-12, gradient_error=1e-1
     weight = normal(*outs[0].shape, seed=2)
     grads = (torch.autograd.grad((out * weight).sum(), [x, *named.values()]) for out in outs)
     for name, got, expected in zip(["x", *named], *grads, strict=True):
-        assert error(got, expected) < gradient_error, name
+        assert error(got, expected) < gradient_error or max(got.norm(), expected.norm()) < gradient_error, name
 
 
 def check_each_matters(rendering, module, x, names):
@@ -51,8 +54,8 @@ def check_each_matters(rendering, module, x, names):
 
 def check_loads(module, shapes):
     """A checkpoint with these names and shapes, upstream's, loads; its values arrive under its names."""
-    state = {name: torch.randn(shape, dtype=torch.float32) for name, shape in shapes.items()}
     own = module.state_dict()
+    state = {name: (9 * torch.randn(shape)).to(own[name].dtype) for name, shape in shapes.items() if name in own}
     assert {name: tuple(t.shape) for name, t in own.items()} == shapes
     module.load_state_dict(state, strict=True)
     shared = {name for name, t in own.items() if sum(t.data_ptr() == o.data_ptr() for o in own.values()) > 1}
@@ -67,4 +70,4 @@ def check_compiled(module, x, backend):
     assert error(*outs) < 1e-12
     grads = [torch.autograd.grad(out.square().sum(), [x, *module.parameters()]) for out in outs]
     for got, expected in zip(*grads, strict=True):
-        assert error(got, expected) < 1e-10
+        assert error(got, expected) < 1e-10 or max(got.norm(), expected.norm()) < 1e-10

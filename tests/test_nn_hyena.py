@@ -1,4 +1,4 @@
-"""nn.HyenaOperator and nn.HyenaFilter against the paper's equations in plain torch, sharing no code with the package."""
+"""nn.HyenaOperator and nn.HyenaFilter against the paper's equations in plain torch, no code shared with the package."""
 
 import math
 

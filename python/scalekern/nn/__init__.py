@@ -8,13 +8,18 @@ from scalekern.nn.monarch_mixer import (
     MonarchMixerMLP,
     MonarchMixerSequenceMixing,
 )
+from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
+from scalekern.nn.wavemix import WaveMixBlock
 
 __all__ = [
     "BlockdiagLinear",
+    "DilatedReparamBlock",
     "HyenaFilter",
     "HyenaOperator",
     "Mamba",
     "MonarchMixerBlock",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixing",
+    "UniRepLKNetBlock",
+    "WaveMixBlock",
 ]
