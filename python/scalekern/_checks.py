@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+COMPLEX = (torch.complex64, torch.complex128)
 
 
 def _shape(sizes) -> str:
