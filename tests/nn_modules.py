@@ -55,7 +55,7 @@ def check_each_matters(rendering, module, x, names):
 def check_loads(module, shapes):
     """A checkpoint with these names and shapes, upstream's, loads; its values arrive under its names."""
     own = module.state_dict()
-    state = {name: (9 * torch.randn(shape)).to(own[name].dtype) for name, shape in shapes.items() if name in own}
+    state = {name: (9 * torch.rand(shape)).to(own[name].dtype) for name, shape in shapes.items() if name in own}
     assert {name: tuple(t.shape) for name, t in own.items()} == shapes
     module.load_state_dict(state, strict=True)
     shared = {name for name, t in own.items() if sum(t.data_ptr() == o.data_ptr() for o in own.values()) > 1}

@@ -219,12 +219,13 @@ def scan_dplr(u, a, b, c, x):
     taps = (c[:, None] @ columns)[:, 0].real  # [H, T]
     lag = torch.arange(size, device=u.device)[:, None] - torch.arange(size, device=u.device)
     local = torch.where(lag >= 0, taps[:, lag.clamp(min=0)], 0)  # [H, T, T]
-    outs = []
+    outs, done = [], None
     for piece in u.split(size, -1):
         count = piece.shape[-1]
         inside = torch.einsum("hij,bhj->bhi", local[:, :count, :count], piece)
         outs.append(inside + torch.einsum("htn,bhn->bht", rows[:, :count], x).real)
-        power = torch.linalg.matrix_power(a, count) if count < size or not outs[1:] else power
+        if count != done:  # at the first chunk and a shorter last one
+            power, done = torch.linalg.matrix_power(a, count), count
         added = torch.einsum("hnt,bht->bhn", columns[..., :count].flip(-1), piece.to(x.dtype))
         x = torch.einsum("hnm,bhm->bhn", power, x) + added
     return torch.cat(outs, -1), x
@@ -274,8 +275,8 @@ class DSSKernel(DiagKernel):
         dt, W = _wide(self.log_dt).exp(), as_complex(self.W)
         A = Lambda.expand(len(dt), -1)
         if dt.dim() == 2:
-            # A dt_0 = dt_0 Re + i dt_1 Im, and W / Lambda = (W A / Lambda) / A. Only the epsilon of DSS's reciprocal
-            # then sees another denominator: nothing where dt_0 = dt_1, and below 1e-6 of K elsewhere.
+            # A dt_0 = dt_0 Re + i dt_1 Im, and W / Lambda = (W A / Lambda) / A. Where dt_0 and dt_1 differ, the epsilon
+            # of the softmax's reciprocal (1e-7) then stands beside |A (e^{zL} - 1)|^2 in place of |Lambda (..)|^2.
             A, dt = torch.complex(A.real, A.imag * (dt[:, 1:] / dt[:, :1])), dt[:, 0]
             W = W * (A / Lambda)
         A, W = A.repeat(self.channels, 1), W.flatten(0, 1)

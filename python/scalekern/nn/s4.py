@@ -152,7 +152,7 @@ class S4(_Layer):
         d_model: H.   d_state: N, even.   l_max: the most taps of K.   channels: C.
         bidirectional: a second kernel looks ahead, from the next token on.
         mode: "dplr" (S4) or "diag".
-        activation: "gelu", "silu", "relu" or "id".   final_act: "glu" after the last linear layer, or None for none.
+        activation: "gelu", "silu", "relu" or "id".   final_act: "glu" or "id", after the last linear layer.
         dropout: after the activation.   transposed: (B, H, L), else (B, L, H).
         kernel_args: init ("legs", "legt", "lagt", "fout"; for "diag" "diag-lin", "diag-inv", "diag-legs"), rank, n_ssm
             (S), dt_min, dt_max, lr; for "diag" disc ("zoh", "bilinear").
@@ -170,7 +170,7 @@ class S4(_Layer):
         super().__init__()
         _checks.choice("nn.S4", "mode", mode, ("dplr", "diag"))
         _checks.choice("nn.S4", "activation", activation, tuple(ACTIVATIONS))
-        _checks.choice("nn.S4", "final_act", final_act, ("glu", None))
+        _checks.choice("nn.S4", "final_act", final_act, ("glu", "id"))
         _checks.choice("nn.S4", "disc", kernel_args.get("disc", "zoh"), ("zoh", "bilinear"))
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.l_max, self.bidirectional, self.transposed = d_model, l_max, bidirectional, transposed
@@ -181,9 +181,8 @@ class S4(_Layer):
             d_model, mode, channels, 2 if bidirectional else 1, factory, d_state=d_state, **kernel_args
         )
         self.drop = nn.Dropout(dropout)
-        wide = 2 * d_model if final_act else d_model
-        last = (nn.GLU(-1),) if final_act else ()
-        self.output_linear = nn.Sequential(nn.Linear(channels * d_model, wide, **factory), *last)
+        wide, last = (2 * d_model, nn.GLU(-1)) if final_act == "glu" else (d_model, nn.Identity())
+        self.output_linear = nn.Sequential(nn.Linear(channels * d_model, wide, **factory), last)
 
     @property
     def convolution(self):
