@@ -83,7 +83,7 @@ def loss(outputs, weights=None):
         generator = torch.Generator().manual_seed(17 + i)
         weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
         wide = out.to(torch.complex128 if out.is_complex() else torch.float64)
-        total = total + (torch.view_as_real(wide).sum(-1) * weight if out.is_complex() else wide * weight).sum()
+        total = total + ((wide.real + wide.imag if out.is_complex() else wide) * weight).sum()
     return total
 
 

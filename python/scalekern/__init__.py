@@ -3,6 +3,9 @@
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
+from scalekern.ops.diag_ssm import diag_ssm
+from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
+from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel, truncate_C
 from scalekern.ops.dwt2d import dwt2d, idwt2d
 from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
 from scalekern.ops.mamba_inner import mamba_inner
@@ -18,6 +21,9 @@ __all__ = [
     "causal_conv1d_update",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "diag_ssm",
+    "diag_ssm_kernel",
+    "dplr_ssm_kernel",
     "dwt2d",
     "idwt2d",
     "fft_conv",
@@ -28,4 +34,5 @@ __all__ = [
     "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
+    "truncate_C",
 ]

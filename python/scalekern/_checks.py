@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+COMPLEX = (torch.complex64, torch.complex128)
 
 
 def _shape(sizes) -> str:
@@ -54,3 +55,8 @@ def dtype(op: str, name: str, value: torch.Tensor, *allowed: torch.dtype) -> Non
 def choice(op: str, name: str, value, allowed: Sequence) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def at_least(op: str, name: str, value, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")

@@ -1,5 +1,31 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
+from scalekern.nn.h3 import H3
+from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
+from scalekern.nn.monarch_mixer import (
+    BlockdiagLinear,
+    MonarchMixerBlock,
+    MonarchMixerMLP,
+    MonarchMixerSequenceMixing,
+)
+from scalekern.nn.s4 import DSS, S4, S4D
+from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
+from scalekern.nn.wavemix import WaveMixBlock
 
-__all__ = ["Mamba"]
+__all__ = [
+    "DSS",
+    "H3",
+    "S4",
+    "S4D",
+    "BlockdiagLinear",
+    "DilatedReparamBlock",
+    "HyenaFilter",
+    "HyenaOperator",
+    "Mamba",
+    "MonarchMixerBlock",
+    "MonarchMixerMLP",
+    "MonarchMixerSequenceMixing",
+    "UniRepLKNetBlock",
+    "WaveMixBlock",
+]

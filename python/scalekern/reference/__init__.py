@@ -6,6 +6,8 @@ from scalekern.reference.depthwise_conv2d import (
     depthwise_conv_transpose2d,
     merge_dilated_branches,
 )
+from scalekern.reference.diag_ssm import diag_ssm, diag_ssm_kernel
+from scalekern.reference.dplr_ssm import dplr_ssm_kernel, truncate_C
 from scalekern.reference.dwt2d import dwt2d, idwt2d
 from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
 from scalekern.reference.mamba_inner import mamba_inner
@@ -18,6 +20,9 @@ __all__ = [
     "causal_conv1d_update",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "diag_ssm",
+    "diag_ssm_kernel",
+    "dplr_ssm_kernel",
     "dwt2d",
     "idwt2d",
     "fft_conv",
@@ -28,4 +33,5 @@ __all__ = [
     "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
+    "truncate_C",
 ]

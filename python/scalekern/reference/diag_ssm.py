@@ -52,11 +52,11 @@ def diag_ssm_kernel(A, B, C, dt, L, disc="zoh", *, conjugate_pairs=True):
 def diag_ssm_kernel_fwd(A, B, C, dt, L, disc, conjugate_pairs):
     """K (H, L)."""
     a, b = discretize(A, B, dt, disc, L)
-    w = _scale(A, conjugate_pairs) * wide(C) * b
-    growing = _growing(A, disc)
-    kernel = _vandermonde(torch.where(growing, 0, w), a, L)
+    w = scale(A, conjugate_pairs) * wide(C) * b
+    ends = growing(A, disc)
+    kernel = _vandermonde(torch.where(ends, 0, w), a, L)
     if disc == "dss":  # whose growing terms count their powers from the end
-        kernel = kernel + _vandermonde(torch.where(growing, w, 0), a, L).flip(-1)
+        kernel = kernel + _vandermonde(torch.where(ends, w, 0), a, L).flip(-1)
     return kernel.to(real_dtype(C))
 
 
@@ -70,12 +70,12 @@ def diag_ssm_kernel_bwd(dout, A, B, C, dt, disc, conjugate_pairs):
     length = dout.shape[1]
     a, b = discretize(A, B, dt, disc, length)
     c = wide(C)
-    g = _scale(A, conjugate_pairs) * dout.to(torch.complex128)
+    g = scale(A, conjugate_pairs) * dout.to(torch.complex128)
     m0, m1 = _moments(g, a)
     if disc == "dss":
         last0, last1 = _moments(g.flip(-1), a)
-        growing = _growing(A, disc)
-        m0, m1 = torch.where(growing, last0, m0), torch.where(growing, last1, m1)
+        ends = growing(A, disc)
+        m0, m1 = torch.where(ends, last0, m0), torch.where(ends, last1, m1)
     dA, dB, ddt = discretize_bwd(conj(c * b * m1), conj(c * m0), A, B, dt, disc, length)
     return dA, dB, as_dtype(conj(b * m0), C.dtype), ddt
 
@@ -147,7 +147,7 @@ def _phi_series(z, derivative):
     return total
 
 
-def _growing(A, disc):
+def growing(A, disc):
     return (A.real > 0) & (disc == "dss")
 
 
@@ -195,7 +195,7 @@ def _transposed(g, a):
 
 
 def diag_ssm(
-    u, A, B, C, D, dt, *, initial_state=None, return_last_state=False, disc="zoh", conjugate_pairs=True
+    u, A, B, C, D, dt, *, initial_state=None, return_last_state=False, disc="zoh", conjugate_pairs=True, method="auto"
 ):  # fmt: skip
     """The same models as a recurrence: y = causal convolution of u with diag_ssm_kernel(A, B, C, dt, L, disc) + D u.
 
@@ -203,6 +203,7 @@ def diag_ssm(
         u: (B, H, L).   A, B, C, dt: as for diag_ssm_kernel.   D: (H,) or None.
         initial_state: (B, H, N), x before the first token; zeros when None.
         return_last_state: also return x after the last token.   disc: "zoh" or "bilinear".
+        method: nothing here, where the recurrence is all there is.
 
     Returns:
         y (B, H, L) in u's dtype; with return_last_state also (B, H, N), in initial_state's dtype, or else complex (real
@@ -210,21 +211,22 @@ def diag_ssm(
 
     Source: as diag_ssm_kernel; the states are those that H3 passes between chunks (Fu et al., 2023, section 4.2).
     """
-    out, last_state = diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs)
+    out, last_state = diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method)
     return (out, last_state) if return_last_state else out
 
 
-def diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs):
-    """(out, last_state)."""
+def diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method="auto", return_last_state=True):
+    """(out, last_state); the latter is empty unless it is wanted."""
     a, b = discretize(A, B, dt, disc)
     states = _scan(u, a, b, initial_state)
     y = [(wide(C) * x).sum(-1).real for x in states[1:]]
-    out = _scale(A, conjugate_pairs) * torch.stack(y, -1) if y else torch.zeros_like(u, dtype=torch.float64)
+    out = scale(A, conjugate_pairs) * torch.stack(y, -1) if y else torch.zeros_like(u, dtype=torch.float64)
     out = out if D is None else out + D.to(torch.float64)[:, None] * u
-    return out.to(u.dtype), as_dtype(states[-1], _state_dtype(u, A, initial_state))
+    dtype = state_dtype(u, A, initial_state)
+    return out.to(u.dtype), as_dtype(states[-1], dtype) if return_last_state else u.new_empty(0, dtype=dtype)
 
 
-def diag_ssm_bwd(dout, dlast_state, u, A, B, C, D, dt, initial_state, disc, conjugate_pairs):
+def diag_ssm_bwd(dout, dlast_state, u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method="auto"):
     """(du, dA, dB, dC, dD, ddt, dinitial_state); an absent input's gradient is empty (0,), dlast_state may be None.
 
     With g = dL/dx_t flowing backward through time:
@@ -239,9 +241,9 @@ def diag_ssm_bwd(dout, dlast_state, u, A, B, C, D, dt, initial_state, disc, conj
     g = torch.zeros_like(states[0]) if dlast_state is None else wide(dlast_state)
     da, db, dc = (torch.zeros_like(a) for _ in "abc")
     du = torch.zeros_like(u_) if D is None else D.to(torch.float64)[:, None] * dy
-    scale = _scale(A, conjugate_pairs)
+    factor = scale(A, conjugate_pairs)
     for t in reversed(range(u.shape[2])):
-        dyt = scale * dy[..., t, None]
+        dyt = factor * dy[..., t, None]
         g = g + conj(wide(C)) * dyt
         dc += (conj(states[t + 1]) * dyt).sum(0)
         da += (g * conj(states[t])).sum(0)
@@ -263,12 +265,12 @@ def _scan(u, a, b, initial_state):
     return states
 
 
-def _state_dtype(u, A, initial_state):
+def state_dtype(u, A, initial_state):
     if initial_state is not None:
         return initial_state.dtype
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     return real.to_complex() if A.is_complex() else real
 
 
-def _scale(A, conjugate_pairs):
+def scale(A, conjugate_pairs):
     return 2 if conjugate_pairs and A.is_complex() else 1

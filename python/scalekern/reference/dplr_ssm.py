@@ -56,7 +56,8 @@ def dplr_ssm_kernel_fwd(Lambda, P, B, C, dt, L, conjugate_pairs):
     for _, w in _roots(L, C.device):
         _, r, _, _, _, right = _woodbury(Lambda, P, B, c, dt, w)
         spectrum.append(2 * torch.einsum("hn,hnj,hnj->hj", c, r, right))
-    return torch.fft.ifft(torch.cat(spectrum, -1)).real.to(real_dtype(C))
+    spectrum = torch.cat(spectrum, -1)
+    return (torch.fft.ifft(spectrum) if spectrum.numel() else spectrum).real.to(real_dtype(C))
 
 
 def dplr_ssm_kernel_bwd(dout, Lambda, P, B, C, dt, conjugate_pairs):
@@ -72,7 +73,8 @@ def dplr_ssm_kernel_bwd(dout, Lambda, P, B, C, dt, conjugate_pairs):
         dr   = 2 g conj(left right)           dLambda = dr conj(f r^2)     ddt = Re dr conj(2 (1 - w) r^2) / dt^2
     """
     L, lambda_, p, b, c = dout.shape[1], *(_paired(x, conjugate_pairs) for x in (Lambda, _ranks(P), B, C))
-    spectrum = 2 * torch.fft.fft(dout.to(torch.complex128)) / L
+    dout = dout.to(torch.complex128)
+    spectrum = 2 * (torch.fft.fft(dout) if dout.numel() else dout) / L
     dlambda, dp, db, dc = (torch.zeros_like(x) for x in (lambda_, p, b, c))
     ddt = torch.zeros_like(dt, dtype=torch.float64)
     for place, w in _roots(L, dout.device):

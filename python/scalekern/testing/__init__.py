@@ -71,6 +71,7 @@ class Spec:
     dense_oracle     the oracle is a product with matrices, in which a NaN reaches every output
     operand_error    what a Triton kernel adds to the rounding of half-precision inputs and outputs, since it multiplies
                      intermediate results in half precision too
+    parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
     """
 
     samples: tuple[Sample, ...]
@@ -78,6 +79,7 @@ class Spec:
     gradient_factor: float = 2
     dense_oracle: bool = False
     operand_error: float = 0.0
+    parameters_only: bool = False
 
 
 def specs() -> dict[str, Spec]:

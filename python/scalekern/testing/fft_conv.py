@@ -159,14 +159,15 @@ SPECS = {
         (
             Sample("s4d", _kernel(3, 8, 50)),
             Sample("one", _kernel(1, 1, 1)),
-            Sample("prime", _kernel(2, 5, 127)),
+            Sample("prime", _kernel(2, 5, 31)),
             Sample("real", _kernel(3, 4, 20, real=True)),
             Sample("bilinear", _kernel(2, 6, 33, "bilinear")),
             Sample("bilinear_real", _kernel(2, 3, 17, "bilinear", real=True)),
             Sample("all_states", _kernel(2, 6, 19, pairs=False)),
             Sample("dss", _kernel(2, 6, 33, "dss", pairs=False)),
             Sample("dss_growing", _kernel(2, 6, 21, "dss", growing=True)),
-        )
+        ),
+        parameters_only=True,
     ),
     "dplr_ssm_kernel": Spec(
         (
@@ -176,7 +177,8 @@ SPECS = {
             Sample("rank_2", _low_rank(2, 3, 12, R=2)),
             Sample("all_states", _low_rank(2, 5, 9, pairs=False)),
             Sample("C", _low_rank(2, 4, 14, R=1, truncated=False)),
-        )
+        ),
+        parameters_only=True,
     ),
     "diag_ssm": Spec(
         (

@@ -1,0 +1,73 @@
+"""What the tests of scalekern.nn share: modules off their initial values, and comparisons with a rendering."""
+
+import torch
+
+
+def perturbed(module, seed=0, scale=0.3):
+    """The module in float64 with every parameter moved, each by its own amount."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for p in module.parameters():
+            amount = scale * (0.3 + 0.7 * torch.rand((), generator=generator, dtype=torch.float64))
+            p += amount * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return module
+
+
+def normal(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def error(got, expected):
+    """Relative L2 error; an all-zero `got` has error 1."""
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def tensors(module):
+    """Parameters and buffers by every name that the state dict has for them."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    return named | dict(module.named_buffers(remove_duplicate=False))
+
+
+def check_against(rendering, module, x, forward_error=1e-12, gradient_error=1e-10):
+    """module(x) and rendering(tensors, x) agree, and so do their gradients for x and every parameter.
+
+    A gradient that is zero but for rounding (of a constant before a batch norm in training) is zero in both.
+    """
+    x = x.requires_grad_()
+    named = dict(module.named_parameters())
+    outs = module(x), rendering(tensors(module), x)
+    assert error(*outs) < forward_error
+    weight = normal(*outs[0].shape, seed=2)
+    grads = (torch.autograd.grad((out * weight).sum(), [x, *named.values()]) for out in outs)
+    for name, got, expected in zip(["x", *named], *grads, strict=True):
+        assert error(got, expected) < gradient_error or max(got.norm(), expected.norm()) < gradient_error, name
+
+
+def check_each_matters(rendering, module, x, names):
+    """The comparison notices a rendering that has dropped one of these."""
+    out = module(x)
+    for name in names:
+        changed = {n: torch.zeros_like(t) if n == name else t for n, t in tensors(module).items()}
+        assert error(out, rendering(changed, x)) > 1e-4, name
+
+
+def check_loads(module, shapes):
+    """A checkpoint with these names and shapes, upstream's, loads; its values arrive under its names."""
+    own = module.state_dict()
+    state = {name: (9 * torch.rand(shape)).to(own[name].dtype) for name, shape in shapes.items() if name in own}
+    assert {name: tuple(t.shape) for name, t in own.items()} == shapes
+    module.load_state_dict(state, strict=True)
+    shared = {name for name, t in own.items() if sum(t.data_ptr() == o.data_ptr() for o in own.values()) > 1}
+    for name, t in module.state_dict().items():
+        assert name in shared or torch.equal(t, state[name]), name
+
+
+def check_compiled(module, x, backend):
+    """torch.compile(fullgraph=True) gives the same output and the same gradient."""
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    outs = [f(x.requires_grad_()) for f in (compiled, module)]
+    assert error(*outs) < 1e-12
+    grads = [torch.autograd.grad(out.square().sum(), [x, *module.parameters()]) for out in outs]
+    for got, expected in zip(*grads, strict=True):
+        assert error(got, expected) < 1e-10 or max(got.norm(), expected.norm()) < 1e-10
