@@ -74,13 +74,28 @@ def timings(model: LanguageModel, text: torch.Tensor, settings: Settings, quick:
             model.step(prompt[:, t], cache)
 
     batch, window = text.shape[0], text.shape[1] - 1
+    convolution = _convolution(batch, model.config.width, window, device=text.device)
     cases = [
         ("training step", f"{batch} x {window} bytes", training_step, 1),
+        ("long convolution", f"{batch} x {model.config.width} x {window}, both ways", convolution, 1),
         ("prefill", f"1 x {window} bytes", prefill, 1),
         ("decode", "a byte", decode, decoded),
     ]
     rounds = 0 if quick else 3
     return [Timing(name, shape, *(t / per for t in both(run, rounds))) for name, shape, run, per in cases]
+
+
+def _convolution(*shape, device) -> Callable:
+    """H3's gated convolution by itself, forward and backward, with filters as long as the window."""
+    u, pregate, postgate, dout = (torch.randn(shape, device=device) for _ in range(4))
+    k = torch.randn(shape[1:], device=device) / shape[-1] ** 0.5
+    leaves = [x.requires_grad_() for x in (u, k, pregate, postgate)]
+
+    def run():
+        y = scalekern.fft_conv(u, k, pregate=pregate, postgate=postgate)
+        torch.autograd.grad(y, leaves, dout)
+
+    return run
 
 
 def both(run: Callable, rounds: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A byte-level Mamba language model, its one-token form and generation with it.
+"""A byte-level language model of Mamba and H3 blocks by turns, its one-token form and generation with it.
 
 Shape letters: B batch, L length, D width of the model; 256 byte values.
 """
@@ -8,7 +8,7 @@ import dataclasses
 import torch
 import torch.nn as nn
 
-from scalekern.nn import Mamba
+from scalekern.nn import H3, Mamba
 
 BYTES = 256
 
@@ -20,20 +20,32 @@ class Config:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
+    h3_state: int = 32
 
 
 class Block(nn.Module):
-    """x + Mamba(RMSNorm(x))."""
+    """x + mixer(RMSNorm(x)): a recurrence that its input controls (Mamba), then a long convolution between gates (H3)."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
-        self.mixer = Mamba(
-            config.width, d_state=config.d_state, d_conv=config.d_conv, expand=config.expand, layer_idx=index
-        )
+        if index % 2 == 0:
+            self.mixer = Mamba(config.width, d_state=config.d_state, d_conv=config.d_conv, expand=config.expand)
+            last = self.mixer.out_proj
+        else:
+            self.mixer = H3(config.width, d_state=config.h3_state)
+            last = self.mixer.output_linear
         # Each layer adds to the residual stream: scaled so that its variance at the start does not grow with depth.
         with torch.no_grad():
-            self.mixer.out_proj.weight /= config.layers**0.5
+            last.weight /= config.layers**0.5
+
+    def step(self, hidden: torch.Tensor, states: tuple) -> tuple[torch.Tensor, tuple]:
+        """One token (B, 1, D), and the states after it."""
+        if isinstance(self.mixer, H3):
+            mixed, states = self.mixer.step(self.norm(hidden), states)
+        else:  # in place
+            mixed, _, _ = self.mixer.step(self.norm(hidden), *states)
+        return hidden + mixed, states
 
 
 class LanguageModel(nn.Module):
@@ -69,9 +81,8 @@ class LanguageModel(nn.Module):
     def step(self, tokens: torch.Tensor, cache: list) -> torch.Tensor:
         """One byte for each row (B,); `cache` moves on in place; logits (B, 256)."""
         hidden = self.embedding(tokens)[:, None]  # (B, 1, D)
-        for block, (conv_state, ssm_state) in zip(self.blocks, cache):
-            mixed, _, _ = block.mixer.step(block.norm(hidden), conv_state, ssm_state)
-            hidden = hidden + mixed
+        for i, block in enumerate(self.blocks):
+            hidden, cache[i] = block.step(hidden, cache[i])
         return self.head(hidden[:, 0])
 
 

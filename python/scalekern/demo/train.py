@@ -20,7 +20,7 @@ from scalekern.demo import data
 from scalekern.demo.data import Corpus, InputError
 from scalekern.demo.model import Config, LanguageModel
 
-FORMAT = "scalekern-demo-1"
+FORMAT = "scalekern-demo-2"
 TIME_LIMIT_S = 200  # of training, so that the whole demo ends within five minutes
 PROBE_STEPS = 10
 
@@ -73,7 +73,7 @@ class Trainer:
         tokens = data.batch(self.corpus.train, self.step, settings.batch, settings.window, settings.seed)
         tokens = tokens.to(self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, settings)
+            group["lr"] = learning_rate(self.step, settings) * group["share"]
         loss = optimize(self.model, self.optimizer, tokens, settings.clip)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} at step {self.step + 1}")
@@ -155,11 +155,22 @@ class Trainer:
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW; weights of matmuls decay, the rest (norms, biases, A, D, embedding) does not."""
-    kept = [p for n, p in model.named_parameters() if p.dim() < 2 or n.endswith("A_log") or "embedding" in n]
-    skip = set(kept)
-    decaying = [p for p in model.parameters() if p not in skip]
-    groups = [{"params": decaying, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    """AdamW; weights of matmuls decay, the rest (norms, biases, A, D, embedding) does not, and what H3's convolution
+    kernels are made of learns at a quarter of the rate, since a kernel is exponential in it."""
+    named = dict(model.named_parameters())
+    kernels = [p for n, p in named.items() if "kernel." in n]
+    kept = [
+        p
+        for n, p in named.items()
+        if "kernel." not in n and (p.dim() < 2 or n.endswith("A_log") or "embedding" in n)
+    ]
+    skip = {*kernels, *kept}
+    decaying = [p for p in named.values() if p not in skip]
+    groups = [
+        {"params": decaying, "weight_decay": settings.weight_decay, "share": 1.0},
+        {"params": kept, "weight_decay": 0.0, "share": 1.0},
+        {"params": kernels, "weight_decay": 0.0, "share": 0.25},
+    ]
     return torch.optim.AdamW(groups, lr=settings.peak_rate, betas=(0.9, 0.98), fused=True)
 
 

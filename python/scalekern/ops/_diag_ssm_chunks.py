@@ -165,6 +165,9 @@ def _step_by_step(out, last, h, u, A, B, C, D, dt, initial_state, disc, conjugat
 
 def composed_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method, return_last_state, *, conv):
     """(out, last_state); the latter is empty unless it is wanted."""
+    if u.shape[2] == 1:  # decoding: the recurrence itself
+        out, last = diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs)
+        return out, last if return_last_state else last.new_empty(0)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = u.new_empty((u.shape[0], *A.shape) if return_last_state else 0, dtype=state_dtype(u, A, initial_state))
     segments, by_scan = chunks_of(method, u.shape[2])
