@@ -3,7 +3,7 @@
 Shape letters: B batch, H channels (D in the short filter), L length, N size of the FFT, K taps, P padding.
 
 Less is asked of the inputs than upstream asks: any N, L and K, any floating dtype, any strides, on a CPU too. Products
-are float32 (float64 for float64) whatever `dtype` says, and the output has the input's dtype, also under autocast, which
+are float32 (float64 for float64) whatever `dtype` says; the output has the input's dtype under autocast too, which
 upstream does not heed. Gradients exist in eval mode too, where upstream has not kept what they need.
 """
 
@@ -41,9 +41,9 @@ class FlashFFTConv(torch.nn.Module):
     def forward(self, u, k, pregate=None, postgate=None):
         """The convolution of period N = seqlen, u followed by zeros up to N.
 
-        With L = N it is circular. With L + K - 1 <= N it is causal. Between the two, taps from N - L + 1 on reach around
-        the ring: k[N - s] meets u[t + s], which is how a bidirectional filter comes in one tensor of 2 L taps. Taps from
-        N on are dropped, as by rfft(k, N).
+        With L = N it is circular. With L + K - 1 <= N it is causal. Between the two, taps from N - L + 1 on reach
+        around the ring: k[N - s] meets u[t + s], which is how a bidirectional filter comes in one tensor of 2 L taps.
+        Taps from N on are dropped, as by rfft(k, N).
 
         Args:
             u: (B, H, L), L up to N.   k: (H, K), computed with in float32.   pregate, postgate: (B, H, L).
@@ -109,9 +109,9 @@ class FlashDepthWiseConv1d(torch.nn.Module):
         op = "FlashDepthWiseConv1d"
         _checks.tensor(op, "input", input, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(op, "input", input, (None, self.d, None) if self.is_bhl else (None, None, self.d))
-        length = input.shape[2 if self.is_bhl else 1]
-        if length + 2 * self.padding < self.k:
-            raise ValueError(f"{op}: the padded input must have at least {self.k} tokens, got {length + 2 * self.padding}")
+        padded = input.shape[2 if self.is_bhl else 1] + 2 * self.padding
+        if padded < self.k:
+            raise ValueError(f"{op}: the padded input must have at least {self.k} tokens, got {padded}")
         around = (self.padding, self.padding)
         x = F.pad(input, around) if self.is_bhl else F.pad(input, (0, 0) + around).transpose(1, 2)
         weights = self.weights if self.is_bhl else self.weights.t()

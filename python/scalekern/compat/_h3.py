@@ -5,8 +5,8 @@ Shape letters: B batch, H channels, E head_dim, G = H / E heads with a filter ea
     y[d, e] = k * (u[d] v[e]) + k_rev reversed * (u[d] v[e]) + D u[d] v[e]         for channels d, e of one head
     out[e]  = sum_d gelu(y[d, e]) dropout_mask q[d]                                gelu, mask, v and q where asked for
 
-Any L is taken (upstream: even, up to 8,192), any head_dim (1 and 8) and any strides. Products are float32, fftfp16 or not:
-under that flag upstream starts no kernel and returns memory that nobody wrote (csrc/fftconv/fftconv_cuda.cu).
+Any L is taken (upstream: even, up to 8,192), any head_dim (1 and 8) and any strides. Products are float32, fftfp16 or
+not: under that flag upstream starts no kernel and returns memory that nobody wrote (csrc/fftconv/fftconv_cuda.cu).
 """
 
 import functools
@@ -99,7 +99,8 @@ def fftconv_bwd(
     _checks.shape(op, "dout", dout, u.shape)
     length = u.shape[2]
     with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (u, *_lags(filter, fft_size, length), D, v, q)]
+        inputs = (u, *_lags(filter, fft_size, length), D, v, q)
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
         u_, k, k_rev, D_, v_, q_ = leaves
         out = _compose(scalekern.fft_conv, u_, k, k_rev, D_, v_, head_dim, q_, dropout_mask, gelu)
         found = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], dout.to(out.dtype)))
