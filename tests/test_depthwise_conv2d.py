@@ -75,6 +75,19 @@ def test_nan_and_inf_stay_where_they_belong(into, value):
         assert_close(a[e.isfinite()], e[e.isfinite()], tolerance=1e-12)
 
 
+@pytest.mark.parametrize("method", ["direct", "fft"])
+def test_outputs_have_the_strides_that_a_compiled_graph_expects(method):
+    """Contiguous ones: torch's convolutions answer in channels-last what came in channels-last, x or the gradient."""
+    x, dout = (randn(2, 3, 9, 11, seed=i).float().contiguous(memory_format=torch.channels_last) for i in range(2))
+    w = randn(7, 5, 3, seed=1).float().permute(2, 1, 0)
+    options = {"conv2d": ([3, 3, 2, 2], [1, 1], [1, 1]), "conv_transpose2d": ([1, 1], [2, 3], [0, 0], [1, 1])}
+    for name, more in options.items():
+        forward, backward = (getattr(torch.ops.scalekern, f"depthwise_{name}_{d}") for d in ("fwd", "bwd"))
+        for inputs in ((x, w), (x.contiguous(), w.contiguous())):
+            assert forward(*inputs, None, *more, method).is_contiguous()
+            assert all(t.is_contiguous() for t in backward(dout, *inputs, None, *more, method))
+
+
 @pytest.mark.parametrize("images", [1, 2, 7])
 def test_pieces_of_any_size_give_the_same(images, monkeypatch):
     leaves = randn(3, 4, 8, 9), randn(4, 11, 3, seed=1)

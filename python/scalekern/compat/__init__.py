@@ -1,9 +1,13 @@
-"""Import shims: code written for `mamba_ssm` and `causal_conv1d` runs on scalekern, on a machine that has neither.
+"""Import shims: code written for the packages below runs on scalekern, on a machine that has none of them.
 
     import scalekern.compat
     scalekern.compat.install()
     from mamba_ssm import Mamba                     # scalekern.nn.Mamba
     model = transformers.MambaForCausalLM(config)   # an unmodified transformers, on scalekern's ops
+    from flashfftconv import FlashFFTConv           # on scalekern.fft_conv
+
+`mamba_ssm`, `causal_conv1d`, `flashfftconv`, and H3's extension `fftconv`, which carries its src/ops/fftconv.py (that
+module is here too, for code that has no such file of its own).
 
 Installed packages of these names are left alone, unless install(force=True). transformers may be imported before or
 after; its models serve from the next call on. A function that other code has already taken by
@@ -16,39 +20,47 @@ import importlib.metadata
 import importlib.util
 import sys
 
-from scalekern.compat import _shims, _transformers
+from scalekern.compat import _flashfftconv, _h3, _shims, _transformers
 
 __all__ = ["calls", "install", "installed", "reset_calls", "uninstall"]
 
+VERSIONS = _shims.VERSIONS | _flashfftconv.VERSIONS | _h3.VERSIONS
+MODULES = _shims.MODULES | _flashfftconv.MODULES | _h3.MODULES
+
 _finder: "_Finder | None" = None
+_last: "_Finder | None" = None  # asked after everybody else
 
 
 def install(force: bool = False) -> None:
-    """Serve `mamba_ssm` and `causal_conv1d` from scalekern. A second call changes nothing.
+    """Serve the packages of the module's list from scalekern. A second call changes nothing.
 
     Args:
         force: shadow a package of that name that is installed, too.
     """
-    global _finder
+    global _finder, _last
     if _finder is not None:
-        if not force or _finder.packages == frozenset(_shims.VERSIONS):
+        if not force or _finder.packages == frozenset(VERSIONS):
             return
         uninstall()
-    packages = frozenset(p for p in _shims.VERSIONS if force or not _exists(p))
-    _finder = _Finder(packages)
+    packages = frozenset(p for p in VERSIONS if force or not _exists(p))
+    _finder, _last = _Finder(packages), _Finder(frozenset([_h3.FALLBACK]))
     sys.meta_path.insert(0, _finder)
+    sys.meta_path.append(_last)
     _finder.shadowed = _take_modules(packages)
     _transformers.patch(_finder.serves)
 
 
 def uninstall() -> None:
     """Undo `install`: the imports, the metadata, and what transformers took from the shims."""
-    global _finder
+    global _finder, _last
     if _finder is None:
         return
-    finder, _finder = _finder, None
+    finder, last, _finder, _last = _finder, _last, None, None
     sys.meta_path.remove(finder)
+    sys.meta_path.remove(last)
     _take_modules(finder.packages)
+    for name in [n for n, m in sys.modules.items() if getattr(m, "__loader__", None) is last]:
+        del sys.modules[name]
     sys.modules.update(finder.shadowed)
     _transformers.unpatch()
 
@@ -92,22 +104,22 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return package in self.packages
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.packages and name in _shims.MODULES:
-            package = any(other.startswith(name + ".") for other in _shims.MODULES)
+        if name.partition(".")[0] in self.packages and name in MODULES:
+            package = any(other.startswith(name + ".") for other in MODULES)
             return importlib.machinery.ModuleSpec(name, self, origin="scalekern.compat", is_package=package)
         if name in _transformers.MIXERS and self.packages:
             return _transformers.patched_spec(name, path)
         return None
 
     def exec_module(self, module):
-        module.__dict__.update(_shims.MODULES[module.__name__])
-        for name in _shims.MODULES:  # submodules are attributes from the start: callers walk down from the package
+        module.__dict__.update(MODULES[module.__name__])
+        for name in MODULES:  # submodules are attributes from the start: callers walk down from the package
             if name.rpartition(".")[0] == module.__name__:
                 importlib.import_module(name)
 
     def find_distributions(self, context=importlib.metadata.DistributionFinder.Context()):
         wanted = None if context.name is None else context.name.lower().replace("-", "_")
-        return [_Distribution(p) for p in sorted(self.packages) if wanted in (None, p)]
+        return [_Distribution(p) for p in sorted(self.packages & VERSIONS.keys()) if wanted in (None, p)]
 
 
 class _Distribution(importlib.metadata.Distribution):
@@ -115,7 +127,7 @@ class _Distribution(importlib.metadata.Distribution):
 
     def __init__(self, package: str):
         self._files = {
-            "METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: {_shims.VERSIONS[package]}\n"
+            "METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: {VERSIONS[package]}\n"
             "Summary: served by scalekern.compat\n",
             "top_level.txt": package,
         }

@@ -15,16 +15,23 @@ from scalekern import nn, reference
 calls: collections.Counter = collections.Counter()
 
 
+def counted(name: str):
+    """Count the calls of a function, or of a module's forward, under this name."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            if not torch.compiler.is_compiling():  # a counter in a graph would be a guard that fails at every call
+                calls[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
 def _counted(function):
-    name = function.__name__
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        if not torch.compiler.is_compiling():  # a counter in a graph would be a guard that fails at every call
-            calls[name] += 1
-        return function(*args, **kwargs)
-
-    return wrapped
+    return counted(function.__name__)(function)
 
 
 @_counted

@@ -127,7 +127,7 @@ def transpose_geometry(x_shape, w_shape, stride, padding, output_padding, dilati
 def _forward(into, source, w, bias, g, method):
     if _chosen(g, method) == "fft":
         return _apply_fft(into, source, w, bias, g)
-    return _direct(into, source, w, bias, g).to(source.dtype)
+    return _owned(_direct(into, source, w, bias, g), source.dtype)
 
 
 def _backward(into, large, small, w, g, method):
@@ -137,7 +137,12 @@ def _backward(into, large, small, w, g, method):
     dtype = large.dtype
     dlarge, dw = _direct_bwd(large, small, w, g, need_large=into == "large")
     dx = dlarge if into == "large" else _direct("small", large, w, None, g)
-    return dx.to(dtype), dw.to(w.dtype)
+    return _owned(dx, dtype), _owned(dw, w.dtype)
+
+
+def _owned(x, dtype):
+    """In this dtype and contiguous, as promised: torch's convolutions answer channels-last in channels-last."""
+    return x.to(dtype).contiguous()
 
 
 def _chosen(g, method):
@@ -200,7 +205,7 @@ def _apply_fft(into, source, w, bias, g):
 def _backward_fft(into, large, small, w, g):
     batch, channels = large.shape[:2]
     period, x = g.period, large if into == "large" else small
-    dx, dw = x.new_empty(x.shape), torch.empty_like(w)
+    dx, dw = x.new_empty(x.shape), w.new_empty(w.shape)
     rows, width = _piece(large, period)
     larges, smalls = (
         _Spectra(large, (rows, width), g.places(what), period) for what in ("large", "small")
