@@ -187,6 +187,13 @@ FORWARD = {
         "place in the circular state off by one": given(cache_seqlens=lambda seen: seen + 1),
         "slots in another order": given(conv_state_indices=lambda slots: slots.flip(0)),
     },
+    "toeplitz_conv_fwd": {
+        "two channels swapped": output(0, swapped(1)),
+        "last token not computed": output(0, zeroed(2, -1)),
+        "taps shifted": given(k=shifted(1)),
+        "oldest tap dropped": given(k=zeroed(1, -1)),
+        "two filters swapped": given(k=swapped(0)),
+    },
     "depthwise_conv2d_fwd": {
         "two channels swapped": output(0, swapped(1)),
         "last column not computed": output(0, zeroed(3, -1)),
@@ -251,6 +258,13 @@ GRADIENTS = {
         "taps shifted": given(weight=shifted(1)),
         "runs joined": given(seq_idx=lambda ids: torch.where(ids < 0, ids, 0)),
         "sequence boundary off by one": given(cu_seqlens=boundary_moved),
+    },
+    "toeplitz_conv_bwd": {
+        "two channels of du swapped": output(0, swapped(1)),
+        "last token of du not computed": output(0, zeroed(2, -1)),
+        "taps of dk shifted": output(1, shifted(1)),
+        "half of dk's terms lost": output(1, halved),
+        "taps shifted": given(k=shifted(1)),
     },
     "depthwise_conv2d_bwd": {
         "two channels of dx swapped": output(0, swapped(1)),

@@ -20,7 +20,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from scalekern.reference.fft_conv import _convolve as direct_convolve
+from scalekern.reference.fft_conv import convolve as direct_convolve
 
 # Taps up to which sums over them take less than the FFTs: on a GPU a tap is three or four passes, an FFT's way ten.
 FEW_TAPS = {"cpu": 16, "cuda": 2}

@@ -55,7 +55,7 @@ def fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, met
     """out (B, D, M)."""
     real = _wide(u, method)
     u_, gate = _operands(u, pregate, mask, real)
-    y = _convolve(u_ * gate, k, k_reverse, skip, bias, mode, method)
+    y = convolve(u_ * gate, k, k_reverse, skip, bias, mode, method)
     return (y if postgate is None else y * postgate.to(real)).to(u.dtype)
 
 
@@ -75,11 +75,11 @@ def fft_conv_bwd(dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mod
     v = u_ * gate
     dy = dout.to(real) if postgate is None else dout.to(real) * postgate.to(real)
     near = dy[..., :length]  # where v lies under dy: all of it, but for mode "full"
-    dv = _correlate(dy, _rows(k, real), -offset, length, period, method)
-    dk = _correlate(v, dy, offset - taps + 1, taps, period, method).flip(-1)
+    dv = correlate(dy, _rows(k, real), -offset, length, period, method)
+    dk = correlate(v, dy, offset - taps + 1, taps, period, method).flip(-1)
     if k_reverse is not None:
-        dv = dv + _correlate(dy, _rows(k_reverse, real).flip(-1), 1 - k_reverse.shape[-1], length, period, method)
-        dk_reverse = _correlate(v, dy, 0, k_reverse.shape[-1], period, method)
+        dv = dv + correlate(dy, _rows(k_reverse, real).flip(-1), 1 - k_reverse.shape[-1], length, period, method)
+        dk_reverse = correlate(v, dy, 0, k_reverse.shape[-1], period, method)
     if skip is not None:
         dv = dv + skip.to(real)[:, None] * near
     absent = u.new_empty(0)
@@ -91,7 +91,7 @@ def fft_conv_bwd(dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mod
         absent if bias is None else dy.sum((0, 2)).to(bias.dtype),
         absent if pregate is None else (dv * u_).to(pregate.dtype),
         absent if postgate is None
-        else (dout.to(real) * _convolve(v, k, k_reverse, skip, bias, mode, method)).to(postgate.dtype),
+        else (dout.to(real) * convolve(v, k, k_reverse, skip, bias, mode, method)).to(postgate.dtype),
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def fft_conv_chunk(u_chunk, k, state=None):
     real = _wide(u_chunk)
     state = _empty_state(u_chunk, k) if state is None else state
     window = torch.cat([state.to(real), u_chunk.to(real)], -1)
-    out = _correlate(window, _rows(k, real).flip(-1), 0, u_chunk.shape[2])
+    out = correlate(window, _rows(k, real).flip(-1), 0, u_chunk.shape[2])
     return out.to(u_chunk.dtype), window[..., u_chunk.shape[2] :].to(state.dtype)
 
 
@@ -121,10 +121,10 @@ def fft_conv_chunk_bwd(dout, dnext_state, u_chunk, k, state):
     tokens, history = u_chunk.shape[2], k.shape[-1] - 1
     dy = torch.zeros_like(u_chunk, dtype=real) if dout is None else dout.to(real)
     window = torch.cat([(_empty_state(u_chunk, k) if state is None else state).to(real), u_chunk.to(real)], -1)
-    dwindow = _correlate(dy, _rows(k, real), -history, tokens + history)
+    dwindow = correlate(dy, _rows(k, real), -history, tokens + history)
     if dnext_state is not None:
         dwindow = dwindow + F.pad(dnext_state.to(real), (tokens, 0))
-    dk = _correlate(window, dy, 0, history + 1).flip(-1)
+    dk = correlate(window, dy, 0, history + 1).flip(-1)
     dstate = u_chunk.new_empty(0) if state is None else dwindow[..., :history].to(state.dtype)
     return dwindow[..., history:].to(u_chunk.dtype), _reduced(dk, k), dstate
 
@@ -200,19 +200,19 @@ def _operands(u, pregate, mask, real):
     return _masked(u.to(real), mask), _masked(gate, mask) if hides else gate
 
 
-def _convolve(v, k, k_reverse, skip, bias, mode, method):
+def convolve(v, k, k_reverse, skip, bias, mode, method):
     """y (B, D, M), before the postgate."""
     length, taps = v.shape[2], k.shape[-1]
     offset, count, period = _geometry(mode, length, taps, k_reverse)
-    y = _correlate(v, _rows(k, v.dtype).flip(-1), offset - taps + 1, count, period, method)
+    y = correlate(v, _rows(k, v.dtype).flip(-1), offset - taps + 1, count, period, method)
     if k_reverse is not None:
-        y = y + _correlate(v, _rows(k_reverse, v.dtype), 0, count, period, method)
+        y = y + correlate(v, _rows(k_reverse, v.dtype), 0, count, period, method)
     if skip is not None:
         y = y + F.pad(skip.to(v.dtype)[:, None] * v, (0, count - length))
     return y if bias is None else y + bias.to(v.dtype)[:, None]
 
 
-def _correlate(a, b, start, count, period=None, method="direct"):
+def correlate(a, b, start, count, period=None, method="direct"):
     """r[i] = sum_j b[j] a[start + i + j] for 0 <= i < count; a is zero beyond its ends, or has a period.
 
     a (B, D, *), b (B or 1, D, J) -> (B, D, count). The one sum that all forward and backward convolutions are.
