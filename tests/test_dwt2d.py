@@ -92,6 +92,7 @@ def test_a_nan_reaches_what_its_pixel_reaches(wavelet):
         lambda x, y: scalekern.idwt2d(x),
         lambda x, y: scalekern.idwt2d(x, y, size=(17, 16)),
         lambda x, y: scalekern.idwt2d(x, y, wavelet="db2", size=3),
+        lambda x, y: scalekern.idwt2d(x, y, size=(16.0, 16)),
         lambda x, y: scalekern.idwt2d(x, y, y),
     ],
 )
