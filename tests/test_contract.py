@@ -190,6 +190,22 @@ def test_second_order_is_refused(op, sample):
                 torch.autograd.grad(total, other, retain_graph=True)
 
 
+@compiled_only
+@some_trainable
+def test_forward_mode_is_refused(op, sample):
+    """torch drops the tangents at an op without a forward-mode formula, so that a jvp would be silently zero."""
+    args, kwargs = sample.make(dtype=torch.float64, seed=3)
+    leaves = floating(tensors_of(args, kwargs))
+    for name, leaf in leaves.items():
+
+        def function(value, name=name):
+            both = with_tensors(args, kwargs, {name: value})
+            return getattr(scalekern, op)(*both[0], **both[1])
+
+        with pytest.raises(NotImplementedError, match=r"_fwd: forward-mode derivatives \(jvp\) are not implemented$"):
+            torch.func.jvp(function, (leaf,), (torch.ones_like(leaf),))
+
+
 @some_case
 def test_repeats_bit_for_bit(op, sample, on):
     args, kwargs = sample.make(device=on.device, seed=4)

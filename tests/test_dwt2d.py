@@ -47,6 +47,28 @@ def test_perfect_reconstruction_in_every_dtype(dtype):
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize("function", ["dwt2d", "idwt2d"])
+def test_channels_last_and_gradients_in_channels_last(function, wavelet):
+    """torch.cat and convolutions hand that format on, to where axes are joined."""
+    last = lambda t: t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+    x = randn(2, 3, 9, 11)
+    inputs = [x] if function == "dwt2d" else scalekern.dwt2d(x, wavelet, 2)
+    options = dict(wavelet=wavelet) | (dict(levels=2) if function == "dwt2d" else dict(size=(9, 11)))
+
+    def run(f, laid_out):
+        leaves = [laid_out(t.detach()).requires_grad_() for t in inputs]
+        outs = f(*leaves, **options)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        weights = [laid_out(randn(*o.shape, seed=i)) for i, o in enumerate(outs)]
+        return *outs, *torch.autograd.grad(outs, leaves, weights)
+
+    expected = run(getattr(reference, function), lambda t: t.contiguous())
+    for a, e in zip(run(getattr(scalekern, function), last), expected):
+        assert a.is_contiguous()
+        assert_close(a, e, tolerance=1e-13)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
 def test_a_nan_reaches_what_its_pixel_reaches(wavelet):
     x, spot = randn(1, 2, 12, 14), torch.zeros(1, 2, 12, 14, dtype=torch.float64)
     x[0, 1, 5, 6] = float("nan")
@@ -70,6 +92,7 @@ def test_a_nan_reaches_what_its_pixel_reaches(wavelet):
         lambda x, y: scalekern.idwt2d(x),
         lambda x, y: scalekern.idwt2d(x, y, size=(17, 16)),
         lambda x, y: scalekern.idwt2d(x, y, wavelet="db2", size=3),
+        lambda x, y: scalekern.idwt2d(x, y, size=(16.0, 16)),
         lambda x, y: scalekern.idwt2d(x, y, y),
     ],
 )

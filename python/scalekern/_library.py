@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from scalekern import _dispatch
 
@@ -29,6 +30,8 @@ class Op:
     overload: torch._ops.OpOverload
 
     def __call__(self, *args):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, args)
         return self.overload(*args)
 
     def run(self, *args):
@@ -106,6 +109,15 @@ def _no_gradient(name: str) -> Callable:
         raise NotImplementedError(f"{name}: second-order gradients are not implemented")
 
     return backward
+
+
+def _refuse_tangents(name: str, args) -> None:
+    """torch would drop them without a word: jvp through an op of ours would be zero."""
+    for a in args:
+        if isinstance(a, (list, tuple)):
+            _refuse_tangents(name, a)
+        elif isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+            raise NotImplementedError(f"{name}: forward-mode derivatives (jvp) are not implemented")
 
 
 def _register_autocast(name: str, overload, cast_names: tuple[str, ...]) -> None:

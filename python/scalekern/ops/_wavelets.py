@@ -152,7 +152,7 @@ def merge(low, details, taps):
     half = len(taps[0]) // 2
     y = torch.cat([low[..., None, :, :], details], -3)
     cells = _bank(taps, y).view(4, half, 2, half, 2).permute(2, 4, 0, 1, 3).reshape(4, 4, half, half)
-    x = F.conv2d(y.view(-1, *y.shape[-3:]), cells.flip(-1, -2), padding=half - 1)
+    x = F.conv2d(y.reshape(-1, *y.shape[-3:]), cells.flip(-1, -2), padding=half - 1)
     return F.pixel_shuffle(x, 2).view(*low.shape[:-2], 2 * x.shape[-2], 2 * x.shape[-1])
 
 

@@ -100,6 +100,7 @@ def _size_of(detail):
 
 def _check_size(name, wanted, full):
     pair = isinstance(wanted, (tuple, list, torch.Size)) and len(wanted) == 2
+    pair = pair and all(isinstance(n, (int, torch.SymInt)) for n in wanted)
     if not pair or any(f < 1 or not f - 1 <= n <= f or n < 1 for n, f in zip(wanted, full)):
         got = tuple(wanted) if pair else wanted
         raise ValueError(f"{INVERSE}: {name} must have rows and columns {full} or one less, got {got}")
