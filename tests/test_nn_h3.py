@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*slow reference.*")
 
 
 def paper(p, u, head_dim=1):
-    """Fu et al. 2023, algorithm 1, token by token: the shift SSM of k, then k v^T through the diagonal SSM, read by q."""
+    """Fu et al. 2023, section 3, token by token: the shift SSM of k, then k v^T through the diagonal SSM, read by q."""
     width, states = p["ssm_k_kernel.kernel.B"].shape
     heads = width // head_dim
     pairs = lambda name: torch.view_as_complex(p[f"kernel.kernel.{name}"])

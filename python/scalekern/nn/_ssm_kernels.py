@@ -88,11 +88,11 @@ class S4DKernel(DiagKernel):
         register(self, "A_imag", A.imag.to(**factory, copy=True), lr)
 
     def ssm(self):
-        A, C = torch.complex(-_wide(self.log_A_real).exp(), _wide(self.A_imag)), as_complex(self.C)
-        return A, torch.ones_like(C), C, _wide(self.log_dt).exp()
+        A, C = torch.complex(-widened(self.log_A_real).exp(), widened(self.A_imag)), as_complex(self.C)
+        return A, torch.ones_like(C), C, widened(self.log_dt).exp()
 
 
-def _wide(x):
+def widened(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -111,6 +111,8 @@ def initial(init, N, rank=1):
 class SSMKernelDiag(DiagKernel):
     """inv_dt (H, 1), A_real and A_imag (S, N), B (1, S, N, 2), C (C, H, N, 2): A = -exp(A_real) - i A_imag."""
 
+    low_rank = False
+
     def __init__(
         self, d_model, d_state=64, channels=1, init="diag-lin", disc="zoh", dt_min=0.001, dt_max=0.1, n_ssm=None,
         rank=1, lr=None, device=None, dtype=None,
@@ -125,7 +127,8 @@ class SSMKernelDiag(DiagKernel):
         self.d_model, self.channels, self.disc = d_model, channels, disc
         A, P, B = initial(init, d_state, rank)
         # Upstream keeps the halves with Im A <= 0.
-        self._initial_P = as_pairs(P.conj()[:, None].expand(-1, copies, -1), factory)
+        if self.low_rank:
+            register(self, "P", as_pairs(P.conj()[:, None].expand(-1, copies, -1), factory), lr)
         register(self, "inv_dt", log_uniform(dt_min, dt_max, d_model, 1, **factory), lr)
         self.C = nn.Parameter(torch.randn(channels, d_model, d_state // 2, 2, **factory) / 2**0.5)
         register(self, "B", as_pairs(B.conj().expand(1, copies, -1), factory), lr)
@@ -133,23 +136,24 @@ class SSMKernelDiag(DiagKernel):
         register(self, "A_imag", A.imag.expand(copies, -1).to(**factory, copy=True), lr)
 
     def ssm(self):
-        A = torch.complex(-_wide(self.A_real).exp(), -_wide(self.A_imag))
+        A = torch.complex(-widened(self.A_real).exp(), -widened(self.A_imag))
         total, C = self.channels * self.d_model, as_complex(self.C).flatten(0, 1)
         A, B = (tile(x, total) for x in (A, as_complex(self.B)[0]))
-        return A, B, C, _wide(self.inv_dt)[:, 0].exp().repeat(self.channels)
+        return A, B, C, widened(self.inv_dt)[:, 0].exp().repeat(self.channels)
 
 
 class SSMKernelDPLR(SSMKernelDiag):
     """Those and P (R, S, N, 2), l_kernel (): A = diag(A) - sum_r P_r P_r^H, bilinear.
 
-    Where l_kernel is not 0, C is C (I - a^l_kernel), as S4 trains it. With an l_max it is so from the beginning; without
-    one C stays C, any length is served, and dense powers of a are computed every time.
+    Where l_kernel is not 0, C stands for C (I - a^l_kernel), which S4 trains. With an l_max it is so from the start;
+    without one C stays C, any length is served, and dense powers of a are computed every time.
     """
+
+    low_rank = True
 
     def __init__(self, d_model, d_state=64, channels=1, init="legs", l_max=None, **options):
         super().__init__(d_model, d_state, channels, init, disc="bilinear", **options)
-        register(self, "P", self._initial_P, options.get("lr"))
-        self.register_buffer("l_kernel", torch.tensor(l_max or 0))
+        self.register_buffer("l_kernel", torch.tensor(l_max or 0, device=options.get("device")))
         self._length = l_max or 0  # l_kernel, where reading it waits for no device
         if self._length:
             with torch.no_grad():
@@ -158,7 +162,8 @@ class SSMKernelDPLR(SSMKernelDiag):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._length = int(self.l_kernel)
+        if not self.l_kernel.is_meta:
+            self._length = int(self.l_kernel)
 
     def _parameters_of_heads(self):
         A, B, C, dt = self.ssm()
@@ -271,8 +276,8 @@ class DSSKernel(DiagKernel):
         if self.version == "softmax":
             Lambda = as_complex(self.Lambda)
         else:
-            Lambda = torch.complex(-_wide(self.Lambda_log_neg_re).exp(), _wide(self.Lambda_im))
-        dt, W = _wide(self.log_dt).exp(), as_complex(self.W)
+            Lambda = torch.complex(-widened(self.Lambda_log_neg_re).exp(), widened(self.Lambda_im))
+        dt, W = widened(self.log_dt).exp(), as_complex(self.W)
         A = Lambda.expand(len(dt), -1)
         if dt.dim() == 2:
             # A dt_0 = dt_0 Re + i dt_1 Im, and W / Lambda = (W A / Lambda) / A. Where dt_0 and dt_1 differ, the epsilon

@@ -1,4 +1,4 @@
-"""H3: two state space models between gates, the first of which shifts, so that tokens can be compared with earlier ones.
+"""H3: two state space models between gates; the first one shifts, so that a token can be compared with earlier ones.
 
 Shape letters: B batch, L length, M model width (d_model), P width of a head (head_dim), H heads (M / P), N states.
 
@@ -24,7 +24,7 @@ from torch import nn
 from scalekern import _checks
 from scalekern.nn._optim import register
 from scalekern.nn._ssm_kernels import (
-    MIN_DECAY, DiagKernel, _wide, as_complex, as_pairs, initial, log_uniform, real_dtype, tile,
+    MIN_DECAY, DiagKernel, as_complex, as_pairs, initial, log_uniform, real_dtype, tile, widened,
 )  # fmt: skip
 from scalekern.ops.fft_conv import fft_conv
 
@@ -47,7 +47,7 @@ class ShiftKernel(nn.Module):
 
     def forward(self):
         """k (M, N)."""
-        B, C = _wide(self.B), _wide(self.C[0])
+        B, C = widened(self.B), widened(self.C[0])
         states = B.shape[1]
         if not torch.is_grad_enabled() and B.numel() * states <= FEW_PRODUCTS:
             return (F.pad(C, (0, states - 1)).unfold(-1, states, 1) @ B[..., None])[..., 0]
@@ -76,9 +76,9 @@ class SSMKernelDiag(DiagKernel):
         register(self, "A_imag", A.imag.expand(copies, -1).to(**factory, copy=True), lr)
 
     def ssm(self):
-        A = torch.complex(-_wide(self.inv_A_real).exp(), _wide(self.A_imag))
+        A = torch.complex(-widened(self.inv_A_real).exp(), widened(self.A_imag))
         C = as_complex(self.C)[0]
-        return tile(A, len(C)), tile(as_complex(self.B), len(C)), C, _wide(self.log_dt).exp()
+        return tile(A, len(C)), tile(as_complex(self.B), len(C)), C, widened(self.log_dt).exp()
 
 
 class _Named(nn.Module):

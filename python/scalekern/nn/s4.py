@@ -1,7 +1,7 @@
 """S4D, S4 and DSS: a long convolution with the kernel of a state space model, an activation, and a mix of the features.
 
-Shape letters: B batch, L length, H features (d_model), N states, S copies of (A, B), C channels (kernels a feature; twice
-as many when bidirectional), R rank.
+Shape letters: B batch, L length, H features (d_model), N states, S copies of (A, B), C channels (kernels a feature;
+twice as many when bidirectional), R rank.
 
 Parameter names and shapes are those of the upstreams, so their checkpoints load; complex numbers are a last axis of 2.
 
@@ -16,8 +16,8 @@ Parameter names and shapes are those of the upstreams, so their checkpoints load
           D (C, H), kernel.log_dt (H, 2) or (H,), kernel.Lambda (N, 2) (version "exp": .Lambda_log_neg_re and .Lambda_im
           (N,)), kernel.W (C, H, N, 2), output_linear.weight (H, C H) and .bias (H, 1)
 
-Sources: Gu et al., Efficiently Modeling Long Sequences with Structured State Spaces (S4), 2022, section 3; Gu et al., On
-the Parameterization and Initialization of Diagonal State Space Models (S4D), 2022, sections 3 and 4; Gupta et al.,
+Sources: Gu et al., Efficiently Modeling Long Sequences with Structured State Spaces (S4), 2022, section 3; Gu et al.,
+On the Parameterization and Initialization of Diagonal State Space Models (S4D), 2022, sections 3 and 4; Gupta et al.,
 Diagonal State Spaces are as Effective as Structured State Spaces (DSS), 2022, section 3.
 """
 
@@ -62,7 +62,7 @@ class _Layer(nn.Module):
             u: (B, H, L), or (B, L, H) without `transposed`.
             mask: (B, L), zero or False where a row is padded: a row then gives what it gives alone.
             initial_state: complex (B, C H, N / 2) (DSS: N), the model's state before the first token. Not changed;
-                gradients flow into it.
+                gradients flow into it. With states the model is a recurrence, which no limit on its taps cuts off.
             return_last_state: also return the state after the last token.
             discretized: `discretize()`, which then is not computed anew: what decoding should pass.
 

@@ -2,8 +2,8 @@
 
 Shape letters: B batch, C channels (final_dim), H x W image, J levels, F width before the upsampling (ff_channel).
 
-Parameter names and shapes are those of Level1Waveblock to Level4Waveblock in pranavphoenix/WaveMix (package wavemix): its
-checkpoints load, layer by layer:
+Parameter names and shapes are those of Level1Waveblock to Level4Waveblock in the package wavemix of
+pranavphoenix/WaveMix, so its checkpoints load, layer by layer:
 
     reduction                        Conv2d 1 x 1: C to C / 4
     feedforward, or feedforward1 ..  of level 1 alone, or of levels 1 to J > 1, each a Sequential of
