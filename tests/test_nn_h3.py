@@ -193,6 +193,8 @@ def test_empty_batch_and_wrong_use():
         H3(4, head_dim=3)
     with pytest.raises(ValueError, match="n_ssm must divide the number of heads, 4, got 3"):
         H3(4, n_ssm=3)
+    with pytest.raises(ValueError, match="nn.H3: d_state must be even and positive, got 5"):
+        H3(4, d_state=5)
     with pytest.raises(ValueError, match="measure must be one of"):
         H3(4, measure="legs")
     params = types.SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)

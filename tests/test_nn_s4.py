@@ -343,6 +343,9 @@ def test_wrong_use_is_named():
         S4(H, mode="nplr")
     with pytest.raises(ValueError, match="'legt' needs a rank of at least 2, got 1"):
         S4(H, init="legt")
+    for kind in (S4D, S4):
+        with pytest.raises(ValueError, match="d_state must be even and positive, got 3"):
+            kind(H, d_state=3)
     with pytest.raises(ValueError, match="n_ssm must divide d_model = 4, got 3"):
         S4(H, n_ssm=3)
     with pytest.raises(ValueError, match="disc must be one of"):

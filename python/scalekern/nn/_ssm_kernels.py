@@ -37,6 +37,11 @@ def as_pairs(x, factory):
     return torch.view_as_real(x.resolve_conj()).to(**factory).contiguous()
 
 
+def check_states(name, d_state):
+    if not isinstance(d_state, int) or d_state < 2 or d_state % 2:
+        raise ValueError(f"{name}: d_state must be even and positive, got {d_state!r}")
+
+
 def log_uniform(low, high, *shape, **factory):
     return torch.rand(*shape, **factory) * (math.log(high) - math.log(low)) + math.log(low)
 
@@ -80,6 +85,7 @@ class S4DKernel(DiagKernel):
     def __init__(self, d_model, N=64, dt_min=0.001, dt_max=0.1, lr=None, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": real_dtype(dtype)}
+        check_states("nn.S4D", N)
         A = s4d("lin", N).expand(d_model, -1)
         # Re and Im of a complex normal number have variance 1/2 each.
         self.C = nn.Parameter(torch.randn(d_model, N // 2, 2, **factory) / 2**0.5)
@@ -119,6 +125,7 @@ class SSMKernelDiag(DiagKernel):
     ):  # fmt: skip
         super().__init__()
         name = type(self).__name__
+        check_states(name, d_state)
         copies = d_model if n_ssm is None else n_ssm
         _checks.at_least(name, "n_ssm", copies, 1)
         if d_model % copies:
@@ -259,6 +266,7 @@ class DSSKernel(DiagKernel):
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        _checks.at_least("nn.DSS", "d_state", d_state, 1)
         _checks.choice("nn.DSS", "version", version, ("softmax", "exp"))
         factory = {"device": device, "dtype": real_dtype(dtype)}
         self.channels, self.version, self.disc = channels, version, "dss" if version == "softmax" else "zoh"

@@ -24,7 +24,7 @@ from torch import nn
 from scalekern import _checks
 from scalekern.nn._optim import register
 from scalekern.nn._ssm_kernels import (
-    MIN_DECAY, DiagKernel, as_complex, as_pairs, initial, log_uniform, real_dtype, tile, widened,
+    MIN_DECAY, DiagKernel, as_complex, as_pairs, check_states, initial, log_uniform, real_dtype, tile, widened,
 )  # fmt: skip
 from scalekern.ops.fft_conv import fft_conv
 
@@ -113,6 +113,7 @@ class H3(nn.Module):
     ):  # fmt: skip
         super().__init__()
         _checks.choice(NAME, "measure", measure, ("diag-lin", "diag-inv", "diag-legs"))
+        check_states(NAME, d_state)
         _checks.at_least(NAME, "head_dim", head_dim, 1)
         if d_model % head_dim:
             raise ValueError(f"{NAME}: head_dim must divide d_model = {d_model}, got {head_dim}")
