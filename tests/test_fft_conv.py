@@ -74,7 +74,8 @@ def test_the_way_of_a_gpu(sample, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     "length, options, chosen",
-    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"),
+    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"), (1024, {"method": "toeplitz"}, "cuda"),
+     (1024, {"precision": "ieee"}, "cuda"), (1024, {"precision": "bf16"}, "triton"),
      (1024, {"dtype": torch.float64}, "cuda"), (1024, {"k": (2, 3, 9)}, "cuda")],
 )  # fmt: skip
 def test_what_a_gpu_runs(length, options, chosen):
@@ -82,7 +83,7 @@ def test_what_a_gpu_runs(length, options, chosen):
     pytest.importorskip("triton")
     u = torch.empty(2, 3, length, dtype=options.get("dtype", torch.bfloat16), device="meta")
     k = torch.empty(options.get("k", (3, length)), device="meta")
-    args = (u, k, *[None] * 6, "causal", options.get("method", "auto"))
+    args = (u, k, *[None] * 6, "causal", options.get("method", "auto"), options.get("precision"), None)
     for op, call in (("fft_conv_fwd", args), ("fft_conv_bwd", (u, *args))):
         rows = _dispatch.explain(_library.OPS[op].backends, "cuda", call, None)
         assert next(entry.name for entry, reason in rows if reason is None) == chosen

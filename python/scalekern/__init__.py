@@ -4,7 +4,7 @@ from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
 from scalekern.ops.dwt2d import dwt2d, idwt2d
-from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step
+from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.selective_scan import selective_scan
@@ -23,6 +23,7 @@ __all__ = [
     "idwt2d",
     "fft_conv",
     "fft_conv_chunk",
+    "fft_conv_spectrum",
     "fft_conv_step",
     "mamba_inner",
     "mamba_update",
