@@ -100,7 +100,8 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
             raise ValueError(f"{op}: {name} must have at least one tap, got shape {tuple(taps.shape)}")
     real = torch.float64 if k.dtype == torch.float64 else torch.float32
     detached = [None if t is None else t.detach().to(real) for t in (k, k_reverse)]
-    return FFTConvSpectrum(k, k_reverse, length, mode, fft_conv_spectrum_op(*detached, length, mode), _versions(k, k_reverse))
+    values = fft_conv_spectrum_op(*detached, length, mode)
+    return FFTConvSpectrum(k, k_reverse, length, mode, values, _versions(k, k_reverse))
 
 
 def _versions(*tensors):
@@ -336,4 +337,8 @@ torch.utils._pytree.register_pytree_node(
     _flatten,
     lambda tensors, context: FFTConvSpectrum(*list(tensors)[:2], *context, list(tensors)[2]),
     serialized_type_name="scalekern.FFTConvSpectrum",
+    flatten_with_keys_fn=lambda spectrum: (
+        [(torch.utils._pytree.GetAttrKey(name), getattr(spectrum, name)) for name in ("k", "k_reverse", "values")],
+        _flatten(spectrum)[1],
+    ),
 )
