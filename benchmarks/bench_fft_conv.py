@@ -7,6 +7,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
 import scalekern
 from scalekern import reference
@@ -16,6 +17,8 @@ from scalekern.benchmarks.case import Work
 from scalekern.testing import TOLERANCE
 
 OPS = ("fft_conv_fwd", "fft_conv_bwd")
+SPECTRUM_OPS = ("fft_conv_fwd", "fft_conv_spectrum")
+TOEPLITZ_OPS = ("toeplitz_conv_fwd", "toeplitz_conv_bwd")
 PLAIN = "irfft(rfft(u) * rfft(k))"
 
 
@@ -79,6 +82,47 @@ def conv(device, dtype=FP32, *, B, D, L, train=False, gated=False) -> Work:
     )  # fmt: skip
 
 
+def cached(device, dtype=FP32, *, B, D, L) -> Work:
+    """Inference with the filters' spectrum made once, against the same call with the filters."""
+    randn = normal(device, 0)
+    u, k = randn(B, D, L).to(dtype), randn(D, L) / L**0.5
+    spectrum = scalekern.fft_conv_spectrum(k, L)
+    plain = lambda: peers.torch_peer(lambda: scalekern.fft_conv(u, k))
+    return Work(
+        run=lambda: scalekern.fft_conv(u, spectrum),
+        oracle=lambda: exact(u, k, {}, u, lambda f, at, d: f), tolerance=TOLERANCE[dtype],
+        bytes_moved=2 * B * D * L * dtype.itemsize + D * spectrum.values.shape[-1] * 8,
+        flops=int(2 * B * D * 2.5 * 2 * L * math.log2(2 * L)), peers={"without a spectrum": plain},
+    )  # fmt: skip
+
+
+def toeplitz(device, dtype=FP32, *, B, D, L, K, G, train=False) -> Work:
+    """A filter of K taps for each of G groups of channels, against the FFT and torch's grouped convolution."""
+    randn = normal(device, 0)
+    u, k, dout = randn(B, D, L).to(dtype), randn(G, K) / K**0.5, randn(B, D, L).to(dtype)
+    leaves = (u.requires_grad_(train), k.requires_grad_(train))
+    passes = (lambda f, at, d: peers.forward_backward(f, d, at)) if train else (lambda f, at, d: f)
+
+    def grouped(u, k):
+        weight = k.flip(1).to(dtype).repeat_interleave(D // G, 0)[:, None]
+        return F.conv1d(F.pad(u, (K - 1, 0)), weight, groups=D)
+
+    def oracle():
+        wide = tuple(t.detach().double().requires_grad_(train) for t in (u, k))
+        found = passes(lambda: reference.toeplitz_conv(*wide), wide, dout.double())()
+        return found if isinstance(found, tuple) else (found,)
+
+    against = lambda f: peers.torch_peer(passes(lambda: f(u, k), leaves, dout))
+    by_fft = lambda u, k: scalekern.fft_conv(u, k.repeat_interleave(D // G, 0), method="fft")
+    return Work(
+        run=passes(lambda: scalekern.toeplitz_conv(u, k), leaves, dout), oracle=oracle,
+        tolerance=gradient_tolerance("toeplitz_conv", dtype) if train else TOLERANCE[dtype],
+        bytes_moved=(5 if train else 2) * B * D * L * dtype.itemsize,
+        flops=(3 if train else 1) * 2 * K * B * D * L,
+        peers={"fft_conv": lambda: against(by_fft), "F.conv1d": lambda: against(grouped)},
+    )  # fmt: skip
+
+
 _FAST = ("cuda", "triton", "cpu")  # without the reference, whose sums over the taps take seconds
 _train = functools.partial(conv, train=True)
 _CPU_SHAPES = [({"B": 2, "D": 256, "L": length}, {PLAIN: goal}) for length, goal in ((1024, 1.5), (8192, 2), (65536, 3))]
@@ -97,5 +141,19 @@ CUDA = [
         (_gated, OPS[:1], "fwd", "gated", {PLAIN: 4, "limit": limit, "flashfftconv": 1.5}),
         (_train, OPS, "fwd+bwd", "", {}),
     )
+]  # fmt: skip
+_TOEPLITZ = {"B": 2, "D": 256, "L": 8192, "K": 64, "G": 256}
+CPU += [
+    *(case("fft_conv", cached, SPECTRUM_OPS, "fwd", "cpu", 40 + i, {"B": 1, "D": 768, "L": length}, note="spectrum",
+           backends=_FAST, targets={"without a spectrum": 1}) for i, length in enumerate((2048, 8192))),
+    *(case("toeplitz", functools.partial(toeplitz, train=direction != "fwd"), ops, direction, "cpu", priority,
+           {**_TOEPLITZ, "G": groups}, backends=_FAST)
+      for groups, direction, ops, priority in (
+          (256, "fwd", TOEPLITZ_OPS[:1], 42), (16, "fwd", TOEPLITZ_OPS[:1], 43), (256, "fwd+bwd", TOEPLITZ_OPS, 44))),
+]  # fmt: skip
+CUDA += [
+    case("toeplitz", functools.partial(toeplitz, train=direction != "fwd"), ops, direction, "cuda", priority,
+         {"B": 16, "D": 768, "L": 8192, "K": 128, "G": 768}, BF16, backends=_FAST)
+    for direction, ops, priority in (("fwd", TOEPLITZ_OPS[:1], 47), ("fwd+bwd", TOEPLITZ_OPS, 48))
 ]  # fmt: skip
 CASES = [*CPU, *CUDA]

@@ -1,11 +1,14 @@
 """fft_conv beyond the contract: sizes of the FFT, methods, blocks, long sequences, streaming, what is not finite."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import scalekern
 from scalekern import _dispatch, _library, reference, testing
 from scalekern.ops import _fft_conv as blocks
+from scalekern.ops import _toeplitz
 from scalekern.testing import error
 
 
@@ -74,7 +77,8 @@ def test_the_way_of_a_gpu(sample, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     "length, options, chosen",
-    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"),
+    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"), (1024, {"method": "toeplitz"}, "cuda"),
+     (1024, {"precision": "ieee"}, "cuda"), (1024, {"precision": "bf16"}, "triton"),
      (1024, {"dtype": torch.float64}, "cuda"), (1024, {"k": (2, 3, 9)}, "cuda")],
 )  # fmt: skip
 def test_what_a_gpu_runs(length, options, chosen):
@@ -82,7 +86,7 @@ def test_what_a_gpu_runs(length, options, chosen):
     pytest.importorskip("triton")
     u = torch.empty(2, 3, length, dtype=options.get("dtype", torch.bfloat16), device="meta")
     k = torch.empty(options.get("k", (3, length)), device="meta")
-    args = (u, k, *[None] * 6, "causal", options.get("method", "auto"))
+    args = (u, k, *[None] * 6, "causal", options.get("method", "auto"), options.get("precision"), None)
     for op, call in (("fft_conv_fwd", args), ("fft_conv_bwd", (u, *args))):
         rows = _dispatch.explain(_library.OPS[op].backends, "cuda", call, None)
         assert next(entry.name for entry, reason in rows if reason is None) == chosen
@@ -191,3 +195,139 @@ def test_peak_memory_is_a_block_and_the_outputs():
         blocks.forward(out, u, k, None, None, None, None, None, None, "causal", "fft")
     assert 0 < seen.elements <= 2 * blocks.BLOCK_ELEMENTS["cpu"] + 4096
     assert error(out, reference.fft_conv(u, k, method="fft")) < 1e-6
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("mode", ["causal", "circular", "same", "full"])
+@pytest.mark.parametrize("length, taps, reverse", [(1, 3, 2), (37, 1, 9), (37, 40, 50), (101, 33, 1), (70, 17, 5)])
+def test_sums_and_blocks_equal_the_oracle(mode, length, taps, reverse, per_sample):
+    lead = (2, 3) if per_sample else (3,)
+    u, k = randn(2, 3, length, dtype=torch.float32), randn(*lead, taps, seed=1, dtype=torch.float32)
+    r = None if mode == "full" else randn(*lead, reverse, seed=2, dtype=torch.float32)
+    exact = reference.fft_conv(u.double(), k.double(), k_reverse=None if r is None else r.double(), mode=mode)
+    for method in ("direct", "toeplitz"):
+        assert error(scalekern.fft_conv(u, k, k_reverse=r, mode=mode, method=method), exact) < 1e-6, method
+    wide = scalekern.fft_conv(
+        u.double(), k.double(), k_reverse=None if r is None else r.double(), mode=mode, method="toeplitz"
+    )
+    assert error(wide, exact) < 1e-13
+
+
+@pytest.mark.parametrize("method", ["direct", "toeplitz", "fft"])
+def test_what_is_not_finite_reaches_its_taps_only(method):
+    u, k = randn(2, 3, 90, dtype=torch.float32), randn(3, 20, seed=1, dtype=torch.float32)
+    u[0, 1, 40], u[1, 2, 5] = float("nan"), float("inf")
+    assert error(scalekern.fft_conv(u, k, method=method), reference.fft_conv(u.double(), k.double())) < 1e-6
+
+
+def test_auto_takes_what_was_measured():
+    chosen = lambda length, taps, dtype=torch.float32: blocks.chosen(
+        "auto", torch.empty(1, 1, length, dtype=dtype), torch.empty(1, taps), None
+    )
+    assert [chosen(512, 100), chosen(512, 200), chosen(2048, 64), chosen(8192, 32), chosen(8192, 16)] == [
+        "direct", "fft", "direct", "toeplitz", "direct",
+    ]  # fmt: skip
+    assert chosen(8192, 300) == "fft" and chosen(512, 100, torch.float64) == "fft"
+
+
+@pytest.mark.parametrize("taps", [1, 16, 33, 300])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_grouped_blocks_in_pieces(taps, groups, monkeypatch):
+    """Filters shorter and longer than a block and than the sequence, a piece for each filter, forward and backward."""
+    u, k, dout = randn(3, 6, 97).requires_grad_(), randn(groups, taps, seed=1).requires_grad_(), randn(3, 6, 97, seed=2)
+    exact = torch.autograd.grad(reference.toeplitz_conv(u, k), (u, k), dout)
+    for elements in (1, 1 << 20):
+        monkeypatch.setitem(_toeplitz.ELEMENTS, "cpu", elements)
+        out = scalekern.toeplitz_conv(u, k)
+        assert error(out, reference.toeplitz_conv(u, k)) < 1e-13
+        for a, e in zip(torch.autograd.grad(out, (u, k), dout), exact):
+            assert error(a, e) < 1e-13
+
+
+def test_the_memory_of_blocks_is_bounded():
+    blocks_ = _toeplitz.Blocks(128, 2048)
+    pieces = _toeplitz.pieces(768, 2, blocks_, torch.device("cpu"))
+    each = 2 * 2 * blocks_.blocks * blocks_.size + (blocks_.behind + 1) * blocks_.size**2
+    assert sum(p.stop - p.start for p in pieces) == 768 and pieces[-1].stop == 768
+    assert max(p.stop - p.start for p in pieces) * each <= _toeplitz.ELEMENTS["cpu"]
+
+
+# --- spectra ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample", testing.samples("fft_conv"), ids=lambda sample: sample.name)
+def test_a_spectrum_stands_for_its_filters(sample):
+    """Output and every gradient, in every mode and with every option; in the oracle as well."""
+    (u, k), kwargs = sample.make(dtype=torch.float64, seed=3)
+    kwargs, mode = dict(kwargs), kwargs["mode"]
+    r = kwargs.pop("k_reverse", None)
+    leaves = [t.requires_grad_() for t in (u, k, r, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dtype.is_floating_point]  # fmt: skip
+    spectrum = scalekern.fft_conv_spectrum(k, u.shape[2], mode, k_reverse=r)
+
+    def run(*filters, **more):
+        out = scalekern.fft_conv(u, *filters, **kwargs, **more)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    plain = run(k, k_reverse=r, method="fft")
+    assert all(error(a, e) < 1e-13 for a, e in zip(run(spectrum), plain))
+    assert error(scalekern.fft_conv(u, spectrum, **kwargs, method="direct"), plain[0]) < 1e-12
+    assert error(reference.fft_conv(u, reference.fft_conv_spectrum(k, u.shape[2], mode, k_reverse=r), **kwargs), plain[0]) < 1e-12  # fmt: skip
+    with scalekern.backend("reference"):
+        assert error(scalekern.fft_conv(u, spectrum, **kwargs), plain[0]) < 1e-12
+    real = spectrum.values.shape[-1]
+    assert real == blocks.ring_of(mode, u.shape[2], plain[0].shape[2], k.shape[-1], 1 if r is None else r.shape[-1]).size // 2 + 1  # fmt: skip
+
+
+def test_the_values_of_a_spectrum_are_used():
+    """A call takes them, forward and backward: with zeros in their place the filter is gone."""
+    u, k = randn(2, 3, 40), randn(3, 40, seed=1)
+    spectrum = scalekern.fft_conv_spectrum(k, 40)
+    empty = dataclasses.replace(spectrum, values=torch.zeros_like(spectrum.values))
+    u.requires_grad_()
+    out = scalekern.fft_conv(u, empty)
+    assert out.norm() == 0 and torch.autograd.grad(out.sum(), u)[0].norm() == 0
+    half = scalekern.fft_conv_spectrum(k.float(), 40)
+    assert error(scalekern.fft_conv(u.detach().bfloat16(), half), reference.fft_conv(u.detach(), k)) < 1e-2
+
+
+def test_a_spectrum_that_does_not_fit_is_refused():
+    u, k = randn(2, 3, 9, dtype=torch.float32), randn(3, 5, seed=1, dtype=torch.float32)
+    spectrum = scalekern.fft_conv_spectrum(k, 9)
+    for call, message in (
+        (lambda: scalekern.fft_conv(u[..., :8], spectrum), "k must be a spectrum for u's length 8, got one for 9"),
+        (lambda: scalekern.fft_conv(u, spectrum, mode="same"), "k must be a spectrum for mode 'same', got one for 'causal'"),
+        (lambda: scalekern.fft_conv(u, spectrum, k_reverse=k), "k_reverse must be None beside a spectrum"),
+        (lambda: scalekern.fft_conv(u[:, :2], spectrum), r"k must have shape \(2, \*\), got \(3, 5\)"),
+        (lambda: scalekern.fft_conv_spectrum(k, 0), "fft_conv_spectrum: length must be an integer of at least 1, got 0"),
+        (lambda: scalekern.fft_conv_spectrum(k, 9, "full", k_reverse=k), "k_reverse must be None in mode 'full'"),
+        (lambda: scalekern.fft_conv_spectrum(k[0], 9), "fft_conv_spectrum: k must have 2 or 3 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="k must be a spectrum of float64 filters for float64 u"):
+        scalekern.fft_conv(u.double(), spectrum)
+    k.mul_(2)
+    with pytest.raises(ValueError, match="made before they were changed"):
+        scalekern.fft_conv(u, spectrum)
+
+
+def test_a_spectrum_compiles_and_exports():
+    u, k = randn(2, 3, 20, dtype=torch.float32), randn(3, 20, seed=1, dtype=torch.float32).requires_grad_()
+    spectrum, plain = scalekern.fft_conv_spectrum(k, 20), scalekern.fft_conv(u, k)
+    function = lambda u, s: scalekern.fft_conv(u * 1.0, s)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(u, spectrum)
+    assert error(compiled, plain) < 1e-6
+    assert error(*(torch.autograd.grad(o.square().sum(), k)[0] for o in (compiled, plain))) < 1e-6
+    inside = lambda u, k: scalekern.fft_conv(u, scalekern.fft_conv_spectrum(k, 20))
+    assert error(torch.compile(inside, fullgraph=True, backend="aot_eager")(u, k), plain) < 1e-6
+
+    class Module(torch.nn.Module):
+        def forward(self, u, spectrum):
+            return scalekern.fft_conv(u, spectrum)
+
+    program = torch.export.export(Module(), (u, spectrum))
+    assert error(program.module()(u, spectrum), plain) < 1e-6
+    torch.library.opcheck(torch.ops.scalekern.fft_conv_spectrum.default, (k.detach(), None, 20, "causal"))

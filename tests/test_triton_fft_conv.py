@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
     pytest.skip("runs only with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import scalekern  # noqa: E402
 from scalekern.reference.fft_conv import fft_conv_bwd as oracle_bwd  # noqa: E402
 from scalekern.reference.fft_conv import fft_conv_fwd as oracle_fwd  # noqa: E402
 from scalekern.triton_kernels import fft_conv, fft_device  # noqa: E402
@@ -153,6 +154,29 @@ def test_filters_and_gradients_in_half_precision():
     torch.manual_seed(7)
     args, dout = case(2, 2, 20, 20, dtype=BF16)
     check([x.bfloat16() if isinstance(x, torch.Tensor) and x.dtype == F32 else x for x in args], dout)
+
+
+def test_precision():
+    """Each setting within its own bound, output and gradients; float32 in three products is more exact than tf32's
+    bits, those more than bfloat16's. "ieee" is not these kernels': the convolution that takes it is more exact still."""
+    torch.manual_seed(7)
+    args, dout = case(2, 2, 130, 130, options="skip pregate postgate")
+    exact = [oracle_fwd(*[double(x) for x in args]), *oracle_bwd(dout.double(), *[double(x) for x in args])]
+    errors = {}
+    for precision, bound in ((None, 1e-5), ("tf32", 1.5e-3), ("bf16", 1e-2)):
+        assert fft_conv.supports(*args, precision) is None
+        out, gradients = poisoned(dout), [poisoned(x) for x in args[:7]]
+        fft_conv.fft_conv_fwd(out, *args, precision)
+        fft_conv.fft_conv_bwd(*gradients, dout, *args, precision)
+        found = [error(a, e) for a, e in zip((out, *gradients), exact) if e.numel()]
+        assert max(found) <= bound, (precision, found)
+        errors[precision] = found[0]
+    u, k, _, skip, _, pregate, postgate, _, mode = args
+    ieee = scalekern.fft_conv(u, k, mode=mode, skip=skip, pregate=pregate, postgate=postgate, precision="ieee")
+    errors["ieee"] = error(ieee, exact[0])
+    assert errors["ieee"] < 1e-6 and 4 * errors[None] < errors["tf32"] and 4 * errors["tf32"] < errors["bf16"], errors
+    with scalekern.backend("triton"), pytest.raises(scalekern.BackendError, match="precision 'ieee' was asked for"):
+        scalekern.fft_conv(u, k, precision="ieee")
 
 
 # --- what half precision could break ----------------------------------------------------------------------------------

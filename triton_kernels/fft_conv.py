@@ -82,7 +82,7 @@ def _fft_conv_fwd_kernel(
     stride_second_post_b, stride_second_post_d, stride_second_post_l, stride_out_mask_b, stride_out_mask_l,
     stride_bias_d,
     P: tl.constexpr, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
-    CONJUGATE: tl.constexpr, REPLACES: tl.constexpr, SPLIT: tl.constexpr,
+    CONJUGATE: tl.constexpr, REPLACES: tl.constexpr, OPERANDS: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
     """y = the convolution of (x in_mask gate), with CONJUGATE the correlation; grid (groups of rows, D).
@@ -103,7 +103,7 @@ def _fft_conv_fwd_kernel(
     if second_out_ptr is not None:
         second_out_ptr += d * stride_second_out_d
         second_post_ptr += d * stride_second_post_d
-    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
+    second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
     back = tl.load(scale_ptr + d) * (N2 / FULL)
     for turn in tl.range(turns, num_stages=1):
         first = (tl.program_id(0) * turns + turn) * R
@@ -112,24 +112,24 @@ def _fft_conv_fwd_kernel(
             stride_in_mask_l, first, B, L_in, P_IN, BLOCK, N2, R, REPLACES, INT64,
         )  # fmt: skip
         scale = magnitudes(x, BLOCK, N2, R, P_IN)
-        x = operands(x, scale, BLOCK, N2, R, P_IN, SPLIT)
+        x = operands(x, scale, BLOCK, N2, R, P_IN, OPERANDS)
         acc = ()
         for _ in tl.static_range(P_OUT):
             acc = acc + (tl.zeros([BLOCK, R * N2], tl.float32),)
         for q in tl.range(P, num_stages=1):
             t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, R)  # [BLOCK, R N2]
             x_re, x_im = transform(
-                x, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT
+                x, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, OPERANDS
             )  # fmt: skip
             g_re, g_im = load_spectrum(spectrum_ptr + d * 2 * N, q, N1, BLOCK, N2, R)  # [BLOCK R, N2]
             g_re, g_im = g_re * (FULL / N), g_im * ((-FULL if CONJUGATE else FULL) / N)
             b_re, b_im = inverse_first_half(
                 x_re * g_re - x_im * g_im, x_re * g_im + x_im * g_re, second_re, second_im, t_re, t_im, BLOCK, N2, R,
-                SPLIT,
+                OPERANDS,
             )  # fmt: skip
             sums = ()
             for p in tl.static_range(P_OUT):
-                sums = sums + (add_real_part(acc[p], b_re, b_im, first_ptr, q, p, N1, BLOCK, SPLIT),)
+                sums = sums + (add_real_part(acc[p], b_re, b_im, first_ptr, q, p, N1, BLOCK, OPERANDS),)
             acc = sums
         b = rows_of(first, BLOCK, N2, R)
         for p in tl.static_range(P_OUT):
@@ -189,7 +189,7 @@ def _fft_conv_bwd_kernel(
     stride_pregate_b, stride_pregate_d, stride_pregate_l, stride_postgate_b, stride_postgate_d, stride_postgate_l,
     stride_mask_b, stride_mask_l,
     P: tl.constexpr, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
-    REPLACES: tl.constexpr, SPLIT: tl.constexpr, INT64: tl.constexpr,
+    REPLACES: tl.constexpr, OPERANDS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """partial (S, D, 2, N1, N2): block q of the spectrum of dg, over this part's rows; bias_partial and
     skip_partial (S, D): dbias and dskip, the latter summed directly, since g[0] may be small beside the errors that
@@ -204,7 +204,7 @@ def _fft_conv_bwd_kernel(
         pregate_ptr += d * stride_pregate_d
     if postgate_ptr is not None:
         postgate_ptr += d * stride_postgate_d
-    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
+    second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
     t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, R)  # [BLOCK, R N2]
     acc_re = tl.zeros([BLOCK * R, N2], tl.float32)
     acc_im = tl.zeros([BLOCK * R, N2], tl.float32)
@@ -224,15 +224,15 @@ def _fft_conv_bwd_kernel(
             stride_mask_l, first, B, L, P_IN, BLOCK, N2, R, REPLACES, INT64,
         )  # fmt: skip
         v_scale = magnitudes(v, BLOCK, N2, R, P_IN)
-        v = operands(v, v_scale, BLOCK, N2, R, P_IN, SPLIT)
-        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, SPLIT)
+        v = operands(v, v_scale, BLOCK, N2, R, P_IN, OPERANDS)
+        v_re, v_im = transform(v, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, OPERANDS)
         dy = load_signal(
             dout_ptr, postgate_ptr, None, stride_dout_b, stride_dout_l, stride_postgate_b, stride_postgate_l, 0, 0,
             first, B, M, P_OUT, BLOCK, N2, R, False, INT64,
         )  # fmt: skip
         dy_scale = magnitudes(dy, BLOCK, N2, R, P_OUT)
-        dy = operands(dy, dy_scale, BLOCK, N2, R, P_OUT, SPLIT)
-        dy_re, dy_im = transform(dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, SPLIT)
+        dy = operands(dy, dy_scale, BLOCK, N2, R, P_OUT, OPERANDS)
+        dy_re, dy_im = transform(dy, q, first_ptr, second_re, second_im, t_re, t_im, P_OUT, N1, BLOCK, N2, R, OPERANDS)
         dy_re = times_rows(dy_re, v_scale * dy_scale, BLOCK, N2, R)
         dy_im = times_rows(dy_im, v_scale * dy_scale, BLOCK, N2, R)
         acc_re += dy_re * v_re + dy_im * v_im
@@ -254,7 +254,7 @@ WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> str | None:
+def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None) -> str | None:
     """None, or why these kernels do not compute the call."""
     if u.dtype not in DTYPES:
         return f"u is {str(u.dtype)[6:]}, not float32, float16 or bfloat16"
@@ -265,7 +265,7 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> str 
             return f"{name} is a filter for every sample"
         if filters.dtype not in DTYPES:
             return f"{name} is {str(filters.dtype)[6:]}, not float32, float16 or bfloat16"
-    points, most = geometry(u, k, mode)[1], dev.limit(u.dtype, u.device)
+    points, most = geometry(u, k, mode)[1], dev.limit(dev.operands_of(u.dtype, precision), u.device)
     if dev.sizes(points, most) is None:
         return f"the output has {points} samples, more than one fused transform ({most} points) can hold"
     return "u has no samples" if u.shape[2] == 0 else None
@@ -289,9 +289,10 @@ def _bytes(mask: torch.Tensor | None) -> dict:
 
 
 def _plan_convolution(
-    out, second_out, x, gate, in_mask, post, second_post, out_mask, bias, spectrum, scale, points, conjugate
+    out, second_out, x, gate, in_mask, post, second_post, out_mask, bias, spectrum, scale, points, conjugate,
+    operands,
 ) -> Launch:  # fmt: skip
-    factors = factors_of(x, points)
+    factors = factors_of(x, points, operands)
     blocks = _blocks("fft_conv_fwd", x, factors)
     piece = factors["BLOCK"] * factors["N2"]
     (batch, channels, length), length_out = x.shape, out.shape[2]
@@ -301,7 +302,7 @@ def _plan_convolution(
     args = dict(
         out_ptr=out, second_out_ptr=second_out, x_ptr=x, gate_ptr=gate, in_mask_ptr=in_mask["mask"], post_ptr=post,
         second_post_ptr=second_post, out_mask_ptr=out_mask["mask"], bias_ptr=bias, spectrum_ptr=spectrum,
-        scale_ptr=scale, **tables_of(factors, x.dtype == torch.float32, x.device), B=batch, L_in=length,
+        scale_ptr=scale, **tables_of(factors, operands, x.device), B=batch, L_in=length,
         L_out=length_out, turns=turns, **strides("out", out, "bdl"), **strides("second_out", second_out, "bdl"),
         **strides("x", x, "bdl"), **strides("gate", gate, "bdl"), **strides("in_mask", in_mask["mask"], "bl"),
         **strides("post", post, "bdl"), **strides("second_post", second_post, "bdl"),
@@ -315,13 +316,15 @@ def _plan_convolution(
 
 
 
-def plan_fft_conv_fwd(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode) -> list[Launch]:
+def plan_fft_conv_fwd(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None) -> list[Launch]:
     """The launches, from shapes, strides and dtypes alone."""
-    points = geometry(u, k, mode)[1]
-    spectrum, scale = workspace(u, points)
+    points, operands = geometry(u, k, mode)[1], dev.operands_of(u.dtype, precision)
+    spectrum, scale = workspace(u, points, operands)
     return [
-        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode),
-        _plan_convolution(out, None, u, pregate, mask, postgate, None, None, bias, spectrum, scale, points, False),
+        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands),
+        _plan_convolution(
+            out, None, u, pregate, mask, postgate, None, None, bias, spectrum, scale, points, False, operands
+        ),
     ]
 
 
@@ -332,14 +335,16 @@ def fft_conv_fwd(*args) -> None:
 
 
 
-def _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks) -> Launch:
+def _plan_products(
+    partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks, operands
+) -> Launch:  # fmt: skip
     points = dout.shape[2]
-    factors = factors_of(u, points)
+    factors = factors_of(u, points, operands)
     piece, mask = factors["BLOCK"] * factors["N2"], _bytes(mask)
     args = dict(
         partial_ptr=partial, bias_partial_ptr=bias_partial, skip_partial_ptr=skip_partial, dout_ptr=dout, u_ptr=u,
         pregate_ptr=pregate, postgate_ptr=postgate, mask_ptr=mask["mask"],
-        **tables_of(factors, u.dtype == torch.float32, u.device), B=u.shape[0], L=u.shape[2], M=points,
+        **tables_of(factors, operands, u.device), B=u.shape[0], L=u.shape[2], M=points,
         D=u.shape[1], turns=turns, **strides("dout", dout, "bdl"), **strides("u", u, "bdl"),
         **strides("pregate", pregate, "bdl"), **strides("postgate", postgate, "bdl"),
         **strides("mask", mask["mask"], "bl"), **factors, P_IN=max(1, triton.cdiv(u.shape[2], piece)),
@@ -353,14 +358,15 @@ def _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate,
 
 def plan_fft_conv_bwd(
     du, dk, dk_reverse, dskip, dbias, dpregate, dpostgate, dout, u, k, k_reverse, skip, bias, pregate, postgate, mask,
-    mode,
+    mode, precision=None,
 ) -> list[Launch]:  # fmt: skip
     """The launches, from shapes, strides and dtypes alone. Outputs of absent inputs are not touched."""
     points, channels = dout.shape[2], u.shape[1]
     dk_reverse, dskip = None if k_reverse is None else dk_reverse, None if skip is None else dskip
     dbias, dpregate = None if bias is None else dbias, None if pregate is None else dpregate
-    spectrum, scale = workspace(u, points)
-    factors = factors_of(u, points)
+    operands = dev.operands_of(u.dtype, precision)
+    spectrum, scale = workspace(u, points, operands)
+    factors = factors_of(u, points, operands)
     blocks = _blocks("fft_conv_bwd", u, factors)
     groups = triton.cdiv(u.shape[0], blocks["R"])
     parts = max(1, min(groups, WANTED // max(1, factors["P"] * channels)))
@@ -371,20 +377,20 @@ def plan_fft_conv_bwd(
     bias_partial = None if bias is None else scale.new_empty(parts, channels)
     skip_partial = None if skip is None else scale.new_empty(parts, channels)
     launches = [
-        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode),
+        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands),
         _plan_convolution(
-            du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, points, True
+            du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, points, True, operands
         ),
-        _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks),
+        _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks, operands),
         *plan_filters(
             dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points,
-            0 if k_reverse is None else k_reverse.shape[1],
+            0 if k_reverse is None else k_reverse.shape[1], operands,
         ),
     ]  # fmt: skip
     if postgate is not None:
         launches.append(
             _plan_convolution(
-                dpostgate, None, u, pregate, mask, dout, None, None, bias, spectrum, scale, points, False
+                dpostgate, None, u, pregate, mask, dout, None, None, bias, spectrum, scale, points, False, operands
             )
         )  # fmt: skip
     return launches
@@ -412,4 +418,7 @@ for _name in ("spectrum", "fwd", "bwd", "lags", "taps", "du"):
     compile_spec(f"fft_conv_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du", "wide")):
     compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])
+compile_spec("fft_conv_fwd_products_in_bf16")(
+    lambda dtype: plan_fft_conv_fwd(*[meta(64, 768, 1024, dtype=dtype)] * 2, meta(768, 1024), *[None] * 6, "causal", "bf16")[1]
+)
 compile_spec("fft_conv_fwd_float32_8192")(lambda dtype: _specs(torch.float32, "8192")["fwd"])  # most shared memory

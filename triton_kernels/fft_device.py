@@ -34,7 +34,8 @@ import triton.language as tl
 
 from .common import index
 
-# Operands are float16 for every dtype: a row is divided by its largest sample and the spectrum by the sum of its taps'
+# OPERANDS, what products are of: "fp16", "fp16x3" (float32 split in two) or "bf16". They are float16 for every dtype of
+# u unless bfloat16 is asked for; tf32 has float16's eleven bits at half the rate, so it is "fp16" as well. A row is divided by its largest sample and the spectrum by the sum of its taps'
 # magnitudes, which bounds every product of the two by N; times FULL / N it fills float16's range from the top, whatever
 # the data. Float32 is split into a high and a low part, the low times LOW, since it would be subnormal: the three
 # products cost half of what tf32x3 does, take half the shared memory, and the interpreter rounds them as a GPU does.
@@ -121,10 +122,10 @@ def times_rows(tile, factor, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.conste
 
 
 @triton.jit
-def operand(x, SPLIT: tl.constexpr):
-    """A float32 tile as float16: (high, low), x = high + low / LOW where SPLIT, otherwise low is not used."""
-    high = x.to(tl.float16)
-    if SPLIT:
+def operand(x, OPERANDS: tl.constexpr):
+    """A float32 tile as an operand (high, low): x = high + low / LOW for "fp16x3", otherwise low is not used."""
+    high = x.to(tl.bfloat16 if OPERANDS == "bf16" else tl.float16)
+    if OPERANDS == "fp16x3":
         return high, ((x - high.to(tl.float32)) * LOW).to(tl.float16)
     else:
         return high, high
@@ -141,9 +142,9 @@ def transposed(a):
 
 
 @triton.jit
-def add_product(acc, a, b, SPLIT: tl.constexpr):
-    """acc + a @ b for operands (high, low). SPLIT: three products, 22 bits of mantissa; the lows' product is below."""
-    if SPLIT:
+def add_product(acc, a, b, OPERANDS: tl.constexpr):
+    """acc + a @ b for operands (high, low). "fp16x3": three products, 22 bits of mantissa; the lows' product is below."""
+    if OPERANDS == "fp16x3":
         acc = tl.dot(a[0], b[1], acc * LOW)
         acc = tl.dot(a[1], b[0], acc) * (1 / LOW)
     return tl.dot(a[0], b[0], acc)
@@ -151,36 +152,36 @@ def add_product(acc, a, b, SPLIT: tl.constexpr):
 
 @triton.jit
 def operands(tiles, scale, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr,
-             SPLIT: tl.constexpr):  # fmt: skip
+             OPERANDS: tl.constexpr):  # fmt: skip
     """The tiles divided by their rows' scales, as operands."""
     result = ()
     for p in tl.static_range(PIECES):
-        result = result + (operand(times_rows(tiles[p], 1 / scale, BLOCK, N2, R), SPLIT),)
+        result = result + (operand(times_rows(tiles[p], 1 / scale, BLOCK, N2, R), OPERANDS),)
     return result
 
 
 @triton.jit
-def _load_factor(ptr, at, plane: tl.constexpr, SPLIT: tl.constexpr):
-    """A table of planes (real, imaginary) and, where SPLIT, their lows: two operands."""
+def _load_factor(ptr, at, plane: tl.constexpr, OPERANDS: tl.constexpr):
+    """A table of planes (real, imaginary) and, for "fp16x3" their lows: two operands."""
     re, im = tl.load(ptr + at), tl.load(ptr + plane + at)
-    if SPLIT:
+    if OPERANDS == "fp16x3":
         return (re, tl.load(ptr + 2 * plane + at)), (im, tl.load(ptr + 3 * plane + at))
     else:
         return (re, re), (im, im)
 
 
 @triton.jit
-def first_factor(first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+def first_factor(first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, OPERANDS: tl.constexpr):
     """exp(-2 pi i n1 (k1 + 1/4) / N1) for block q of k1 and block p of n1: (real, imaginary), [BLOCK, BLOCK]."""
     at = (q * BLOCK + tl.arange(0, BLOCK))[:, None] * N1 + (p * BLOCK + tl.arange(0, BLOCK))[None, :]
-    return _load_factor(first_ptr, at, N1 * N1, SPLIT)
+    return _load_factor(first_ptr, at, N1 * N1, OPERANDS)
 
 
 @triton.jit
-def second_factor(second_ptr, N2: tl.constexpr, SPLIT: tl.constexpr):
+def second_factor(second_ptr, N2: tl.constexpr, OPERANDS: tl.constexpr):
     """exp(-2 pi i n2 k2 / N2): (real, imaginary), [N2, N2], symmetric."""
     at = tl.arange(0, N2)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    return _load_factor(second_ptr, at, N2 * N2, SPLIT)
+    return _load_factor(second_ptr, at, N2 * N2, OPERANDS)
 
 
 @triton.jit
@@ -200,7 +201,7 @@ def load_spectrum(ptr, q, N1: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexp
 @triton.jit
 def transform(
     x, q, first_ptr, second_re, second_im, t_re, t_im, PIECES: tl.constexpr, N1: tl.constexpr, BLOCK: tl.constexpr,
-    N2: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
+    N2: tl.constexpr, R: tl.constexpr, OPERANDS: tl.constexpr,
 ):  # fmt: skip
     """Block q of the spectrum of real rows, x a tuple of PIECES operands: (real, imaginary), [BLOCK R, N2], float32.
 
@@ -209,50 +210,50 @@ def transform(
     acc_re = tl.zeros([BLOCK, R * N2], tl.float32)
     acc_im = tl.zeros([BLOCK, R * N2], tl.float32)
     for p in tl.static_range(PIECES):
-        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
-        acc_re = add_product(acc_re, f_re, x[p], SPLIT)
-        acc_im = add_product(acc_im, f_im, x[p], SPLIT)
-    return second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, R, SPLIT)
+        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, OPERANDS)
+        acc_re = add_product(acc_re, f_re, x[p], OPERANDS)
+        acc_im = add_product(acc_im, f_im, x[p], OPERANDS)
+    return second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, R, OPERANDS)
 
 
 @triton.jit
 def second_half(
     acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    OPERANDS: tl.constexpr,
 ):  # fmt: skip
     """What follows the first factor: twiddles and second factor, [BLOCK, R N2] to [BLOCK R, N2]."""
-    a_re = operand(tl.reshape(acc_re * t_re - acc_im * t_im, [BLOCK * R, N2]), SPLIT)
-    a_im = operand(tl.reshape(acc_re * t_im + acc_im * t_re, [BLOCK * R, N2]), SPLIT)
+    a_re = operand(tl.reshape(acc_re * t_re - acc_im * t_im, [BLOCK * R, N2]), OPERANDS)
+    a_im = operand(tl.reshape(acc_re * t_im + acc_im * t_re, [BLOCK * R, N2]), OPERANDS)
     zero = tl.zeros([BLOCK * R, N2], tl.float32)
-    x_re = add_product(add_product(zero, a_re, second_re, SPLIT), negative(a_im), second_im, SPLIT)
-    x_im = add_product(add_product(zero, a_re, second_im, SPLIT), a_im, second_re, SPLIT)
+    x_re = add_product(add_product(zero, a_re, second_re, OPERANDS), negative(a_im), second_im, OPERANDS)
+    x_im = add_product(add_product(zero, a_re, second_im, OPERANDS), a_im, second_re, OPERANDS)
     return x_re, x_im
 
 
 @triton.jit
 def inverse_first_half(
     y_re, y_im, second_re, second_im, t_re, t_im, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    OPERANDS: tl.constexpr,
 ):  # fmt: skip
     """From a block of a spectrum [BLOCK R, N2] back over k2, divided by N2: operands (real, imaginary), [BLOCK, R N2].
 
     What remains is the first factor: block p of the result is the sum over the blocks q of `add_real_part`.
     """
-    y_re, y_im = operand(y_re, SPLIT), operand(y_im, SPLIT)
+    y_re, y_im = operand(y_re, OPERANDS), operand(y_im, OPERANDS)
     zero = tl.zeros([BLOCK * R, N2], tl.float32)
-    b_re = add_product(add_product(zero, y_re, second_re, SPLIT), y_im, second_im, SPLIT)
-    b_im = add_product(add_product(zero, y_im, second_re, SPLIT), negative(y_re), second_im, SPLIT)
+    b_re = add_product(add_product(zero, y_re, second_re, OPERANDS), y_im, second_im, OPERANDS)
+    b_im = add_product(add_product(zero, y_im, second_re, OPERANDS), negative(y_re), second_im, OPERANDS)
     b_re = tl.reshape(b_re, [BLOCK, R * N2]) * (1.0 / N2)
     b_im = tl.reshape(b_im, [BLOCK, R * N2]) * (1.0 / N2)
-    return operand(b_re * t_re + b_im * t_im, SPLIT), operand(b_im * t_re - b_re * t_im, SPLIT)
+    return operand(b_re * t_re + b_im * t_im, OPERANDS), operand(b_im * t_re - b_re * t_im, OPERANDS)
 
 
 @triton.jit
-def add_real_part(acc, b_re, b_im, first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+def add_real_part(acc, b_re, b_im, first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.constexpr, OPERANDS: tl.constexpr):
     """acc [BLOCK, R N2] plus what block q of k1 gives to the real part of block p of the result."""
-    f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
-    acc = add_product(acc, transposed(f_re), b_re, SPLIT)
-    return add_product(acc, transposed(f_im), b_im, SPLIT)
+    f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, OPERANDS)
+    acc = add_product(acc, transposed(f_re), b_re, OPERANDS)
+    return add_product(acc, transposed(f_im), b_im, OPERANDS)
 
 
 # --- host side ------------------------------------------------------------------------------------------------------
@@ -262,12 +263,17 @@ MAX_PIECES = 6
 LIMITS = ((227 * 1024, (16384, 8192)), (163 * 1024, (8192, 4096)), (99 * 1024, (2048, 1024)), (0, (0, 0)))
 
 
-def limit(dtype: torch.dtype, device: torch.device) -> int:
+def operands_of(dtype: torch.dtype, precision: str | None) -> str:
+    """What the kernels multiply for rows of this dtype."""
+    return "bf16" if precision == "bf16" else "fp16x3" if precision is None and dtype == torch.float32 else "fp16"
+
+
+def limit(operands: str, device: torch.device) -> int:
     """The most points that one fused transform has on this device."""
     shared = LIMITS[0][0]
     if device.type == "cuda":
         shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return next(points for least, points in LIMITS if shared >= least)[dtype == torch.float32]
+    return next(points for least, points in LIMITS if shared >= least)[operands == "fp16x3"]
 
 
 def warps(block: int) -> int:
@@ -297,8 +303,8 @@ def sizes(points: int, most: int) -> tuple[int, int, int] | None:
 
 
 @functools.lru_cache(maxsize=64)
-def tables(n1: int, n2: int, split: bool, device: torch.device) -> dict[str, torch.Tensor]:
-    """The two factors and the twiddles, (planes, *, *): real, imaginary, and the lows of both where split.
+def tables(n1: int, n2: int, operands: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """The two factors and the twiddles, (planes, *, *): real, imaginary, and the lows of both for "fp16x3".
 
     Angles are exact in integers, then float64.
     """
@@ -307,8 +313,10 @@ def tables(n1: int, n2: int, split: bool, device: torch.device) -> dict[str, tor
         angle = (numerator % denominator).double() * (-2 * math.pi / denominator)
         return torch.stack([angle.cos(), angle.sin()])
 
+    split, half = operands == "fp16x3", torch.bfloat16 if operands == "bf16" else torch.float16
+
     def factor(planes: torch.Tensor) -> torch.Tensor:
-        high = planes.half()
+        high = planes.to(half)
         return torch.cat([high, ((planes - high.double()) * LOW.value).half()]).to(device) if split else high.to(device)
 
     first, second = torch.arange(n1), torch.arange(n2)

@@ -76,7 +76,7 @@ def _two_sided(
 def _fft_conv_spectrum_kernel(
     spectrum_ptr, scale_ptr, k_ptr, reverse_ptr, skip_ptr, first_ptr, second_ptr, twiddle_ptr, L, M, K, K_reverse,
     offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s, stride_skip_d,
-    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, CIRCULAR: tl.constexpr, SPLIT: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, CIRCULAR: tl.constexpr, OPERANDS: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
     """spectrum (D, 2, N1, N2) of g and skip, divided by scale (D,), the sum of their magnitudes. Grid (P, D).
@@ -111,13 +111,13 @@ def _fft_conv_spectrum_kernel(
             k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
             offset, CIRCULAR, INT64,
         )  # fmt: skip
-        above, below = operand(above / largest, SPLIT), operand(below / largest, SPLIT)
-        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, SPLIT)
-        acc_re = add_product(add_product(acc_re, f_re, above, SPLIT), f_im, negative(below), SPLIT)
-        acc_im = add_product(add_product(acc_im, f_im, above, SPLIT), f_re, below, SPLIT)
+        above, below = operand(above / largest, OPERANDS), operand(below / largest, OPERANDS)
+        f_re, f_im = first_factor(first_ptr, q, p, N1, BLOCK, OPERANDS)
+        acc_re = add_product(add_product(acc_re, f_re, above, OPERANDS), f_im, negative(below), OPERANDS)
+        acc_im = add_product(add_product(acc_im, f_im, above, OPERANDS), f_re, below, OPERANDS)
     t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)  # [BLOCK, N2]
-    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
-    g_re, g_im = second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, 1, SPLIT)
+    second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
+    g_re, g_im = second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, 1, OPERANDS)
     at = d * 2 * N + times_of(q, BLOCK, N2, 1)
     tl.store(spectrum_ptr + at, g_re * (largest / scale))
     tl.store(spectrum_ptr + N + at, g_im * (largest / scale))
@@ -131,13 +131,13 @@ def _fft_conv_spectrum_kernel(
 @triton.jit
 def _fft_conv_lags_kernel(
     lags_ptr, partial_ptr, first_ptr, second_ptr, twiddle_ptr, D, parts,
-    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, SPLIT: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, OPERANDS: tl.constexpr,
 ):  # fmt: skip
     """lags (D, 2, N) from the partial spectra: dg[n], and dg[n - N], which is the imaginary part. Grid (P, D)."""
     N1: tl.constexpr = P * BLOCK
     N: tl.constexpr = N1 * N2
     p, d = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
-    second_re, second_im = second_factor(second_ptr, N2, SPLIT)  # [N2, N2]
+    second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
     acc_re = tl.zeros([BLOCK, N2], tl.float32)
     acc_im = tl.zeros([BLOCK, N2], tl.float32)
     for q in tl.range(P, num_stages=1):
@@ -150,12 +150,12 @@ def _fft_conv_lags_kernel(
         t_re, t_im = twiddles(twiddle_ptr, q, N1, BLOCK, N2, 1)  # [BLOCK, N2]
         largest = tl.maximum(tl.maximum(tl.max(tl.abs(y_re)), tl.max(tl.abs(y_im))), 1e-30)
         b_re, b_im = inverse_first_half(
-            y_re / largest, y_im / largest, second_re, second_im, t_re, t_im, BLOCK, N2, 1, SPLIT
+            y_re / largest, y_im / largest, second_re, second_im, t_re, t_im, BLOCK, N2, 1, OPERANDS
         )  # fmt: skip
         zero = tl.zeros([BLOCK, N2], tl.float32)
-        acc_re += add_real_part(zero, b_re, b_im, first_ptr, q, p, N1, BLOCK, SPLIT) * largest
+        acc_re += add_real_part(zero, b_re, b_im, first_ptr, q, p, N1, BLOCK, OPERANDS) * largest
         # The imaginary part of b is the real part of -i b.
-        acc_im += add_real_part(zero, b_im, negative(b_re), first_ptr, q, p, N1, BLOCK, SPLIT) * largest
+        acc_im += add_real_part(zero, b_im, negative(b_re), first_ptr, q, p, N1, BLOCK, OPERANDS) * largest
     at = d * 2 * N + times_of(p, BLOCK, N2, 1)
     tl.store(lags_ptr + at, acc_re * (1.0 / N1))
     tl.store(lags_ptr + N + at, acc_im * (1.0 / N1))
@@ -218,45 +218,46 @@ def geometry(u: torch.Tensor, k: torch.Tensor, mode: str) -> tuple[int, int]:
 
 
 
-def factors_of(u: torch.Tensor, points: int) -> dict[str, int]:
-    P, block, n2 = dev.sizes(points, dev.limit(u.dtype, u.device))
+def factors_of(u: torch.Tensor, points: int, operands: str) -> dict[str, int]:
+    P, block, n2 = dev.sizes(points, dev.limit(operands, u.device))
     return {"P": P, "BLOCK": block, "N2": n2}
 
 
-def filter_factors_of(u: torch.Tensor, points: int) -> dict[str, int]:
+def filter_factors_of(u: torch.Tensor, points: int, operands: str) -> dict[str, int]:
     """The same points in smaller blocks, for the kernels that hold split operands whatever the dtype of u."""
-    factors = factors_of(u, points)
+    factors = factors_of(u, points, operands)
     pieces = max(1, factors["BLOCK"] // 64)
     return {"P": factors["P"] * pieces, "BLOCK": factors["BLOCK"] // pieces, "N2": factors["N2"]}
 
 
 
-def tables_of(factors: dict[str, int], split: bool, device: torch.device) -> dict:
+def tables_of(factors: dict[str, int], operands: str, device: torch.device) -> dict:
     """The tables, and how kernels read them."""
     n1, n2 = factors["P"] * factors["BLOCK"], factors["N2"]
     if device.type != "meta":
-        return {**dev.tables(n1, n2, split, device), "SPLIT": split}
+        return {**dev.tables(n1, n2, operands, device), "OPERANDS": operands}
+    split, half = operands == "fp16x3", torch.bfloat16 if operands == "bf16" else torch.float16
     planes, twiddle = 4 if split else 2, torch.float32 if split else torch.float16
-    first, second = meta(planes, n1, n1, dtype=torch.float16), meta(planes, n2, n2, dtype=torch.float16)
-    return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": meta(2, n1, n2, dtype=twiddle), "SPLIT": split}
+    first, second = meta(planes, n1, n1, dtype=half), meta(planes, n2, n2, dtype=half)
+    return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": meta(2, n1, n2, dtype=twiddle), "OPERANDS": operands}
 
 
 
-def workspace(u: torch.Tensor, points: int) -> tuple[torch.Tensor, torch.Tensor]:
+def workspace(u: torch.Tensor, points: int, operands: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(spectrum, scale)."""
-    factors, channels = factors_of(u, points), u.shape[1]
+    factors, channels = factors_of(u, points, operands), u.shape[1]
     real = {"dtype": torch.float32}
     spectrum = u.new_empty(channels, 2, factors["P"] * factors["BLOCK"], factors["N2"], **real)
     return spectrum, u.new_empty(channels, **real)
 
 
 
-def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode) -> Launch:
+def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands) -> Launch:
     offset, points = geometry(u, k, mode)
-    factors = filter_factors_of(u, points)
+    factors = filter_factors_of(u, points, operands)
     args = dict(
         spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
-        **tables_of(factors, True, u.device), L=u.shape[2], M=points, K=k.shape[1],
+        **tables_of(factors, "fp16x3", u.device), L=u.shape[2], M=points, K=k.shape[1],
         K_reverse=0 if k_reverse is None else k_reverse.shape[1], offset=offset, **strides("k", k, "ds"),
         **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"), **factors, CIRCULAR=mode == "circular",
         INT64=wide(k, k_reverse),
@@ -266,13 +267,13 @@ def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode) -> Launch:
 
 
 def plan_filters(
-    dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points, K_reverse
+    dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points, K_reverse, operands
 ) -> list[Launch]:  # fmt: skip
     """From the partial spectra to the lags, and from those to the filters' gradients."""
-    factors, channels = filter_factors_of(u, points), u.shape[1]
+    factors, channels = filter_factors_of(u, points, operands), u.shape[1]
     offset, taps = geometry(u, dk, mode)[0], dk.shape[1]
     inverse = dict(
-        lags_ptr=lags, partial_ptr=partial, **tables_of(factors, True, u.device), D=channels,
+        lags_ptr=lags, partial_ptr=partial, **tables_of(factors, "fp16x3", u.device), D=channels,
         parts=partial.shape[0], **factors,
     )  # fmt: skip
     gather = dict(

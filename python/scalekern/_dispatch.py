@@ -183,6 +183,11 @@ def filling(allocate: Callable, fill: Callable) -> Callable:
     return run
 
 
+def composed(function: Callable, reference: Callable) -> tuple[Backend, ...]:
+    """The backends of an op that is one composition of torch's ops for every device."""
+    return (*(Backend(name, function, composed=True) for name in ("cuda", "cpu")), Backend("reference", reference))
+
+
 def native(op: str, kind: str) -> Callable:
     """scalekern_native::<op>_<kind>, looked up at the first call (the library loads lazily)."""
 

@@ -20,9 +20,16 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from scalekern.ops._toeplitz import Blocks
 from scalekern.reference.fft_conv import convolve as direct_convolve
 
-# Taps up to which sums over them take less than the FFTs: on a GPU a tap is three or four passes, an FFT's way ten.
+# What "auto" means on a CPU: (longest L, taps up to which torch's grouped convolution takes the least time, taps up to
+# which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, best of five in ms as
+# grouped convolution / Toeplitz / FFT: L 512, 128 taps 1.9 / 16 / 1.9; L 2,048, 64 taps 5.3 / 11 / 6.5, 128 taps
+# 6.8 / 19 / 7.2; L 8,192, 16 taps 6.5 / 10 / 24, 32 taps 16 / 9.7 / 19, 64 taps 24 / 13 / 21, 128 taps 30 / 20 / 21.
+CPU_TAPS = ((1024, 128, 0), (2048, 64, 0), (1 << 62, 16, 96))
+# Without oneDNN (float64) sums are passes over the block, a tap each; so they are on a GPU: three or four passes a tap,
+# an FFT's way is ten. Toeplitz blocks of torch's products are not measured on a GPU, and not chosen there.
 FEW_TAPS = {"cpu": 16, "cuda": 2}
 # Of v in a block: float32 spectra of 4 MiB stay in cache; a GPU's launches take less time than passes over 256 MiB.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -85,6 +92,29 @@ def ring_of(mode, length, count, taps, reverse_taps):
     return Ring(2 * good_size((least + 1) // 2), offset, None, ahead, behind)
 
 
+def linear_ring(mode, length, count, taps, reverse_taps):
+    """The ring of just the lags that meet tokens, for sums instead of FFTs, and how many of them look back."""
+    offset = (taps - 1) // 2 if mode == "same" else 0
+    circular = mode == "circular"
+    ahead = taps - 1 if circular else count - 1
+    behind = reverse_taps - 1 if circular else length - 1
+    reach_ahead, reach_behind = min(taps - 1 - offset, ahead), min(max(offset, reverse_taps - 1), behind)
+    return Ring(reach_ahead + reach_behind + 1, offset, length if circular else None, ahead, behind), reach_ahead
+
+
+def chosen(method, u, k, k_reverse, spectrum=None):
+    """The method that "auto" stands for. Whoever made a spectrum wants it used."""
+    if method != "auto":
+        return method
+    taps = max(k.shape[-1], 0 if k_reverse is None else k_reverse.shape[-1])
+    if spectrum is not None:
+        return "fft"
+    if _kind(u) == "cuda" or u.dtype == torch.float64:
+        return "direct" if taps <= FEW_TAPS[_kind(u)] else "fft"
+    _, direct, toeplitz = next(row for row in CPU_TAPS if u.shape[2] <= row[0])
+    return "direct" if taps <= direct else "toeplitz" if taps <= toeplitz else "fft"
+
+
 @functools.cache
 def good_size(n: int) -> int:
     """The least 2^a 3^b 5^c that is at least n."""
@@ -108,12 +138,13 @@ def _kind(x):
 class _Call:
     """What forward and backward share: the operands of one block of channels, in the type that is computed in."""
 
-    def __init__(self, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, count):
+    def __init__(self, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, count, spectrum):
         self.tensors = (u, k, k_reverse, skip, bias, pregate, postgate)
         self.mask, self.mode, self.count = mask, mode, count
         self.real = torch.float64 if u.dtype == torch.float64 else torch.float32
         self.length = u.shape[2]
         self.padded: dict = {}
+        self.given = spectrum
         self.ring = ring_of(mode, self.length, count, k.shape[-1], 1 if k_reverse is None else k_reverse.shape[-1])
         # cuFFT takes real rows of an odd length in pairs, so that one that is not finite would spoil its neighbour
         # (seen at N = 75): a circular convolution of an odd period goes by complex rows there.
@@ -162,26 +193,59 @@ class _Call:
             return torch.fft.ifft(spectrum, norm="forward").real[..., :count]
         return torch.fft.irfft(spectrum, n=self.ring.size, norm="forward")[..., :count]
 
-    def spectrum(self, k, k_reverse):
-        """That of the filters, divided by N: (c, F), or (B, c, F) where a filter is a sample's own."""
+    def spectrum(self, block, k, k_reverse):
+        """That of the filters, divided by N: (c, F), or (B, c, F) where a filter is a sample's own. Do not write."""
+        if self.given is not None:
+            complex_ = torch.complex128 if self.real == torch.float64 else torch.complex64
+            return self.given[..., block, :].to(complex_)
         return self.forward_fft(self.ring.filter(k, k_reverse), norm="forward")
 
 
-def forward(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
-    call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, out.shape[2])
-    few = max(k.shape[-1], 0 if k_reverse is None else k_reverse.shape[-1]) <= FEW_TAPS[_kind(u)]
-    by_sums = method == "direct" or method == "auto" and few
+def spectrum(k, k_reverse, length, mode):
+    """The whole spectrum that forward and backward take block by block; complex (.., D, F)."""
+    count = length + k.shape[-1] - 1 if mode == "full" else length
+    row = k.new_empty(1, k.shape[-2], length)
+    call = _Call(row, k, k_reverse, *[None] * 5, mode, count, None)
+    return call.spectrum(slice(None), k, k_reverse)
+
+
+def forward(
+    out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision=None, spectrum=None
+):  # fmt: skip
+    call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, out.shape[2], spectrum)
+    method = chosen(method, u, k, k_reverse, spectrum)
     for block in call.blocks():
         _, v, k_, reverse_, skip_, bias_, _, post = call.load(block)
-        if by_sums:
-            y = direct_convolve(v.to(call.real), k_, reverse_, None, None, mode, "direct")
+        if method != "fft":
+            y = _by_sums(v, k_, reverse_, mode, call, method)
         else:
             V = call.forward_fft(v)
-            V *= call.spectrum(k_, reverse_)
+            V *= call.spectrum(block, k_, reverse_)
             y = _finite(call.backward_fft(V, call.count), V, v, k_, reverse_, mode)
         y = _add_skip(y, v, skip_)
         y = y if bias_ is None else y.add_(bias_)
         out[:, block] = y if post is None else y.mul_(post)
+
+
+def _by_sums(v, k, k_reverse, mode, call, method):
+    """y (B, c, M) without an FFT: by torch's grouped convolution, pass by pass where it has none, or by matmuls."""
+    if method == "direct" and (call.real == torch.float64 or _kind(v) == "cuda"):
+        return direct_convolve(v.to(call.real), k, k_reverse, None, None, mode, "direct")
+    reverse_taps = 1 if k_reverse is None else k_reverse.shape[-1]
+    ring, start = linear_ring(mode, call.length, call.count, k.shape[-1], reverse_taps)
+    taps = ring.filter(k, k_reverse).to(call.real).roll(ring.size - 1 - start, -1)  # (.., J), from the lag -behind on
+    if ring.period is not None:
+        places = torch.arange(-start, call.count + ring.size - 1 - start, device=v.device)
+        v, start = v[..., places % ring.period], 0
+    batch, channels, _ = v.shape
+    if method == "direct":
+        x = F.pad(v.to(call.real), (start, call.count + ring.size - 1 - start - v.shape[2]))
+        x = x if taps.dim() == 2 else x.reshape(1, batch * channels, -1)
+        weight = taps.flip(-1).reshape(-1, 1, ring.size)
+        return F.conv1d(x, weight, groups=len(weight)).view(batch, channels, call.count)
+    x = v.transpose(0, 1) if taps.dim() == 2 else v.reshape(batch * channels, 1, -1)
+    y = Blocks(ring.size, call.count).convolve(x, taps.reshape(-1, ring.size), start)
+    return y.transpose(0, 1) if taps.dim() == 2 else y.view(batch, channels, call.count)
 
 
 def _add_skip(y, v, skip):
@@ -208,14 +272,17 @@ def _finite(y, V, v, k, k_reverse, mode):
 
 def backward(
     du, dk, dk_reverse, dskip, dbias, dpregate, dpostgate, dout, u, k, k_reverse, skip, bias, pregate, postgate, mask,
-    mode, method,
+    mode, method, precision=None, spectrum=None,
 ):  # fmt: skip
-    """The oracle's formulas on the ring: dv is the transposed convolution of dy, the ring's gradient their product."""
-    call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, dout.shape[2])
+    """The oracle's formulas on the ring: dv is the transposed convolution of dy, the ring's gradient their product.
+
+    By FFT whatever the method.
+    """
+    call = _Call(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, dout.shape[2], spectrum)
     for block in call.blocks():
         u_, v, k_, reverse_, skip_, bias_, gate, post = call.load(block)
         dy = dout[:, block]
-        G, V = call.spectrum(k_, reverse_), call.forward_fft(v)
+        G, V = call.spectrum(block, k_, reverse_), call.forward_fft(v)
         if post is not None:
             y = _finite(call.backward_fft(V * G, call.count), V, v, k_, reverse_, mode)
             y = _add_skip(y, v, skip_)
@@ -230,7 +297,7 @@ def backward(
                 target[block] = gradient if gradient.dim() == 2 else gradient.sum(0)
             elif taps is not None:
                 target[:, block] = gradient
-        dv = call.backward_fft(DY.mul_(G.conj_physical_()), call.length)
+        dv = call.backward_fft(DY.mul_(G.conj_physical()), call.length)
         near = dy[..., : call.length]
         if skip_ is not None:
             dskip[block] = (near.to(call.real) * v).sum((0, 2))

@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, H x W input, I x J filter, P x Q output.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import composed
 from scalekern.ops import _depthwise
 from scalekern.reference.depthwise_conv2d import depthwise_conv2d_bwd as reference_bwd
 from scalekern.reference.depthwise_conv2d import depthwise_conv2d_fwd as reference_fwd
@@ -152,15 +152,6 @@ def _backward_of(bwd):
     return backward
 
 
-def _backends(function, reference):
-    """One composition for both devices. What is not contiguous in the reference is laid out by _library."""
-    return (
-        Backend("cuda", function, composed=True),
-        Backend("cpu", function, composed=True),
-        Backend("reference", reference),
-    )
-
-
 _TENSORS = "Tensor x, Tensor w, Tensor? bias"
 _OPTIONS = "SymInt[] padding, int[] stride, int[] dilation, str method"
 _TRANSPOSE_OPTIONS = "int[] stride, int[] padding, int[] output_padding, int[] dilation, str method"
@@ -168,7 +159,7 @@ _TRANSPOSE_OPTIONS = "int[] stride, int[] padding, int[] output_padding, int[] d
 depthwise_conv2d_fwd = _library.define(
     NAME,
     f"depthwise_conv2d_fwd({_TENSORS}, {_OPTIONS}) -> Tensor",
-    backends=_backends(_depthwise.conv_fwd, reference_fwd),
+    backends=composed(_depthwise.conv_fwd, reference_fwd),
     fake=_allocate_fwd,
     empty=lambda x, *rest: x.numel() == 0,
     setup_context=_setup_context,
@@ -179,7 +170,7 @@ depthwise_conv2d_fwd = _library.define(
 depthwise_conv2d_bwd = _library.define(
     NAME,
     f"depthwise_conv2d_bwd(Tensor dout, {_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    backends=_backends(_library.without_autocast(_depthwise.conv_bwd), reference_bwd),
+    backends=composed(_library.without_autocast(_depthwise.conv_bwd), reference_bwd),
     fake=_allocate_bwd,
     empty=lambda dout, x, *rest: x.numel() == 0,
 )
@@ -187,7 +178,7 @@ depthwise_conv2d_bwd = _library.define(
 depthwise_conv_transpose2d_fwd = _library.define(
     TRANSPOSE,
     f"depthwise_conv_transpose2d_fwd({_TENSORS}, {_TRANSPOSE_OPTIONS}) -> Tensor",
-    backends=_backends(_depthwise.transpose_fwd, reference_transpose_fwd),
+    backends=composed(_depthwise.transpose_fwd, reference_transpose_fwd),
     fake=_allocate_transpose_fwd,
     empty=lambda x, *rest: x.numel() == 0,
     setup_context=_setup_context,
@@ -198,7 +189,7 @@ depthwise_conv_transpose2d_fwd = _library.define(
 depthwise_conv_transpose2d_bwd = _library.define(
     TRANSPOSE,
     f"depthwise_conv_transpose2d_bwd(Tensor dout, {_TENSORS}, {_TRANSPOSE_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    backends=_backends(_library.without_autocast(_depthwise.transpose_bwd), reference_transpose_bwd),
+    backends=composed(_library.without_autocast(_depthwise.transpose_bwd), reference_transpose_bwd),
     fake=_allocate_bwd,
     empty=lambda dout, x, *rest: x.numel() == 0,
 )

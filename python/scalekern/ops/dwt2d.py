@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, H x W image, P x Q coefficients.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import composed
 from scalekern.ops import _wavelets
 from scalekern.reference.dwt2d import MODES, WAVELETS, filters
 from scalekern.reference.dwt2d import dwt2d_bwd_op as reference_bwd
@@ -149,19 +149,10 @@ def _inverse_backward(ctx, dout):
     return dlow, ddetails, None, None, None
 
 
-def _backends(function, reference):
-    """One composition for both devices."""
-    return (
-        Backend("cuda", function, composed=True),
-        Backend("cpu", function, composed=True),
-        Backend("reference", reference),
-    )
-
-
 dwt2d_fwd = _library.define(
     NAME,
     "dwt2d_fwd(Tensor x, str wavelet, int levels, str mode) -> Tensor[]",
-    backends=_backends(_wavelets.dwt, reference_fwd),
+    backends=composed(_wavelets.dwt, reference_fwd),
     fake=_allocate_fwd,
     empty=lambda x, *rest: x.numel() == 0,
     setup_context=_setup_context,
@@ -172,7 +163,7 @@ dwt2d_fwd = _library.define(
 dwt2d_bwd = _library.define(
     NAME,
     "dwt2d_bwd(Tensor dlow, Tensor[] ddetails, Tensor x, str wavelet, int levels, str mode) -> Tensor",
-    backends=_backends(_library.without_autocast(_wavelets.dwt_bwd), _library.without_autocast(reference_bwd)),
+    backends=composed(_library.without_autocast(_wavelets.dwt_bwd), _library.without_autocast(reference_bwd)),
     fake=_allocate_bwd,
     empty=lambda dlow, ddetails, x, *rest: x.numel() == 0,
 )
@@ -180,7 +171,7 @@ dwt2d_bwd = _library.define(
 idwt2d_fwd = _library.define(
     INVERSE,
     "idwt2d_fwd(Tensor low, Tensor[] details, str wavelet, str mode, SymInt[] sizes) -> Tensor",
-    backends=_backends(_wavelets.idwt, reference_inverse_fwd),
+    backends=composed(_wavelets.idwt, reference_inverse_fwd),
     fake=_allocate_inverse_fwd,
     empty=lambda low, *rest: low.numel() == 0,
     setup_context=_setup_inverse_context,
@@ -191,7 +182,7 @@ idwt2d_fwd = _library.define(
 idwt2d_bwd = _library.define(
     INVERSE,
     "idwt2d_bwd(Tensor dout, Tensor low, Tensor[] details, str wavelet, str mode, SymInt[] sizes) -> Tensor[]",
-    backends=_backends(
+    backends=composed(
         _library.without_autocast(_wavelets.idwt_bwd), _library.without_autocast(reference_inverse_bwd)
     ),
     fake=_allocate_inverse_bwd,

@@ -8,12 +8,12 @@ import torch
 from scalekern import _checks, _library
 from scalekern._dispatch import Backend, filling, triton
 from scalekern.ops import _fft_conv as blocks
-from scalekern.reference.fft_conv import MODES
+from scalekern.reference.fft_conv import MODES, FFTConvSpectrum
 from scalekern.reference.fft_conv import fft_conv_bwd as reference_bwd
 from scalekern.reference.fft_conv import fft_conv_fwd as reference_fwd
 
 NAME = "fft_conv"
-METHODS = ("auto", "direct", "fft")
+METHODS = ("auto", "direct", "toeplitz", "fft")
 PRECISIONS = (None, "ieee", "tf32", "bf16")
 INTEGERS = (torch.bool, torch.int32, torch.int64)
 
@@ -26,16 +26,19 @@ def fft_conv(
 
     Args:
         u: (B, D, L), float64, float32, float16 or bfloat16, any strides.
-        k: (D, K), or (B, D, K) a filter for every sample; k[0] meets the current token. K from 1, also beyond L.
+        k: (D, K), or (B, D, K) a filter for every sample; k[0] meets the current token. K from 1, also beyond L. Or
+            what `fft_conv_spectrum` made of such filters for this L and mode.
         mode: "causal" (M = L outputs), "circular" (period L; M = L), "same" (scipy's; M = L) or "full" (M = L + K - 1).
         skip: (D,), multiplies v.   bias: (D,), added before the postgate.
         pregate: (B, D, L).   postgate: (B, D, M).
         k_reverse: (D, R) or (B, D, R): adds sum_s k_reverse[s] v[t + s], so k_reverse[0] meets the current token as
             well (H3's convention). Not with mode "full".
         mask: (B, L) bool or integers, zero where a token is hidden (what lies there may be NaN). No gradient.
-        method: "fft", "direct" (sums over the taps), or "auto": direct for the few taps where it is faster.
-        precision: of the products on a GPU: "ieee" (float32), "tf32" or "bf16", accumulated in float32; None keeps the
-            tolerance of u's dtype. A CPU always computes in float32 (float64 for float64 u).
+        method: "fft", "direct" (sums over the taps), "toeplitz" (products with blocks of the filters' Toeplitz
+            matrices), or "auto": what was measured fastest. Gradients are computed by FFT.
+        precision: of the products on a GPU: "ieee" (float32, by cuFFT), "tf32" (11 significant bits) or "bf16" (8),
+            accumulated in float32; None keeps the tolerance of u's dtype. A CPU always computes in float32 (float64
+            for float64 u), and so does what the fused kernels decline.
 
     Returns:
         out (B, D, M) in u's dtype (under autocast, the autocast dtype). On a CPU a token that is not finite makes what
@@ -48,13 +51,78 @@ def fft_conv(
     Source: Fu et al., Hungry Hungry Hippos, 2023, section 3 (gates and skip); Poli et al., Hyena Hierarchy, 2023;
     Fu et al., FlashFFTConv, 2023.
     """
+    spectrum = None
+    if isinstance(k, FFTConvSpectrum):
+        _check_spectrum(u, k, mode, k_reverse)
+        k, k_reverse, spectrum = k.k, k.k_reverse, k.values
     _check(u, k, mode, skip, pregate, postgate, k_reverse, bias, mask, method, precision)
     io = u.dtype
     real = torch.float64 if io == torch.float64 else torch.float32
     mask = mask if mask is None or mask.dtype == torch.bool else mask != 0
     pregate, postgate = _to(pregate, io), _to(postgate, io)
     k, k_reverse, skip, bias = (_to(t, real) for t in (k, k_reverse, skip, bias))
-    return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method)
+    return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum)
+
+
+def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
+    """Transform filters once, for many calls `fft_conv(u, spectrum, mode=mode)` with u of that length.
+
+    Args:
+        k: (D, K) or (B, D, K), floating, on the device of the calls.   k_reverse: (D, R) or (B, D, R), or None.
+        length: L of the calls, from 1.   mode: as of `fft_conv`.
+
+    Returns:
+        FFTConvSpectrum, a frozen record of the filters, length, mode and `values`: the Hermitian half of the spectrum,
+        complex (D, N / 2 + 1), N the size of the FFT, complex128 for float64 filters and complex64 otherwise. It is
+        of use to torch's FFT (CPU, and GPU calls that the fused kernels decline; those transform k in a pass of their
+        own). Gradients of a call go to the filters, exactly as without it. A pytree: it may be an argument of compiled
+        and exported functions. Filters changed in place since are refused, except in a compiled function.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: as `fft_conv`; a filter's spectrum is what its every call has in common.
+    """
+    op = "fft_conv_spectrum"
+    _checks.choice(op, "mode", mode, MODES)
+    _checks.tensor(op, "k", k, dims=(2, 3), dtypes=_checks.FLOATING)
+    if not isinstance(length, (int, torch.SymInt)) or length < 1:
+        raise ValueError(f"{op}: length must be an integer of at least 1, got {length!r}")
+    if k_reverse is not None:
+        _checks.tensor(op, "k_reverse", k_reverse, dims=(2, 3), dtypes=_checks.FLOATING)
+        if mode == "full":
+            raise ValueError(f"{op}: k_reverse must be None in mode 'full', got a tensor")
+        if k_reverse.shape[-2] != k.shape[-2]:
+            raise ValueError(f"{op}: k_reverse must have {k.shape[-2]} channels like k, got {tuple(k_reverse.shape)}")
+        _checks.same_device(op, "k", k, k_reverse=k_reverse)
+    for name, taps in (("k", k), ("k_reverse", k_reverse)):
+        if taps is not None and taps.shape[-1] < 1:
+            raise ValueError(f"{op}: {name} must have at least one tap, got shape {tuple(taps.shape)}")
+    real = torch.float64 if k.dtype == torch.float64 else torch.float32
+    detached = [None if t is None else t.detach().to(real) for t in (k, k_reverse)]
+    values = fft_conv_spectrum_op(*detached, length, mode)
+    return FFTConvSpectrum(k, k_reverse, length, mode, values, _versions(k, k_reverse))
+
+
+def _versions(*tensors):
+    """How often the tensors were written in place; None where nobody counts."""
+    if torch.compiler.is_compiling() or any(t is not None and t.is_inference() for t in tensors):
+        return None
+    return tuple(0 if t is None else t._version for t in tensors)
+
+
+def _check_spectrum(u, spectrum, mode, k_reverse):
+    _check_input(NAME, "u", u)
+    if k_reverse is not None:
+        raise ValueError(f"{NAME}: k_reverse must be None beside a spectrum, which has its own, got a tensor")
+    for name, wanted, made in (("mode", mode, spectrum.mode), ("u's length", u.shape[2], spectrum.length)):
+        if wanted != made:
+            raise ValueError(f"{NAME}: k must be a spectrum for {name} {wanted!r}, got one for {made!r}")
+    if u.dtype == torch.float64 and spectrum.values.dtype != torch.complex128:
+        raise TypeError(f"{NAME}: k must be a spectrum of float64 filters for float64 u, got {spectrum.k.dtype}")
+    now = None if spectrum.versions is None else _versions(spectrum.k, spectrum.k_reverse)
+    if now is not None and now != spectrum.versions:
+        raise ValueError(f"{NAME}: k must be a spectrum of filters as they are, got one made before they were changed")
 
 
 def fft_conv_chunk(u_chunk, k, state=None):
@@ -150,14 +218,14 @@ def _check(u, k, mode, skip, pregate, postgate, k_reverse, bias, mask, method, p
     _checks.same_device(NAME, "u", u, skip=skip, pregate=pregate, postgate=postgate, bias=bias, mask=mask)
 
 
-def _allocate_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
+def _allocate_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum):
     """The output, uninitialized: what the fake returns and what the backends fill."""
     if mode != "full":
         return torch.empty_like(u)
     return u.new_empty(u.shape[0], u.shape[1], u.shape[2] + k.shape[-1] - 1)
 
 
-def _allocate_bwd(dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
+def _allocate_bwd(dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum):
     def like(t):
         return u.new_empty(0) if t is None else torch.empty_like(t)
 
@@ -165,17 +233,17 @@ def _allocate_bwd(dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mo
 
 
 def _backward(ctx, dout):
-    *tensors, mask = ctx.saved_tensors
+    *tensors, mask, spectrum = ctx.saved_tensors
     if dout is None:
-        return (None,) * 10
-    grads = fft_conv_bwd(dout, *tensors, mask, *ctx.flags)
-    return *(None if t is None else g for g, t in zip(grads, tensors)), None, None, None
+        return (None,) * 12
+    grads = fft_conv_bwd(dout, *tensors, mask, *ctx.flags, spectrum)
+    return *(None if t is None else g for g, t in zip(grads, tensors)), None, None, None, None, None
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, mode, method = inputs
-    ctx.flags = (mode, method)
-    ctx.save_for_backward(*tensors)
+    *tensors, mode, method, precision, spectrum = inputs
+    ctx.flags = (mode, method, precision)
+    ctx.save_for_backward(*tensors, spectrum)
     ctx.set_materialize_grads(False)
 
 
@@ -189,22 +257,33 @@ def _empty_bwd(dout, u, k, *rest):
 
 _TENSORS = (
     "Tensor u, Tensor k, Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, "
-    "Tensor? mask, str mode, str method"
+    "Tensor? mask, str mode, str method, str? precision, Tensor? spectrum"
 )
 
 
 def _triton(function):
-    """The fused kernels know no `method`: they are the one that "auto" and "fft" mean where they can run."""
+    """The fused kernels know no `method`, being what "auto" and "fft" mean, and no spectrum: they have their own."""
     launch = triton("fft_conv", function)
-    run = lambda *args: launch(*args[:-1])
+    run = lambda *args: launch(*args[:-3], args[-2])
     run.triton_module = launch.triton_module
     return run
 
 
-def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method):
-    if method == "direct":
-        return "method 'direct' was asked for"
-    return triton("fft_conv", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode)
+def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum):
+    if method in ("direct", "toeplitz"):
+        return f"method {method!r} was asked for"
+    if precision == "ieee":
+        return "precision 'ieee' was asked for"
+    return triton("fft_conv", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision)
+
+
+def _allocate_spectrum(k, k_reverse, length, mode):
+    count = length + k.shape[-1] - 1 if mode == "full" else length
+    ring = blocks.ring_of(mode, length, count, int(k.shape[-1]), 1 if k_reverse is None else int(k_reverse.shape[-1]))
+    lead = k.shape[:-1] if k_reverse is None else torch.broadcast_shapes(k.shape[:-1], k_reverse.shape[:-1])
+    whole = k.device.type == "cuda" and ring.size % 2 == 1
+    kind = torch.complex128 if k.dtype == torch.float64 else torch.complex64
+    return k.new_empty(*lead, ring.size if whole else ring.size // 2 + 1, dtype=kind)
 
 
 # The blocks are one composition of torch's FFT for every device; on a GPU they take what the Triton kernels decline.
@@ -235,4 +314,31 @@ fft_conv_bwd = _library.define(
     ),
     fake=_allocate_bwd,
     empty=_empty_bwd,
+)
+
+fft_conv_spectrum_op = _library.define(
+    NAME,
+    "fft_conv_spectrum(Tensor k, Tensor? k_reverse, int length, str mode) -> Tensor",
+    backends=(
+        Backend("cuda", blocks.spectrum, composed=True),
+        Backend("cpu", blocks.spectrum, composed=True),
+        Backend("reference", blocks.spectrum),
+    ),
+    fake=_allocate_spectrum,
+)
+
+
+def _flatten(spectrum):
+    return [spectrum.k, spectrum.k_reverse, spectrum.values], [spectrum.length, spectrum.mode]
+
+
+torch.utils._pytree.register_pytree_node(
+    FFTConvSpectrum,
+    _flatten,
+    lambda tensors, context: FFTConvSpectrum(*list(tensors)[:2], *context, list(tensors)[2]),
+    serialized_type_name="scalekern.FFTConvSpectrum",
+    flatten_with_keys_fn=lambda spectrum: (
+        [(torch.utils._pytree.GetAttrKey(name), getattr(spectrum, name)) for name in ("k", "k_reverse", "values")],
+        _flatten(spectrum)[1],
+    ),
 )

@@ -6,7 +6,7 @@ Shape letters: B batch, D channels, L length, G groups, K taps.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend, filling
+from scalekern._dispatch import composed, filling
 from scalekern.ops import _toeplitz
 from scalekern.reference.fft_conv import toeplitz_conv_bwd as reference_bwd
 from scalekern.reference.fft_conv import toeplitz_conv as reference_fwd
@@ -69,11 +69,7 @@ def _backward(ctx, dout):
 toeplitz_conv_fwd = _library.define(
     NAME,
     "toeplitz_conv_fwd(Tensor u, Tensor k) -> Tensor",
-    backends=(
-        Backend("cuda", filling(_allocate_fwd, _toeplitz.forward), composed=True),
-        Backend("cpu", filling(_allocate_fwd, _toeplitz.forward), composed=True),
-        Backend("reference", reference_fwd),
-    ),
+    backends=composed(filling(_allocate_fwd, _toeplitz.forward), reference_fwd),
     fake=_allocate_fwd,
     empty=lambda u, k: u.numel() == 0,
     setup_context=_setup_context,
@@ -84,11 +80,7 @@ toeplitz_conv_fwd = _library.define(
 toeplitz_conv_bwd = _library.define(
     NAME,
     "toeplitz_conv_bwd(Tensor dout, Tensor u, Tensor k) -> (Tensor, Tensor)",
-    backends=(
-        Backend("cuda", filling(_allocate_bwd, _library.without_autocast(_toeplitz.backward)), composed=True),
-        Backend("cpu", filling(_allocate_bwd, _library.without_autocast(_toeplitz.backward)), composed=True),
-        Backend("reference", reference_bwd),
-    ),
+    backends=composed(filling(_allocate_bwd, _library.without_autocast(_toeplitz.backward)), reference_bwd),
     fake=_allocate_bwd,
     empty=lambda dout, u, k: u.numel() == 0,
 )

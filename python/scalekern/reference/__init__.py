@@ -9,7 +9,7 @@ from scalekern.reference.depthwise_conv2d import (
 from scalekern.reference.diag_ssm import diag_ssm, diag_ssm_kernel
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel, truncate_C
 from scalekern.reference.dwt2d import dwt2d, idwt2d
-from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_step, toeplitz_conv
+from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step, toeplitz_conv
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.selective_scan import selective_scan
@@ -27,6 +27,7 @@ __all__ = [
     "idwt2d",
     "fft_conv",
     "fft_conv_chunk",
+    "fft_conv_spectrum",
     "fft_conv_step",
     "mamba_inner",
     "mamba_update",

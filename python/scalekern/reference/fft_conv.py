@@ -18,10 +18,29 @@ the same sums by complex128 FFTs whatever the inputs: for lengths that the direc
 nothing else, because the oracle of an FFT kernel must not be one. Any other `method` means the direct sums.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
 MODES = ("causal", "circular", "same", "full")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FFTConvSpectrum:
+    """Filters together with their transform, for calls of one geometry; made by `fft_conv_spectrum`.
+
+    The filters themselves are kept: gradients go to them, and sums over taps take them.
+    """
+
+    k: torch.Tensor  # (D, K) or (B, D, K)
+    k_reverse: torch.Tensor | None
+    length: int
+    mode: str
+    values: torch.Tensor | None  # complex (D, N / 2 + 1) or (B, D, N / 2 + 1), the Hermitian half; None in the oracle
+    versions: tuple[int, ...] | None = None  # of the filters' memory when they were transformed, where torch counts
+
+
 _BLOCK = 1 << 18  # elements of one block of products: 2 MiB in float64, which stays in a second-level cache
 
 
@@ -33,7 +52,8 @@ def fft_conv(
 
     Args:
         u: (B, D, L), floating.
-        k: (D, K), or (B, D, K) a filter for every sample; k[0] meets the current token. K from 1, also beyond L.
+        k: (D, K), or (B, D, K) a filter for every sample; k[0] meets the current token. K from 1, also beyond L. Or
+            an FFTConvSpectrum, which brings k_reverse with it.
         mode: "causal", "circular", "same" or "full", see the module.
         skip: (D,), multiplies the gated input v, not u.   bias: (D,), added before the postgate.
         pregate: (B, D, L).   postgate: (B, D, M).
@@ -48,18 +68,29 @@ def fft_conv(
 
     Source: Fu et al., Hungry Hungry Hippos, 2023, section 3 (gates and skip); Poli et al., Hyena Hierarchy, 2023.
     """
+    if isinstance(k, FFTConvSpectrum):
+        k, k_reverse = k.k, k.k_reverse
     return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method)
 
 
-def fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method="direct"):
-    """out (B, D, M)."""
+def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
+    """What scalekern.fft_conv_spectrum returns, with nothing transformed: the oracle needs the filters only."""
+    return FFTConvSpectrum(k, k_reverse, length, mode, None)
+
+
+def fft_conv_fwd(
+    u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method="direct", precision=None, spectrum=None
+):  # fmt: skip
+    """out (B, D, M). precision and spectrum are what kernels compute with: nothing here."""
     real = _wide(u, method)
     u_, gate = _operands(u, pregate, mask, real)
     y = convolve(u_ * gate, k, k_reverse, skip, bias, mode, method)
     return (y if postgate is None else y * postgate.to(real)).to(u.dtype)
 
 
-def fft_conv_bwd(dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method="direct"):
+def fft_conv_bwd(
+    dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method="direct", precision=None, spectrum=None
+):  # fmt: skip
     """(du, dk, dk_reverse, dskip, dbias, dpregate, dpostgate); an absent input's gradient is empty (0,).
 
     dy     = dout postgate                      dpostgate = dout y

@@ -53,7 +53,7 @@ def _step(B, D, K):
 
 
 def _toeplitz(B, D, L, K, G):
-    return lambda f: ((f.io(B, D, L), f.param(G, K)), {})
+    return lambda f: ((f.io(B, D, L), f.param(G, K)), {"groups": G} if G < D else {})
 
 
 def _states(f, H, N, real, imaginary=3.0):
