@@ -1,12 +1,11 @@
-"""Cases of the state space kernels and of the Toeplitz convolution.
+"""Cases of the state space kernels.
 
-Shape letters: B batch, H heads, N states, L length, D channels, K taps.
+Shape letters: B batch, H heads, N states, L length.
 """
 
 import functools
 
 import torch
-import torch.nn.functional as F
 
 import scalekern
 from scalekern import reference
@@ -19,7 +18,6 @@ NAIVE = "naive complex64 sum"
 KERNEL_OPS = ("diag_ssm_kernel_fwd", "diag_ssm_kernel_bwd")
 DPLR_OPS = ("dplr_ssm_kernel_fwd", "dplr_ssm_kernel_bwd")
 SSM_OPS = ("diag_ssm_fwd", "diag_ssm_bwd")
-TOEPLITZ_OPS = ("toeplitz_conv_fwd", "toeplitz_conv_bwd")
 
 
 def test_case(case, benchmark):
@@ -100,26 +98,10 @@ def ssm(device, dtype=FP32, *, B, H, N, L, train=False) -> Work:
     )  # fmt: skip
 
 
-def toeplitz(device, dtype=FP32, *, B, D, L, K, train=False) -> Work:
-    """One filter a channel."""
-    randn = normal(device, 0)
-    leaves = randn(B, D, L), randn(D, K) / K**0.5
-    rivals = {
-        "F.conv1d": lambda u, k: F.conv1d(F.pad(u, (K - 1, 0)), k.flip(-1)[:, None], groups=D),
-        "fft_conv": scalekern.fft_conv,
-    }
-    return work(
-        "toeplitz_conv", scalekern.toeplitz_conv, reference.toeplitz_conv, leaves, randn(B, D, L), train,
-        flops=2 * B * D * L * K, bytes_moved=8 * B * D * L, rivals=rivals,
-    )  # fmt: skip
-
-
 _FAST = ("cuda", "triton", "cpu")
 _SHAPES = {
-    "cpu": ({"H": 256, "N": 64, "L": 16384}, {"H": 256, "N": 32, "L": 1024}, {"B": 2, "H": 256, "N": 16, "L": 512},
-            {"B": 2, "D": 256, "L": 2048, "K": 64}),
-    "cuda": ({"H": 1024, "N": 64, "L": 16384}, {"H": 1024, "N": 32, "L": 4096}, {"B": 8, "H": 1024, "N": 16, "L": 2048},
-             {"B": 8, "D": 1024, "L": 4096, "K": 64}),
+    "cpu": ({"H": 256, "N": 64, "L": 16384}, {"H": 256, "N": 32, "L": 1024}, {"B": 2, "H": 256, "N": 16, "L": 512}),
+    "cuda": ({"H": 1024, "N": 64, "L": 16384}, {"H": 1024, "N": 32, "L": 4096}, {"B": 8, "H": 1024, "N": 16, "L": 2048}),
 }  # fmt: skip
 
 
@@ -135,7 +117,6 @@ _KINDS = (
     ("diag_ssm_kernel", kernel, KERNEL_OPS, {NAIVE: 30}),
     ("dplr_ssm_kernel", dplr, DPLR_OPS, None),
     ("diag_ssm", ssm, SSM_OPS, None),
-    ("toeplitz_conv", toeplitz, TOEPLITZ_OPS, None),
 )
 CASES = [
     c
