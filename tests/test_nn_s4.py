@@ -121,7 +121,7 @@ def s4d(p, u):
 
 def s4(p, u, disc="bilinear", bidirectional=False, taps=None):
     k = s4_kernel(sub(p, "layer.kernel"), u.shape[-1] if taps is None else taps, disc)
-    k, k_reverse = (k.chunk(2) if bidirectional else (k, None))
+    k, k_reverse = k.chunk(2) if bidirectional else (k, None)
     k = F.pad(k, (0, u.shape[-1] - k.shape[-1]))
     y = convolve(k, p["layer.D"], u, k_reverse)
     return glu(p["output_linear.0.weight"], p["output_linear.0.bias"], gelu(y))
