@@ -8,7 +8,6 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 
 from scalekern import nn
 from scalekern.benchmarks import harness, peers

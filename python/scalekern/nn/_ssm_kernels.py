@@ -18,6 +18,7 @@ from scalekern.ops.diag_ssm import diag_ssm
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel
 from scalekern.reference._complex import conj
+from scalekern.reference.diag_ssm import DSS_EPSILON
 from scalekern.reference.dplr_ssm import truncate_C
 
 CHUNK = 64  # tokens of a low-rank model's scan that one product of matrices takes
@@ -280,7 +281,12 @@ class DSSKernel(DiagKernel):
             register(self, "Lambda_im", Lambda.imag.to(**factory), lr)
         register(self, "W", torch.randn(channels, d_model, d_state, 2, **factory), lr)
 
-    def ssm(self):
+    def forward(self, L):
+        K = diag_ssm_kernel(*self.ssm(L), L, self.disc, conjugate_pairs=False)
+        return K.unflatten(0, (self.channels, -1))
+
+    def ssm(self, L=1):
+        """(A, B, C, dt); with two step sizes the softmax's C depends, by as little as its epsilon, on the length."""
         if self.version == "softmax":
             Lambda = as_complex(self.Lambda)
         else:
@@ -288,9 +294,12 @@ class DSSKernel(DiagKernel):
         dt, W = widened(self.log_dt).exp(), as_complex(self.W)
         A = Lambda.expand(len(dt), -1)
         if dt.dim() == 2:
-            # A dt_0 = dt_0 Re + i dt_1 Im, and W / Lambda = (W A / Lambda) / A. Where dt_0 and dt_1 differ, the epsilon
-            # of the softmax's reciprocal (1e-7) then stands beside |A (e^{zL} - 1)|^2 in place of |Lambda (..)|^2.
+            # dt_0 A = dt_0 Re + i dt_1 Im. W stands before 1 / Lambda, C before 1 / A; the softmax has conj(x) / (|x|^2
+            # + epsilon) in place of 1 / x, with x = (e^{zL} - 1) Lambda, or A.
             A, dt = torch.complex(A.real, A.imag * (dt[:, 1:] / dt[:, :1])), dt[:, 0]
-            W = W * (A / Lambda)
+            z = dt[:, None] * A * torch.where(A.real > 0, -L, L)
+            sums, epsilon = (torch.expm1(z).abs().square(), DSS_EPSILON) if self.disc == "dss" else (1, 0)
+            ratio = (sums * A.abs().square() + epsilon) / (sums * Lambda.abs().square() + epsilon)
+            W = W * (conj(Lambda / A) * ratio)
         A, W = A.repeat(self.channels, 1), W.flatten(0, 1)
         return A, torch.ones_like(W), W, dt.repeat(self.channels)

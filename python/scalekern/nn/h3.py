@@ -22,10 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
+from scalekern.nn import _ssm_kernels as kernels
 from scalekern.nn._optim import register
-from scalekern.nn._ssm_kernels import (
-    MIN_DECAY, DiagKernel, as_complex, as_pairs, check_states, initial, log_uniform, real_dtype, tile, widened,
-)  # fmt: skip
 from scalekern.ops.fft_conv import fft_conv
 
 NAME = "nn.H3"
@@ -55,7 +53,7 @@ class ShiftKernel(nn.Module):
         return torch.fft.irfft(B.conj() * C, n=2 * states)[:, :states]
 
 
-class SSMKernelDiag(DiagKernel):
+class SSMKernelDiag(kernels.DiagKernel):
     """The diagonal model of one channel a head, bilinear."""
 
     disc = "bilinear"
@@ -66,19 +64,24 @@ class SSMKernelDiag(DiagKernel):
         _checks.at_least(NAME, "n_ssm", copies, 1)
         if heads % copies:
             raise ValueError(f"{NAME}: n_ssm must divide the number of heads, {heads}, got {copies}")
-        A, _, B = initial(measure, N)
+        A, _, B = kernels.initial(measure, N)
         C = torch.view_as_complex(torch.randn(1, heads, N // 2, 2, dtype=torch.float64)) / 2**0.5
-        self.C = nn.Parameter(as_pairs(C * B, factory))
-        register(self, "log_dt", log_uniform(dt_min, dt_max, heads, **factory), lr)
-        register(self, "B", as_pairs(B.expand(copies, -1), factory), lr)
-        real = (-A.real).clamp(min=MIN_DECAY).log()
+        self.C = nn.Parameter(kernels.as_pairs(C * B, factory))
+        register(self, "log_dt", kernels.log_uniform(dt_min, dt_max, heads, **factory), lr)
+        register(self, "B", kernels.as_pairs(B.expand(copies, -1), factory), lr)
+        real = (-A.real).clamp(min=kernels.MIN_DECAY).log()
         register(self, "inv_A_real", real.expand(copies, -1).to(**factory, copy=True), lr)
         register(self, "A_imag", A.imag.expand(copies, -1).to(**factory, copy=True), lr)
 
     def ssm(self):
-        A = torch.complex(-widened(self.inv_A_real).exp(), widened(self.A_imag))
-        C = as_complex(self.C)[0]
-        return tile(A, len(C)), tile(as_complex(self.B), len(C)), C, widened(self.log_dt).exp()
+        A = torch.complex(-kernels.widened(self.inv_A_real).exp(), kernels.widened(self.A_imag))
+        C = kernels.as_complex(self.C)[0]
+        return (
+            kernels.tile(A, len(C)),
+            kernels.tile(kernels.as_complex(self.B), len(C)),
+            C,
+            kernels.widened(self.log_dt).exp(),
+        )
 
 
 class _Named(nn.Module):
@@ -113,11 +116,11 @@ class H3(nn.Module):
     ):  # fmt: skip
         super().__init__()
         _checks.choice(NAME, "measure", measure, ("diag-lin", "diag-inv", "diag-legs"))
-        check_states(NAME, d_state)
+        kernels.check_states(NAME, d_state)
         _checks.at_least(NAME, "head_dim", head_dim, 1)
         if d_model % head_dim:
             raise ValueError(f"{NAME}: head_dim must divide d_model = {d_model}, got {head_dim}")
-        factory, wide = {"device": device, "dtype": dtype}, {"device": device, "dtype": real_dtype(dtype)}
+        factory, wide = {"device": device, "dtype": dtype}, {"device": device, "dtype": kernels.real_dtype(dtype)}
         heads = d_model // head_dim
         self.d_model, self.d_state, self.l_max, self.head_dim = d_model, d_state, l_max, head_dim
         self.layer_idx = layer_idx
@@ -227,6 +230,6 @@ class H3(nn.Module):
     def allocate_inference_cache(self, batch_size, max_seqlen=None, dtype=None):
         """Zero states: shift_state (B, M, N - 1), the last inputs of the shift model, in `dtype` (default: k_proj's),
         and ssm_state (B P P, H, N / 2), complex. The size does not depend on `max_seqlen`."""
-        weight, C = self.k_proj.weight, as_complex(self.kernel.kernel.C)
+        weight, C = self.k_proj.weight, kernels.as_complex(self.kernel.kernel.C)
         shift = weight.new_zeros(batch_size, self.d_model, self.d_state - 1, dtype=dtype or weight.dtype)
         return shift, C.new_zeros(batch_size * self.head_dim**2, *C.shape[1:])

@@ -194,9 +194,7 @@ class HyenaOperator(nn.Module):
         self.short_filter = nn.Conv1d(
             width, width, short_filter_order, groups=width, padding=short_filter_order - 1, **factory
         )
-        self.filter_fn = HyenaFilter(
-            d_model * (order - 1), order=filter_order, seq_len=l_max, **filter_args, **factory
-        )
+        self.filter_fn = HyenaFilter(d_model * (order - 1), order=filter_order, seq_len=l_max, **filter_args, **factory)
         self.dropout = nn.Dropout(dropout)
 
     def filters(self, L):
