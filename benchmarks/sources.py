@@ -4,7 +4,8 @@
               that include one of the family's headers among those
   triton      the module of the launcher and the modules of scalekern that it imports
   reference   the oracle's module likewise
-  composed    out of torch's ops alone: the module of the function and those that it imports
+  composed    out of torch's ops: the module of the function and those that it imports, with the native ops that
+              they call (`native("op", "cpu")`), which take over parts of them
   a composition (functools.partial of a function and the ops that it calls): the function's module, and those ops'
 
 Comments, docstrings and layout do not count: a comment that quotes a measurement must not make it stale.
@@ -40,9 +41,9 @@ def files(backend) -> set[pathlib.Path]:
     run = _unwrapped(backend.run)
     if isinstance(run, functools.partial):
         parts = [files(part) for part in _parts(run, backend.name)]
-        return _python(run.func.__module__).union(*parts) if all(parts) else set()
+        return _composed(run.func.__module__, backend.name).union(*parts) if all(parts) else set()
     if backend.composed:
-        return _python(getattr(run, "fill_module", run.__module__))
+        return _composed(getattr(run, "fill_module", run.__module__), backend.name)
     if backend.name in ("cpu", "cuda"):
         op = getattr(run, "native_op", None)
         return _native(op, backend.name) if op else set()
@@ -59,6 +60,12 @@ def _unwrapped(run):
 def _parts(composition: functools.partial, name: str) -> list:
     """The backends of this name of the ops that a composition calls."""
     return [b for op in composition.keywords.values() for b in getattr(op, "backends", ()) if b.name == name]
+
+
+def _composed(module: str, backend: str) -> set[pathlib.Path]:
+    found = _python(module)
+    calls = (re.findall(rf'native\("(\w+)", "{backend}"\)', path.read_text()) for path in found)
+    return found.union(*(_native(f"{op}_{backend}", backend) for ops in calls for op in ops))
 
 
 def _native(op: str, backend: str) -> set[pathlib.Path]:

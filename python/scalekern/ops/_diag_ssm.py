@@ -11,11 +11,15 @@ two real matrices, [M Q, 2 N] @ [2 N, F], and its transpose the moments that all
 
 The powers are made in complex128 and rounded once, to the dtype of the result: an error does not grow with l.
 Memory: N (Q + F) powers of a block of heads, about 2 N sqrt(L) a head; never N L.
+On a CPU both are kernels of the native library; where that is missing, and on a GPU, they are torch's own products.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
+from scalekern import _dispatch
 from scalekern.reference._complex import as_dtype, conj, real_dtype, wide
 from scalekern.reference.diag_ssm import discretize, discretize_bwd, growing, scale
 
@@ -24,10 +28,20 @@ BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 # --- products with powers ---
 
+_powers_sum_cpu, _moments_cpu = _dispatch.native("powers_sum", "cpu"), _dispatch.native("moments", "cpu")
+
+
+@functools.cache
+def _native_on_cpu():
+    return _dispatch.Backend("cpu", _moments_cpu).unavailable("cpu") is None
+
 
 def powers_sum(w, a, length, dtype):
     """Re sum_n w_n a_n^l, (M, H, L) in `dtype`, of w (M, H, N) and a (H, N), both complex128 or both float64."""
     out = torch.empty(*w.shape[:2], length, dtype=dtype, device=w.device)
+    if w.device.type == "cpu" and _native_on_cpu():
+        _powers_sum_cpu(out, w.contiguous(), a.contiguous())
+        return out
     fine, coarse = _steps(length)
     for h in _blocks(a, w.shape[0] * length + w.shape[2] * (fine + w.shape[0] * coarse)):
         a_fine, a_coarse = _two_levels(a[h], fine, coarse)
@@ -43,6 +57,9 @@ def moments(g, a, slope=True):
     fine, coarse = _steps(length)
     states, real = a.shape[1], real_dtype(g)
     results = [a.new_zeros(count, *a.shape) for _ in range(2 if slope else 1)]
+    if g.device.type == "cpu" and _native_on_cpu():
+        _moments_cpu(results[0], results[1] if slope else None, g.to(real).contiguous(), a.contiguous())
+        return results[0], results[1] if slope else None
     for h in _blocks(a, count * length + states * 2 * (fine + count * coarse)):
         a_fine, a_coarse = _two_levels(a[h], fine, coarse)  # [h, F, N], [h, Q, N]
         tables = [a_fine, _slopes(a_fine, 1)] if slope else [a_fine]
