@@ -45,7 +45,7 @@ class ShiftKernel(nn.Module):
 
     def forward(self):
         """k (M, N)."""
-        B, C = widened(self.B), widened(self.C[0])
+        B, C = kernels.widened(self.B), kernels.widened(self.C[0])
         states = B.shape[1]
         if not torch.is_grad_enabled() and B.numel() * states <= FEW_PRODUCTS:
             return (F.pad(C, (0, states - 1)).unfold(-1, states, 1) @ B[..., None])[..., 0]
