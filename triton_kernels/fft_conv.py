@@ -418,7 +418,9 @@ for _name in ("spectrum", "fwd", "bwd", "lags", "taps", "du"):
     compile_spec(f"fft_conv_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du", "wide")):
     compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])
-compile_spec("fft_conv_fwd_products_in_bf16")(
-    lambda dtype: plan_fft_conv_fwd(*[meta(64, 768, 1024, dtype=dtype)] * 2, meta(768, 1024), *[None] * 6, "causal", "bf16")[1]
+compile_spec("fft_conv_fwd_bf16_products")(
+    lambda dtype: plan_fft_conv_fwd(
+        meta(64, 768, 1024, dtype=dtype), meta(64, 768, 1024, dtype=dtype), meta(768, 1024), *[None] * 6, "causal", "bf16"
+    )[1]
 )
 compile_spec("fft_conv_fwd_float32_8192")(lambda dtype: _specs(torch.float32, "8192")["fwd"])  # most shared memory

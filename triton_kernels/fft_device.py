@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import _env
 from .common import index
 
 # OPERANDS, what products are of: "fp16", "fp16x3" (float32 split in two) or "bf16". They are float16 for every dtype of
@@ -41,6 +42,10 @@ from .common import index
 # products cost half of what tf32x3 does, take half the shared memory, and the interpreter rounds them as a GPU does.
 FULL: tl.constexpr = tl.constexpr(32768.0)
 LOW: tl.constexpr = tl.constexpr(2048.0)
+# The interpreter holds bfloat16 as integers and computes with those: there the rounded operands are widened, which
+# changes no product, since one of two bfloat16 is exact in float32. It also truncates where a GPU rounds: `operand` rounds
+# before (Dekker's splitting, which leaves eight bits).
+INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())
 
 
 # --- device functions -----------------------------------------------------------------------------------------------
@@ -124,6 +129,8 @@ def times_rows(tile, factor, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.conste
 @triton.jit
 def operand(x, OPERANDS: tl.constexpr):
     """A float32 tile as an operand (high, low): x = high + low / LOW for "fp16x3", otherwise low is not used."""
+    if INTERPRETED and OPERANDS == "bf16":
+        x = x * 65537.0 - (x * 65537.0 - x)
     high = x.to(tl.bfloat16 if OPERANDS == "bf16" else tl.float16)
     if OPERANDS == "fp16x3":
         return high, ((x - high.to(tl.float32)) * LOW).to(tl.float16)
@@ -133,7 +140,10 @@ def operand(x, OPERANDS: tl.constexpr):
 
 @triton.jit
 def negative(a):
-    return -a[0], -a[1]
+    if INTERPRETED:
+        return (-a[0].to(tl.float32)).to(a[0].dtype), (-a[1].to(tl.float32)).to(a[1].dtype)
+    else:
+        return -a[0], -a[1]
 
 
 @triton.jit
@@ -147,7 +157,10 @@ def add_product(acc, a, b, OPERANDS: tl.constexpr):
     if OPERANDS == "fp16x3":
         acc = tl.dot(a[0], b[1], acc * LOW)
         acc = tl.dot(a[1], b[0], acc) * (1 / LOW)
-    return tl.dot(a[0], b[0], acc)
+    if INTERPRETED and OPERANDS == "bf16":
+        return tl.dot(a[0].to(tl.float32), b[0].to(tl.float32), acc)
+    else:
+        return tl.dot(a[0], b[0], acc)
 
 
 @triton.jit

@@ -152,7 +152,7 @@ SPECS = {
         (
             Sample("grouped", _toeplitz(2, 6, 37, 7, 2)),
             Sample("depthwise", _toeplitz(2, 3, 65, 33, 3)),
-            Sample("one_group", _toeplitz(1, 4, 5, 16, 1)),
+            Sample("long_filter", _toeplitz(1, 4, 5, 16, 2)),
             Sample("one_tap", _toeplitz(2, 2, 3, 1, 2)),
         )
     ),
