@@ -111,7 +111,7 @@ class _Model:
     def convolve(self, u, k):
         """(J B, h, T)."""
         if not self.by_scan:
-            return self.conv(u, k, None, self.D, None, None, None, None, "causal", "auto")
+            return self.conv(u, k, None, self.D, None, None, None, None, "causal", "auto", None, None)
         k = k if self.D is None else torch.cat([(k[:, :1] + self.D[:, None]), k[:, 1:]], 1)
         return (u.to(self.real).transpose(0, 1) @ _toeplitz(k)).transpose(0, 1)
 
@@ -119,7 +119,7 @@ class _Model:
         """(du, dk, dD)"""
         if not self.by_scan:
             none = (None,) * 4
-            du, dk, _, dD, *_ = self.conv_bwd(dy, u, k, None, self.D, *none, "causal", "auto")
+            du, dk, _, dD, *_ = self.conv_bwd(dy, u, k, None, self.D, *none, "causal", "auto", None, None)
             return du, dk, dD
         dy, u = (x.to(self.real).transpose(0, 1) for x in (dy, u))  # [h, J B, T]
         with_skip = k if self.D is None else torch.cat([(k[:, :1] + self.D[:, None]), k[:, 1:]], 1)
