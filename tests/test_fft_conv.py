@@ -265,7 +265,7 @@ def test_a_spectrum_stands_for_its_filters(sample):
     (u, k), kwargs = sample.make(dtype=torch.float64, seed=3)
     kwargs, mode = dict(kwargs), kwargs["mode"]
     r = kwargs.pop("k_reverse", None)
-    tensors = [t for t in (u, k, r, *kwargs.values()) if t is not None]
+    tensors = [t for t in (u, k, r, *kwargs.values()) if isinstance(t, torch.Tensor)]
     leaves = [t.requires_grad_() for t in tensors if t.dtype.is_floating_point]
     length, reverse_taps = u.shape[2], 1 if r is None else r.shape[-1]
     spectrum = scalekern.fft_conv_spectrum(k, length, mode, k_reverse=r)
@@ -302,7 +302,7 @@ def test_a_spectrum_that_does_not_fit_is_refused():
     spectrum = scalekern.fft_conv_spectrum(k, 9)
     for call, message in (
         (lambda: scalekern.fft_conv(u[..., :8], spectrum), "k must be a spectrum for u's length 8, got one for 9"),
-        (lambda: scalekern.fft_conv(u, spectrum, mode="same"), "must be a spectrum for mode 'same', got one for 'causal'"),
+        (lambda: scalekern.fft_conv(u, spectrum, mode="same"), "a spectrum for mode 'same', got one for 'causal'"),
         (lambda: scalekern.fft_conv(u, spectrum, k_reverse=k), "k_reverse must be None beside a spectrum"),
         (lambda: scalekern.fft_conv(u[:, :2], spectrum), r"k must have shape \(2, \*\), got \(3, 5\)"),
         (lambda: scalekern.fft_conv_spectrum(k, 0), "_spectrum: length must be an integer of at least 1, got 0"),
