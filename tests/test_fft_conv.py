@@ -228,10 +228,10 @@ def test_auto_takes_what_was_measured():
     chosen = lambda length, taps, dtype=torch.float32: blocks.chosen(
         "auto", torch.empty(1, 1, length, dtype=dtype), torch.empty(1, taps), None
     )
-    assert [chosen(512, 100), chosen(512, 200), chosen(2048, 64), chosen(8192, 32), chosen(8192, 16)] == [
-        "direct", "fft", "direct", "toeplitz", "direct",
+    assert [chosen(512, 64), chosen(512, 65), chosen(4096, 64), chosen(8192, 32), chosen(8192, 64)] == [
+        "direct", "fft", "direct", "direct", "toeplitz",
     ]  # fmt: skip
-    assert chosen(8192, 300) == "fft" and chosen(512, 100, torch.float64) == "fft"
+    assert chosen(8192, 300) == "fft" and chosen(512, 17, torch.float64) == "fft"
 
 
 @pytest.mark.parametrize("taps", [1, 16, 33, 300])

@@ -24,10 +24,11 @@ from scalekern.ops._toeplitz import Blocks
 from scalekern.reference.fft_conv import convolve as direct_convolve
 
 # What "auto" means on a CPU: (longest L, taps up to which torch's grouped convolution takes the least time, taps up to
-# which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, best of five in ms as
-# grouped convolution / Toeplitz / FFT: L 512, 128 taps 1.9 / 16 / 1.9; L 2,048, 64 taps 5.3 / 11 / 6.5, 128 taps
-# 6.8 / 19 / 7.2; L 8,192, 16 taps 6.5 / 10 / 24, 32 taps 16 / 9.7 / 19, 64 taps 24 / 13 / 21, 128 taps 30 / 20 / 21.
-CPU_TAPS = ((1024, 128, 0), (2048, 64, 0), (1 << 62, 16, 96))
+# which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, medians in ms as
+# grouped convolution / Toeplitz / FFT, within a tenth of each other at p20 and p80: L 512, 64 taps 1.8 / 6.8 / 1.9;
+# L 1,024, 64 taps 2.6 / 7.5 / 2.8, 128 taps 4.2 / 12 / 2.9; L 2,048, 64 taps 4.7 / 9.7 / 5.6; L 4,096, 32 taps
+# 6.8 / 9.7 / 10, 64 taps 9.9 / 13 / 13; L 8,192, 32 taps 12 / 14 / 22, 64 taps 18 / 16 / 22, 96 taps 23 / 21 / 23.
+CPU_TAPS = ((4096, 64, 0), (1 << 62, 63, 96))
 # Without oneDNN (float64) sums are passes over the block, a tap each; so they are on a GPU: three or four passes a tap,
 # an FFT's way is ten. Toeplitz blocks of torch's products are not measured on a GPU, and not chosen there.
 FEW_TAPS = {"cpu": 16, "cuda": 2}

@@ -22,8 +22,8 @@ ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def tokens(taps):
-    """T. On two cores of an AMD EPYC (B2 D256 L8192, float32) T = 32 takes less time than 64 up to 128 taps, and than
-    16 from 24 taps on. Never measured on a GPU."""
+    """T. On two cores of an AMD EPYC (B2 D256 L2048, float32) 32 takes less time than 64 and 128 up to 64 taps and from
+    256 on, and than 16 from 32 taps on. Never measured on a GPU."""
     return 32 if taps > 8 else 16
 
 
