@@ -98,7 +98,7 @@ def cached(device, dtype=FP32, *, B, D, L) -> Work:
 
 def toeplitz(device, dtype=FP32, *, B, D, L, K, G, train=False) -> Work:
     """A filter of K taps for each of G groups of channels, against the FFT and torch's grouped convolution."""
-    randn = normal(device, 0)
+    randn, G = normal(device, 0), math.gcd(G, D)
     u, k, dout = randn(B, D, L).to(dtype), randn(G, K) / K**0.5, randn(B, D, L).to(dtype)
     leaves = (u.requires_grad_(train), k.requires_grad_(train))
     passes = (lambda f, at, d: peers.forward_backward(f, d, at)) if train else (lambda f, at, d: f)

@@ -77,7 +77,8 @@ def test_the_way_of_a_gpu(sample, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     "length, options, chosen",
-    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"), (1024, {"method": "toeplitz"}, "cuda"),
+    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"),
+     (1024, {"method": "toeplitz"}, "cuda"),
      (1024, {"precision": "ieee"}, "cuda"), (1024, {"precision": "bf16"}, "triton"),
      (1024, {"dtype": torch.float64}, "cuda"), (1024, {"k": (2, 3, 9)}, "cuda")],
 )  # fmt: skip
@@ -227,7 +228,10 @@ def test_auto_takes_what_was_measured():
     chosen = lambda length, taps, dtype=torch.float32: blocks.chosen(
         "auto", torch.empty(1, 1, length, dtype=dtype), torch.empty(1, taps), None
     )
-    assert [chosen(512, 16), chosen(8192, 16), chosen(512, 17), chosen(8192, 300)] == ["direct", "direct", "fft", "fft"]
+    assert [chosen(512, 64), chosen(512, 65), chosen(4096, 64), chosen(8192, 32), chosen(8192, 64)] == [
+        "direct", "fft", "direct", "direct", "toeplitz",
+    ]  # fmt: skip
+    assert chosen(8192, 300) == "fft" and chosen(512, 17, torch.float64) == "fft"
 
 
 @pytest.mark.parametrize("taps", [1, 16, 33, 300])
@@ -261,8 +265,10 @@ def test_a_spectrum_stands_for_its_filters(sample):
     (u, k), kwargs = sample.make(dtype=torch.float64, seed=3)
     kwargs, mode = dict(kwargs), kwargs["mode"]
     r = kwargs.pop("k_reverse", None)
-    leaves = [t.requires_grad_() for t in (u, k, r, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dtype.is_floating_point]  # fmt: skip
-    spectrum = scalekern.fft_conv_spectrum(k, u.shape[2], mode, k_reverse=r)
+    tensors = [t for t in (u, k, r, *kwargs.values()) if isinstance(t, torch.Tensor)]
+    leaves = [t.requires_grad_() for t in tensors if t.dtype.is_floating_point]
+    length, reverse_taps = u.shape[2], 1 if r is None else r.shape[-1]
+    spectrum = scalekern.fft_conv_spectrum(k, length, mode, k_reverse=r)
 
     def run(*filters, **more):
         out = scalekern.fft_conv(u, *filters, **kwargs, **more)
@@ -271,11 +277,12 @@ def test_a_spectrum_stands_for_its_filters(sample):
     plain = run(k, k_reverse=r, method="fft")
     assert all(error(a, e) < 1e-13 for a, e in zip(run(spectrum), plain))
     assert error(scalekern.fft_conv(u, spectrum, **kwargs, method="direct"), plain[0]) < 1e-12
-    assert error(reference.fft_conv(u, reference.fft_conv_spectrum(k, u.shape[2], mode, k_reverse=r), **kwargs), plain[0]) < 1e-12  # fmt: skip
+    in_oracle = reference.fft_conv_spectrum(k, length, mode, k_reverse=r)
+    assert error(reference.fft_conv(u, in_oracle, **kwargs), plain[0]) < 1e-12
     with scalekern.backend("reference"):
         assert error(scalekern.fft_conv(u, spectrum, **kwargs), plain[0]) < 1e-12
-    real = spectrum.values.shape[-1]
-    assert real == blocks.ring_of(mode, u.shape[2], plain[0].shape[2], k.shape[-1], 1 if r is None else r.shape[-1]).size // 2 + 1  # fmt: skip
+    size = blocks.ring_of(mode, length, plain[0].shape[2], k.shape[-1], reverse_taps).size
+    assert spectrum.values.shape[-1] == size // 2 + 1  # the half
 
 
 def test_the_values_of_a_spectrum_are_used():
@@ -295,10 +302,10 @@ def test_a_spectrum_that_does_not_fit_is_refused():
     spectrum = scalekern.fft_conv_spectrum(k, 9)
     for call, message in (
         (lambda: scalekern.fft_conv(u[..., :8], spectrum), "k must be a spectrum for u's length 8, got one for 9"),
-        (lambda: scalekern.fft_conv(u, spectrum, mode="same"), "k must be a spectrum for mode 'same', got one for 'causal'"),
+        (lambda: scalekern.fft_conv(u, spectrum, mode="same"), "a spectrum for mode 'same', got one for 'causal'"),
         (lambda: scalekern.fft_conv(u, spectrum, k_reverse=k), "k_reverse must be None beside a spectrum"),
         (lambda: scalekern.fft_conv(u[:, :2], spectrum), r"k must have shape \(2, \*\), got \(3, 5\)"),
-        (lambda: scalekern.fft_conv_spectrum(k, 0), "fft_conv_spectrum: length must be an integer of at least 1, got 0"),
+        (lambda: scalekern.fft_conv_spectrum(k, 0), "_spectrum: length must be an integer of at least 1, got 0"),
         (lambda: scalekern.fft_conv_spectrum(k, 9, "full", k_reverse=k), "k_reverse must be None in mode 'full'"),
         (lambda: scalekern.fft_conv_spectrum(k[0], 9), "fft_conv_spectrum: k must have 2 or 3 dimensions"),
     ):

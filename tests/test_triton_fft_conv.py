@@ -158,7 +158,7 @@ def test_filters_and_gradients_in_half_precision():
 
 def test_precision():
     """Each setting within its own bound, output and gradients; float32 in three products is more exact than tf32's
-    bits, those more than bfloat16's. "ieee" is not these kernels': the convolution that takes it is more exact still."""
+    bits, those more than bfloat16's. "ieee" is not these kernels': what takes it is more exact still."""
     torch.manual_seed(7)
     args, dout = case(2, 2, 130, 130, options="skip pregate postgate")
     exact = [oracle_fwd(*[double(x) for x in args]), *oracle_bwd(dout.double(), *[double(x) for x in args])]

@@ -420,7 +420,7 @@ for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du
     compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])
 compile_spec("fft_conv_fwd_bf16_products")(
     lambda dtype: plan_fft_conv_fwd(
-        meta(64, 768, 1024, dtype=dtype), meta(64, 768, 1024, dtype=dtype), meta(768, 1024), *[None] * 6, "causal", "bf16"
+        *[meta(64, 768, 1024, dtype=dtype)] * 2, meta(768, 1024), *[None] * 6, "causal", "bf16"
     )[1]
 )
 compile_spec("fft_conv_fwd_float32_8192")(lambda dtype: _specs(torch.float32, "8192")["fwd"])  # most shared memory

@@ -36,15 +36,16 @@ from .. import _env
 from .common import index
 
 # OPERANDS, what products are of: "fp16", "fp16x3" (float32 split in two) or "bf16". They are float16 for every dtype of
-# u unless bfloat16 is asked for; tf32 has float16's eleven bits at half the rate, so it is "fp16" as well. A row is divided by its largest sample and the spectrum by the sum of its taps'
-# magnitudes, which bounds every product of the two by N; times FULL / N it fills float16's range from the top, whatever
-# the data. Float32 is split into a high and a low part, the low times LOW, since it would be subnormal: the three
-# products cost half of what tf32x3 does, take half the shared memory, and the interpreter rounds them as a GPU does.
+# u unless bfloat16 is asked for; tf32 has float16's eleven bits at half the rate, so it is "fp16" as well. A row is
+# divided by its largest sample and the spectrum by the sum of its taps' magnitudes, which bounds every product of the
+# two by N; times FULL / N it fills float16's range from the top, whatever the data. Float32 is split into a high and a
+# low part, the low times LOW, since it would be subnormal: the three products cost half of what tf32x3 does, take half
+# the shared memory, and the interpreter rounds them as a GPU does.
 FULL: tl.constexpr = tl.constexpr(32768.0)
 LOW: tl.constexpr = tl.constexpr(2048.0)
 # The interpreter holds bfloat16 as integers and computes with those: there the rounded operands are widened, which
-# changes no product, since one of two bfloat16 is exact in float32. It also truncates where a GPU rounds: `operand` rounds
-# before (Dekker's splitting, which leaves eight bits).
+# changes no product, since one of two bfloat16 is exact in float32. It also truncates where a GPU rounds: `operand`
+# rounds before (Dekker's splitting, which leaves eight bits).
 INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())
 
 
@@ -153,7 +154,7 @@ def transposed(a):
 
 @triton.jit
 def add_product(acc, a, b, OPERANDS: tl.constexpr):
-    """acc + a @ b for operands (high, low). "fp16x3": three products, 22 bits of mantissa; the lows' product is below."""
+    """acc + a @ b for operands (high, low). "fp16x3": three products, 22 bits; the lows' product is below."""
     if OPERANDS == "fp16x3":
         acc = tl.dot(a[0], b[1], acc * LOW)
         acc = tl.dot(a[1], b[0], acc) * (1 / LOW)

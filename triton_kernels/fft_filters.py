@@ -239,7 +239,8 @@ def tables_of(factors: dict[str, int], operands: str, device: torch.device) -> d
     split, half = operands == "fp16x3", torch.bfloat16 if operands == "bf16" else torch.float16
     planes, twiddle = 4 if split else 2, torch.float32 if split else torch.float16
     first, second = meta(planes, n1, n1, dtype=half), meta(planes, n2, n2, dtype=half)
-    return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": meta(2, n1, n2, dtype=twiddle), "OPERANDS": operands}
+    twiddles_ = meta(2, n1, n2, dtype=twiddle)
+    return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": twiddles_, "OPERANDS": operands}
 
 
 

@@ -23,10 +23,14 @@ import torch.nn.functional as F
 from scalekern.ops._toeplitz import Blocks
 from scalekern.reference.fft_conv import convolve as direct_convolve
 
-# Up to which "auto" sums over the taps: a pass over the block each, or torch's grouped convolution. More would pay on a
-# CPU (two cores of an AMD EPYC, B2 D256 float32, grouped convolution / Toeplitz blocks / FFT in ms: L 2,048, 64 taps
-# 5.3 / 11 / 6.5; L 8,192, 32 taps 16 / 9.7 / 19, 64 taps 24 / 13 / 21), but those two do not carry an infinite tap that
-# meets no token into the output, as the oracle does. On a GPU Toeplitz blocks are not measured.
+# What "auto" means on a CPU: (longest L, taps up to which torch's grouped convolution takes the least time, taps up to
+# which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, medians in ms as
+# grouped convolution / Toeplitz / FFT, within a tenth of each other at p20 and p80: L 512, 64 taps 1.8 / 6.8 / 1.9;
+# L 1,024, 64 taps 2.6 / 7.5 / 2.8, 128 taps 4.2 / 12 / 2.9; L 2,048, 64 taps 4.7 / 9.7 / 5.6; L 4,096, 32 taps
+# 6.8 / 9.7 / 10, 64 taps 9.9 / 13 / 13; L 8,192, 32 taps 12 / 14 / 22, 64 taps 18 / 16 / 22, 96 taps 23 / 21 / 23.
+CPU_TAPS = ((4096, 64, 0), (1 << 62, 63, 96))
+# Without oneDNN (float64) sums are passes over the block, a tap each; so they are on a GPU: three or four passes a tap,
+# an FFT's way is ten. Toeplitz blocks of torch's products are not measured on a GPU, and not chosen there.
 FEW_TAPS = {"cpu": 16, "cuda": 2}
 # Of v in a block: float32 spectra of 4 MiB stay in cache; a GPU's launches take less time than passes over 256 MiB.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -106,7 +110,10 @@ def chosen(method, u, k, k_reverse, spectrum=None):
     taps = max(k.shape[-1], 0 if k_reverse is None else k_reverse.shape[-1])
     if spectrum is not None:
         return "fft"
-    return "direct" if taps <= FEW_TAPS[_kind(u)] else "fft"
+    if _kind(u) == "cuda" or u.dtype == torch.float64:
+        return "direct" if taps <= FEW_TAPS[_kind(u)] else "fft"
+    _, direct, toeplitz = next(row for row in CPU_TAPS if u.shape[2] <= row[0])
+    return "direct" if taps <= direct else "toeplitz" if taps <= toeplitz else "fft"
 
 
 @functools.cache
@@ -212,6 +219,9 @@ def forward(
         _, v, k_, reverse_, skip_, bias_, _, post = call.load(block)
         if method != "fft":
             y = _by_sums(v, k_, reverse_, mode, call, method)
+            # Where both filters meet a token their taps are added first: of opposite signs they make NaN of an Inf.
+            if reverse_ is not None and _kind(y) == "cpu" and not bool(torch.isfinite(y.sum())):
+                y = _repaired(y, ~torch.isfinite(y.sum(-1)), v, k_, reverse_, mode)
         else:
             V = call.forward_fft(v)
             V *= call.spectrum(block, k_, reverse_)
@@ -222,8 +232,8 @@ def forward(
 
 
 def _by_sums(v, k, k_reverse, mode, call, method):
-    """y (B, c, M) without an FFT: tap by tap, or by matmuls."""
-    if method == "direct":
+    """y (B, c, M) without an FFT: by torch's grouped convolution, pass by pass where it has none, or by matmuls."""
+    if method == "direct" and (call.real == torch.float64 or _kind(v) == "cuda"):
         return direct_convolve(v.to(call.real), k, k_reverse, None, None, mode, "direct")
     reverse_taps = 1 if k_reverse is None else k_reverse.shape[-1]
     ring, start = linear_ring(mode, call.length, call.count, k.shape[-1], reverse_taps)
@@ -232,6 +242,11 @@ def _by_sums(v, k, k_reverse, mode, call, method):
         places = torch.arange(-start, call.count + ring.size - 1 - start, device=v.device)
         v, start = v[..., places % ring.period], 0
     batch, channels, _ = v.shape
+    if method == "direct":
+        x = F.pad(v.to(call.real), (start, call.count + ring.size - 1 - start - v.shape[2]))
+        x = x if taps.dim() == 2 else x.reshape(1, batch * channels, -1)
+        weight = taps.flip(-1).reshape(-1, 1, ring.size)
+        return F.conv1d(x, weight, groups=len(weight)).view(batch, channels, call.count)
     x = v.transpose(0, 1) if taps.dim() == 2 else v.reshape(batch * channels, 1, -1)
     y = Blocks(ring.size, call.count).convolve(x, taps.reshape(-1, ring.size), start)
     return y.transpose(0, 1) if taps.dim() == 2 else y.view(batch, channels, call.count)
@@ -250,9 +265,13 @@ def _finite(y, V, v, k, k_reverse, mode):
     """
     if _kind(y) == "cuda" or bool(torch.isfinite(torch.view_as_real(V[..., 0])).all()):
         return y
+    return _repaired(y, ~torch.isfinite(torch.view_as_real(V[..., 0])).all(-1), v, k, k_reverse, mode)
+
+
+def _repaired(y, bad, v, k, k_reverse, mode):
+    """y with its bad rows (B, c) summed up as the oracle does."""
     taps = k.shape[-1] + (0 if k_reverse is None else k_reverse.shape[-1])
     if y.shape[-1] * taps <= REPAIRABLE:
-        bad = ~torch.isfinite(torch.view_as_real(V[..., 0])).all(-1)
         of_rows = lambda t: None if t is None else t.expand(*bad.shape, -1)[bad]
         rows = v[bad][None].to(y.dtype)
         y[bad] = direct_convolve(rows, of_rows(k), of_rows(k_reverse), None, None, mode, "direct")[0]

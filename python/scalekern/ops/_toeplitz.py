@@ -1,6 +1,6 @@
 """Convolution with a short filter as products with Toeplitz blocks: torch's batched matmul, forward and backward.
 
-Shape letters: G filters, R rows that share one (any number of axes), J taps, M outputs of a row, T tokens of a block, n blocks of a row.
+Shape letters: G filters, R rows that share one (any number of axes), J taps, M outputs of a row, T tokens of a block.
 
     y[t] = sum_j g[j] x[t + J - 1 - j],  0 <= t < M             x has the M + J - 1 samples that this takes
 
@@ -9,7 +9,7 @@ P = ceil((J - 1) / T), each by a T x T Toeplitz matrix: with J <= T + 1 that is 
 behind each other, so that one product takes the blocks of all rows that share a filter; P blocks at each row's end are
 computed for nothing.
 
-Bound: 2 T (P + 1) flops a point, on a CPU at a quarter of its matrix rate for T = 32.
+Bound: 2 T (P + 1) flops a point, and on a CPU the copies of x and y into and out of rows.
 Memory, for a block of filters of up to ELEMENTS elements: x, y and the matrices, (P + 1) T^2 numbers a filter.
 """
 
@@ -22,8 +22,8 @@ ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def tokens(taps):
-    """T. On two cores of an AMD EPYC (B2 D256 L8192, float32) T = 32 takes less time than 64 up to 128 taps, and than
-    16 from 24 taps on. Never measured on a GPU."""
+    """T. On two cores of an AMD EPYC (B2 D256 L2048, float32) 32 takes less time than 64 and 128 up to 64 taps and from
+    256 on, and than 16 from 32 taps on. Never measured on a GPU."""
     return 32 if taps > 8 else 16
 
 
@@ -90,7 +90,7 @@ def pieces(groups, rows, blocks, device):
     return [slice(i, min(i + width, groups)) for i in range(0, groups, width)]
 
 
-# --- toeplitz_conv: the causal convolution with a filter a group of channels --------------------------------------------
+# --- toeplitz_conv: the causal convolution with a filter a group of channels -----------------------------------------
 
 
 def forward(out, u, k):

@@ -17,9 +17,9 @@ NAME = "toeplitz_conv"
 def toeplitz_conv(u, k, groups=None):
     """out[t] = sum_s k[s] u[t - s], one filter for every group of D / G neighbouring channels. Differentiable.
 
-    For filters up to a few hundred taps: blocks of tokens meet Toeplitz matrices of the filter, one for the block itself
-    and one for each of the blocks before it that the filter reaches, so that matrix units do the sums, with a filter a
-    channel as well. `fft_conv` is for longer filters, and has gates and modes.
+    For filters up to a few hundred taps: blocks of tokens meet Toeplitz matrices of the filter, one for the block
+    itself and one for each of the blocks before it that the filter reaches, so that matrix units do the sums, with a
+    filter a channel as well. `fft_conv` is for longer filters, and has gates and modes.
 
     Args:
         u: (B, D, L), float64, float32, float16 or bfloat16, any strides.
