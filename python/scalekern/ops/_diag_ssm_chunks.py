@@ -27,8 +27,8 @@ from scalekern.reference._complex import as_dtype, conj, wide
 from scalekern.reference.diag_ssm import diag_ssm_fwd, discretize, discretize_bwd, scale, state_dtype
 
 METHODS = ("auto", "scan", "conv")
-SCAN_TOKENS = 256  # up to which "auto" scans
-SCAN_CHUNK = 32
+SCAN_TOKENS = 32  # up to which "auto" scans
+SCAN_CHUNK = 64
 CONV_CHUNK = 1 << 16
 # Of the inputs of a block of heads.
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
