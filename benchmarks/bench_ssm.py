@@ -12,6 +12,7 @@ from scalekern import reference
 from scalekern.benchmarks import harness, peers
 from scalekern.benchmarks.bench_selective_scan import case, gradient_tolerance, normal
 from scalekern.benchmarks.case import Work
+from scalekern.reference.diag_ssm import discretize
 from scalekern.testing import TOLERANCE, upcast
 
 FP32 = torch.float32
@@ -104,8 +105,7 @@ def step(device, dtype=FP32, *, B, H, N) -> Work:
     randn = normal(device, 2)
     u, D, (A, B_, C, dt) = randn(B, H, 1), randn(H), model(device, H, N)
     x = torch.complex(randn(B, H, N), randn(B, H, N))
-    a, b = reference.diag_ssm.__globals__["discretize"](A, B_, dt, "zoh")
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    a, b = (t.to(x.dtype) for t in discretize(A, B_, dt, "zoh"))
 
     def run(package=scalekern, u=u, A=A, B_=B_, C=C, D=D, dt=dt, x=x):
         return package.diag_ssm(u, A, B_, C, D, dt, initial_state=x, return_last_state=True)
@@ -141,10 +141,10 @@ CPU = [
 ]  # fmt: skip
 CUDA = [
     *(case("ssm_kernel", functools.partial(build, rivals=False), KERNEL_OPS[: 1 + train],
-           "fwd+bwd" if train else "fwd", "cuda", 99, _KERNEL, backends=_FAST)
+           "fwd+bwd" if train else "fwd", "cuda", 99, {**_KERNEL, "H": 1024}, backends=_FAST)
       for build, train in _both(diagonal)),
-    *(case("s4_kernel", build, LOW_RANK_OPS[: 1 + train], "fwd+bwd" if train else "fwd", "cuda", 99, _LOW_RANK,
-           backends=_FAST)
+    *(case("s4_kernel", build, LOW_RANK_OPS[: 1 + train], "fwd+bwd" if train else "fwd", "cuda", 99,
+           {**_LOW_RANK, "H": 512}, backends=_FAST)
       for build, train in _both(low_rank)),
 ]  # fmt: skip
 CASES = [*CPU, *CUDA]
