@@ -56,11 +56,11 @@ def work(function, rivals, leaves, train, tolerance_of, dout_shape, device, **co
         found = passes(functools.partial(function, reference), exact, dout.double())()
         return tuple(t.detach() for t in found) if train else (found,)
 
+    against = {name: passes(rival, leaves, dout) for name, rival in rivals.items()}
     return Work(
         run=passes(functools.partial(function, scalekern), leaves, dout), oracle=oracle,
         tolerance=gradient_tolerance(tolerance_of, FP32) if train else TOLERANCE[FP32],
-        peers={name: lambda rival=rival: peers.torch_peer(passes(rival, leaves, dout)) for name, rival in rivals.items()},
-        **costs,
+        peers={name: functools.partial(peers.torch_peer, run) for name, run in against.items()}, **costs,
     )  # fmt: skip
 
 
@@ -75,8 +75,9 @@ def low_rank(device, dtype=FP32, *, train, H, N, L) -> Work:
     call = lambda package, *tensors: package.dplr_ssm_kernel(*tensors, L, C_is_truncated=True)
     rival = {"in complex128, by blocks": functools.partial(call, reference)}
     # Of a pair and a root: some 20 operations, and 4 multiply-adds for each of 4 products; backward three times that.
+    flops = (4 if train else 1) * 52 * H * N * L // 2
     return work(call, rival, model(device, H, N, True), train, "dplr_ssm_kernel", (H, L), device,
-                bytes_moved=(3 if train else 1) * 4 * H * L, flops=(4 if train else 1) * 52 * H * N * L // 2)  # fmt: skip
+                bytes_moved=(3 if train else 1) * 4 * H * L, flops=flops)  # fmt: skip
 
 
 def recurrence(device, dtype=FP32, *, train, B, H, N, L) -> Work:
@@ -86,7 +87,7 @@ def recurrence(device, dtype=FP32, *, train, B, H, N, L) -> Work:
     def convolved(package, u, A, B_, C, D, dt):
         if package is scalekern:
             return package.diag_ssm(u, A, B_, C, D, dt)
-        kernel = package.diag_ssm_kernel(A, B_, C, dt, L)  # a convolution with it, which the tests hold to the recurrence
+        kernel = package.diag_ssm_kernel(A, B_, C, dt, L)  # the tests hold it to the recurrence
         return plain(u, kernel) + D[:, None] * u
 
     rival = lambda u, A, B_, C, D, dt: plain(u, naive_kernel(A, B_, C, dt, L)) + D[:, None] * u
@@ -115,7 +116,7 @@ def step(device, dtype=FP32, *, B, H, N) -> Work:
         return 2 * (C * after).sum(-1, keepdim=True).real + D[:, None] * u, after
 
     return Work(
-        run=run, oracle=lambda: run(reference, *(upcast(t) for t in (u, A, B_, C, D, dt, x))), tolerance=TOLERANCE[FP32],
+        run=run, oracle=lambda: run(reference, *map(upcast, (u, A, B_, C, D, dt, x))), tolerance=TOLERANCE[FP32],
         bytes_moved=16 * B * H * N, flops=16 * B * H * N,
         peers={"discretized before": lambda: peers.torch_peer(rival)},
     )  # fmt: skip
