@@ -75,13 +75,15 @@ static inline Complex element(const double* p, int64_t i) {
 
 // start, start x, start x^2, .. a vector at a time.
 struct Chain {
-  VecD re{}, im{}, step_re{}, step_im{};
+  VecD re, im, step_re, step_im;
   void begin(Complex start, Complex x) {
     Complex step{1, 0};
+    double first_re[kD], first_im[kD];
     for (int i = 0; i < kD; ++i) {
-      re[i] = start.re, im[i] = start.im;
+      first_re[i] = start.re, first_im[i] = start.im;
       start = start * x, step = step * x;
     }
+    re = load(first_re), im = load(first_im);
     step_re = splat(step.re), step_im = splat(step.im);
   }
   template <class F, bool complex>
