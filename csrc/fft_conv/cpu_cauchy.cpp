@@ -1,4 +1,4 @@
-// scalekern_native::cauchy_sums_cpu and cauchy_sums_bwd_cpu: tensors to pointers, then the kernels of this machine's ISA.
+// scalekern_native::cauchy_sums_cpu, cauchy_sums_bwd_cpu: tensors to pointers, then the kernels of this machine's ISA.
 #include "common/tensor.h"
 #include "fft_conv/cauchy.h"
 

@@ -4,7 +4,7 @@
 //
 // Shape letters: N states, L length, F fine and Q coarse powers, K = 2 N real columns (N of a real a).
 //
-// With l = q F + j, a^l = a^(q F) a^j: y is the product [Q, K] [K, F] of Re, -Im of w a^(q F) and Re, Im of a^j, and the
+// With l = q F + j, a^l = a^(q F) a^j: y is the product [Q, K] [K, F] of Re, -Im of w a^(q F) and Re, Im of a^j; the
 // moments begin with [K, Q] [Q, F], whose result is small enough to be finished in double.
 //
 // Bound: multiply-adds, K an element and 2 K backward, from registers: a tile of kRows x kColumns sums.
@@ -78,10 +78,12 @@ struct Chain {
   VecD re, im, step_re, step_im;
   void begin(Complex start, Complex x) {
     Complex step{1, 0};
+    double first_re[kD], first_im[kD];
     for (int i = 0; i < kD; ++i) {
-      re[i] = start.re, im[i] = start.im;
+      first_re[i] = start.re, first_im[i] = start.im;
       start = start * x, step = step * x;
     }
+    re = load(first_re), im = load(first_im);
     step_re = splat(step.re), step_im = splat(step.im);
   }
   template <class F, bool complex>
@@ -224,7 +226,8 @@ static void sums(const PowersArgs& a) {
     Buffer<F> left(rows * K), right(fine * K);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % pieces * rows;
-      if (first < coarse) head_sum<F, complex>(a, i / pieces, fine, first, min(rows, coarse - first), left.data, right.data);
+      const int64_t count = min(rows, coarse - first);
+      if (count > 0) head_sum<F, complex>(a, i / pieces, fine, first, count, left.data, right.data);
     }
   });
 }
@@ -235,12 +238,12 @@ static void sums(const PowersArgs& a) {
 template <class F, bool complex>
 struct Coarse {
   static constexpr int parts = complex ? 2 : 1;
-  int64_t states, padded, index = 0;
+  int64_t states, padded, fine, index = 0;  // the next q
   bool slopes;
   alignas(64) double re[kStates], im[kStates], step_re[kStates], step_im[kStates], last_re[kStates], last_im[kStates];
 
   Coarse(const double* a, int64_t states_, int64_t fine_, bool slopes_)
-      : states(states_), padded(round_up(states_, kRows)), slopes(slopes_), fine(fine_) {
+      : states(states_), padded(round_up(states_, kRows)), fine(fine_), slopes(slopes_) {
     for (int64_t n = 0; n < padded; ++n) {
       const bool here = n < states;
       const Complex x = here ? element<complex>(a, n) : Complex{0, 0}, last = power(x, fine - 1), step = last * x;
@@ -249,7 +252,7 @@ struct Coarse {
     }
   }
 
-  // Panels [columns / kRows][count][kRows]: Re, Im, and with slopes Re, Im of q F a^(q F - 1), each of `padded` columns.
+  // Panels [columns / kRows][count][kRows]: Re, Im, and with slopes those of q F a^(q F - 1), `padded` columns each.
   void fill(F* to, int64_t count) {
     for (int64_t q = 0; q < count; ++q, ++index) {
       const double factor = double(index) * double(fine);
@@ -261,7 +264,7 @@ struct Coarse {
         const VecD r = load(re + n), i = load(im + n), sr = load(step_re + n), si = load(step_im + n);
         write(0, r);
         if constexpr (complex) write(1, i);
-        if (slopes) {  // of a^(q F) from a^((q - 1) F), which is kept in slope_re, slope_im
+        if (slopes) {  // of a^(q F) from a^((q - 1) F), the one before
           const VecD pr = load(before_re + n), pi = load(before_im + n), lr = load(last_re + n), li = load(last_im + n);
           const VecD dr = complex ? pr * lr - pi * li : pr * lr;
           write(parts, factor ? flushed<F>(factor * dr) : VecD{});
@@ -278,8 +281,6 @@ struct Coarse {
     }
   }
 
- private:
-  int64_t fine;
   alignas(64) double before_re[kStates] = {}, before_im[kStates] = {};
 };
 
@@ -289,7 +290,7 @@ static void finish(
     Complex x, int64_t fine, const F* u0_re, const F* u0_im, const F* u1_re, const F* u1_im, Complex& m0, Complex& m1) {
   Chain chain;
   chain.begin({1, 0}, x);
-  VecD m0_re{}, m0_im{}, m1_re{}, m1_im{}, counter;
+  VecD m0_re{}, m0_im{}, m1_re{}, m1_im{}, counter{};
   for (int i = 0; i < kD; ++i) counter[i] = i + 1;
   for (int64_t j = 0; j < fine; j += kD, counter += double(kD)) {
     const VecD pr = chain.re, pi = chain.im;
@@ -357,7 +358,8 @@ template <class F, bool complex>
 static void all_moments(const PowersArgs& a) {
   const int64_t fine = fine_powers<F>(a.length), rows = a.rows * a.heads, threads = scalekern::num_threads();
   // 32 states: their sums, forward and slopes, are 128 F numbers.
-  const int64_t most = rows >= threads ? kStates / 2 : max(kRows, min(kStates / 2, round_up((a.states + threads - 1) / threads, kRows)));
+  const int64_t share = rows >= threads ? a.states : (a.states + threads - 1) / threads;
+  const int64_t most = min(kStates / 2, round_up(share, kRows));
   const int64_t blocks = (a.states + most - 1) / most, columns = 4 * round_up(min(most, a.states), kRows);
   over(a.rows * a.heads * a.states * a.length, rows * blocks, [&](int64_t begin, int64_t end) {
     Buffer<F> left(columns * kMomentRows), right(fine * kMomentRows), sums(columns * (fine + kD));

@@ -34,7 +34,8 @@ def diag_ssm(
         initial_state: (B, H, N), x before the first token; zeros when None. Real for a real A.
         return_last_state: also return x after the last token.
         disc: "zoh" or "bilinear".   conjugate_pairs: s = 2 for a complex A, else 1.
-        method: "scan" (short chunks, products of matrices), "conv" (chunks as long as an FFT is fast), or "auto".
+        method: "scan" (token by token, in double, or in short chunks on a GPU), "conv" (chunks as long as an FFT is
+            fast), or "auto", the faster one: a scan for short sequences, and with states on a CPU.
 
     Returns:
         y (B, H, L) in u's dtype; with `return_last_state` also (B, H, N), in initial_state's dtype, or else complex

@@ -217,9 +217,9 @@ def diag_ssm(
 
 def diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method="auto", return_last_state=True):
     """(out, last_state); the latter is empty unless it is wanted."""
-    a, b = discretize(A, B, dt, disc)
+    a, b, c = _coefficients(A, B, C, dt, disc)
     states = _scan(u, a, b, initial_state)
-    y = [(wide(C) * x).sum(-1).real for x in states[1:]]
+    y = [(c * x).sum(-1).real for x in states[1:]]
     out = scale(A, conjugate_pairs) * torch.stack(y, -1) if y else torch.zeros_like(u, dtype=torch.float64)
     out = out if D is None else out + D.to(torch.float64)[:, None] * u
     dtype = state_dtype(u, A, initial_state)
@@ -235,16 +235,16 @@ def diag_ssm_bwd(dout, dlast_state, u, A, B, C, D, dt, initial_state, disc, conj
         da  = sum_t g_t conj(x_{t-1})                 db  = sum_t g_t u_t
         du_t = Re sum_n g_t conj(b) + D dy_t          dD  = sum_t dy_t u_t
     """
-    a, b = discretize(A, B, dt, disc)
+    a, b, c = _coefficients(A, B, C, dt, disc)
     states = _scan(u, a, b, initial_state)
     dy, u_ = dout.to(torch.float64), u.to(torch.float64)
-    g = torch.zeros_like(states[0]) if dlast_state is None else wide(dlast_state)
+    g = torch.zeros_like(states[0]) if dlast_state is None else dlast_state.to(a.dtype)
     da, db, dc = (torch.zeros_like(a) for _ in "abc")
     du = torch.zeros_like(u_) if D is None else D.to(torch.float64)[:, None] * dy
     factor = scale(A, conjugate_pairs)
     for t in reversed(range(u.shape[2])):
         dyt = factor * dy[..., t, None]
-        g = g + conj(wide(C)) * dyt
+        g = g + conj(c) * dyt
         dc += (conj(states[t + 1]) * dyt).sum(0)
         da += (g * conj(states[t])).sum(0)
         db += (g * u_[..., t, None]).sum(0)
@@ -256,10 +256,16 @@ def diag_ssm_bwd(dout, dlast_state, u, A, B, C, D, dt, initial_state, disc, conj
     return du.to(u.dtype), dA, dB, as_dtype(dc, C.dtype), dD, ddt, dinitial
 
 
+def _coefficients(A, B, C, dt, disc):
+    """a, b and C, in float64 for a real A: complex products make NaN of an infinite state."""
+    values = *discretize(A, B, dt, disc), wide(C)
+    return values if A.is_complex() else [x.real for x in values]
+
+
 def _scan(u, a, b, initial_state):
     """x before the first and after every token: L + 1 states (B, H, N)."""
     first = u.new_zeros(u.shape[0], *a.shape) if initial_state is None else initial_state
-    states = [wide(first)]
+    states = [first.to(a.dtype)]
     for t in range(u.shape[2]):
         states.append(a * states[-1] + b * u[..., t, None])
     return states
