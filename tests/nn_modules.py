@@ -1,6 +1,7 @@
 """What the tests of scalekern.nn share: modules off their initial values, and comparisons with a rendering."""
 
 import torch
+import torch.nn.functional as F
 
 
 def perturbed(module, seed=0, scale=0.3):
@@ -71,3 +72,16 @@ def check_compiled(module, x, backend):
     grads = [torch.autograd.grad(out.square().sum(), [x, *module.parameters()]) for out in outs]
     for got, expected in zip(*grads, strict=True):
         assert error(got, expected) < 1e-10 or max(got.norm(), expected.norm()) < 1e-10
+
+
+def check_padding(rendering, module, left, mask_of=lambda mask: mask):
+    """Rows of 9, 4 and 1 tokens, padded on the left or the right, give what each gives alone, and padding no gradient."""
+    rows = [normal(1, length, 4, seed=length) for length in (9, 4, 1)]
+    pad = lambda row: F.pad(row, (0, 0, 9 - row.shape[1], 0) if left else (0, 0, 0, 9 - row.shape[1]), value=3.0)
+    u = torch.cat([pad(row) for row in rows]).requires_grad_()
+    mask = torch.cat([pad(torch.ones_like(row[..., :1]))[..., 0] == 1 for row in rows])
+    out = module(u, mask=mask_of(mask))
+    for got, keep, row in zip(out, mask, rows):
+        assert error(got[keep], rendering(tensors(module), row)[0]) < 1e-12
+    (grad,) = torch.autograd.grad((out * mask[..., None]).sum(), u)
+    assert (grad[~mask] == 0).all() and (grad[mask] != 0).any(-1).all()

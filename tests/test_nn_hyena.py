@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from nn_modules import check_against, check_compiled, check_each_matters, check_loads, error, normal, perturbed, tensors
+from nn_modules import (
+    check_against, check_compiled, check_each_matters, check_loads, check_padding, error, normal, perturbed, tensors,
+)  # fmt: skip
 
 from scalekern.nn import HyenaFilter, HyenaOperator
 
@@ -164,16 +165,7 @@ def test_chunks_and_steps_equal_one_call(options, cuts):
 
 @pytest.mark.parametrize("left", [True, False])
 def test_padded_rows_equal_rows_alone(left):
-    module = build()
-    rows = [normal(1, length, 4, seed=length) for length in (9, 4, 1)]
-    pad = lambda row: F.pad(row, (0, 0, 9 - row.shape[1], 0) if left else (0, 0, 0, 9 - row.shape[1]), value=3.0)
-    u = torch.cat([pad(row) for row in rows]).requires_grad_()
-    mask = torch.cat([pad(torch.ones_like(row[..., :1]))[..., 0] == 1 for row in rows])
-    out = module(u, mask=mask)
-    for got, keep, row in zip(out, mask, rows):
-        assert error(got[keep], operator(tensors(module), row)[0]) < 1e-12
-    (grad,) = torch.autograd.grad((out * mask[..., None]).sum(), u)
-    assert (grad[~mask] == 0).all() and (grad[mask] != 0).any(-1).all()
+    check_padding(operator, build(), left)
 
 
 def test_low_precision_and_autocast():

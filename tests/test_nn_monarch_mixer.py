@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nn_modules import check_against, check_compiled, check_each_matters, check_loads, error, normal, perturbed, tensors
+from nn_modules import (
+    check_against, check_compiled, check_each_matters, check_loads, check_padding, error, normal, perturbed, tensors,
+)  # fmt: skip
 from test_nn_hyena import filter_taps
 
 from scalekern.nn import BlockdiagLinear, MonarchMixerBlock, MonarchMixerMLP, MonarchMixerSequenceMixing
@@ -144,16 +146,7 @@ def test_block_diagonal_initialization():
 
 @pytest.mark.parametrize("left", [True, False])
 def test_padded_rows_equal_rows_alone(left):
-    module = build()
-    rows = [normal(1, length, 4, seed=length) for length in (9, 4, 1)]
-    pad = lambda row: F.pad(row, (0, 0, 9 - row.shape[1], 0) if left else (0, 0, 0, 9 - row.shape[1]), value=3.0)
-    u = torch.cat([pad(row) for row in rows]).requires_grad_()
-    mask = torch.cat([pad(torch.ones_like(row[..., :1]))[..., 0] == 1 for row in rows])
-    out = module(u, mask.long())
-    for got, keep, row in zip(out, mask, rows):
-        assert error(got[keep], block(tensors(module), row)[0]) < 1e-12
-    (grad,) = torch.autograd.grad((out * mask[..., None]).sum(), u)
-    assert (grad[~mask] == 0).all() and (grad[mask] != 0).any(-1).all()
+    check_padding(block, build(), left, torch.Tensor.long)
 
 
 def test_autocast():

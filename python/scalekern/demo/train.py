@@ -155,15 +155,12 @@ class Trainer:
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW; weights of matmuls decay, the rest (norms, biases, A, D, embedding) does not, and what H3's convolution
-    kernels are made of learns at a quarter of the rate, since a kernel is exponential in it."""
+    """AdamW; weights of matmuls decay, the rest (norms, biases, A, D, embedding) does not, and what a layer marks for its
+    own rate (H3's A, B and dt, in which a kernel is exponential) learns at a quarter of the others'."""
     named = dict(model.named_parameters())
-    kernels = [p for n, p in named.items() if "kernel." in n]
-    kept = [
-        p
-        for n, p in named.items()
-        if "kernel." not in n and (p.dim() < 2 or n.endswith("A_log") or "embedding" in n)
-    ]
+    kernels = [p for p in named.values() if hasattr(p, "_optim")]
+    kept = [p for n, p in named.items() if p.dim() < 2 or n.endswith("A_log") or "embedding" in n]
+    kept = [p for p in kept if not hasattr(p, "_optim")]
     skip = {*kernels, *kept}
     decaying = [p for p in named.values() if p not in skip]
     groups = [

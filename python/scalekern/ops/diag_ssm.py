@@ -8,7 +8,7 @@ import functools
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import composed
 from scalekern.ops._diag_ssm_chunks import METHODS, composed_bwd, composed_fwd
 from scalekern.ops.diag_ssm_kernel import check_parameters
 from scalekern.ops.fft_conv import fft_conv_bwd, fft_conv_fwd
@@ -112,11 +112,7 @@ _OPTIONS = "str disc, bool conjugate_pairs, str method"
 diag_ssm_fwd = _library.define(
     NAME,
     f"diag_ssm_fwd({_TENSORS}, {_OPTIONS}, bool return_last_state) -> (Tensor, Tensor)",
-    backends=(
-        Backend("cuda", _fwd, composed=True),
-        Backend("cpu", _fwd, composed=True),
-        Backend("reference", reference_fwd),
-    ),
+    backends=composed(_fwd, reference_fwd),
     fake=_allocate_fwd,
     empty=_empty_fwd,
     setup_context=_setup_context,
@@ -127,11 +123,7 @@ diag_ssm_fwd = _library.define(
 diag_ssm_bwd = _library.define(
     NAME,
     f"diag_ssm_bwd(Tensor dout, Tensor? dlast_state, {_TENSORS}, {_OPTIONS}) -> (" + ", ".join(["Tensor"] * 7) + ")",
-    backends=(
-        Backend("cuda", _bwd, composed=True),
-        Backend("cpu", _bwd, composed=True),
-        Backend("reference", reference_bwd),
-    ),
+    backends=composed(_bwd, reference_bwd),
     fake=_allocate_bwd,
     empty=_empty_bwd,
 )

@@ -6,7 +6,7 @@ Shape letters: H heads, N states, L length.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import composed
 from scalekern.ops import _diag_ssm
 from scalekern.reference._complex import real_dtype
 from scalekern.reference.diag_ssm import DISCRETIZATIONS
@@ -93,11 +93,7 @@ _fwd, _bwd = (_library.without_autocast(f) for f in (_diag_ssm.kernel_fwd, _diag
 diag_ssm_kernel_fwd = _library.define(
     NAME,
     "diag_ssm_kernel_fwd(Tensor A, Tensor B, Tensor C, Tensor dt, SymInt L, str disc, bool conjugate_pairs) -> Tensor",
-    backends=(
-        Backend("cuda", _fwd, composed=True),
-        Backend("cpu", _fwd, composed=True),
-        Backend("reference", reference_fwd),
-    ),
+    backends=composed(_fwd, reference_fwd),
     fake=_allocate_fwd,
     empty=lambda A, B, C, dt, L, *rest: A.numel() == 0 or L == 0,
     setup_context=_setup_context,
@@ -108,11 +104,7 @@ diag_ssm_kernel_bwd = _library.define(
     NAME,
     "diag_ssm_kernel_bwd(Tensor dout, Tensor A, Tensor B, Tensor C, Tensor dt, str disc, bool conjugate_pairs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    backends=(
-        Backend("cuda", _bwd, composed=True),
-        Backend("cpu", _bwd, composed=True),
-        Backend("reference", reference_bwd),
-    ),
+    backends=composed(_bwd, reference_bwd),
     fake=_allocate_bwd,
     empty=lambda dout, A, *rest: A.numel() == 0 or dout.numel() == 0,
 )

@@ -4,7 +4,7 @@ Shape letters: H heads, N states, L length, R rank.
 """
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import composed
 from scalekern.ops import _dplr_ssm
 from scalekern.ops.diag_ssm_kernel import check_dt, check_length
 from scalekern.reference._complex import real_dtype
@@ -77,11 +77,7 @@ dplr_ssm_kernel_fwd = _library.define(
     NAME,
     "dplr_ssm_kernel_fwd(Tensor Lambda, Tensor P, Tensor B, Tensor C, Tensor dt, SymInt L, bool conjugate_pairs) "
     "-> Tensor",
-    backends=(
-        Backend("cuda", _fwd, composed=True),
-        Backend("cpu", _fwd, composed=True),
-        Backend("reference", reference_fwd),
-    ),
+    backends=composed(_fwd, reference_fwd),
     fake=_allocate_fwd,
     empty=lambda Lambda, P, *rest: Lambda.numel() == 0,
     setup_context=_setup_context,
@@ -92,11 +88,7 @@ dplr_ssm_kernel_bwd = _library.define(
     NAME,
     "dplr_ssm_kernel_bwd(Tensor dout, Tensor Lambda, Tensor P, Tensor B, Tensor C, Tensor dt, bool conjugate_pairs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=(
-        Backend("cuda", _bwd, composed=True),
-        Backend("cpu", _bwd, composed=True),
-        Backend("reference", reference_bwd),
-    ),
+    backends=composed(_bwd, reference_bwd),
     fake=_allocate_bwd,
     empty=lambda dout, Lambda, *rest: Lambda.numel() == 0,
 )
