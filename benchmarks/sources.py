@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
 FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops._")
+HOST_ONLY = CSRC / "common" / "emulator.h"  # runs CUDA kernels in tests: nothing of it reaches a GPU
 NATIVE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 
 
@@ -82,7 +83,7 @@ def _with_includes(paths) -> set[pathlib.Path]:
     found, open_ = set(), list(paths)
     while open_:
         path = open_.pop()
-        if path in found or not path.exists():
+        if path in found or path == HOST_ONLY or not path.exists():
             continue
         found.add(path)
         for name in re.findall(r'#include "([^"]+)"', path.read_text()):
