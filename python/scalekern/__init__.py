@@ -12,6 +12,7 @@ from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
+from scalekern.ops.sparse_attention import sparse_attention
 from scalekern.ops.toeplitz_conv import toeplitz_conv
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
+    "sparse_attention",
     "toeplitz_conv",
     "truncate_C",
 ]

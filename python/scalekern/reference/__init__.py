@@ -14,6 +14,7 @@ from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
+from scalekern.reference.sparse_attention import sparse_attention
 
 __all__ = [
     "causal_conv1d",
@@ -34,6 +35,7 @@ __all__ = [
     "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
+    "sparse_attention",
     "toeplitz_conv",
     "truncate_C",
 ]

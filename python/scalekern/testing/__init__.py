@@ -86,10 +86,11 @@ def specs() -> dict[str, Spec]:
     """Every registered public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import fft_conv, selective_scan
+    from scalekern.testing import fft_conv, selective_scan, sparse_attention
 
+    families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
-    return {op: spec for op, spec in {**selective_scan.SPECS, **fft_conv.SPECS}.items() if op in registered}
+    return {op: spec for op, spec in families.items() if op in registered}
 
 
 def samples(op: str) -> tuple[Sample, ...]:

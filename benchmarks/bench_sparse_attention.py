@@ -1,0 +1,162 @@
+"""Cases of attention under masks, against what runs without tile lists: torch's dense attention and flex_attention.
+
+Shape letters: B batch, H heads, G key heads, L length, P head dim, W window.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+import scalekern
+from scalekern import _dispatch, masks, reference
+from scalekern.benchmarks import harness, peers
+from scalekern.benchmarks.bench_selective_scan import case, gradient_tolerance, normal
+from scalekern.benchmarks.case import Work
+from scalekern.testing import TOLERANCE, upcast
+
+OPS = ("sparse_attention_fwd", "sparse_attention_bwd")
+DENSE, FLEX = "scaled_dot_product_attention, causal", "flex_attention, compiled"
+ROWS = 1024  # of the oracle at a time: 0.3 GB of float64 scores at 4 heads and 8,192 keys
+
+
+def test_case(case, benchmark):
+    harness.run_in_pytest(case, benchmark)
+
+
+def window(W):
+    return masks.causal & masks.window(W - 1, 0)
+
+
+def streaming(W, sinks=4):
+    return masks.causal & (masks.window(W - 1, 0) | masks.sink(sinks))
+
+
+def scales(L):
+    """VAR's ten scales, as often as they fit: every token sees its own scale and the earlier ones."""
+    ends, side = [], 1
+    while (ends[-1] if ends else 0) < L:
+        ends.append(min((ends[-1] if ends else 0) + side * side, L))
+        side += 1
+    return masks.blocks(ends)
+
+
+def packed(L):
+    """Documents of uneven lengths."""
+    bounds, step = [0], 97
+    while bounds[-1] < L:
+        bounds.append(min(bounds[-1] + step, L))
+        step = (step * 7 + 131) % 1500 + 20
+    return masks.causal & masks.segments(cu_seqlens=bounds)
+
+
+def heads(L, H):
+    """MoA's spans: one window a head, doubling."""
+    return masks.per_head([streaming(min(64 << (h % 6), L)) for h in range(H)])
+
+
+MASKS = {
+    "causal": lambda L, H, W: masks.causal,
+    "window": lambda L, H, W: window(W),
+    "window and sink": lambda L, H, W: streaming(W),
+    "scales": lambda L, H, W: scales(L),
+    "packed": lambda L, H, W: packed(L),
+    "a window a head": lambda L, H, W: heads(L, H),
+}
+
+
+def forward(call, inputs, dout):
+    return lambda: call(*inputs)
+
+
+def backward(call, inputs, dout):
+    """The gradients alone: of one graph, made at the first run on each backend."""
+    graphs = {}
+
+    def run():
+        backend = _dispatch.forced()
+        if backend not in graphs:
+            graphs[backend] = call(*inputs)
+        return torch.autograd.grad(graphs[backend], inputs, dout, retain_graph=True)
+
+    return run
+
+
+def by_rows(rule, reach, q, k, v):
+    """The reference in blocks of rows, each with the keys that a row can reach: (L, L) scores have no room."""
+    outs = []
+    for begin in range(0, q.shape[2], ROWS):
+        end, first = min(begin + ROWS, q.shape[2]), max(begin - reach, 0)
+        part = rule.shift(begin, first)
+        last = q.shape[2] if reach >= q.shape[2] else end
+        outs.append(reference.sparse_attention(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], part))
+    return torch.cat(outs, 2)
+
+
+def attention(device, dtype, *, train, mask, rivals=(), B=1, H, G=None, L, P, W=256) -> Work:
+    rule, passes = MASKS[mask](L, H, W), backward if train else forward
+    randn = normal(device, 0)
+    inputs = tuple(randn(B, n, L, P).to(dtype).requires_grad_(train) for n in (H, G or H, G or H))
+    dout = normal(device, 1)(B, H, L, P).to(dtype)
+
+    def oracle():
+        exact = tuple(upcast(x).requires_grad_(train) for x in inputs)
+        found = passes(functools.partial(by_rows, rule, W if mask == "window" else L), exact, dout.double())()
+        return tuple(t.detach() for t in found) if train else (found,)
+
+    def flex():
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        if device.type == "cpu" and train:
+            raise peers.Absent("flex_attention has no backward on a CPU")
+        table = rule.to_dense(L, L).to(device)
+        allowed = lambda b, h, i, j: table[0, 0 if table.shape[1] == 1 else h, i, j]
+        blocks = create_block_mask(allowed, None, None if table.shape[1] == 1 else H, L, L, device=device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        call = lambda *x: compiled(*x, block_mask=blocks, enable_gqa=G is not None)
+        return peers.torch_peer(passes(call, inputs, dout))
+
+    def dense():
+        call = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=G is not None)
+        run = passes(call, inputs, dout)
+        return peers.torch_peer(lambda: (run(), None)[1])  # of another mask: its values are not compared
+
+    pairs = int(rule.density(L, L) * L * L) * B * H
+    tolerance = gradient_tolerance("sparse_attention", dtype) if train else TOLERANCE[dtype]
+    moved = inputs[0].element_size() * B * L * P * 2 * (H + (G or H))
+    return Work(
+        run=passes(lambda *x: scalekern.sparse_attention(*x, rule), inputs, dout), oracle=oracle, tolerance=tolerance,
+        bytes_moved=(2 if train else 1) * moved, flops=(10 if train else 4) * pairs * P, exponentials=pairs,
+        peers={name: rival for name, rival in ((DENSE, dense), (FLEX, flex)) if name in rivals},
+    )  # fmt: skip
+
+
+def cases(device, mask, priority, shape, dtype=torch.float32, *, rivals=(DENSE,), forward=None, backward=None):
+    """Both directions of one mask."""
+    targets = {False: forward or {}, True: backward or {}}
+    return [
+        case("attention", functools.partial(attention, train=train, mask=mask, rivals=rivals), OPS[1:] if train else OPS[:1],
+             "bwd" if train else "fwd", device, priority + train, shape, dtype, note=mask.replace(" ", "_"),
+             backends=("triton", "cpu"), targets=targets[train])
+        for train in (False, True)
+    ]  # fmt: skip
+
+
+_CPU = {"B": 1, "H": 4, "L": 4096, "P": 64}
+_GPU = {"B": 1, "H": 32, "L": 8192}
+CPU = [
+    *cases("cpu", "window", 42, _CPU, rivals=(DENSE, FLEX), forward={DENSE: 4, FLEX: 1.2}, backward={DENSE: 3}),
+    *cases("cpu", "window", 92, {**_CPU, "L": 65536}, rivals=()),
+    *cases("cpu", "window and sink", 93, {**_CPU, "G": 2}),
+    *cases("cpu", "scales", 94, _CPU),
+    *cases("cpu", "packed", 95, _CPU),
+    *cases("cpu", "a window a head", 96, {**_CPU, "H": 6}),
+]
+CUDA = [
+    row
+    for i, mask in enumerate(MASKS)
+    for P in (64, 128)
+    for row in cases("cuda", mask, 30 + 2 * i, {**_GPU, "P": P}, torch.bfloat16, rivals=(DENSE, FLEX), forward={FLEX: 1.2},
+                     backward={FLEX: 1.2})
+]  # fmt: skip
+CASES = [*CPU, *CUDA]

@@ -1,0 +1,121 @@
+"""A mask's code for sequences laid end to end: positions count from the start of a sequence, and sequences do not mix.
+
+Every leaf becomes one over absolute positions: a leaf that allows an interval of keys in a row becomes the limits of
+that interval, a table with an entry a row (opcode BLOCKS); the others keep their form, with tables over all rows.
+"""
+
+import torch
+
+WIDTH = 12
+CAUSAL, WINDOW, BELOW, PREFIX, BLOCKS, SAME, DILATED, NEIGHBOR, DENSE, ROWS = range(1, 11)
+AND, NOT = 16, 18
+FAR = 1 << 30
+
+
+class Side:
+    """The queries, or the keys: of each packed position its sequence, and its place in that."""
+
+    def __init__(self, cu, total):
+        cu = torch.as_tensor(cu).long().cpu()
+        self.starts, self.lengths = cu[:-1], cu[1:] - cu[:-1]
+        self.sequence = torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+        self.place = torch.arange(int(cu[-1])) - self.starts[self.sequence]
+        self.total = total
+
+
+def pack(code: torch.Tensor, cu_seqlens, cu_seqlens_k, q_len: int, kv_len: int) -> torch.Tensor:
+    """The code of `code`'s mask within each of the packed sequences. ValueError for masks over images and tables."""
+    device, code = code.device, code.cpu()
+    sides = Side(cu_seqlens, q_len), Side(cu_seqlens_k, kv_len)
+    moved = not torch.equal(sides[0].starts, sides[1].starts)
+    heads = int(code[0])
+    tables, programs, places = _Tables(), {}, []
+    for offset in code[2 : 2 + heads].tolist():
+        if offset not in programs:
+            instructions = code[offset + 2 : offset + 2 + WIDTH * int(code[offset])].reshape(-1, WIDTH)
+            programs[offset] = [new for row in instructions.tolist() for new in _leaf(row, code, sides, moved, tables)]
+            programs[offset] += [tables.same(0, sides[0].sequence, sides[1].sequence), [AND]]
+        places.append(list(programs).index(offset))
+    shapes = [tuple((row[0], row[1] if len(row) > 1 else 0) for row in p) for p in programs.values()]
+    heads_part, at = [], 2 + heads
+    for number, program in enumerate(programs.values()):
+        heads_part.append(at)
+        at += 2 + WIDTH * len(program)
+    out = [heads, 1, *(heads_part[i] for i in places)]
+    for shape, program in zip(shapes, programs.values()):
+        out += [len(program), list(dict.fromkeys(shapes)).index(shape)]
+        for row in program:
+            row = [tables.offset(x, at) if isinstance(x, _Table) else x for x in row]
+            out += row + [0] * (WIDTH - len(row))
+    return torch.cat([torch.tensor(out, dtype=torch.int32), *(t.int() for t in tables.found)]).to(device)
+
+
+class _Table(int):
+    """A table by its number, until its place is known."""
+
+
+class _Tables:
+    def __init__(self):
+        self.found = []
+
+    def add(self, values):
+        self.found.append(values)
+        return _Table(len(self.found) - 1)
+
+    def offset(self, number, first):
+        return first + sum(len(t) for t in self.found[:number])
+
+    def same(self, swap, ids, other_ids):
+        return [SAME, swap, 0, 0, self.add(ids), len(ids), self.add(other_ids), len(other_ids), 1]
+
+    def below(self, swap, limits):
+        return [BLOCKS, swap, 0, 0, self.add(limits), len(limits)]
+
+
+def _leaf(row, code, sides, moved, tables):
+    """The instructions that one of the packed program stands for."""
+    opcode, swap, dx, dy, *p = row
+    if opcode in (CAUSAL, WINDOW, DILATED) and not moved or opcode in (0, AND, 17, NOT):
+        return [row]
+    rows, columns = sides[::-1] if swap else sides
+    x = rows.place + dx
+    batch = lambda count: rows.sequence if count > 1 else torch.zeros_like(rows.sequence)
+    if opcode in (NEIGHBOR, DENSE):
+        raise ValueError("sparse_attention: mask must be made of causal, window, sink, prefix, blocks, segments, dilated and rows "
+                         "for packed sequences, got one over an image or of a tensor")  # fmt: skip
+    if opcode == DILATED:
+        return [tables.same(swap, x % p[0], (columns.place + dy) % p[0])]
+    if opcode == SAME:
+        other = lambda count: columns.sequence if count > 1 else torch.zeros_like(columns.sequence)
+        return [tables.same(swap, _look_up(code, p[0], p[1], x, batch(p[4])),
+                            _look_up(code, p[2], p[3], columns.place + dy, other(p[4]), -2))]  # fmt: skip
+    if opcode == ROWS:
+        return [[ROWS, swap, 0, 0, tables.add(_look_up(code, p[0], p[1], x, batch(p[2]), 0)), len(x), 1]]
+    low, high = torch.zeros_like(x), torch.full_like(x, FAR)
+    if opcode == CAUSAL:
+        high = x + 1
+        low = low - FAR
+    elif opcode == WINDOW:
+        low = x - p[0] if p[0] >= 0 else low - FAR
+        high = x + p[1] + 1 if p[1] >= 0 else high
+    elif opcode == BELOW:
+        high = torch.full_like(x, p[0])
+    elif opcode == PREFIX:
+        high = code[p[0] + batch(p[1])].long()
+    elif opcode == BLOCKS:
+        high = torch.where(x >= 0, code[p[0] + x.clamp(0, p[1] - 1)].long(), 0)
+    return _interval(swap, low - dy, high - dy, rows, columns, tables)
+
+
+def _look_up(code, offset, length, x, batch, outside=-1):
+    inside = (x >= 0) & (x < length)
+    return torch.where(inside, code[offset + batch * length + x.clamp(0, length - 1)].long(), outside)
+
+
+def _interval(swap, low, high, rows, columns, tables):
+    """low <= place < high, a pair a row, within the row's sequence."""
+    starts, lengths = columns.starts[rows.sequence], columns.lengths[rows.sequence]
+    end = [tables.below(swap, starts + high.clamp(min=0).minimum(lengths))]
+    if not (low > 0).any():
+        return end
+    return [*end, tables.below(swap, starts + low.clamp(min=0).minimum(lengths)), [NOT], [AND]]

@@ -1,0 +1,127 @@
+"""The oracle of attention under a mask: every score is computed, and what the mask hides is put out.
+
+Shape letters: B batch, Hq query heads, Hkv key heads, Lq, Lk lengths, P head dim, Pv of the values.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from scalekern import masks
+
+SCORES = ("softmax", "silu", "cosine")
+HOTTEST = 4.605170185988092  # log 100, where Swin V2 clamps its log temperatures
+
+
+def sparse_attention(
+    q, k, v, mask=None, *, scale=None, bias=None, score="softmax", temperature=None, norm=1.0, return_lse=False,
+    empty_rows="zero", sinks=None, softcap=None,
+):  # fmt: skip
+    if score == "cosine":
+        q, k = unit(q, temperature), unit(k)
+        scale = 1.0 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = masks.everything if mask is None else mask
+    visible = mask.to_dense(q.shape[2], k.shape[2]).to(q.device)
+    if empty_rows == "attend":
+        visible = visible | ~visible.any(-1, keepdim=True)
+    out, lse = attend(q, k, v, visible, bias, sinks, scale, softcap or 0.0, score == "silu", norm)
+    return (out, lse) if return_lse else out
+
+
+def unit(x, temperature=None):
+    """Each head's vector at length 1, or at its temperature, exp(min(t, log 100)) (Swin V2)."""
+    wide = F.normalize(x.to(wide_dtype(x)), dim=-1, eps=1e-12)
+    if temperature is not None:
+        wide = wide * temperature.clamp(max=HOTTEST).exp()[:, None, None]
+    return wide.to(x.dtype)
+
+
+def wide_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def attend(q, k, v, visible, bias, sinks, scale, softcap, silu, norm):
+    """(out, lse), with gradients by autograd; visible broadcasts to (B, Hq, Lq, Lk)."""
+    wide, group = wide_dtype(q), q.shape[1] // k.shape[1]
+    k, v = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
+    s, _ = _scores(q.to(wide), _seen(k, visible), bias, scale, softcap)
+    if silu:
+        p = torch.where(visible, F.silu(s) * norm, 0)
+        return _values(p, v, visible).to(q.dtype), s.new_zeros(s.shape[:-1])
+    s = torch.where(visible, s, float("-inf"))
+    some = visible.any(-1)
+    lse = torch.logsumexp(torch.where(some[..., None], s, 0), -1)  # of a row of -inf it has no gradient
+    lse = torch.where(some, lse, float("-inf"))
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(wide)[:, None])
+    p = torch.where(visible, (s - torch.where(lse == float("-inf"), 0, lse)[..., None]).exp(), 0)
+    return _values(p, v, visible).to(q.dtype), lse
+
+
+def _scores(q, k, bias, scale, softcap):
+    """Scores, and the derivative of the cap or None."""
+    s = (q @ k.transpose(-1, -2)) * scale
+    slope = None
+    if softcap:
+        t = torch.tanh(s / softcap)
+        s, slope = softcap * t, 1 - t * t
+    return (s if bias is None else s + bias.to(s.dtype)), slope
+
+
+def _seen(x, visible):
+    """Keys without those that no row sees, whatever they hold."""
+    return torch.where(visible.any(-2)[..., None], x, 0)
+
+
+def _values(p, v, visible):
+    """p v, in which a value that is not finite reaches the rows that see it alone: 0 NaN would be NaN."""
+    finite = torch.isfinite(v)
+    if finite.all():
+        return p @ v
+    out = p @ torch.where(finite, v, 0)
+    for j in (~finite).any(-1).any(1).any(0).nonzero().flatten().tolist():
+        special = torch.where(finite[..., j, :], 0, v[..., j, :])[..., None, :]
+        out = out + torch.where(visible[..., j, None], p[..., j, None] * special, 0)
+    return out
+
+
+def sparse_attention_fwd(q, k, v, mask, bias, sinks, scale, softcap, silu, norm):
+    """The registered op: the mask as its code."""
+    return attend(q, k, v, dense_of(mask, q, k), bias, sinks, scale, softcap, silu, norm)
+
+
+def sparse_attention_bwd(
+    dout, dlse, q, k, v, mask, bias, sinks, out, lse, scale, softcap, silu, norm, need_dbias
+):  # fmt: skip
+    """Gradients of q, k, v, bias and sinks; an empty tensor for what is absent or not needed."""
+    visible, wide, group = dense_of(mask, q, k), wide_dtype(q), q.shape[1] // k.shape[1]
+    dout, wide_q = dout.to(wide), q.to(wide)
+    wide_k, wide_v = (_seen(x.to(wide).repeat_interleave(group, 1), visible) for x in (k, v))
+    s, slope = _scores(wide_q, wide_k, bias, scale, softcap)
+    dp = dout @ wide_v.transpose(-1, -2)
+    dsinks = q.new_empty(0)
+    if silu:
+        sigmoid = torch.sigmoid(s)
+        p = torch.where(visible, s * sigmoid * norm, 0)
+        ds = torch.where(visible, dp * norm * sigmoid * (1 + s * (1 - sigmoid)), 0)
+    else:
+        some = lse != float("-inf")
+        p = torch.where(visible & some[..., None], (s - torch.where(some, lse, 0)[..., None]).exp(), 0)
+        delta = (dout * out.to(wide)).sum(-1)
+        delta = delta if dlse is None else delta - torch.where(some, dlse, 0)
+        ds = torch.where(visible, p * (dp - delta[..., None]), 0)
+        if sinks is not None:
+            dsinks = -((sinks.to(wide)[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+    dbias = q.new_empty(0)
+    if need_dbias:
+        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
+    ds = (ds if slope is None else ds * slope) * scale
+    dq = (ds @ wide_k).to(q.dtype)
+    dk, dv = ((x.transpose(-1, -2) @ y).unflatten(1, (-1, group)).sum(2) for x, y in ((ds, wide_q), (p, dout)))
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
+
+
+def dense_of(code, q, k):
+    from scalekern import _mask_code  # by the code itself, as kernels read it
+
+    return _mask_code.dense(code, q.shape[2], k.shape[2])
