@@ -7,6 +7,7 @@ lists of tiles that it has to visit, which is made once for a code and a pair of
 """
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
@@ -58,22 +59,28 @@ def sparse_attention(
     if score == "cosine":
         q, k = unit(q, temperature), unit(k)
         scale = 1.0 if scale is None else scale
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if empty_rows == "attend":
-        mask = mask.attending_all_if_empty(q.shape[2], k.shape[2])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
     bias = bias if bias is None or bias.dtype in (q.dtype, wide) else bias.to(wide)
-    code = _code_of(mask, q.device)
+    lengths = (int(q.shape[2]), int(k.shape[2])) if empty_rows == "attend" else None
+    code = _code_of(mask, lengths, q.device)
     out, lse = sparse_attention_fwd(
-        q, k, v, code, bias, sinks, float(scale), float(softcap or 0.0), score == "silu", float(norm)
+        q, k, v, code, bias, sinks, scale if scale is None else float(scale), float(softcap or 0.0), score == "silu", float(norm)
     )
     return (out, lse) if return_lse else out
 
 
-@torch._dynamo.assume_constant_result
-def _code_of(mask, device):
-    return mask.code(device)
+@torch.compiler.assume_constant_result
+def _code_of(mask, lengths, device):
+    """The mask's code; with lengths, that of the mask whose empty rows see everything."""
+    with unset_fake_temporarily():
+        mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
+        return mask.code(device)
+
+
+@torch.compiler.assume_constant_result
+def _sizes_of(mask):
+    return mask.heads, mask.batches
 
 
 def _check(q, k, v, mask, bias, score, temperature, norm, empty_rows, sinks, softcap):
@@ -89,9 +96,10 @@ def _check(q, k, v, mask, bias, score, temperature, norm, empty_rows, sinks, sof
         raise ValueError(f"{NAME}: the heads of k must divide the {heads} heads of q, got {key_heads}")
     if not isinstance(mask, masks.Mask):
         raise TypeError(f"{NAME}: mask must be a scalekern.masks.Mask, got {type(mask).__name__}")
-    if mask.heads not in (1, heads) or mask.batches not in (1, batch):
+    mask_heads, mask_batches = _sizes_of(mask)
+    if mask_heads not in (1, heads) or mask_batches not in (1, batch):
         raise ValueError(
-            f"{NAME}: mask must be for 1 or {heads} heads and a batch of 1 or {batch}, got {mask.heads} and {mask.batches}"
+            f"{NAME}: mask must be for 1 or {heads} heads and a batch of 1 or {batch}, got {mask_heads} and {mask_batches}"
         )
     if bias is not None:
         _checks.tensor(NAME, "bias", bias, dims=4, dtypes=_checks.FLOATING)
@@ -153,7 +161,7 @@ def _backward(ctx, dout, dlse):
 
 
 _FORWARD = "Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? bias, Tensor? sinks"
-_OPTIONS = "float scale, float softcap, bool silu, float norm"
+_OPTIONS = "float? scale, float softcap, bool silu, float norm"
 
 sparse_attention_fwd = _library.define(
     NAME,

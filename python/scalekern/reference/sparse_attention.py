@@ -6,7 +6,7 @@ Shape letters: B batch, Hq query heads, Hkv key heads, Lq, Lk lengths, P head di
 import torch
 import torch.nn.functional as F
 
-from scalekern import masks
+from scalekern import _mask_code, masks
 
 SCORES = ("softmax", "silu", "cosine")
 HOTTEST = 4.605170185988092  # log 100, where Swin V2 clamps its log temperatures
@@ -19,7 +19,6 @@ def sparse_attention(
     if score == "cosine":
         q, k = unit(q, temperature), unit(k)
         scale = 1.0 if scale is None else scale
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = masks.everything if mask is None else mask
     visible = mask.to_dense(q.shape[2], k.shape[2]).to(q.device)
     if empty_rows == "attend":
@@ -40,9 +39,19 @@ def wide_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def group_of(q, k):
+    """Query heads that share a key head."""
+    return q.shape[1] // max(k.shape[1], 1)
+
+
+def scale_of(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def attend(q, k, v, visible, bias, sinks, scale, softcap, silu, norm):
     """(out, lse), with gradients by autograd; visible broadcasts to (B, Hq, Lq, Lk)."""
-    wide, group = wide_dtype(q), q.shape[1] // k.shape[1]
+    scale = scale_of(q, scale)
+    wide, group = wide_dtype(q), group_of(q, k)
     k, v = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
     s, _ = _scores(q.to(wide), _seen(k, visible), bias, scale, softcap)
     if silu:
@@ -94,7 +103,8 @@ def sparse_attention_bwd(
     dout, dlse, q, k, v, mask, bias, sinks, out, lse, scale, softcap, silu, norm, need_dbias
 ):  # fmt: skip
     """Gradients of q, k, v, bias and sinks; an empty tensor for what is absent or not needed."""
-    visible, wide, group = dense_of(mask, q, k), wide_dtype(q), q.shape[1] // k.shape[1]
+    visible, wide, group = dense_of(mask, q, k), wide_dtype(q), group_of(q, k)
+    scale = scale_of(q, scale)
     dout, wide_q = dout.to(wide), q.to(wide)
     wide_k, wide_v = (_seen(x.to(wide).repeat_interleave(group, 1), visible) for x in (k, v))
     s, slope = _scores(wide_q, wide_k, bias, scale, softcap)
@@ -117,11 +127,15 @@ def sparse_attention_bwd(
         dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
     ds = (ds if slope is None else ds * slope) * scale
     dq = (ds @ wide_k).to(q.dtype)
-    dk, dv = ((x.transpose(-1, -2) @ y).unflatten(1, (-1, group)).sum(2) for x, y in ((ds, wide_q), (p, dout)))
+    dk, dv = ((x.transpose(-1, -2) @ y).unflatten(1, (k.shape[1], group)).sum(2) for x, y in ((ds, wide_q), (p, dout)))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
 
 
 def dense_of(code, q, k):
-    from scalekern import _mask_code  # by the code itself, as kernels read it
-
-    return _mask_code.dense(code, q.shape[2], k.shape[2])
+    """(1 or B, 1 or Hq, Lq, Lk), by the code itself, as kernels read it."""
+    host = code.cpu()
+    programs, batches = _mask_code.read(host)
+    rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    b = torch.arange(batches)[:, None, None]
+    found = [program(rows, keys, b, torch.tensor(head)) for head, program in enumerate(programs)]
+    return torch.stack([f.expand(batches, len(rows), len(keys)) for f in found], 1).to(q.device)

@@ -71,6 +71,8 @@ class Spec:
     dense_oracle     the oracle is a product with matrices, in which a NaN reaches every output
     operand_error    what a Triton kernel adds to the rounding of half-precision inputs and outputs, since it multiplies
                      intermediate results in half precision too
+    rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
+                     of the dtype's eps
     parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
     """
 
@@ -79,6 +81,7 @@ class Spec:
     gradient_factor: float = 2
     dense_oracle: bool = False
     operand_error: float = 0.0
+    rounding_of_saved: float = 0.0
     parameters_only: bool = False
 
 
