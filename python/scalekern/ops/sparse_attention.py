@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
+from scalekern._mask_packed import packed
 from scalekern._packing import check_cu_seqlens
-from scalekern.reference.sparse_attention import SCORES, unit
+from scalekern.reference.sparse_attention import SCORES, scale_of, unit
 from scalekern.reference.sparse_attention import sparse_attention_bwd as reference_bwd
 from scalekern.reference.sparse_attention import sparse_attention_fwd as reference_fwd
 
@@ -186,13 +187,54 @@ def _backward(ctx, dout, dlse):
     return dq, dk, dv, *none[:3], dbias if need_dbias else None, None if sinks is None else dsinks, *none
 
 
+def _planned(mask, cu_seqlens, cu_seqlens_k, q, k, block):
+    """The code that a kernel reads, and the tiles that it visits."""
+    queries, keys = q.shape[2], k.shape[2]
+    code = mask if cu_seqlens is None else packed(mask, cu_seqlens, cu_seqlens_k, queries, keys)
+    return code, masks.plan_of(code, queries, keys, block)
+
+
+def _cpu(direction, outputs: int, tensors: int):
+    """A native kernel as fill(*outputs, *op arguments): `outputs` of them, `tensors` of dout ... before q."""
+    kernel = native(f"sparse_attention_{direction}", "cpu")
+
+    def run(*args):
+        filled, given, rest = args[:outputs], args[outputs : outputs + tensors], args[outputs + tensors :]
+        q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, *rest = rest
+        saved, (scale, softcap, silu, norm) = rest[:tensors], rest[tensors : tensors + 4]
+        code, plan = _planned(mask, cu_seqlens, cu_seqlens_k, q, k, CPU_BLOCK)
+        tiles = code, plan.ptr, plan.runs, *plan.block
+        kernel(*filled, *given, *saved, q, k, v, *tiles, bias, sinks, scale_of(q, scale), softcap, silu, norm)
+
+    run.native_op = kernel.native_op
+    return run
+
+
+_cpu_bwd = _cpu("bwd", 5, 2)
+
+
+def _cpu_bwd_fill(dq, dk, dv, dbias, dsinks, *args):
+    """What is absent, or not needed, an empty tensor elsewhere, is None there; dbias is summed in float32."""
+    sinks, need_dbias = args[9], args[-1]
+    sums = dbias.to(_wide(dbias)) if need_dbias else None
+    _cpu_bwd(dq, dk, dv, sums, dsinks if sinks is not None else None, *args)
+    if need_dbias and sums is not dbias:
+        dbias.copy_(sums)
+
+
+_cpu_bwd_fill.native_op = _cpu_bwd.native_op
+
+
 _FORWARD = "Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? bias, Tensor? sinks"
 _OPTIONS = "float? scale, float softcap, bool silu, float norm"
 
 sparse_attention_fwd = _library.define(
     NAME,
     f"sparse_attention_fwd({_FORWARD}, {_OPTIONS}) -> (Tensor, Tensor)",
-    backends=(Backend("reference", reference_fwd),),
+    backends=(
+        Backend("cpu", filling(_allocate_fwd, _cpu("fwd", 2, 0))),
+        Backend("reference", reference_fwd),
+    ),
     fake=_allocate_fwd,
     empty=_empty,
     setup_context=_setup_context,
@@ -204,7 +246,10 @@ sparse_attention_bwd = _library.define(
     NAME,
     f"sparse_attention_bwd(Tensor dout, Tensor? dlse, {_FORWARD}, Tensor out, Tensor lse, {_OPTIONS}, "
     "bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=(Backend("reference", reference_bwd),),
+    backends=(
+        Backend("cpu", filling(_allocate_bwd, _cpu_bwd_fill)),
+        Backend("reference", reference_bwd),
+    ),
     fake=_allocate_bwd,
     empty=lambda dout, dlse, *rest: _empty(*rest),
 )
