@@ -82,9 +82,10 @@ def attend(q, k, v, visible, bias, sinks, scale, softcap, silu, norm):
         return _values(p, v, visible).to(q.dtype), s.new_zeros(s.shape[:-1])
     s = torch.where(visible, s, float("-inf"))
     some = visible.any(-1)
-    # By way of the largest score, as kernels do it: where that is infinite both outputs are NaN.
+    # By way of the largest score, as kernels do it: both outputs are NaN where that is inf, but not where it is -inf.
     safe = torch.where(some[..., None], s, 0)
     top = safe.detach().amax(-1, keepdim=True) if s.shape[-1] else safe.new_zeros(*s.shape[:-1], 1)
+    top = torch.where(top == float("-inf"), 0, top)
     lse = torch.where(some, (top + (safe - top).exp().sum(-1, keepdim=True).log())[..., 0], float("-inf"))
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(wide)[:, None])
