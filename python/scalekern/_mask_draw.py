@@ -10,7 +10,7 @@ import torch
 EMPTY, PARTIAL, FULL, GAP = range(4)
 CHARACTERS = {EMPTY: ".", PARTIAL: "+", FULL: "#"}
 ANSI = {EMPTY: 250, PARTIAL: 110, FULL: 25}  # of 256 colours: grey, pale blue, dark blue
-PALETTE = bytes.fromhex("efefef" "9db7d5" "1f4e8c" "ffffff")
+PALETTE = bytes.fromhex("efefef9db7d51f4e8cffffff")
 _PANEL = 512  # pixels across, about
 
 

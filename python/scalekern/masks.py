@@ -180,10 +180,8 @@ def neighborhood(hw, kernel, dilation=1) -> Mask:
     """
     if isinstance(hw, int) and isinstance(kernel, int) and isinstance(dilation, int):
         hw, kernel, dilation = (1, hw), (1, kernel), (1, dilation)
-    hw, (kernel, dilation) = _image("neighborhood", hw), (
-        _pair("neighborhood", name, value) for name, value in (("kernel", kernel), ("dilation", dilation))
-    )
-    return leaves.Neighborhood(hw, kernel, dilation)
+    kernel, dilation = _pair("neighborhood", "kernel", kernel), _pair("neighborhood", "dilation", dilation)
+    return leaves.Neighborhood(_image("neighborhood", hw), kernel, dilation)
 
 
 def dense(allowed) -> Mask:
@@ -213,7 +211,7 @@ def tiles(pairs, block) -> Mask:
     """
     pairs = _integers("tiles", "pairs", pairs, (2,)) if len(pairs) else torch.empty(0, 2, dtype=torch.int64)
     _require(pairs.shape[1] == 2, "tiles", f"pairs must have shape (n, 2), got {tuple(pairs.shape)}")
-    _require(bool((pairs >= 0).all()), "tiles", f"pairs must not be negative, got {int(pairs.min()) if len(pairs) else 0}")
+    _require(not (pairs < 0).any(), "tiles", f"pairs must not be negative, got {_short(pairs.tolist())}")
     grid = torch.zeros(*(pairs.amax(0) + 1).tolist() if len(pairs) else (1, 1), dtype=torch.bool)
     grid[pairs[:, 0], pairs[:, 1]] = True
     return leaves.Tiles(grid, _pair("tiles", "block", block))
