@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import itertools
 import math
 import pickle
 import random
@@ -70,9 +71,9 @@ def check_code(mask, dense):
 
 
 def check_predicate(mask, predicate, dense, r, points):
-    B, H, Lq, Lk = dense.shape
-    where = [(b, h, q, k) for b in range(B) for h in range(H) for q in range(Lq) for k in range(Lk)]
-    for b, h, q, k in where if len(where) <= points else [[r.randrange(n) for n in dense.shape] for _ in range(points)]:
+    everywhere = itertools.product(*map(range, dense.shape))
+    sample = ([r.randrange(n) for n in dense.shape] for _ in range(points))
+    for b, h, q, k in everywhere if dense.numel() <= points else sample:
         assert bool(dense[b, h, q, k]) == bool(predicate(b, h, q, k)), (mask, b, h, q, k)
 
 
@@ -250,9 +251,9 @@ from scalekern.masks import *
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 masks, N, before = [causal & (window(256, 0) | sink(4)), causal, window(256, 0)], 262144, peak()
-begin = time.perf_counter()
+begin = time.process_time()
 plans = [m.plan(N, N, block) for m in masks for block in ((128, 128), (64, 64))]
-print(time.perf_counter() - begin, peak() - before, *(plan.tiles[0] for plan in plans))
+print(time.process_time() - begin, peak() - before, *(plan.tiles[0] for plan in plans))
 """
 
 
