@@ -162,15 +162,16 @@ class Mask:
         return allowed.expand(self.batches, self.heads, q_len, kv_len).expand(*sizes, -1, -1).contiguous()
 
     def code(self, device="cpu") -> torch.Tensor:
-        """The program and tables that kernels get: int32, 1-D, the same tensor at each call. Not to be written to."""
+        """The program and tables that kernels get: int32, 1-D, not to be written to.
+
+        The same tensor at each call, and for equal masks as long as it is small: plans are kept with it.
+        """
         return self._code(torch.device(device))
 
     @remembered
     def _code(self, device):
-        if device.type == "cpu":
-            return _mask_code.lower(self)
-        host = self.code()
-        return _mask_plan.remember_host(host.to(device), host)
+        host = _mask_code.lower(self) if device.type == "cpu" else self.code()
+        return _mask_plan.interned(host, device)
 
     def plan(self, q_len: int, kv_len: int, block=(128, 128), device="cpu") -> "_mask_plan.Plan":
         """Which tiles to visit; see scalekern.masks.Plan. The same object at each call, for recent lengths."""
