@@ -4,6 +4,7 @@ Shape letters: B batch, H heads, G key heads, L length, P head dim, W window.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +95,10 @@ def by_rows(rule, reach, q, k, v):
 
 
 def attention(device, dtype, *, train, mask, rivals=(), B=1, H, G=None, L, P, W=256) -> Work:
+    G = math.gcd(H, G or H)
     rule, passes = MASKS[mask](L, H, W), backward if train else forward
     randn = normal(device, 0)
-    inputs = tuple(randn(B, n, L, P).to(dtype).requires_grad_(train) for n in (H, G or H, G or H))
+    inputs = tuple(randn(B, n, L, P).to(dtype).requires_grad_(train) for n in (H, G, G))
     dout = normal(device, 1)(B, H, L, P).to(dtype)
 
     def oracle():
@@ -112,18 +114,18 @@ def attention(device, dtype, *, train, mask, rivals=(), B=1, H, G=None, L, P, W=
         table = rule.to_dense(L, L).to(device)
         allowed = lambda b, h, i, j: table[0, 0 if table.shape[1] == 1 else h, i, j]
         blocks = create_block_mask(allowed, None, None if table.shape[1] == 1 else H, L, L, device=device)
-        compiled = torch.compile(flex_attention, dynamic=False)
-        call = lambda *x: compiled(*x, block_mask=blocks, enable_gqa=G is not None)
+        compiled = torch.compile(flex_attention, dynamic=False) if L > 1024 else flex_attention
+        call = lambda *x: compiled(*x, block_mask=blocks, enable_gqa=G < H)
         return peers.torch_peer(passes(call, inputs, dout))
 
     def dense():
-        call = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=G is not None)
+        call = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=G < H)
         run = passes(call, inputs, dout)
         return peers.torch_peer(lambda: (run(), None)[1])  # of another mask: its values are not compared
 
     pairs = int(rule.density(L, L) * L * L) * B * H
     tolerance = gradient_tolerance("sparse_attention", dtype) if train else TOLERANCE[dtype]
-    moved = inputs[0].element_size() * B * L * P * 2 * (H + (G or H))
+    moved = inputs[0].element_size() * B * L * P * 2 * (H + G)
     return Work(
         run=passes(lambda *x: scalekern.sparse_attention(*x, rule), inputs, dout), oracle=oracle, tolerance=tolerance,
         bytes_moved=(2 if train else 1) * moved, flops=(10 if train else 4) * pairs * P, exponentials=pairs,
