@@ -1,6 +1,7 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
 from scalekern.nn.h3 import H3
+from scalekern.nn.hstu import HSTU
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
 from scalekern.nn.monarch_mixer import (
@@ -16,6 +17,7 @@ from scalekern.nn.wavemix import WaveMixBlock
 __all__ = [
     "DSS",
     "H3",
+    "HSTU",
     "S4",
     "S4D",
     "BlockdiagLinear",
