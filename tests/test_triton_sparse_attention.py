@@ -1,0 +1,197 @@
+"""The Triton kernels of sparse_attention, run by Triton's interpreter on CPU tensors, against a float64 masked softmax.
+
+Needs TRITON_INTERPRET=1 in the environment before anything imports Triton, like tests/test_triton_interpret.py.
+"""
+
+import itertools
+import os
+import types
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+    pytest.skip("runs only with TRITON_INTERPRET=1", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl  # noqa: E402
+
+from scalekern.triton_kernels import mask_device as dev  # noqa: E402
+from scalekern.triton_kernels.sparse_attention import sparse_attention_fwd  # noqa: E402
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+TOLERANCE = {F64: 1e-12, F32: 1e-5, F16: 2e-3, BF16: 1.2e-2}
+NEVER = 2**31 - 1
+
+# --- masks, written down as code tensors and evaluated one pair at a time ---------------------------------------------
+
+
+def leaf(opcode, *numbers, swap=0, dx=0, dy=0):
+    return [opcode, swap, dx, dy, *numbers]
+
+
+def assemble(*heads, tables=(), batches=1):
+    """A code tensor of one program a head (a program: a list of instructions; the number 1000 + n is table n)."""
+    structures = list(dict.fromkeys(tuple((i[0], i[1] if len(i) > 1 else 0) for i in head) for head in heads))
+    sizes = [2 + dev.INSTRUCTION * len(head) for head in heads]
+    offsets = [2 + len(heads) + sum(sizes[:n]) for n in range(len(heads))]
+    starts = [offsets[-1] + sizes[-1] + sum(map(len, tables[:n])) for n in range(len(tables))]
+    code = [len(heads), batches, *offsets]
+    for head in heads:
+        key = tuple((i[0], i[1] if len(i) > 1 else 0) for i in head)
+        code += [len(head), structures.index(key)]
+        for one in head:
+            one = [starts[x - 1000] if 1000 <= x < 1100 else x for x in one]
+            code += [*one, *[0] * (dev.INSTRUCTION - len(one))]
+    return torch.tensor(code + [x for table in tables for x in table], dtype=torch.int32)
+
+
+def allowed(code, b, h, q, k):
+    """The mask's definition, for one pair."""
+    code = code if isinstance(code, list) else code.tolist()
+    o = code[2 + (h if code[0] > 1 else 0)]
+    stack = []
+    for i in range(code[o]):
+        opcode, swap, dx, dy, *p = code[o + 2 + 12 * i : o + 14 + 12 * i]
+        x, y = ((k, q) if swap else (q, k))[0] + dx, ((k, q) if swap else (q, k))[1] + dy
+        at = lambda n: 0 if n == 1 else b
+        if opcode in (dev.AND, dev.OR):
+            right, left = stack.pop(), stack.pop()
+            value = left and right if opcode == dev.AND else left or right
+        elif opcode == dev.NOT:
+            value = not stack.pop()
+        elif opcode == dev.ALL:
+            value = True
+        elif opcode == dev.CAUSAL:
+            value = y <= x
+        elif opcode == dev.WINDOW:
+            value = (p[0] < 0 or x - y <= p[0]) and (p[1] < 0 or y - x <= p[1])
+        elif opcode == dev.BELOW:
+            value = 0 <= y < p[0]
+        elif opcode == dev.PREFIX:
+            value = 0 <= y < code[p[0] + at(p[1])]
+        elif opcode == dev.BLOCKS:
+            value = x >= 0 and 0 <= y < code[p[0] + min(x, p[1] - 1)]
+        elif opcode == dev.SAME:
+            value = 0 <= x < p[1] and 0 <= y < p[3]
+            if value:
+                mine = code[p[0] + at(p[4]) * p[1] + x]
+                value = mine >= 0 and mine == code[p[2] + at(p[4]) * p[3] + y]
+        elif opcode == dev.DILATED:
+            value = (x - y) % p[0] == 0
+        elif opcode == dev.NEIGHBOR:
+            value = 0 <= x < p[0] * p[1] and 0 <= y < p[0] * p[1]
+            for X, Y, size, kernel, d in (
+                (x // p[1], y // p[1], p[0], p[2], p[4]), (x % p[1], y % p[1], p[1], p[3], p[5]),
+            ):  # fmt: skip
+                line = [z for z in range(size) if z % d == X % d]
+                start = min(max(X // d - kernel // 2, 0), max(len(line) - kernel, 0))
+                value = value and Y in line[start : start + kernel]
+        elif opcode == dev.DENSE:
+            X, Y, words = x // p[5], y // p[6], -(-p[2] // 32)
+            value = x >= 0 and y >= 0 and X < p[1] and Y < p[2]
+            if value:
+                head = at(p[3]) * p[4] + (0 if p[4] == 1 else h)
+                value = bool(code[p[0] + (head * p[1] + X) * words + Y // 32] >> Y % 32 & 1)
+        elif opcode == dev.ROWS:
+            value = 0 <= x < p[1] and code[p[0] + at(p[2]) * p[1] + x] != 0
+        stack.append(value)
+    return stack.pop()
+
+
+def dense(code, B, H, Lq, Lk):
+    code = code.tolist()
+    pairs = itertools.product(range(B if code[1] > 1 else 1), range(H if code[0] > 1 else 1), range(Lq), range(Lk))
+    found = torch.tensor([allowed(code, *pair) for pair in pairs]).view(code[1] if code[1] > 1 else 1, -1, Lq, Lk)
+    return found.expand(B, H, Lq, Lk)
+
+
+def plan_from(mask, block, batches, heads):
+    """A plan by looking at every pair."""
+
+    def lists(mask, rows, columns):
+        ptr, runs = [0], []
+        for b, h in itertools.product(range(batches), range(heads)):
+            for i in range(0, mask.shape[2], rows):
+                begin, last = len(runs), None
+                for j in range(0, mask.shape[3], columns):
+                    tile = mask[b, h, i : i + rows, j : j + columns]
+                    kind = None if not tile.any() else 0 if tile.all() else 1
+                    if kind is not None and kind == last:
+                        runs[-1][1] += 1
+                    elif kind is not None:
+                        runs.append([j // columns, 1, kind])
+                    last = kind
+                ptr.append(ptr[-1] + len(runs) - begin)
+        return torch.tensor(ptr, dtype=torch.int32), torch.tensor(runs, dtype=torch.int32).view(-1, 3)
+
+    forward, backward = lists(mask, *block), lists(mask.transpose(2, 3), *block[::-1])
+    return types.SimpleNamespace(
+        block=block, batches=batches, heads=heads, q_len=mask.shape[2], kv_len=mask.shape[3], ptr=forward[0],
+        runs=forward[1], col_ptr=backward[0], col_runs=backward[1],
+    )  # fmt: skip
+
+
+def plan_of(code, B, H, Lq, Lk, block=(32, 32)):
+    mask = dense(code, B, H, Lq, Lk)
+    return mask, plan_from(mask, block, B if code[1] > 1 else 1, H if code[0] > 1 else 1)
+
+
+CAUSAL = [leaf(dev.CAUSAL)]
+LOCAL = [leaf(dev.CAUSAL), leaf(dev.WINDOW, 5, -1), leaf(dev.BELOW, 3), [dev.OR], [dev.AND]]
+
+
+@triton.jit
+def _evaluate(out_ptr, code_ptr, b, h, Lq, Lk, PARAMS: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    p = PARAMS(code_ptr, tl.load(code_ptr + 2 + tl.where(tl.load(code_ptr) == 1, 0, h)))
+    x, y = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    if TRANSPOSED:
+        tl.store(out_ptr + y * Lk + x, MASK(code_ptr, p, b, h, y, x).to(tl.uint8), mask=(y < Lq) & (x < Lk))
+    else:
+        tl.store(out_ptr + x * Lk + y, MASK(code_ptr, p, b, h, x, y).to(tl.uint8), mask=(x < Lq) & (y < Lk))
+
+
+SEGMENTS = [0, 0, 1, 1, 1, -1, -1, 2, 2, 2, 0, 3]  # 12 tokens
+BITS = [0x5A5A5A5A, -3, 7, 1 << 30, -(2**31), 99, 123456789, -123456789] * 20
+PROGRAMS = {  # of heads in turn, and their tables
+    "all": ([[leaf(dev.ALL)]], []),
+    "causal": ([[leaf(dev.CAUSAL, dx=2, dy=-1)]], []),
+    "window": ([[leaf(dev.WINDOW, 3, 1)], [leaf(dev.WINDOW, -1, 2)], [leaf(dev.WINDOW, 4, -1)]], []),
+    "below": ([[leaf(dev.BELOW, 4, dy=2)], [leaf(dev.BELOW, 4, swap=1, dy=-2)]], []),
+    "prefix": ([[leaf(dev.PREFIX, 1000, 2)], [leaf(dev.PREFIX, 1001, 1, swap=1)]], [[4, 9], [5]]),
+    "blocks": (
+        [[leaf(dev.BLOCKS, 1000, 9, dx=-1)], [leaf(dev.BLOCKS, 1000, 9, swap=1, dy=1)]],
+        [[1, 3, 3, 6, 6, 6, 7, 7, NEVER]],
+    ),
+    "same": (
+        [[leaf(dev.SAME, 1000, 12, 1001, 6, 2, dx=1)], [leaf(dev.SAME, 1001, 12, 1000, 12, 1, swap=1)]],
+        [SEGMENTS + SEGMENTS[::-1], [0, 1, 2, 3, -1, 1] * 2],
+    ),
+    "dilated": ([[leaf(dev.DILATED, 3, dx=-2)]], []),
+    "neighbor": (
+        [[leaf(dev.NEIGHBOR, 4, 3, 3, 2, 1, 1)], [leaf(dev.NEIGHBOR, 3, 7, 3, 5, 2, 3, dx=1)],
+         [leaf(dev.NEIGHBOR, 3, 4, 5, 3, 1, 2, swap=1)]], [],
+    ),
+    "dense": (
+        [[leaf(dev.DENSE, 1000, 10, 40, 2, 4, 1, 1)], [leaf(dev.DENSE, 1000, 5, 33, 1, 1, 4, 3, dx=-2, dy=1)]], [BITS],
+    ),
+    "rows": (
+        [[leaf(dev.ROWS, 1000, 8, 2)], [leaf(dev.ROWS, 1000, 8, 1, swap=1, dx=-3)]], [[0, 1, 1, 0, 2, 0, 1, 0] * 2]
+    ),
+    "logic": ([LOCAL, [leaf(dev.CAUSAL), [dev.NOT], leaf(dev.DILATED, 2), [dev.OR]], CAUSAL], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_mask_function(name, transposed):
+    """Every opcode, with shifts and swapped coordinates, alone and on a branch, equals its definition."""
+    programs, tables = PROGRAMS[name]
+    B, H, Lq, Lk = 2, 4, 14, 41
+    heads = [programs[h % len(programs)] for h in range(H)] if len(programs) > 1 else programs
+    code = assemble(*heads, tables=tables, batches=B)
+    functions = dev.functions_of(dev.structures_of(code))
+    expected = dense(code, B, H, Lq, Lk)
+    for b, h in itertools.product(range(B), range(H)):
+        found = torch.full((Lq, Lk), 7, dtype=torch.uint8)
+        _evaluate[(1,)](found, code, b, h, Lq, Lk, *functions, transposed)
+        assert torch.equal(found, expected[b, h].to(torch.uint8)), (b, h)
