@@ -195,3 +195,92 @@ def test_mask_function(name, transposed):
         found = torch.full((Lq, Lk), 7, dtype=torch.uint8)
         _evaluate[(1,)](found, code, b, h, Lq, Lk, *functions, transposed)
         assert torch.equal(found, expected[b, h].to(torch.uint8)), (b, h)
+
+
+# --- the kernels --------------------------------------------------------------------------------------------------------
+
+
+def randn(*shape, dtype=F32):
+    """Normal numbers, each leading index with its own scale, so that permuted batches or heads are seen."""
+    value = torch.randn(shape, dtype=F64)
+    return (value * torch.rand(shape[:2] + (1,) * (len(shape) - 2)).add(0.5)).to(dtype)
+
+
+def oracle(q, k, v, mask, bias, sinks, scale, softcap, silu, norm):
+    """(out, lse) of a dense masked softmax."""
+    group = q.shape[1] // k.shape[1]
+    s = torch.einsum("bhqp,bhkp->bhqk", q, k.repeat_interleave(group, 1)) * scale
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    s = s if bias is None else s + bias
+    values = v.repeat_interleave(group, 1)
+    if silu:
+        p, lse = torch.where(mask, torch.nn.functional.silu(s) * norm, 0), torch.zeros(q.shape[:3], dtype=q.dtype)
+    else:
+        s = s.masked_fill(~mask, -torch.inf)
+        extra = [] if sinks is None else [sinks[None, :, None, None].expand(*s.shape[:3], 1)]
+        # Rows without a key: their logits are replaced before the logarithm, so that no gradient is NaN.
+        empty = ~mask.any(3) if sinks is None else torch.zeros_like(mask[..., 0])
+        lse = torch.cat([s.masked_fill(empty[..., None], 0), *extra], 3).logsumexp(3).masked_fill(empty, -torch.inf)
+        p = torch.where(mask, (s - lse.masked_fill(empty, 0)[..., None]).exp(), 0)
+    return torch.einsum("bhqk,bhkp->bhqp", p, values), lse
+
+
+def inputs(B=1, H=2, Hkv=1, Lq=37, Lk=45, P=8, PV=8, dtype=F32, bias=None, sinks=False, bias_dtype=None):
+    real = F64 if dtype == F64 else F32
+    return dict(
+        q=randn(B, H, Lq, P, dtype=dtype), k=randn(B, Hkv, Lk, P, dtype=dtype), v=randn(B, Hkv, Lk, PV, dtype=dtype),
+        bias=None if bias is None else randn(*bias, Lq, Lk, dtype=bias_dtype or dtype),
+        sinks=torch.randn(H).to(real) if sinks else None,
+    )  # fmt: skip
+
+
+def poisoned(*shape, dtype):
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def forward(x, code, plan, scale=0.3, softcap=None, silu=False, norm=1.0):
+    B, H, Lq, _ = x["q"].shape
+    out = poisoned(B, H, Lq, x["v"].shape[3], dtype=x["q"].dtype)
+    lse = poisoned(B, H, Lq, dtype=F64 if out.dtype == F64 else F32)
+    sparse_attention_fwd(out, lse, x["q"], x["k"], x["v"], code, plan, x["bias"], x["sinks"], scale, softcap, silu, norm)
+    return out, lse
+
+
+def error(found, expected):
+    """Relative L2 error by the reference's norm: an all-zero result fails."""
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    found, expected = (torch.where(x.isfinite(), x.double(), 0) for x in (found, expected))
+    norm = expected.norm()
+    return float((found - expected).norm() / norm if norm > 0 else found.norm())
+
+
+def check(x, code, block=(32, 32), **options):
+    """Forward and every gradient."""
+    (B, H, Lq, _), Lk = x["q"].shape, x["k"].shape[2]
+    mask, plan = plan_of(code, B, H, Lq, Lk, block)
+    numbers = dict(scale=0.3, softcap=None, silu=False, norm=1.0) | options
+    x64 = {name: None if t is None else t.detach().double().requires_grad_() for name, t in x.items()}
+    expected = oracle(**x64, mask=mask, **numbers)
+    found = forward(x, code, plan, **numbers)
+    tolerance = TOLERANCE[x["q"].dtype]
+    for name, f, e in zip(("out", "lse"), found, expected):
+        assert error(f, e.detach()) <= tolerance, (name, error(f, e.detach()), tolerance)
+
+
+CASES = {
+    "local": (dict(), (LOCAL,), {}),
+    "empty rows": (dict(Lq=45, Lk=20), ([leaf(dev.CAUSAL, dx=-7), leaf(dev.WINDOW, 9, -1), [dev.AND]],), {}),
+    "float64": (dict(dtype=F64, B=2, H=2, bias=(2, 1), sinks=True, P=5, PV=17), (LOCAL, CAUSAL), dict(softcap=2.0)),
+    "float16": (dict(dtype=F16, P=80, PV=40, Lq=64, Lk=64), (CAUSAL,), dict(softcap=1.5)),
+    "bfloat16": (dict(dtype=BF16, B=2, H=4, Hkv=2, sinks=True, bias=(1, 4)), (LOCAL,), {}),
+    "per head": (dict(H=4, Hkv=2, B=2, P=3, PV=130), (LOCAL, CAUSAL, [leaf(dev.ALL)], CAUSAL), {}),
+    "silu": (dict(H=2, Hkv=2, bias=(1, 1)), (LOCAL,), dict(silu=True, norm=1 / 45)),
+    "silu float64": (dict(dtype=F64, H=2), (CAUSAL,), dict(silu=True, norm=0.1, softcap=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name):
+    torch.manual_seed(0)
+    shapes, heads, options = CASES[name]
+    check(inputs(**shapes), assemble(*heads), **options)

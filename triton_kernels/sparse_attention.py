@@ -19,24 +19,27 @@ moves no bytes, but is multiplied (80 costs as much as 128).
 
 NaN and Inf: a masked pair has weight 0, and 0 x NaN would bring the value of a key that the row does not see. No tile
 checks for that: a row of queries whose result is finite met no such value, and one whose result is not is computed
-again by `careful_dot`, which tells who sees what. Only a call that has a NaN, an Inf or an overflow pays, about four
+again by `careful_dot`, which tells who sees what. Only a call that has a NaN, an Inf or an overflow pays, some ten
 times.
 
 float32 products are three TF32 ones ("tf32x3"), error about 2^-21; float64 takes the DMMA or FMA units.
 """
 
-import math
+import types
 
 import torch
 import triton
 import triton.language as tl
 
+from .. import _env
 from .common import LN2, LOG2E, Launch, compile_spec, index, meta, sigmoid, strides, wide
 from .mask_device import AND, BELOW, CAUSAL, OR, WINDOW, functions_of, structures_of
 from .tuning import config
 
+INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())  # which would multiply bfloat16 as integers
+CAREFUL: tl.constexpr = tl.constexpr(16)  # the tile of the careful pass: small, so that it takes no more registers
 PRECISION: tl.constexpr = tl.constexpr("tf32x3")
-FULL: tl.constexpr = tl.constexpr(0)  # a plan's kinds of runs, and which of them a walk takes
+FULL: tl.constexpr = tl.constexpr(0)  # which tiles a walk takes: a plan's kinds of runs, or all of them, carefully
 PARTIAL: tl.constexpr = tl.constexpr(1)
 EVERY: tl.constexpr = tl.constexpr(2)
 
@@ -63,26 +66,27 @@ def broken(x, inside):
 
 
 @triton.jit
-def careful_dot(a, b, seen, acc):
-    """acc + a b, where a's pairs that are not seen meet nothing of b, be it NaN or Inf. a [M, K], b [K, N].
-
-    Who sees how many values of a kind is counted by products of zeros and ones, which are exact.
-    """
-    sees, positive = seen.to(b.dtype), (seen & (a > 0)).to(b.dtype)
-    up = tl.dot(positive, (b == float("inf")).to(b.dtype), out_dtype=acc.dtype)
-    down = tl.dot(positive, (b == -float("inf")).to(b.dtype), out_dtype=acc.dtype)
-    lost = tl.dot(sees, (finite(b) == 0).to(b.dtype), out_dtype=acc.dtype) - up - down  # NaN, and Inf times a <= 0
-    acc = tl.dot(a, tl.where(finite(b), b, 0.0).to(b.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    acc += tl.where(up > 0, float("inf"), 0.0) - tl.where(down > 0, float("inf"), 0.0)
-    return tl.where(lost > 0, float("nan"), acc)
+def dot(a, b, acc):
+    """acc + a b."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
-def product(a, b, seen, acc, CAREFUL: tl.constexpr):
-    if CAREFUL:
-        return careful_dot(a, b, seen, acc)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+def careful_dot(a, b, seen, acc):
+    """acc + a b, where a's pairs that are not seen meet nothing of b, be it NaN or Inf. a [M, CAREFUL], b [CAREFUL, N].
+
+    One exact product counts who sees how many values of a kind, in digits of base 32: NaN, Inf, -Inf, and 0 x any.
+    """
+    acc = dot(a, tl.where(finite(b), b, 0.0).to(b.dtype), acc)
+    kinds = tl.where(b != b, 1, tl.where(b == float("inf"), 32, tl.where(b == -float("inf"), 1024, 0)))
+    eyes = tl.where(seen, tl.where(a > 0, 1, 32768), 0)
+    counts = dot(eyes.to(b.dtype), kinds.to(b.dtype), tl.zeros(acc.shape, acc.dtype)).to(tl.int32)
+    acc += tl.where((counts >> 5) % 32 > 0, float("inf"), 0.0)
+    acc -= tl.where((counts >> 10) % 32 > 0, float("inf"), 0.0)
+    return tl.where((counts % 32 > 0) | (counts >= 32768), float("nan"), acc)
 
 
 @triton.jit
@@ -126,9 +130,9 @@ def tiles_of(runs_ptr, run, ends, KIND: tl.constexpr, STEP: tl.constexpr):
     first = tl.load(runs_ptr + 3 * run) * STEP
     end = tl.minimum(first + tl.load(runs_ptr + 3 * run + 1) * STEP, tiles)
     kind = tl.load(runs_ptr + 3 * run + 2)
-    if KIND == 0:
+    if KIND == FULL:
         end = tl.where(kind == 0, tl.minimum(end, whole), first)
-    elif KIND == 1:
+    elif KIND == PARTIAL:
         first = tl.where(kind == 0, tl.maximum(first, whole), first)
     return first, end
 
@@ -163,26 +167,26 @@ def _walk(
     p, pv = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_PV)
     for run in range(runs[0], runs[1]):
         first, end = tiles_of(runs_ptr, run, ends, KIND, STEP)
-        for tile in range(first, end):
+        for tile in tl.range(first, end, num_stages=1 if KIND == EVERY else None):
             at_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             in_k, column = at_k < Lk, index(at_k, INT64)
-            k = load_rows(key_ptr, stride_k_l, stride_k_p, column, index(p, INT64), in_k, P, KIND != 0)
-            v = load_rows(value_ptr, stride_v_l, stride_v_p, column, index(pv, INT64), in_k, PV, KIND != 0)
-            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)  # [BLOCK_Q, BLOCK_K]
+            k = load_rows(key_ptr, stride_k_l, stride_k_p, column, index(p, INT64), in_k, P, KIND != FULL)
+            v = load_rows(value_ptr, stride_v_l, stride_v_p, column, index(pv, INT64), in_k, PV, KIND != FULL)
+            qk = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_K], acc.dtype))  # [BLOCK_Q, BLOCK_K]
             bias = None
             if bias_ptr is not None:
                 pointers = bias_ptr + row[:, None] * stride_bias_q + column[None, :] * stride_bias_k
                 bias = tl.load(pointers, mask=(at_q < Lq)[:, None] & in_k[None, :], other=0.0)
             s, _ = scores(qk, bias, scale, softcap, 1.0 if SILU else LOG2E, SOFTCAP)
             allowed = None
-            if KIND != 0:
+            if KIND != FULL:
                 allowed = MASK(code_ptr, numbers_, b, h, at_q[:, None], at_k[None, :]) & in_k[None, :]
             if SILU:
                 w = s * sigmoid(s)
-                if KIND != 0:
+                if KIND != FULL:
                     w = tl.where(allowed, w, 0.0)
             else:
-                if KIND != 0:
+                if KIND != FULL:
                     s = tl.where(allowed, s, -float("inf"))
                 higher = tl.maximum(top, tl.max(s, axis=1))
                 safe = tl.where(higher == -float("inf"), 0.0, higher)
@@ -190,7 +194,10 @@ def _walk(
                 shrink = tl.exp2(top - safe)
                 total, top = total * shrink + tl.sum(w, axis=1), higher
                 acc *= shrink[:, None]
-            acc = product(w.to(v.dtype), v, allowed, acc, KIND == 2)
+            if KIND == EVERY:
+                acc = careful_dot(w.to(v.dtype), v, allowed, acc)
+            else:
+                acc = dot(w.to(v.dtype), v, acc)
     return acc, total, top
 
 
@@ -239,7 +246,8 @@ def _sparse_attention_fwd_kernel(
     if broken(acc, in_q[:, None]):
         acc, total, top = _walk(
             no_acc, no_total, no_top, q, at_q, row, keys, values, biases, code_ptr, numbers_, b, h, runs_ptr, runs,
-            ends, scale, softcap, MASK, 2, STEP_K, P, PV, SILU, SOFTCAP, INT64, BLOCK_K, BLOCK_P, BLOCK_PV,
+            (0, tl.cdiv(Lk, CAREFUL)), scale, softcap, MASK, EVERY, STEP_K * BLOCK_K // CAREFUL, P, PV, SILU, SOFTCAP,
+            INT64, CAREFUL, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
 
     if SILU:
@@ -247,8 +255,7 @@ def _sparse_attention_fwd_kernel(
         lse = tl.zeros([BLOCK_Q], acc_type)
     else:
         acc *= tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))[:, None]
-        lse = (top + tl.log2(total)) * LN2
-        lse = tl.where(total == 0, -float("inf"), lse)
+        lse = tl.where(total == 0, -float("inf"), (top + tl.log2(tl.where(total == 0, 1.0, total))) * LN2)
     at = out_ptr + batch * stride_out_b + head * stride_out_h + row[:, None] * stride_out_l
     at += index(pv, INT64)[None, :] * stride_out_p
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=in_q[:, None] & (pv[None, :] < PV))
@@ -330,3 +337,39 @@ def plan_sparse_attention_fwd(
 def sparse_attention_fwd(*args) -> None:
     """fill(out, lse, q, k, v, code, plan, bias, sinks, scale, softcap, silu, norm)"""
     plan_sparse_attention_fwd(*args).run()
+
+
+# --- what tests compile -----------------------------------------------------------------------------------------------
+
+
+def sample(dtype: torch.dtype, options: str) -> dict:
+    """The arguments of a typical call on meta tensors, by name, causal & (window | sink) of 8 heads in 2 groups.
+
+    options: words among "d128", "bias", "silu", "softcap", "sinks", "heads" (two structures), "odd" (P = 80), "wide".
+    """
+    options = options.split()
+    P, length = 128 if "d128" in options else 80 if "odd" in options else 64, 2**20 if "wide" in options else 4096
+    q = meta(4, length, 8, 4 * P if "wide" in options else P, dtype=dtype)[..., :P].transpose(1, 2)
+    k = meta(4, length, 2, 8 * P if "wide" in options else P, dtype=dtype)[..., :P].transpose(1, 2)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    block, runs = block_of(q, k), meta(64, 3, dtype=torch.int32)
+    lists = meta(triton.cdiv(length, block[0]) + 1, dtype=torch.int32)
+    plan = types.SimpleNamespace(block=block, batches=1, heads=1, ptr=lists, runs=runs, col_ptr=lists, col_runs=runs)
+    local = ((CAUSAL, 0), (WINDOW, 0), (BELOW, 0), (OR, 0), (AND, 0))
+    structures = (local, ((CAUSAL, 0),)) if "heads" in options else (local,)
+    return dict(
+        q=q, k=k, v=k, code=meta(64, dtype=torch.int32), plan=plan,
+        bias=meta(1, 8, length, length, dtype=dtype) if "bias" in options else None,
+        sinks=meta(8, dtype=real) if "sinks" in options else None, scale=P**-0.5,
+        softcap=30.0 if "softcap" in options else None, silu="silu" in options, norm=1.0,
+        functions=functions_of(structures),
+    ), meta(4, 8, length, dtype=real)  # fmt: skip
+
+
+def _spec(dtype: torch.dtype, options: str) -> Launch:
+    call, lse = sample(dtype, options)
+    return plan_sparse_attention_fwd(call["q"], lse, **call)
+
+
+for _options in ("", "d128", "odd", "d128 bias sinks", "silu", "d128 softcap heads", "wide"):
+    compile_spec("_".join(["sparse_attention_fwd", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))
