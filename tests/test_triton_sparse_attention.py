@@ -17,6 +17,7 @@ import triton.language as tl  # noqa: E402
 
 from scalekern.triton_kernels import mask_device as dev  # noqa: E402
 from scalekern.triton_kernels.sparse_attention import sparse_attention_fwd  # noqa: E402
+from scalekern.triton_kernels.sparse_attention_bwd import sparse_attention_bwd  # noqa: E402
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TOLERANCE = {F64: 1e-12, F32: 1e-5, F16: 2e-3, BF16: 1.2e-2}
@@ -262,9 +263,21 @@ def check(x, code, block=(32, 32), **options):
     x64 = {name: None if t is None else t.detach().double().requires_grad_() for name, t in x.items()}
     expected = oracle(**x64, mask=mask, **numbers)
     found = forward(x, code, plan, **numbers)
+    dout, dlse = randn(*expected[0].shape, dtype=found[0].dtype), randn(*expected[1].shape, dtype=found[1].dtype)
+    names = [name for name, t in x.items() if t is not None]
+    # An empty row's lse is constant: its gradient is multiplied by nothing.
+    loss = (expected[0] * dout).sum() + (expected[1].where(expected[1].isfinite(), 0) * dlse).sum()
+    expected = [t.detach() for t in expected] + list(torch.autograd.grad(loss, [x64[name] for name in names]))
+    gradients = backward(x, dout, None if numbers["silu"] else dlse, *found, code, plan, **numbers)
     tolerance = TOLERANCE[x["q"].dtype]
-    for name, f, e in zip(("out", "lse"), found, expected):
-        assert error(f, e.detach()) <= tolerance, (name, error(f, e.detach()), tolerance)
+    for name, f, e in zip(("out", "lse", *names), [*found, *gradients], expected, strict=True):
+        assert error(f, e) <= tolerance, (name, error(f, e), tolerance)
+
+
+def backward(x, dout, dlse, out, lse, code, plan, **numbers):
+    gradients = [None if t is None else torch.full_like(t, float("nan")) for t in x.values()]
+    sparse_attention_bwd(*gradients, dout, dlse, out, lse, *list(x.values())[:3], code, plan, *list(x.values())[3:], *numbers.values())
+    return [g for g in gradients if g is not None]
 
 
 CASES = {

@@ -284,7 +284,7 @@ def blocks_of(kernel: str, q: torch.Tensor, v: torch.Tensor, plan, default: dict
     return blocks
 
 
-def common_args(q, k, v, code, plan, bias, scale, softcap, silu, norm, blocks, functions, tensors=()) -> dict:
+def common_args(q, k, v, code, plan, bias, scale, softcap, silu, norm, functions, blocks, tensors=()) -> dict:
     """The arguments that every kernel of the family takes."""
     params, mask = functions or functions_of(structures_of(code))
     wide_q = q.dtype == torch.float64
@@ -311,7 +311,7 @@ def bias_strides(bias: torch.Tensor | None, name: str = "bias") -> dict[str, int
 def _default(q: torch.Tensor, v: torch.Tensor) -> dict:
     width = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.element_size() == 2:
-        queries, keys, warps, stages = (128, 128, 4, 3) if width <= 64 else (128, 64, 8, 3)
+        queries, keys, warps, stages = (128, 64, 4, 3) if width <= 64 else (128, 64, 8, 3)
         if width > 128:
             queries, keys, warps, stages = 64, 32, 4, 2
     else:
@@ -324,7 +324,7 @@ def plan_sparse_attention_fwd(
 ) -> Launch:  # fmt: skip
     """The launch, from shapes, strides and dtypes; functions: the mask's (params, mask), else read from code."""
     blocks = blocks_of("sparse_attention_fwd", q, v, plan, _default(q, v))
-    args = common_args(q, k, v, code, plan, bias, scale, softcap, silu, norm, blocks, functions, (out,))
+    args = common_args(q, k, v, code, plan, bias, scale, softcap, silu, norm, functions, blocks, (out,))
     args |= dict(
         out_ptr=out, lse_ptr=lse, sinks_ptr=sinks, ptr_ptr=plan.ptr, runs_ptr=plan.runs,
         plan_tiles=triton.cdiv(q.shape[2], plan.block[0]), **strides("out", out, "bhlp"),
