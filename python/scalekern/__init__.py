@@ -1,5 +1,6 @@
 """scalekern: kernels for the cores that decide how far a sequence model scales."""
 
+from scalekern import masks
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
@@ -33,6 +34,7 @@ __all__ = [
     "fft_conv_step",
     "mamba_inner",
     "mamba_update",
+    "masks",
     "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",

@@ -1,0 +1,523 @@
+"""The nodes of the mask algebra: immutable values that say for (batch, head, query, key) whether the pair is allowed.
+
+B batch, H heads, Lq and Lk lengths, T positions of a table. Each node evaluates itself (`_at`) in plain torch; this is
+the truth that the int32 code (_mask_code) and the plans (_mask_plan) are tested against.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+from scalekern import _mask_code, _mask_draw, _mask_plan
+
+SHIFT_LIMIT = 1 << 29  # x - y of any two shifted positions fits an int32
+_LARGE = 256  # elements of a table that a repr still spells out
+
+_node = functools.partial(dataclasses.dataclass, frozen=True, eq=False, repr=False)
+
+
+def remembered(method):
+    """The value of a method, kept on the node by the method's name and its arguments."""
+
+    @functools.wraps(method)
+    def call(self, *args):
+        memory = self.__dict__.get("_memory")
+        if memory is None:
+            object.__setattr__(self, "_memory", memory := {})
+        key = (method.__name__, *args)
+        if key not in memory:
+            memory[key] = method(self, *args)
+        return memory[key]
+
+    return call
+
+
+def integer(name: str, argument: str, value, least: int, most: int = 2**31 - 1, note: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {argument} must be an integer{note}, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: {argument} must be an integer from {least} to {most}{note}, got {value}")
+    return value
+
+
+@_node()
+class Mask:
+    """A predicate (b, h, q, k) -> bool over absolute positions; `h` is the query head.
+
+    Masks are values: `==` and `hash` go by content, `repr` of a small one evaluates back within `scalekern.masks`, and
+    `&`, `|`, `~`, `shift` and `transpose` build new ones.
+    """
+
+    # ---- composition ----
+
+    def __and__(self, other):
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other):
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self):
+        return Not(self)
+
+    def __bool__(self):
+        raise TypeError("a mask has no truth value: combine masks with & | ~, not with and, or, not")
+
+    def shift(self, dq: int, dk: int) -> "Mask":
+        """The mask m with m(q, k) = self(q + dq, k + dk).
+
+        Args:
+            dq, dk: integers; `causal.shift(Lk - Lq, 0)` aligns causal to the last key instead of the first.
+        Returns:
+            Mask.
+        Raises:
+            TypeError, ValueError: dq or dk is not an integer within 2^29.
+        """
+        limits = (-SHIFT_LIMIT, SHIFT_LIMIT)
+        return Shift(self, integer("shift", "dq", dq, *limits), integer("shift", "dk", dk, *limits))
+
+    def transpose(self) -> "Mask":
+        """The mask m with m(q, k) = self(k, q)."""
+        return Transpose(self)
+
+    # ---- value semantics ----
+
+    def _values(self) -> tuple:
+        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+
+    def __eq__(self, other):
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if self is other:
+            return True
+        same = type(self) is type(other) and hash(self) == hash(other)
+        return same and all(
+            torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+            for a, b in zip(self._values(), other._values())
+        )
+
+    @remembered
+    def _hash(self) -> int:
+        return hash((type(self), *(_digest(v) if isinstance(v, torch.Tensor) else v for v in self._values())))
+
+    def __hash__(self):
+        return self._hash()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_memory"}
+
+    def __repr__(self):
+        return self._text()[0]
+
+    def _text(self) -> tuple[str, int]:
+        """The expression, and how tightly it binds: 3 a call or name, 2 ~, 1 &, 0 |."""
+        return f"{_name(self)}({', '.join(_spell(v) for v in self._values())})", 3
+
+    # ---- what it depends on ----
+
+    @property
+    @remembered
+    def heads(self) -> int:
+        """Heads that the mask tells apart; 1: all alike."""
+        return max([1, *(v.heads for v in self._operands())])
+
+    @property
+    @remembered
+    def batches(self) -> int:
+        """Batch rows that the mask tells apart; 1: all alike."""
+        return max([1, *(v.batches for v in self._operands())])
+
+    def _operands(self) -> tuple:
+        return tuple(v for v in self._values() if isinstance(v, Mask))
+
+    def _check_operands(self):
+        for what in ("heads", "batches"):
+            sizes = {getattr(v, what) for v in self._operands()} - {1}
+            if len(sizes) > 1:
+                raise ValueError(f"{_name(self)}: operands must agree in {what}, got {sorted(sizes)}")
+
+    def _at(self, x, y, b, h):
+        """Whether (x, y) is allowed; four integer tensors that broadcast."""
+        raise NotImplementedError
+
+    # ---- dense, code, plan ----
+
+    def to_dense(self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None) -> torch.Tensor:
+        """The mask as a tensor; quadratic in memory, for tests and small lengths.
+
+        Args:
+            q_len, kv_len: Lq and Lk.
+            batch, heads: B and H; by default as many as the mask tells apart.
+        Returns:
+            bool (B, H, Lq, Lk) on the CPU; True: allowed.
+        Raises:
+            ValueError: batch or heads is not what the mask tells apart.
+        """
+        q_len, kv_len = integer("to_dense", "q_len", q_len, 0), integer("to_dense", "kv_len", kv_len, 0)
+        sizes = []
+        for name, asked, own in (("batch", batch, self.batches), ("heads", heads, self.heads)):
+            sizes.append(own if asked is None else integer("to_dense", name, asked, 0))
+            if own not in (1, sizes[-1]):
+                raise ValueError(f"to_dense: {name} must be {own}, as many as the mask tells apart, got {asked}")
+        b, h = torch.arange(self.batches).view(-1, 1, 1, 1), torch.arange(self.heads).view(-1, 1, 1)
+        allowed = self._at(torch.arange(q_len).view(-1, 1), torch.arange(kv_len), b, h)
+        return allowed.expand(self.batches, self.heads, q_len, kv_len).expand(*sizes, -1, -1).contiguous()
+
+    def code(self, device="cpu") -> torch.Tensor:
+        """The program and tables that kernels get: int32, 1-D, the same tensor at each call. Not to be written to."""
+        return self._code(torch.device(device))
+
+    @remembered
+    def _code(self, device):
+        if device.type == "cpu":
+            return _mask_code.lower(self)
+        host = self.code()
+        return _mask_plan.remember_host(host.to(device), host)
+
+    def plan(self, q_len: int, kv_len: int, block=(128, 128), device="cpu") -> "_mask_plan.Plan":
+        """Which tiles to visit; see scalekern.masks.Plan. The same object at each call, for recent lengths."""
+        return _mask_plan.plan_of(self.code(device), q_len, kv_len, block)
+
+    # ---- questions ----
+
+    def tile(self, q0: int, q1: int, k0: int, k1: int) -> str:
+        """ "empty", "full" or "partial": the pairs of queries [q0, q1) and keys [k0, k1), in all batches and heads."""
+        return _mask_plan.tile(self.code(), q0, q1, k0, k1)
+
+    def row(self, q: int, kv_len: int, batch: int = 0, head: int = 0) -> list[tuple[int, int]]:
+        """The keys that query q may see, as ascending intervals [start, end)."""
+        at = [torch.tensor(i) for i in (q, batch, head)]
+        seen = self._at(at[0], torch.arange(kv_len), *at[1:]).expand(kv_len)
+        edges = torch.diff(torch.nn.functional.pad(seen.to(torch.int8), (1, 1))).nonzero().flatten().tolist()
+        return list(zip(edges[::2], edges[1::2]))
+
+    def density(self, q_len: int, kv_len: int) -> float:
+        """Allowed pairs / all pairs, over all batches and heads that the mask tells apart."""
+        pairs = self.batches * self.heads * q_len * kv_len
+        return _mask_plan.allowed_pairs(self.code(), q_len, kv_len) / pairs if pairs else 0.0
+
+    def waste(self, q_len: int, kv_len: int, block=(128, 128)) -> float:
+        """Pairs in the tiles that a kernel visits / allowed pairs: 1 is perfect, infinity cannot occur."""
+        visited = _mask_plan.visited_pairs(self.plan(q_len, kv_len, block))
+        return visited / _mask_plan.allowed_pairs(self.code(), q_len, kv_len) if visited else 1.0
+
+    def empty_rows(self, q_len: int, kv_len: int) -> torch.Tensor:
+        """Queries that may see no key: bool (batches, heads, Lq), without a quadratic tensor."""
+        return _mask_plan.empty_rows(self.code(), q_len, kv_len)
+
+    def attending_all_if_empty(self, q_len: int, kv_len: int) -> "Mask":
+        """This mask, but queries that may see no key see all keys (Mask2Former's masked cross-attention)."""
+        empty = self.empty_rows(q_len, kv_len)
+        if not empty.any():
+            return self
+        members = tuple(self | Rows(empty[:, h].contiguous()) for h in range(empty.shape[1]))
+        return members[0] if len(members) == 1 else PerHead(members)
+
+    def show(self, q_len: int, kv_len: int, *, width: int = 64, block=None, color: bool = False) -> str:
+        """A picture for a terminal, head by head where they differ: `#` full, `+` partial, `.` empty.
+
+        Args:
+            q_len, kv_len: Lq and Lk.
+            width: cells across at most; ignored when block is given.
+            block: the tile (queries, keys) behind a cell; by default one that fits.
+            color: ANSI colours as well.
+        Returns:
+            str, lines of cells: queries downwards, keys to the right.
+        """
+        return _mask_draw.show(self, q_len, kv_len, width=width, block=block, color=color)
+
+    def save_png(self, path, q_len: int, kv_len: int, *, block=None) -> None:
+        """Write the same picture as a PNG file, heads side by side, batches below one another."""
+        _mask_draw.save_png(self, path, q_len, kv_len, block=block)
+
+
+def _digest(table: torch.Tensor) -> tuple:
+    flat = table.flatten().long()
+    return tuple(table.shape), int((flat * (torch.arange(flat.numel()) * 2654435761 + 97)).sum())
+
+
+def _name(node) -> str:
+    return {"PerHead": "per_head", "And": "&", "Or": "|"}.get(type(node).__name__, type(node).__name__.lower())
+
+
+def _spell(value) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(list(value) if isinstance(value, tuple) and value and isinstance(value[0], Mask) else value)
+    return repr(value.tolist()) if value.numel() <= _LARGE else f"<{value.dtype} {tuple(value.shape)}>"
+
+
+# ---- leaves ----
+
+
+@_node()
+class Everything(Mask):
+    def _at(self, x, y, b, h):
+        return torch.ones((), dtype=torch.bool)
+
+    def _text(self):
+        return "everything", 3
+
+
+@_node()
+class Causal(Mask):
+    def _at(self, x, y, b, h):
+        return y <= x
+
+    def _text(self):
+        return "causal", 3
+
+
+@_node()
+class Window(Mask):
+    left: int  # -1: no limit
+    right: int
+
+    def _at(self, x, y, b, h):
+        allowed = torch.ones((), dtype=torch.bool)
+        if self.left >= 0:
+            allowed = y >= x - self.left
+        return allowed & (y <= x + self.right) if self.right >= 0 else allowed
+
+
+@_node()
+class Sink(Mask):
+    n: int
+
+    def _at(self, x, y, b, h):
+        return (y >= 0) & (y < self.n)
+
+
+@_node()
+class Prefix(Mask):
+    lengths: tuple
+
+    batches = property(lambda self: len(self.lengths))
+
+    def _at(self, x, y, b, h):
+        return (y >= 0) & (y < torch.tensor(self.lengths)[_row(b, len(self.lengths))])
+
+    def _text(self):
+        return f"prefix({self.lengths[0] if len(self.lengths) == 1 else list(self.lengths)})", 3
+
+
+@_node()
+class Blocks(Mask):
+    ends: tuple
+
+    def _at(self, x, y, b, h):
+        ends = torch.tensor([*self.ends, 2**31 - 1])
+        block = torch.searchsorted(ends[:-1], x.contiguous(), right=True)
+        return (x >= 0) & (y >= 0) & (y < ends[block])
+
+    def _text(self):
+        return f"blocks({list(self.ends)})", 3
+
+
+@_node()
+class Segments(Mask):
+    ids: torch.Tensor  # int32 (B | 1, T)
+    kv_ids: torch.Tensor
+
+    batches = property(lambda self: max(self.ids.shape[0], self.kv_ids.shape[0]))
+
+    def _at(self, x, y, b, h):
+        of_x, of_y = _lookup(self.ids, b, x, -1), _lookup(self.kv_ids, b, y, -2)
+        return (of_x == of_y) & (of_x >= 0)
+
+    def _text(self):
+        tables = [self.ids] if torch.equal(self.ids, self.kv_ids) else [self.ids, self.kv_ids]
+        return f"segments({', '.join(_spell(t[0] if len(t) == 1 else t) for t in tables)})", 3
+
+
+@_node()
+class Dilated(Mask):
+    step: int
+
+    def _at(self, x, y, b, h):
+        return (x - y) % self.step == 0
+
+
+@_node()
+class Window2d(Mask):
+    hw: tuple
+    size: tuple
+    shift_by: tuple
+
+    def window_of(self, p):
+        """The number of the window that position p lies in, along each axis."""
+        i, j = torch.div(p, self.hw[1], rounding_mode="floor"), p % self.hw[1]
+        return [torch.div(c - s, n, rounding_mode="floor") for c, s, n in zip((i, j), self.shift_by, self.size)]
+
+    def _at(self, x, y, b, h):
+        (xi, xj), (yi, yj) = self.window_of(x), self.window_of(y)
+        return _inside(x, self.hw) & _inside(y, self.hw) & (xi == yi) & (xj == yj)
+
+
+@_node()
+class Neighborhood(Mask):
+    hw: tuple
+    kernel: tuple
+    dilation: tuple
+
+    def _at(self, x, y, b, h):
+        allowed = _inside(x, self.hw) & _inside(y, self.hw)
+        w = self.hw[1]
+        of_x, of_y = ((torch.div(p, w, rounding_mode="floor"), p % w) for p in (x, y))
+        for X, Y, size, kernel, d in zip(of_x, of_y, self.hw, self.kernel, self.dilation):
+            r = X % d
+            i = torch.div(X, d, rounding_mode="floor")
+            j = torch.div(Y, d, rounding_mode="floor")
+            n = torch.div(size - r + d - 1, d, rounding_mode="floor")
+            start = torch.minimum((i - kernel // 2).clamp(min=0), (n - kernel).clamp(min=0))
+            allowed = allowed & (Y % d == r) & (j >= start) & (j < start + kernel)
+        return allowed
+
+
+@_node()
+class Dense(Mask):
+    allowed: torch.Tensor  # bool (B | 1, H | 1, Lq, Lk)
+
+    batches = property(lambda self: self.allowed.shape[0])
+    heads = property(lambda self: self.allowed.shape[1])
+
+    def _at(self, x, y, b, h):
+        B, H, M, N = self.allowed.shape
+        inside = (x >= 0) & (x < M) & (y >= 0) & (y < N)
+        return inside & self.allowed[_row(b, B), _row(h, H), x.clamp(0, M - 1), y.clamp(0, N - 1)]
+
+    def _text(self):
+        alone = self.allowed.shape[:2] == (1, 1)
+        return f"dense({_spell(self.allowed[0, 0] if alone else self.allowed)})", 3
+
+
+@_node()
+class Tiles(Mask):
+    grid: torch.Tensor  # bool (query tiles, key tiles)
+    block: tuple
+
+    def _at(self, x, y, b, h):
+        X, Y = (torch.div(p, size, rounding_mode="floor") for p, size in zip((x, y), self.block))
+        M, N = self.grid.shape
+        return (X >= 0) & (X < M) & (Y >= 0) & (Y < N) & self.grid[X.clamp(0, M - 1), Y.clamp(0, N - 1)]
+
+    def _text(self):
+        listed = self.grid.nonzero()
+        pairs = [tuple(pair) for pair in listed.tolist()] if len(listed) <= _LARGE else f"<{len(listed)} tiles>"
+        return f"tiles({pairs}, {self.block})", 3
+
+
+@_node()
+class Rows(Mask):
+    table: torch.Tensor  # bool (B | 1, T)
+
+    batches = property(lambda self: self.table.shape[0])
+
+    def _at(self, x, y, b, h):
+        return _lookup(self.table, b, x, False)
+
+    def _text(self):
+        return f"rows({_spell(self.table[0] if len(self.table) == 1 else self.table)})", 3
+
+
+def _row(index, size):
+    return index if size > 1 else torch.zeros_like(index)
+
+
+def _lookup(table, b, x, outside):
+    T = table.shape[1]
+    return torch.where((x >= 0) & (x < T), table[_row(b, table.shape[0]), x.clamp(0, T - 1)], outside)
+
+
+def _inside(p, hw):
+    return (p >= 0) & (p < hw[0] * hw[1])
+
+
+# ---- compositions ----
+
+
+@_node()
+class _Pair(Mask):
+    a: Mask
+    b: Mask
+
+    def __post_init__(self):
+        self._check_operands()
+
+    def _text(self):
+        mine = 1 if isinstance(self, And) else 0
+        (left, binds_left), (right, binds_right) = self.a._text(), self.b._text()
+        left = left if binds_left >= mine else f"({left})"
+        right = right if binds_right > mine else f"({right})"
+        return f"{left} {_name(self)} {right}", mine
+
+
+@_node()
+class And(_Pair):
+    def _at(self, x, y, b, h):
+        return self.a._at(x, y, b, h) & self.b._at(x, y, b, h)
+
+
+@_node()
+class Or(_Pair):
+    def _at(self, x, y, b, h):
+        return self.a._at(x, y, b, h) | self.b._at(x, y, b, h)
+
+
+@_node()
+class Not(Mask):
+    mask: Mask
+
+    def _at(self, x, y, b, h):
+        return ~self.mask._at(x, y, b, h)
+
+    def _text(self):
+        text, binds = self.mask._text()
+        return f"~{text if binds >= 2 else f'({text})'}", 2
+
+
+@_node()
+class Shift(Mask):
+    mask: Mask
+    dq: int
+    dk: int
+
+    def _at(self, x, y, b, h):
+        return self.mask._at(x + self.dq, y + self.dk, b, h)
+
+    def _text(self):
+        text, binds = self.mask._text()
+        return f"{text if binds == 3 else f'({text})'}.shift({self.dq}, {self.dk})", 3
+
+
+@_node()
+class Transpose(Mask):
+    mask: Mask
+
+    def _at(self, x, y, b, h):
+        return self.mask._at(y, x, b, h)
+
+    def _text(self):
+        text, binds = self.mask._text()
+        return f"{text if binds == 3 else f'({text})'}.transpose()", 3
+
+
+@_node()
+class PerHead(Mask):
+    masks: tuple
+
+    heads = property(lambda self: len(self.masks))
+
+    def __post_init__(self):
+        self._check_operands()
+        for i, member in enumerate(self.masks):
+            if member.heads not in (1, len(self.masks)):
+                raise ValueError(f"per_head: masks[{i}] must tell 1 or {len(self.masks)} heads, got {member.heads}")
+
+    def _operands(self):
+        return self.masks
+
+    def _at(self, x, y, b, h):
+        allowed = torch.zeros((), dtype=torch.bool)
+        for i, member in enumerate(self.masks):
+            allowed = allowed | ((h == i) & member._at(x, y, b, h))
+        return allowed
