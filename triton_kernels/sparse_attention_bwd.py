@@ -49,6 +49,9 @@ from .sparse_attention import (
 )  # fmt: skip
 
 
+EVERY_DV: tl.constexpr = tl.constexpr(3)  # a careful walk for dv; EVERY is one for dk: both accumulators would spill
+
+
 @triton.jit
 def _delta_kernel(
     delta_ptr, out_ptr, dout_ptr, dlse_ptr, H, L, stride_out_b, stride_out_h, stride_out_l, stride_out_p,
@@ -72,18 +75,28 @@ def _delta_kernel(
 
 
 @triton.jit
-def slopes(qk, dw, bias, lse, delta, allowed, scale, softcap, SILU: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(weights, d of the score with its bias, d of the score before its cap) of a tile, either way round."""
+def slopes(
+    qk, dw, bias, lse, delta, allowed, scale, softcap, SILU: tl.constexpr, SOFTCAP: tl.constexpr, CAREFUL_: tl.constexpr
+):  # fmt: skip
+    """(weights, d of the score with its bias, d of the score before its cap) of a tile, either way round.
+
+    Where it is not careful, a pair that is not allowed has weight 0 and may have a slope of 0 x NaN.
+    """
     s, slope = scores(qk, bias, scale, softcap, 1.0 if SILU else LOG2E, SOFTCAP)
     if SILU:
         gate = sigmoid(s)
         w, ds = s * gate, dw * silu_slope(s, gate)
     else:
+        if allowed is not None:
+            s = tl.where(allowed, s, -float("inf"))
         w = tl.exp2(s - lse)
         ds = w * (dw - delta)
-    if allowed is not None:
+    if allowed is not None and (SILU or CAREFUL_):
         w, ds = tl.where(allowed, w, 0.0), tl.where(allowed, ds, 0.0)
-    return w, ds, ds * slope
+    if SOFTCAP:
+        return w, ds, tl.where(ds == 0, 0.0, ds * slope)
+    else:
+        return w, ds, ds
 
 
 @triton.jit
@@ -121,7 +134,7 @@ def _dq_walk(
                 bias = tl.load(pointers, mask=(at_q < Lq)[:, None] & in_k[None, :], other=0.0)
             if KIND != FULL:
                 allowed = MASK(code_ptr, numbers_, b, h, at_q[:, None], at_k[None, :]) & in_k[None, :]
-            _, _, ds = slopes(qk, dw, bias, lse[:, None], delta[:, None], allowed, scale, softcap, SILU, SOFTCAP)
+            _, _, ds = slopes(qk, dw, bias, lse[:, None], delta[:, None], allowed, scale, softcap, SILU, SOFTCAP, KIND == EVERY)
             if KIND == EVERY:
                 acc = careful_dot(ds.to(k.dtype), k, allowed, acc)
             else:
@@ -196,7 +209,7 @@ def _dkv_walk(
     p, pv = index(tl.arange(0, BLOCK_P), INT64), index(tl.arange(0, BLOCK_PV), INT64)
     for run in range(runs[0], runs[1]):
         first, end = tiles_of(runs_ptr, run, ends, KIND, STEP)
-        for tile in tl.range(first, end, num_stages=1 if KIND == EVERY else None):
+        for tile in tl.range(first, end, num_stages=1 if KIND >= EVERY else None):
             at_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
             in_q, row = at_q < Lq, index(at_q, INT64)
             q = load_rows(query_ptr, stride_q_l, stride_q_p, row, p, in_q, P, KIND != FULL)  # [BLOCK_Q, BLOCK_P]
@@ -210,10 +223,13 @@ def _dkv_walk(
                 bias = tl.load(pointers, mask=in_q[None, :] & (at_k < Lk)[:, None], other=0.0)
             if KIND != FULL:
                 allowed = MASK(code_ptr, numbers_, b, h, at_q[None, :], at_k[:, None]) & in_q[None, :]
-            w, _, ds = slopes(kq, dw, bias, lse[None, :], delta[None, :], allowed, scale, softcap, SILU, SOFTCAP)
+            w, _, ds = slopes(
+                kq, dw, bias, lse[None, :], delta[None, :], allowed, scale, softcap, SILU, SOFTCAP, KIND >= EVERY
+            )  # fmt: skip
             if KIND == EVERY:
-                acc_dv = careful_dot(w.to(dout.dtype), dout, allowed, acc_dv)
                 acc_dk = careful_dot(ds.to(q.dtype), q, allowed, acc_dk)
+            elif KIND == EVERY_DV:
+                acc_dv = careful_dot(w.to(dout.dtype), dout, allowed, acc_dv)
             else:
                 acc_dv = dot(w.to(dout.dtype), dout, acc_dv)
                 acc_dk = dot(ds.to(q.dtype), q, acc_dk)
@@ -228,11 +244,11 @@ def _dkv_group(
     PV: tl.constexpr, SILU: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
-    """(dk, dv) [BLOCK_K, ..] of a tile of keys, over the group's heads. PASS EVERY is the careful one."""
+    """(dk, dv) [BLOCK_K, ..] of a tile of keys, over the group's heads. PASS: FULL, or a careful one for dk or dv."""
     acc_dk = tl.zeros([k.shape[0], BLOCK_P], lse_ptr.dtype.element_ty)
     acc_dv = tl.zeros([k.shape[0], BLOCK_PV], lse_ptr.dtype.element_ty)
     batch = tl.cast(b, tl.int64)
-    whole = 0 if PASS == EVERY else Lq // BLOCK_Q
+    whole = 0 if PASS >= EVERY else Lq // BLOCK_Q
     for member in range(group):
         h = key_head * group + member
         head = index(h, INT64)
@@ -245,7 +261,7 @@ def _dkv_group(
             biases = (bias, bias_strides_[2], bias_strides_[3], Lk)
         numbers_ = PARAMS(code_ptr, program_of(code_ptr, h))
         runs = list_of(col_ptr_ptr, b, h, plan_batches, plan_heads, tile, plan_tiles)
-        for KIND in tl.static_range(PASS, PASS + 1 if PASS == EVERY else 2):
+        for KIND in tl.static_range(PASS, PASS + 1 if PASS >= EVERY else 2):
             acc_dk, acc_dv = _dkv_walk(
                 acc_dk, acc_dv, k, v, at_k, queries, gradients, statistics, biases, code_ptr, numbers_, b, h,
                 col_runs_ptr, runs, (whole, tl.cdiv(Lq, BLOCK_Q)), scale, softcap, MASK, KIND, STEP_Q, P, PV, SILU,
@@ -285,11 +301,18 @@ def _sparse_attention_dkv_kernel(
         Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides, dout_strides,
         bias_strides_, PARAMS, MASK, FULL, STEP_Q, P, PV, SILU, SOFTCAP, INT64, BLOCK_Q, BLOCK_P, BLOCK_PV,
     )  # fmt: skip
-    if broken(acc_dk, in_k[:, None]) | broken(acc_dv, in_k[:, None]):
-        acc_dk, acc_dv = _dkv_group(
+    if broken(acc_dk, in_k[:, None]):
+        acc_dk, _ = _dkv_group(
             k, v, at_k, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
             softcap, Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides,
             dout_strides, bias_strides_, PARAMS, MASK, EVERY, STEP_Q * BLOCK_Q // CAREFUL, P, PV, SILU, SOFTCAP, INT64,
+            CAREFUL, BLOCK_P, BLOCK_PV,
+        )  # fmt: skip
+    if broken(acc_dv, in_k[:, None]):
+        _, acc_dv = _dkv_group(
+            k, v, at_k, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
+            softcap, Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides,
+            dout_strides, bias_strides_, PARAMS, MASK, EVERY_DV, STEP_Q * BLOCK_Q // CAREFUL, P, PV, SILU, SOFTCAP, INT64,
             CAREFUL, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
     if SILU:

@@ -84,7 +84,7 @@ def _sparse_attention_dbias_kernel(
             qk, dw = dot(q, tl.trans(k), none), dot(dout, tl.trans(v), none)
             numbers_ = PARAMS(code_ptr, program_of(code_ptr, h))
             allowed = MASK(code_ptr, numbers_, b, h, at_q[:, None], at_k[None, :]) & inside
-            _, ds, _ = slopes(qk, dw, bias, lse[:, None], delta[:, None], allowed, scale, softcap, SILU, SOFTCAP)
+            _, ds, _ = slopes(qk, dw, bias, lse[:, None], delta[:, None], allowed, scale, softcap, SILU, SOFTCAP, True)
             acc += ds
     if SILU:
         acc *= norm
