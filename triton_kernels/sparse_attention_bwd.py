@@ -20,7 +20,7 @@ weights and slopes are the left operands of their products without a transpose.
 
 NaN and Inf are treated as in the forward, by a careful pass; there a visible Inf among queries or keys may end as NaN.
 
-Memory beyond inputs and outputs: delta, B Hq Lq floats.
+Memory beyond inputs and outputs: lse in base 2 and delta, 2 B Hq Lq floats.
 """
 
 import torch
@@ -53,13 +53,14 @@ EVERY_DV: tl.constexpr = tl.constexpr(3)  # a careful walk for dv; EVERY is one 
 
 
 @triton.jit
-def _delta_kernel(
-    delta_ptr, out_ptr, dout_ptr, dlse_ptr, H, L, stride_out_b, stride_out_h, stride_out_l, stride_out_p,
-    stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p, stride_dlse_b, stride_dlse_h, stride_dlse_l,
-    PV: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PV: tl.constexpr,
+def _rows_kernel(
+    rows_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, H, L, size, stride_out_b, stride_out_h, stride_out_l, stride_out_p,
+    stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p, stride_lse_b, stride_lse_h, stride_lse_l,
+    stride_dlse_b, stride_dlse_h, stride_dlse_l, PV: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum(dout out) - dlse, contiguous (B, H, L)."""
-    acc_type: tl.constexpr = delta_ptr.dtype.element_ty
+    """(lse in base 2, delta), (2, B, H, L). A row without keys gets lse = Inf, with which its weights are 0."""
+    acc_type: tl.constexpr = rows_ptr.dtype.element_ty
     b, h = tl.cast(tl.program_id(1) // H, tl.int64), index(tl.program_id(1) % H, INT64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, row, pv = at < L, index(at, INT64), index(tl.arange(0, BLOCK_PV), INT64)
@@ -71,7 +72,11 @@ def _delta_kernel(
     if dlse_ptr is not None:
         dlse = dlse_ptr + b * stride_dlse_b + h * stride_dlse_h + row * stride_dlse_l
         delta -= tl.load(dlse, mask=inside, other=0.0)
-    tl.store(delta_ptr + tl.cast(tl.program_id(1), tl.int64) * L + at, delta, mask=inside)
+    lse = tl.load(lse_ptr + b * stride_lse_b + h * stride_lse_h + row * stride_lse_l, mask=inside, other=0.0)
+    lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+    rows_ptr += tl.cast(tl.program_id(1), tl.int64) * L
+    tl.store(rows_ptr + at, lse, mask=inside)
+    tl.store(rows_ptr + tl.cast(size, tl.int64) + at, delta, mask=inside)
 
 
 @triton.jit
@@ -100,10 +105,10 @@ def slopes(
 
 
 @triton.jit
-def row_statistics(lse_ptr, delta_ptr, at, inside):
-    """(lse in base 2, delta) [X]. A row without keys gets lse = Inf, with which its weights are 0."""
-    lse = tl.load(lse_ptr + at, mask=inside, other=-float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E), tl.load(delta_ptr + at, mask=inside, other=0.0)
+def load_statistics(rows_ptr, size, at, inside):
+    """(lse in base 2, delta) [X]"""
+    lse = tl.load(rows_ptr + at, mask=inside, other=float("inf"))
+    return lse, tl.load(rows_ptr + size + at, mask=inside, other=0.0)
 
 
 # --- dq ---------------------------------------------------------------------------------------------------------------
@@ -144,8 +149,8 @@ def _dq_walk(
 
 @triton.jit
 def _sparse_attention_dq_kernel(
-    dq_ptr, dout_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
-    scale, softcap, norm, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
+    dq_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
+    scale, softcap, norm, size, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
     stride_dq_b, stride_dq_h, stride_dq_l, stride_dq_p, stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p,
     stride_q_b, stride_q_h, stride_q_l, stride_q_p, stride_k_b, stride_k_h, stride_k_l, stride_k_p,
     stride_v_b, stride_v_h, stride_v_l, stride_v_p, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
@@ -164,8 +169,8 @@ def _sparse_attention_dq_kernel(
     q = load_rows(base, stride_q_l, stride_q_p, row, p, in_q, P, True)  # [BLOCK_Q, BLOCK_P]
     base = dout_ptr + batch * stride_dout_b + head * stride_dout_h
     dout = load_rows(base, stride_dout_l, stride_dout_p, row, pv, in_q, PV, True)  # [BLOCK_Q, BLOCK_PV]
-    statistics = tl.cast(tl.program_id(1), tl.int64) * Lq
-    lse, delta = row_statistics(lse_ptr + statistics, delta_ptr + statistics, at_q, in_q)
+    rows_ptr += tl.cast(tl.program_id(1), tl.int64) * Lq
+    lse, delta = load_statistics(rows_ptr, tl.cast(size, tl.int64), at_q, in_q)
     keys = (k_ptr + batch * stride_k_b + key_head * stride_k_h, stride_k_l, stride_k_p, Lk)
     values = (v_ptr + batch * stride_v_b + key_head * stride_v_h, stride_v_l, stride_v_p)
     biases = (None, stride_bias_q, stride_bias_k, Lq)
@@ -174,7 +179,7 @@ def _sparse_attention_dq_kernel(
     numbers_ = PARAMS(code_ptr, program_of(code_ptr, h))
     runs = list_of(ptr_ptr, b, h, plan_batches, plan_heads, tile // STEP_Q, plan_tiles)
     ends = (Lk // BLOCK_K, tl.cdiv(Lk, BLOCK_K))
-    none = tl.zeros([BLOCK_Q, BLOCK_P], lse_ptr.dtype.element_ty)
+    none = tl.zeros([BLOCK_Q, BLOCK_P], rows_ptr.dtype.element_ty)
     acc = none
     for KIND in tl.static_range(0, 2):
         acc = _dq_walk(
@@ -204,7 +209,7 @@ def _dkv_walk(
 ):  # fmt: skip
     query_ptr, stride_q_l, stride_q_p, Lq = queries
     dout_ptr, stride_dout_l, stride_dout_p = gradients
-    lse_ptr, delta_ptr = statistics
+    rows_ptr, size = statistics
     bias_ptr, stride_bias_q, stride_bias_k, Lk = biases
     p, pv = index(tl.arange(0, BLOCK_P), INT64), index(tl.arange(0, BLOCK_PV), INT64)
     for run in range(runs[0], runs[1]):
@@ -214,7 +219,7 @@ def _dkv_walk(
             in_q, row = at_q < Lq, index(at_q, INT64)
             q = load_rows(query_ptr, stride_q_l, stride_q_p, row, p, in_q, P, KIND != FULL)  # [BLOCK_Q, BLOCK_P]
             dout = load_rows(dout_ptr, stride_dout_l, stride_dout_p, row, pv, in_q, PV, KIND != FULL)
-            lse, delta = row_statistics(lse_ptr, delta_ptr, at_q, in_q)
+            lse, delta = load_statistics(rows_ptr, size, at_q, in_q)
             none = tl.zeros([k.shape[0], BLOCK_Q], acc_dk.dtype)
             kq, dw = dot(k, tl.trans(q), none), dot(v, tl.trans(dout), none)  # [BLOCK_K, BLOCK_Q]
             bias, allowed = None, None
@@ -222,7 +227,8 @@ def _dkv_walk(
                 pointers = bias_ptr + row[None, :] * stride_bias_q + index(at_k, INT64)[:, None] * stride_bias_k
                 bias = tl.load(pointers, mask=in_q[None, :] & (at_k < Lk)[:, None], other=0.0)
             if KIND != FULL:
-                allowed = MASK(code_ptr, numbers_, b, h, at_q[None, :], at_k[:, None]) & in_q[None, :]
+                # Queries beyond Lq have lse = Inf and are zeros: they add nothing, allowed or not.
+                allowed = MASK(code_ptr, numbers_, b, h, at_q[None, :], at_k[:, None])
             w, _, ds = slopes(
                 kq, dw, bias, lse[None, :], delta[None, :], allowed, scale, softcap, SILU, SOFTCAP, KIND >= EVERY
             )  # fmt: skip
@@ -238,15 +244,15 @@ def _dkv_walk(
 
 @triton.jit
 def _dkv_group(
-    k, v, at_k, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale, softcap, Hq,
+    k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale, softcap, Hq,
     group, Lq, Lk, b, key_head, tile, plan_tiles, plan_batches, plan_heads, q_strides, dout_strides, bias_strides_,
     PARAMS: tl.constexpr, MASK: tl.constexpr, PASS: tl.constexpr, STEP_Q: tl.constexpr, P: tl.constexpr,
     PV: tl.constexpr, SILU: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
     """(dk, dv) [BLOCK_K, ..] of a tile of keys, over the group's heads. PASS: FULL, or a careful one for dk or dv."""
-    acc_dk = tl.zeros([k.shape[0], BLOCK_P], lse_ptr.dtype.element_ty)
-    acc_dv = tl.zeros([k.shape[0], BLOCK_PV], lse_ptr.dtype.element_ty)
+    acc_dk = tl.zeros([k.shape[0], BLOCK_P], rows_ptr.dtype.element_ty)
+    acc_dv = tl.zeros([k.shape[0], BLOCK_PV], rows_ptr.dtype.element_ty)
     batch = tl.cast(b, tl.int64)
     whole = 0 if PASS >= EVERY else Lq // BLOCK_Q
     for member in range(group):
@@ -254,7 +260,7 @@ def _dkv_group(
         head = index(h, INT64)
         queries = (q_ptr + batch * q_strides[0] + head * q_strides[1], q_strides[2], q_strides[3], Lq)
         gradients = (dout_ptr + batch * dout_strides[0] + head * dout_strides[1], dout_strides[2], dout_strides[3])
-        statistics = (lse_ptr + (batch * Hq + h) * Lq, delta_ptr + (batch * Hq + h) * Lq)
+        statistics = (rows_ptr + (batch * Hq + h) * Lq, tl.cast(size, tl.int64))
         biases = (None, bias_strides_[2], bias_strides_[3], Lk)
         if bias_ptr is not None:
             bias = bias_ptr + batch * bias_strides_[0] + head * bias_strides_[1]
@@ -272,8 +278,8 @@ def _dkv_group(
 
 @triton.jit
 def _sparse_attention_dkv_kernel(
-    dk_ptr, dv_ptr, dout_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr,
-    scalars_ptr, scale, softcap, norm, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
+    dk_ptr, dv_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr,
+    scalars_ptr, scale, softcap, norm, size, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
     stride_dk_b, stride_dk_h, stride_dk_l, stride_dk_p, stride_dv_b, stride_dv_h, stride_dv_l, stride_dv_p,
     stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p,
     stride_q_b, stride_q_h, stride_q_l, stride_q_p, stride_k_b, stride_k_h, stride_k_l, stride_k_p,
@@ -297,20 +303,20 @@ def _sparse_attention_dkv_kernel(
     dout_strides = (stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p)
     bias_strides_ = (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k)
     acc_dk, acc_dv = _dkv_group(
-        k, v, at_k, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale, softcap,
+        k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale, softcap,
         Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides, dout_strides,
         bias_strides_, PARAMS, MASK, FULL, STEP_Q, P, PV, SILU, SOFTCAP, INT64, BLOCK_Q, BLOCK_P, BLOCK_PV,
     )  # fmt: skip
     if broken(acc_dk, in_k[:, None]):
         acc_dk, _ = _dkv_group(
-            k, v, at_k, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
+            k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
             softcap, Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides,
             dout_strides, bias_strides_, PARAMS, MASK, EVERY, STEP_Q * BLOCK_Q // CAREFUL, P, PV, SILU, SOFTCAP, INT64,
             CAREFUL, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
     if broken(acc_dv, in_k[:, None]):
         _, acc_dv = _dkv_group(
-            k, v, at_k, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
+            k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
             softcap, Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides,
             dout_strides, bias_strides_, PARAMS, MASK, EVERY_DV, STEP_Q * BLOCK_Q // CAREFUL, P, PV, SILU, SOFTCAP, INT64,
             CAREFUL, BLOCK_P, BLOCK_PV,
@@ -327,16 +333,16 @@ def _sparse_attention_dkv_kernel(
 # --- launch -----------------------------------------------------------------------------------------------------------
 
 
-def plan_delta(delta, dout, dlse, out) -> Launch:
+def plan_rows(rows, dout, dlse, out, lse) -> Launch:
     B, H, L, PV = out.shape
     block_pv = padded(PV)
     block = max(16, 4096 // block_pv)
     args = dict(
-        delta_ptr=delta, out_ptr=out, dout_ptr=dout, dlse_ptr=dlse, H=H, L=L, **strides("out", out, "bhlp"),
-        **strides("dout", dout, "bhlp"), **strides("dlse", dlse, "bhl"), PV=PV, INT64=wide(out, dout, dlse),
-        BLOCK=block, BLOCK_PV=block_pv,
+        rows_ptr=rows, out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, H=H, L=L, size=B * H * L,
+        **strides("out", out, "bhlp"), **strides("dout", dout, "bhlp"), **strides("lse", lse, "bhl"),
+        **strides("dlse", dlse, "bhl"), PV=PV, INT64=wide(out, dout, lse, dlse), BLOCK=block, BLOCK_PV=block_pv,
     )  # fmt: skip
-    return Launch(_delta_kernel, (triton.cdiv(L, block), B * H), args, 4)
+    return Launch(_rows_kernel, (triton.cdiv(L, block), B * H), args, 4)
 
 
 def _default(kernel: str, q: torch.Tensor, v: torch.Tensor) -> dict:
@@ -350,23 +356,23 @@ def _default(kernel: str, q: torch.Tensor, v: torch.Tensor) -> dict:
     return {f"BLOCK_{own[0]}": own[1], f"BLOCK_{other[0]}": other[1], "num_warps": warps, "num_stages": stages}
 
 
-def plan_dq(dq, dout, lse, delta, call: dict) -> Launch:
+def plan_dq(dq, dout, rows, call: dict) -> Launch:
     """call: q, k, v, code, plan, bias, scale, softcap, silu, norm, functions."""
     q, v, plan = call["q"], call["v"], call["plan"]
     blocks = blocks_of("sparse_attention_dq", q, v, plan, _default("dq", q, v))
     args = common_args(**call, blocks=blocks, tensors=(dq, dout)) | dict(
-        dq_ptr=dq, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, ptr_ptr=plan.ptr, runs_ptr=plan.runs,
+        dq_ptr=dq, dout_ptr=dout, rows_ptr=rows, size=rows[0].numel(), ptr_ptr=plan.ptr, runs_ptr=plan.runs,
         plan_tiles=triton.cdiv(q.shape[2], plan.block[0]), **strides("dq", dq, "bhlp"), **strides("dout", dout, "bhlp"),
     )  # fmt: skip
     grid = (triton.cdiv(q.shape[2], blocks["BLOCK_Q"]), q.shape[0] * q.shape[1])
     return Launch(_sparse_attention_dq_kernel, grid, args, blocks["num_warps"], blocks["num_stages"])
 
 
-def plan_dkv(dk, dv, dout, lse, delta, call: dict) -> Launch:
+def plan_dkv(dk, dv, dout, rows, call: dict) -> Launch:
     q, k, v, plan = (call[name] for name in ("q", "k", "v", "plan"))
     blocks = blocks_of("sparse_attention_dkv", q, v, plan, _default("dkv", q, v))
     args = common_args(**call, blocks=blocks, tensors=(dk, dv, dout)) | dict(
-        dk_ptr=dk, dv_ptr=dv, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, col_ptr_ptr=plan.col_ptr,
+        dk_ptr=dk, dv_ptr=dv, dout_ptr=dout, rows_ptr=rows, size=rows[0].numel(), col_ptr_ptr=plan.col_ptr,
         col_runs_ptr=plan.col_runs, plan_tiles=triton.cdiv(k.shape[2], plan.block[1]), **strides("dk", dk, "bhlp"),
         **strides("dv", dv, "bhlp"), **strides("dout", dout, "bhlp"),
     )  # fmt: skip
@@ -380,35 +386,34 @@ def sparse_attention_bwd(
     """Fills dq, dk, dv, dbias and dsinks; those that are None (dk and dv together) are left out."""
     from .sparse_attention_dbias import plan_dbias
 
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    plan_delta(delta, dout, dlse, out).run()
+    rows = lse.new_empty(2, *lse.shape)
+    plan_rows(rows, dout, dlse, out, lse).run()
     call = dict(
         q=q, k=k, v=v, code=code, plan=plan, bias=bias, scale=scale, softcap=softcap, silu=silu, norm=norm,
         functions=functions_of(structures_of(code)),
     )  # fmt: skip
     if dq is not None:
-        plan_dq(dq, dout, lse, delta, call).run()
+        plan_dq(dq, dout, rows, call).run()
     if dk is not None:
-        plan_dkv(dk, dv, dout, lse, delta, call).run()
+        plan_dkv(dk, dv, dout, rows, call).run()
     if dbias is not None:
-        plan_dbias(dbias, dout, lse, delta, call).run()
+        plan_dbias(dbias, dout, rows, call).run()
     if dsinks is not None:
         weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()  # NaN where sink and lse are -Inf: no weight
-        dsinks.copy_(-(weight.where(lse > -torch.inf, 0) * delta).sum((0, 2)))
+        dsinks.copy_(-(weight.where(lse > -torch.inf, 0) * rows[1]).sum((0, 2)))
 
 
 def _spec(dtype: torch.dtype, options: str, kernel: str) -> Launch:
     call, lse = sample(dtype, options)
     del call["sinks"]
-    q, k = call["q"], call["k"]
-    if kernel == "delta":
-        return plan_delta(lse, q, lse, q)
-    return plan_dq(q, q, lse, lse, call) if kernel == "dq" else plan_dkv(k, k, q, lse, lse, call)
+    q, k, rows = call["q"], call["k"], lse.new_empty(2, *lse.shape)
+    if kernel == "rows":
+        return plan_rows(rows, q, lse, q, lse)
+    return plan_dq(q, q, rows, call) if kernel == "dq" else plan_dkv(k, k, q, rows, call)
 
 
 for _options, _kernel in (
-    ("", "delta"), ("", "dq"), ("d128", "dq"), ("silu", "dq"), ("d128 bias softcap", "dq"), ("wide", "dq"),
+    ("", "rows"), ("", "dq"), ("d128", "dq"), ("silu", "dq"), ("d128 bias softcap", "dq"), ("wide", "dq"),
     ("", "dkv"), ("d128", "dkv"), ("odd", "dkv"), ("silu", "dkv"), ("d128 bias softcap heads", "dkv"), ("wide", "dkv"),
 ):  # fmt: skip
     _name = "_".join([f"sparse_attention_{_kernel}", *_options.split()])

@@ -23,7 +23,7 @@ from .sparse_attention import (
     program_of,
     sample,
 )  # fmt: skip
-from .sparse_attention_bwd import row_statistics, slopes
+from .sparse_attention_bwd import load_statistics, slopes
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def _visited(runs_ptr, begin, end, tile):
 
 @triton.jit
 def _sparse_attention_dbias_kernel(
-    dbias_ptr, dout_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
-    scale, softcap, norm, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads, bias_heads, sharing_batches,
+    dbias_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
+    scale, softcap, norm, size, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads, bias_heads, sharing_batches,
     sharing_heads, stride_dbias_b, stride_dbias_h, stride_dbias_q, stride_dbias_k,
     stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p,
     stride_q_b, stride_q_h, stride_q_l, stride_q_p, stride_k_b, stride_k_h, stride_k_l, stride_k_p,
@@ -64,7 +64,7 @@ def _sparse_attention_dbias_kernel(
     p, pv = index(tl.arange(0, BLOCK_P), INT64), index(tl.arange(0, BLOCK_PV), INT64)
     base = bias_ptr + tl.cast(bias_b, tl.int64) * stride_bias_b + index(bias_h, INT64) * stride_bias_h
     bias = tl.load(base + row[:, None] * stride_bias_q + column[None, :] * stride_bias_k, mask=inside, other=0.0)
-    none = tl.zeros([BLOCK_Q, BLOCK_K], lse_ptr.dtype.element_ty)
+    none = tl.zeros([BLOCK_Q, BLOCK_K], rows_ptr.dtype.element_ty)
     acc = none
     for n in range(sharing_batches * sharing_heads):
         b, h = bias_b * sharing_batches + n // sharing_heads, bias_h * sharing_heads + n % sharing_heads
@@ -79,8 +79,7 @@ def _sparse_attention_dbias_kernel(
             k = load_rows(base, stride_k_l, stride_k_p, column, p, in_k, P, True)  # [BLOCK_K, BLOCK_P]
             base = v_ptr + batch * stride_v_b + key_head * stride_v_h
             v = load_rows(base, stride_v_l, stride_v_p, column, pv, in_k, PV, True)  # [BLOCK_K, BLOCK_PV]
-            statistics = (batch * Hq + h) * Lq
-            lse, delta = row_statistics(lse_ptr + statistics, delta_ptr + statistics, at_q, in_q)
+            lse, delta = load_statistics(rows_ptr + (batch * Hq + h) * Lq, tl.cast(size, tl.int64), at_q, in_q)
             qk, dw = dot(q, tl.trans(k), none), dot(dout, tl.trans(v), none)
             numbers_ = PARAMS(code_ptr, program_of(code_ptr, h))
             allowed = MASK(code_ptr, numbers_, b, h, at_q[:, None], at_k[None, :]) & inside
@@ -93,14 +92,14 @@ def _sparse_attention_dbias_kernel(
     tl.store(at, acc.to(dbias_ptr.dtype.element_ty), mask=inside)
 
 
-def plan_dbias(dbias, dout, lse, delta, call: dict) -> Launch:
+def plan_dbias(dbias, dout, rows, call: dict) -> Launch:
     """call: q, k, v, code, plan, bias, scale, softcap, silu, norm, functions."""
     q, v, plan, bias = (call[name] for name in ("q", "v", "plan", "bias"))
     wide_tile = q.element_size() == 2 and q.shape[3] <= 128 and v.shape[3] <= 128
     default = {"BLOCK_Q": 64 if wide_tile else 32, "BLOCK_K": 64 if wide_tile else 32, "num_warps": 4, "num_stages": 1}
     blocks = blocks_of("sparse_attention_dbias", q, v, plan, default)
     args = common_args(**call, blocks=blocks, tensors=(dbias, dout)) | dict(
-        dbias_ptr=dbias, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, ptr_ptr=plan.ptr, runs_ptr=plan.runs,
+        dbias_ptr=dbias, dout_ptr=dout, rows_ptr=rows, size=rows[0].numel(), ptr_ptr=plan.ptr, runs_ptr=plan.runs,
         plan_tiles=triton.cdiv(q.shape[2], plan.block[0]), bias_heads=bias.shape[1],
         sharing_batches=q.shape[0] // bias.shape[0], sharing_heads=q.shape[1] // bias.shape[1],
         **bias_strides(dbias, "dbias"), **strides("dout", dout, "bhlp"),
@@ -113,7 +112,7 @@ def plan_dbias(dbias, dout, lse, delta, call: dict) -> Launch:
 def _spec(dtype: torch.dtype, options: str) -> Launch:
     call, lse = sample(dtype, options + " bias")
     del call["sinks"]
-    return plan_dbias(call["bias"], call["q"], lse, lse, call)
+    return plan_dbias(call["bias"], call["q"], lse.new_empty(2, *lse.shape), call)
 
 
 for _options in ("", "d128", "silu"):
