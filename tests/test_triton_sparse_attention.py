@@ -5,7 +5,6 @@ Needs TRITON_INTERPRET=1 in the environment before anything imports Triton, like
 
 import itertools
 import os
-import types
 
 import pytest
 import torch
@@ -15,7 +14,11 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
+from scalekern import masks  # noqa: E402
+from scalekern.masks import causal, segments, sink, window  # noqa: E402
 from scalekern.triton_kernels import mask_device as dev  # noqa: E402
+from scalekern.triton_kernels import sparse_attention as attention  # noqa: E402
+from scalekern.triton_kernels import sparse_attention_bwd as attention_bwd  # noqa: E402
 from scalekern.triton_kernels.sparse_attention import sparse_attention_fwd  # noqa: E402
 from scalekern.triton_kernels.sparse_attention_bwd import sparse_attention_bwd  # noqa: E402
 
@@ -106,39 +109,6 @@ def dense(code, B, H, Lq, Lk):
     return found.expand(B, H, Lq, Lk)
 
 
-def plan_from(mask, block, batches, heads):
-    """A plan by looking at every pair."""
-
-    def lists(mask, rows, columns):
-        ptr, runs = [0], []
-        for b, h in itertools.product(range(batches), range(heads)):
-            for i in range(0, mask.shape[2], rows):
-                begin, last = len(runs), None
-                for j in range(0, mask.shape[3], columns):
-                    tile = mask[b, h, i : i + rows, j : j + columns]
-                    kind = None if not tile.any() else 0 if tile.all() else 1
-                    if kind is not None and kind == last:
-                        runs[-1][1] += 1
-                    elif kind is not None:
-                        runs.append([j // columns, 1, kind])
-                    last = kind
-                ptr.append(ptr[-1] + len(runs) - begin)
-        return torch.tensor(ptr, dtype=torch.int32), torch.tensor(runs, dtype=torch.int32).view(-1, 3)
-
-    forward, backward = lists(mask, *block), lists(mask.transpose(2, 3), *block[::-1])
-    return types.SimpleNamespace(
-        block=block, batches=batches, heads=heads, q_len=mask.shape[2], kv_len=mask.shape[3], ptr=forward[0],
-        runs=forward[1], col_ptr=backward[0], col_runs=backward[1],
-    )  # fmt: skip
-
-
-def plan_of(code, B, H, Lq, Lk, block=(32, 32)):
-    mask = dense(code, B, H, Lq, Lk)
-    return mask, plan_from(mask, block, B if code[1] > 1 else 1, H if code[0] > 1 else 1)
-
-
-CAUSAL = [leaf(dev.CAUSAL)]
-LOCAL = [leaf(dev.CAUSAL), leaf(dev.WINDOW, 5, -1), leaf(dev.BELOW, 3), [dev.OR], [dev.AND]]
 
 
 @triton.jit
@@ -178,7 +148,10 @@ PROGRAMS = {  # of heads in turn, and their tables
     "rows": (
         [[leaf(dev.ROWS, 1000, 8, 2)], [leaf(dev.ROWS, 1000, 8, 1, swap=1, dx=-3)]], [[0, 1, 1, 0, 2, 0, 1, 0] * 2]
     ),
-    "logic": ([LOCAL, [leaf(dev.CAUSAL), [dev.NOT], leaf(dev.DILATED, 2), [dev.OR]], CAUSAL], []),
+    "logic": (
+        [[leaf(dev.CAUSAL), leaf(dev.WINDOW, 5, -1), leaf(dev.BELOW, 3), [dev.OR], [dev.AND]],
+         [leaf(dev.CAUSAL), [dev.NOT], leaf(dev.DILATED, 2), [dev.OR]], [leaf(dev.CAUSAL)]], [],
+    ),
 }  # fmt: skip
 
 
@@ -255,10 +228,11 @@ def error(found, expected):
     return float((found - expected).norm() / norm if norm > 0 else found.norm())
 
 
-def check(x, code, block=(32, 32), tolerance=None, **options):
+def check(x, mask, block=(32, 32), tolerance=None, **options):
     """Forward and every gradient."""
     (B, H, Lq, _), Lk = x["q"].shape, x["k"].shape[2]
-    mask, plan = plan_of(code, B, H, Lq, Lk, block)
+    code, plan = mask.code("cpu"), mask.plan(Lq, Lk, block)
+    mask = mask.to_dense(Lq, Lk).expand(B, H, Lq, Lk)
     numbers = dict(scale=0.3, softcap=None, silu=False, norm=1.0) | options
     x64 = {name: None if t is None else t.detach().double().requires_grad_() for name, t in x.items()}
     expected = oracle(**x64, mask=mask, **numbers)
@@ -280,118 +254,114 @@ def backward(x, dout, dlse, out, lse, code, plan, **numbers):
     return [g for g in gradients if g is not None]
 
 
+LOCAL = causal & (window(5, 0) | sink(3))
 CASES = {
-    "local": (dict(), (LOCAL,), {}),
-    "empty rows": (dict(Lq=45, Lk=20), ([leaf(dev.CAUSAL, dx=-7), leaf(dev.WINDOW, 9, -1), [dev.AND]],), {}),
-    "float64": (dict(dtype=F64, B=2, H=2, bias=(2, 1), sinks=True, P=5, PV=17), (LOCAL, CAUSAL), dict(softcap=2.0)),
-    "float16": (dict(dtype=F16, P=80, PV=40, Lq=64, Lk=64), (CAUSAL,), dict(softcap=1.5)),
-    "bfloat16": (dict(dtype=BF16, B=2, H=4, Hkv=2, sinks=True, bias=(1, 4)), (LOCAL,), {}),
-    "per head": (dict(H=4, Hkv=2, B=2, P=3, PV=130), (LOCAL, CAUSAL, [leaf(dev.ALL)], CAUSAL), {}),
-    "silu": (dict(H=2, Hkv=2, bias=(1, 1)), (LOCAL,), dict(silu=True, norm=1 / 45)),
-    "silu float64": (dict(dtype=F64, H=2), (CAUSAL,), dict(silu=True, norm=0.1, softcap=1.0)),
-}
+    "local": (dict(), LOCAL, {}),
+    "empty rows": (dict(Lq=45, Lk=20), causal.shift(-7, 0) & window(15, -1), {}),
+    "float64": (
+        dict(dtype=F64, B=2, bias=(2, 1), sinks=True, P=5, PV=17), masks.per_head([LOCAL, causal]), dict(softcap=2.0)
+    ),
+    "float16": (dict(dtype=F16, P=80, PV=40, Lq=64, Lk=64), causal, dict(softcap=1.5)),
+    "bfloat16": (dict(dtype=BF16, B=2, H=4, Hkv=2, sinks=True, bias=(1, 4)), LOCAL, {}),
+    "heads": (dict(H=4, Hkv=2, P=3, PV=130), masks.per_head([LOCAL, causal, ~sink(0), causal]), {}),
+    "silu": (dict(Hkv=2, bias=(1, 1)), LOCAL, dict(silu=True, norm=1 / 45)),
+    "silu float64": (dict(dtype=F64), causal, dict(silu=True, norm=0.1, softcap=1.0)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name):
     torch.manual_seed(0)
-    shapes, heads, options = CASES[name]
-    check(inputs(**shapes), assemble(*heads), **options)
+    shapes, mask, options = CASES[name]
+    check(inputs(**shapes), mask, **options)
 
 
-def results(x, code, plan, dout, **numbers):
+def results(x, mask, dout, **numbers):
+    """(out, lse, gradients ..)"""
+    code, plan = mask.code("cpu"), mask.plan(x["q"].shape[2], x["k"].shape[2], (32, 32))
     numbers = dict(scale=0.3, softcap=None, silu=False, norm=1.0) | numbers
     found = forward(x, code, plan, **numbers)
     return *found, *backward(x, dout, None, *found, code, plan, **numbers)
 
 
-@pytest.mark.parametrize("silu", (False, True))
-@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("silu, value", ((False, float("nan")), (False, float("inf")), (True, float("nan"))))
 def test_what_no_row_sees_reaches_nothing(value, silu):
-    """Keys beyond a window inside partial tiles, queries of other segments, and padding of channels and rows."""
+    """Keys of no segment inside partial tiles, and what lies beyond the last channel and row."""
     torch.manual_seed(1)
-    ids = [0] * 9 + [-1] * 4 + [1] * 27
-    code = assemble([leaf(dev.SAME, 1000, 40, 1000, 40, 1), leaf(dev.CAUSAL), [dev.AND]], tables=[ids])
-    x = inputs(Lq=40, Lk=40, P=3, PV=5)
-    mask, plan = plan_of(code, 1, 2, 40, 40)
-    dout = randn(1, 2, 40, 5)
-    clean = results(x, code, plan, dout, silu=silu)
+    mask = segments(torch.tensor([[0] * 9 + [-1] * 4 + [1] * 27])) & causal
+    x, dout = inputs(Lq=40, Lk=40, P=3, PV=5), randn(1, 2, 40, 5)
+    clean = results(x, mask, dout, silu=silu)
     for name in ("k", "v"):
         x[name][:, :, 9:13] = value
-        # Beyond the last channel and row lies what must not be read as a number.
         padded = torch.full((1, 1, 41, x[name].shape[3] + 1), value)
         padded[:, :, :-1, :-1] = x[name]
         x[name] = padded[:, :, :-1, :-1]
-    for name, found, expected in zip("out lse dq dk dv".split(), results(x, code, plan, dout, silu=silu), clean):
+    for name, found, expected in zip("out lse dq dk dv".split(), results(x, mask, dout, silu=silu), clean):
         assert error(found, expected) <= 1e-6, name  # the careful pass adds in another order
 
 
 @pytest.mark.parametrize("where", ("k", "v", "q", "dout"))
 def test_what_some_rows_see_reaches_those(where):
-    """A NaN in one segment reaches all that it should there, and no other segment, though they share tiles."""
+    """A NaN in one segment reaches what it should there, and no other segment, though they share tiles."""
     torch.manual_seed(2)
-    ids = [0] * 9 + [1] * 11 + [2] * 20
-    code = assemble([leaf(dev.SAME, 1000, 40, 1000, 40, 1), leaf(dev.CAUSAL), [dev.AND]], tables=[ids])
-    x = inputs(Lq=40, Lk=40, P=3, PV=5)
-    mask, plan = plan_of(code, 1, 2, 40, 40)
-    dout = randn(1, 2, 40, 5)
-    clean = results(x, code, plan, dout)
-    target = dout if where == "dout" else x[where]
-    target[0, 0, 15, 1] = float("nan")
-    out, lse, dq, dk, dv = results(x, code, plan, dout)
-    reached = {"v": (out, dq, dk), "dout": (dq, dk, dv)}.get(where, (out, lse, dq, dk, dv))
-    for name, found, expected in zip("out lse dq dk dv".split(), (out, lse, dq, dk, dv), clean):
+    mask = segments(torch.tensor([[0] * 9 + [1] * 11 + [2] * 20])) & causal
+    x, dout = inputs(Lq=40, Lk=40, P=3, PV=5), randn(1, 2, 40, 5)
+    clean = results(x, mask, dout)
+    (dout if where == "dout" else x[where])[0, 0, 15, 1] = float("nan")
+    found = dict(zip("out lse dq dk dv".split(), results(x, mask, dout)))
+    reached = {"v": "out dq dk", "dout": "dq dk dv"}.get(where, "out lse dq dk dv").split()
+    for (name, value), expected in zip(found.items(), clean):
         for part in (slice(0, 9), slice(20, 40)):
-            assert error(found[:, :, part], expected[:, :, part]) <= 1e-6, name
-        assert found.isnan().any() == any(found is r for r in reached), name
-    seen_by = torch.arange(9, 20) >= 15
-    if where in "kv":  # rows of the segment from the key on, in all heads of the group
-        assert out[0, :, 9:20].isnan().any(2).equal(seen_by.expand(2, -1)) and not lse[:, :, 9:15].isnan().any()
-    if where == "v":  # in its channel only
-        assert out[..., 1].isnan().sum() == out.isnan().sum()
+            assert error(value[:, :, part], expected[:, :, part]) <= 1e-6, name
+        assert value.isnan().any() == (name in reached), name
+    if where in "kv":  # rows from the key on, in all heads of the group; of v in its channel only
+        rows = found["out"].isnan().any(3)
+        assert rows[:, :, 15:20].all() and not rows[:, :, :15].any() and not rows[:, :, 20:].any()
+        assert where == "k" or found["out"][..., [0, 2, 3, 4]].isfinite().all()
 
 
 def test_infinite_values():
     """A visible Inf or -Inf in v, and both, come out as the sum says."""
     torch.manual_seed(3)
-    code = assemble(CAUSAL)
     x = inputs(Lq=40, Lk=40, P=3, PV=5)
-    mask, plan = plan_of(code, 1, 2, 40, 40)
     x["v"][0, 0, 7, 0], x["v"][0, 0, 20, 0], x["v"][0, 0, 30, 2] = float("inf"), -float("inf"), -float("inf")
-    out, _ = forward(x, code, plan)
-    expected, _ = oracle(*(x[n].double() for n in "qkv"), mask, None, None, 0.3, None, False, 1.0)
-    # The oracle multiplies masked values too: count the kinds instead.
-    assert out[..., :7, 0].isfinite().all() and (out[..., 7:20, 0] == float("inf")).all() and out[..., 20:, 0].isnan().all()
-    assert (out[..., 30:, 2] == -float("inf")).all() and out[..., [1, 3, 4]].isfinite().all()
+    out, _ = forward(x, causal.code("cpu"), causal.plan(40, 40, (32, 32)))
+    first, third = out[..., 0], out[..., 2]
+    assert first[..., :7].isfinite().all() and (first[..., 7:20] == float("inf")).all() and first[..., 20:].isnan().all()
+    assert third[..., :30].isfinite().all() and (third[..., 30:] == -float("inf")).all()
+    assert out[..., [1, 3, 4]].isfinite().all()
 
 
 def test_huge_scores():
     torch.manual_seed(4)
     x = inputs(Lq=40, Lk=40, dtype=F64)
     x["q"], x["k"] = x["q"] * 1e4, x["k"] * 1e3
-    check(x, assemble(CAUSAL), tolerance=1e-8)  # scores of 1e8 have errors of 1e-8
+    check(x, causal, tolerance=1e-8)  # scores of 1e8 have errors of 1e-8
 
 
-def test_strides_64_bit_offsets_blocks_and_determinism(monkeypatch):
-    """Any strides give the bits of contiguous tensors, as do 64-bit offsets; other blocks the same numbers."""
+def test_strides_64_bit_offsets_and_determinism(monkeypatch):
+    """Any strides give the bits of contiguous tensors, as do 64-bit offsets."""
     torch.manual_seed(5)
-    code = assemble(LOCAL, CAUSAL)
-    x = inputs(B=2, P=8, PV=8, bias=(2, 2), sinks=True)
-    _, plan = plan_of(code, 2, 2, 37, 45)
-    dout = randn(2, 2, 37, 8)
-    first = results(x, code, plan, dout)
+    mask = masks.per_head([LOCAL, causal])
+    x, dout = inputs(B=2, Lq=33, Lk=40, bias=(2, 2), sinks=True), randn(2, 2, 33, 8)
+    x["k"], x["bias"] = x["k"][:1].repeat(2, 1, 1, 1), x["bias"][:1, :1].repeat(2, 2, 1, 1)
+    first = results(x, mask, dout)
     y = {
-        "q": x["q"].transpose(1, 3).contiguous().transpose(1, 3), "k": torch.cat([x["k"]] * 2, 3)[..., :8],
-        "v": x["v"].repeat_interleave(2, 3)[..., ::2], "bias": x["bias"].transpose(2, 3).contiguous().transpose(2, 3),
+        "q": x["q"].transpose(1, 3).contiguous().transpose(1, 3), "k": x["k"][:1].expand(2, -1, -1, -1),
+        "v": x["v"].repeat_interleave(2, 3)[..., ::2], "bias": x["bias"][:1, :1].expand(2, 2, -1, -1).mT.contiguous().mT,
         "sinks": x["sinks"].repeat_interleave(3)[::3],
     }  # fmt: skip
-    for a, b in zip(first, results(y, code, plan, dout.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0))):
+    for a, b in zip(first, results(y, mask, dout.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0))):
         assert torch.equal(a, b)
-    x["k"], x["bias"] = x["k"][:1].expand(2, -1, -1, -1), x["bias"][:1, :1].expand(2, 2, -1, -1)
-    expanded = results(x, code, plan, dout)
     monkeypatch.setenv("SCALEKERN_FORCE_INT64", "1")
-    x["k"], x["bias"] = x["k"].contiguous(), x["bias"].contiguous()
-    for a, b in zip(expanded, results(x, code, plan, dout)):
+    for a, b in zip(first, results(x, mask, dout)):
         assert torch.equal(a, b)
-    check(x, code, block=(64, 16), softcap=3.0)
-    check(x, code, block=(16, 64))
+
+
+def test_tiles_smaller_than_the_plans(monkeypatch):
+    """A plan of 64 x 64 walked in tiles of 32 x 16 and others."""
+    torch.manual_seed(6)
+    small = lambda *_: {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    for module in (attention, attention_bwd):
+        monkeypatch.setattr(module, "_default", small)
+    check(inputs(Lq=100, Lk=70, H=1), causal & window(40, -1), block=(64, 64))
