@@ -365,3 +365,19 @@ def test_tiles_smaller_than_the_plans(monkeypatch):
     for module in (attention, attention_bwd):
         monkeypatch.setattr(module, "_default", small)
     check(inputs(Lq=100, Lk=70, H=1), causal & window(40, -1), block=(64, 64))
+
+
+@pytest.mark.parametrize("broken", (lambda x: x * 0, lambda x: x.roll(1, -1), lambda x: x * 1.001))
+def test_the_check_can_fail(monkeypatch, broken):
+    """For the output, and for each gradient in turn."""
+    torch.manual_seed(7)
+    x = inputs(Lq=17, Lk=17, bias=(1, 2), sinks=True)
+    for number in range(-1, 5):
+        original, which = (forward, 0) if number < 0 else (backward, number)
+
+        def spoiled(*args, original=original, which=which, **numbers):
+            return [broken(t) if i == which else t for i, t in enumerate(original(*args, **numbers))]
+
+        with monkeypatch.context() as patch, pytest.raises(AssertionError):
+            patch.setitem(globals(), original.__name__, spoiled)
+            check(x, causal)

@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._mask_code import (
+    ALL, AND, BELOW, BLOCKS, CAUSAL, DENSE, DILATED, NEIGHBOR, NOT, OR, PREFIX, ROWS, SAME, WINDOW,
+)  # fmt: skip
+from .._mask_code import WORDS as INSTRUCTION
+from .._mask_plan import host_of
 from .common import index
-
-INSTRUCTION = 12
-ALL, CAUSAL, WINDOW, BELOW, PREFIX, BLOCKS, SAME, DILATED, NEIGHBOR, DENSE, ROWS, AND, OR, NOT = (*range(11), 16, 17, 18)
 
 # --- leaves: x plays the query, y the key -----------------------------------------------------------------------------
 
@@ -34,8 +36,9 @@ def _causal(x, y):
 
 @triton.jit
 def _window(x, y, left, right):
-    left, right = tl.where(left < 0, 2**31 - 1, left), tl.where(right < 0, 2**31 - 1, right)
-    return (x - y <= left) & (y - x <= right)
+    # Two comparisons a pair, whatever is added is added to vectors. 2^30: farther than any two positions are apart.
+    left, right = tl.where(left < 0, 2**30, left), tl.where(right < 0, 2**30, right)
+    return (y >= x - left) & (y <= x + right)
 
 
 @triton.jit
@@ -68,7 +71,7 @@ def _same(code_ptr, b, x, y, at_x, n_x, at_y, n_y, batches):
 
 @triton.jit
 def _dilated(x, y, step):
-    return (x - y) % step == 0
+    return (x % step + step) % step == (y % step + step) % step  # residues of vectors: no division a pair
 
 
 @triton.jit
@@ -156,14 +159,13 @@ def functions_of(structures: tuple) -> tuple:
             body += [f"if p[0] == {number}:", *(f"    {line}" for line in _program(structure, slots))]
     # A slot beyond the end of a shorter program is not read.
     loads = [
-        f"tl.load(code_ptr + o + {2 + INSTRUCTION * i + field}, mask=n > {i}, other=1),  # instruction {i}, field {field}"
+        f"        tl.load(code_ptr + o + {2 + INSTRUCTION * i + field}, mask=n > {i}, other=1),  # field {field} of {i}"
         for i, field in slots
     ]
-    text = "\n".join(
-        ["@triton.jit", "def params(code_ptr, o):", "    n = tl.load(code_ptr + o)", "    return (",
-         "        tl.load(code_ptr + o + 1),  # the structure's id", *(f"        {line}" for line in loads), "    )", "",
-         "", "@triton.jit", "def mask(code_ptr, p, b, h, q, k):", *(f"    {line}" for line in body), "    return m", ""]
-    )  # fmt: skip
+    load = ["def params(code_ptr, o):", "    n = tl.load(code_ptr + o)", "    return (", "        tl.load(code_ptr + o + 1),"]
+    load += [*loads, "    )"]
+    evaluate = ["def mask(code_ptr, p, b, h, q, k):", *(f"    {line}" for line in body), "    return m"]
+    text = "\n".join(["@triton.jit", *load, "", "", "@triton.jit", *evaluate, ""])
     name = f"<scalekern mask {' | '.join(' '.join(f'{o}{chr(39) * s}' for o, s in s_) for s_ in structures)}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     namespace = {"triton": triton, "tl": tl, "__name__": __name__}
@@ -176,16 +178,13 @@ _structures = WeakTensorKeyDictionary()
 
 
 def structures_of(code: torch.Tensor) -> tuple:
-    """The structures of a code tensor's programs, by their ids. Reads a tensor on a GPU back once."""
+    """The structures of a code tensor's programs, by their ids. Reads a tensor on a GPU back once, as its plan does."""
     if code not in _structures:
-        heads = int(code[0])
-        offsets = code[2 : 2 + heads].unique().long()
-        sizes, ids = code[offsets].tolist(), code[offsets + 1].tolist()
-        found = {}
-        for o, n, number in zip(offsets.tolist(), sizes, ids):
+        host, found = host_of(code), {}
+        for o in host[2 : 2 + int(host[0])].unique().tolist():
+            n, number = host[o : o + 2].tolist()
             if number not in found:
-                program = code[o + 2 : o + 2 + INSTRUCTION * n].view(n, INSTRUCTION)[:, :2]
+                program = host[o + 2 : o + 2 + INSTRUCTION * n].view(n, INSTRUCTION)[:, :2]
                 found[number] = tuple(map(tuple, program.tolist()))
-        # Ids that no head has (there are none in a code tensor of masks) would be empty programs.
         _structures[code] = tuple(found[number] for number in sorted(found))
     return _structures[code]

@@ -291,8 +291,8 @@ def common_args(q, k, v, code, plan, bias, scale, softcap, silu, norm, functions
     return dict(
         q_ptr=q, k_ptr=k, v_ptr=v, bias_ptr=bias, code_ptr=code,
         scalars_ptr=torch.tensor([scale, softcap or 0.0, norm], dtype=q.dtype, device=q.device) if wide_q else None,
-        scale=float(scale), softcap=float(softcap or 0), norm=float(norm), Hq=q.shape[1], group=q.shape[1] // k.shape[1],
-        Lq=q.shape[2], Lk=k.shape[2], plan_batches=plan.batches, plan_heads=plan.heads,
+        scale=float(scale), softcap=float(softcap or 0), norm=float(norm), Hq=q.shape[1],
+        group=q.shape[1] // k.shape[1], Lq=q.shape[2], Lk=k.shape[2], plan_batches=plan.batches, plan_heads=plan.heads,
         **strides("q", q, "bhlp"), **strides("k", k, "bhlp"), **strides("v", v, "bhlp"), **bias_strides(bias),
         PARAMS=params, MASK=mask, P=q.shape[3], PV=v.shape[3], SILU=bool(silu), SOFTCAP=bool(softcap),
         INT64=wide(q, k, v, bias, *tensors), STEP_Q=plan.block[0] // blocks["BLOCK_Q"],
@@ -371,5 +371,5 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_sparse_attention_fwd(call["q"], lse, **call)
 
 
-for _options in ("", "d128", "odd", "d128 bias sinks", "silu", "d128 softcap heads", "wide"):
+for _options in ("", "d128", "d128 bias sinks softcap heads", "silu", "wide"):
     compile_spec("_".join(["sparse_attention_fwd", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))

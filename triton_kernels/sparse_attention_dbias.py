@@ -23,7 +23,7 @@ from .sparse_attention import (
     program_of,
     sample,
 )  # fmt: skip
-from .sparse_attention_bwd import load_statistics, slopes
+from .sparse_attention_dq import load_statistics, slopes
 
 
 @triton.jit
@@ -115,5 +115,4 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_dbias(call["bias"], call["q"], lse.new_empty(2, *lse.shape), call)
 
 
-for _options in ("", "d128", "silu"):
-    compile_spec("_".join(["sparse_attention_dbias", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))
+compile_spec("sparse_attention_dbias")(lambda dtype: _spec(dtype, ""))
