@@ -122,6 +122,11 @@ class Launch:
     grid: tuple[int, ...]
     args: dict
     num_warps: int
+    num_stages: int | None = None  # of software pipelining; None: Triton's own number
+
+    def _options(self) -> dict:
+        stages = {} if self.num_stages is None else {"num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, **stages}
 
     def run(self) -> None:
         if 0 in self.grid:
@@ -129,7 +134,7 @@ class Launch:
         tensor = next(a for a in self.args.values() if isinstance(a, torch.Tensor))
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(tensor):
-            self.kernel[self.grid](**self.args, num_warps=self.num_warps)
+            self.kernel[self.grid](**self.args, **self._options())
 
     def compile(self, target):
         """The compiled kernel for `target`, specialized as the launch would be. Needs no GPU."""
@@ -141,11 +146,12 @@ class Launch:
                 signature[name], constants[name] = "constexpr", value
                 continue
             tensor = isinstance(value, torch.Tensor)
-            signature[name] = f"*{_TYPES[value.dtype]}" if tensor else "i64" if abs(value) >= 2**31 else "i32"
-            if tensor or value % 16 == 0:
+            number = "fp32" if isinstance(value, float) else "i64" if not tensor and abs(value) >= 2**31 else "i32"
+            signature[name] = f"*{_TYPES[value.dtype]}" if tensor else number
+            if tensor or number != "fp32" and value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = triton.compiler.ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+        return triton.compile(source, target=target, options=self._options())
 
 
 COMPILE_SPECS: dict[str, Callable[[torch.dtype], Launch]] = {}

@@ -69,6 +69,7 @@ def _grid(**choices: tuple) -> list[dict]:
 
 _CONV = [c for c in _grid(BLOCK_D=(1, 2, 4, 8, 16, 32, 64), BLOCK_L=(16, 32, 64, 128, 256, 512), num_warps=(2, 4, 8))
          if 512 <= c["BLOCK_D"] * c["BLOCK_L"] <= 4096]  # fmt: skip
+_TILES = _grid(BLOCK_Q=(32, 64, 128), BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
 CANDIDATES = {
     "selective_scan_fwd": _grid(BLOCK_D=(16, 32, 64, 128), T=(1, 2, 4, 8), num_warps=(1, 2, 4)),
     "selective_scan_bwd": _grid(BLOCK_D=(16, 32, 64, 128), T=(1, 2, 4), num_warps=(1, 2, 4, 8)),
@@ -78,6 +79,10 @@ CANDIDATES = {
     "causal_conv1d_update": _grid(BLOCK_D=(32, 64, 128, 256), num_warps=(1, 2, 4)),
     "fft_conv_fwd": _grid(R=(1, 2, 4, 8), num_warps=(4, 8, 16)),
     "fft_conv_bwd": _grid(R=(1, 2, 4, 8), num_warps=(4, 8, 16)),
+    "sparse_attention_fwd": [c for c in _TILES if c["BLOCK_Q"] >= 64],
+    "sparse_attention_dq": [c for c in _TILES if c["BLOCK_Q"] >= 64],
+    "sparse_attention_dkv": [c for c in _TILES if c["BLOCK_K"] >= 64],
+    "sparse_attention_dbias": [c for c in _TILES if c["num_stages"] == 1],
 }
 
 
