@@ -27,6 +27,15 @@ SIZES = (1, 17, 127, 128, 129, 300)
 EMPTY, PARTIAL, FULL = _mask_draw.EMPTY, _mask_draw.PARTIAL, _mask_draw.FULL
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Thousands of small ops: a second thread costs five times their time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiles_of(dense, block):
     """The verdict on every tile from the dense mask, (B, H, query tiles, key tiles)."""
     B, H, *lengths = dense.shape
