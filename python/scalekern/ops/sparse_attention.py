@@ -187,42 +187,61 @@ def _backward(ctx, dout, dlse):
     return dq, dk, dv, *none[:3], dbias if need_dbias else None, None if sinks is None else dsinks, *none
 
 
-def _planned(mask, cu_seqlens, cu_seqlens_k, q, k, block):
-    """The code that a kernel reads, and the tiles that it visits."""
+def _cpu_tiles(q, v, planned):
+    code, plan = planned(CPU_BLOCK)
+    return code, plan.ptr, plan.runs, *plan.block
+
+
+def _triton_tiles(q, v, planned):
+    from scalekern.triton_kernels.sparse_attention import block_of
+
+    return planned(block_of(q, v))
+
+
+def _planned(mask, cu_seqlens, cu_seqlens_k, q, k):
+    """A function of the block: the code that a kernel reads, and the plan of the tiles that it visits."""
     queries, keys = q.shape[2], k.shape[2]
     code = mask if cu_seqlens is None else packed(mask, cu_seqlens, cu_seqlens_k, queries, keys)
-    return code, masks.plan_of(code, queries, keys, block)
+    return lambda block: (code, masks.plan_of(code, queries, keys, block))
 
 
-def _cpu(direction, outputs: int, tensors: int):
-    """A native kernel as fill(*outputs, *op arguments): `outputs` of them, `tensors` of dout ... before q."""
-    kernel = native(f"sparse_attention_{direction}", "cpu")
+def _fwd(kernel, tiles):
+    """A kernel as fill(out, lse, *op arguments)."""
 
-    def run(*args):
-        filled, given, rest = args[:outputs], args[outputs : outputs + tensors], args[outputs + tensors :]
-        q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, *rest = rest
-        saved, (scale, softcap, silu, norm) = rest[:tensors], rest[tensors : tensors + 4]
-        code, plan = _planned(mask, cu_seqlens, cu_seqlens_k, q, k, CPU_BLOCK)
-        tiles = code, plan.ptr, plan.runs, *plan.block
-        kernel(*filled, *given, *saved, q, k, v, *tiles, bias, sinks, scale_of(q, scale), softcap, silu, norm)
+    def fill(out, lse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, scale, *options):
+        found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
+        kernel(out, lse, q, k, v, *found, bias, sinks, scale_of(q, scale), *options)
 
-    run.native_op = kernel.native_op
-    return run
+    return _like(kernel, fill)
 
 
-_cpu_bwd = _cpu("bwd", 5, 2)
+def _bwd(kernel, tiles):
+    """A kernel as fill(*gradients, *op arguments); what is absent or not needed, an empty tensor there, is None here.
+
+    dbias is summed in float32, in place.
+    """
+
+    def fill(
+        dq, dk, dv, dbias, dsinks, dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, out, lse, scale,
+        softcap, silu, norm, need_dbias,
+    ):  # fmt: skip
+        found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
+        sums = dbias.to(_wide(dbias)) if need_dbias else None
+        dsinks = None if sinks is None else dsinks
+        kernel(
+            dq, dk, dv, sums, dsinks, dout, dlse, out, lse, q, k, v, *found, bias, sinks, scale_of(q, scale), softcap,
+            silu, norm,
+        )  # fmt: skip
+        if need_dbias and sums is not dbias:
+            dbias.copy_(sums)
+
+    return _like(kernel, fill)
 
 
-def _cpu_bwd_fill(dq, dk, dv, dbias, dsinks, *args):
-    """What is absent, or not needed, an empty tensor elsewhere, is None there; dbias is summed in float32."""
-    sinks, need_dbias = args[9], args[-1]
-    sums = dbias.to(_wide(dbias)) if need_dbias else None
-    _cpu_bwd(dq, dk, dv, sums, dsinks if sinks is not None else None, *args)
-    if need_dbias and sums is not dbias:
-        dbias.copy_(sums)
-
-
-_cpu_bwd_fill.native_op = _cpu_bwd.native_op
+def _like(kernel, fill):
+    for name in ("native_op", "triton_module"):
+        setattr(fill, name, getattr(kernel, name, None))
+    return fill
 
 
 _FORWARD = "Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? bias, Tensor? sinks"
@@ -232,7 +251,8 @@ sparse_attention_fwd = _library.define(
     NAME,
     f"sparse_attention_fwd({_FORWARD}, {_OPTIONS}) -> (Tensor, Tensor)",
     backends=(
-        Backend("cpu", filling(_allocate_fwd, _cpu("fwd", 2, 0))),
+        Backend("triton", filling(_allocate_fwd, _fwd(triton(NAME, "sparse_attention_fwd"), _triton_tiles))),
+        Backend("cpu", filling(_allocate_fwd, _fwd(native("sparse_attention_fwd", "cpu"), _cpu_tiles))),
         Backend("reference", reference_fwd),
     ),
     fake=_allocate_fwd,
@@ -247,7 +267,8 @@ sparse_attention_bwd = _library.define(
     f"sparse_attention_bwd(Tensor dout, Tensor? dlse, {_FORWARD}, Tensor out, Tensor lse, {_OPTIONS}, "
     "bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend("cpu", filling(_allocate_bwd, _cpu_bwd_fill)),
+        Backend("triton", filling(_allocate_bwd, _bwd(triton(f"{NAME}_bwd", "sparse_attention_bwd"), _triton_tiles))),
+        Backend("cpu", filling(_allocate_bwd, _bwd(native("sparse_attention_bwd", "cpu"), _cpu_tiles))),
         Backend("reference", reference_bwd),
     ),
     fake=_allocate_bwd,
