@@ -371,5 +371,5 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_sparse_attention_fwd(call["q"], lse, **call)
 
 
-for _options in ("", "d128", "d128 bias sinks softcap heads", "silu", "wide"):
+for _options in ("", "d128", "d128 bias sinks softcap heads", "silu"):
     compile_spec("_".join(["sparse_attention_fwd", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))
