@@ -355,7 +355,8 @@ def test_strides_64_bit_offsets_and_determinism(monkeypatch):
     y = {
         "q": x["q"].transpose(1, 3).contiguous().transpose(1, 3), "k": x["k"][:1].expand(2, -1, -1, -1),
         "v": x["v"].repeat_interleave(2, 3)[..., ::2],
-        "bias": x["bias"][:1, :1].mT.contiguous().mT.expand(2, 2, -1, -1), "sinks": x["sinks"].repeat_interleave(3)[::3],
+        "bias": x["bias"][:1, :1].mT.contiguous().mT.expand(2, 2, -1, -1),
+        "sinks": x["sinks"].repeat_interleave(3)[::3],
     }  # fmt: skip
     for a, b in zip(first, results(y, mask, dout.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0))):
         assert torch.equal(a, b)
