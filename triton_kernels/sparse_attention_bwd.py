@@ -22,7 +22,7 @@ NaN and Inf are treated as in the forward, by careful passes, for dk and dv apar
 
 Tried, by registers and stack on sm_90, bf16, nothing timed yet: slopes set to zero where a pair is masked keep its
 predicates alive and spill; scores set to -Inf do not, and leave a slope of 0 x NaN to the careful pass. dkv at P = 128
-spills 64 bytes with 64 queries in a tile, none with 32; at P = 64 a few bytes, outside the loops over tiles.
+spills 64 bytes with 64 queries in a tile, 16 with 32; these 16, and 24 at P = 64, lie outside the loops over tiles.
 
 Memory beyond inputs and outputs: lse in base 2 and delta, 2 B Hq Lq floats.
 """
