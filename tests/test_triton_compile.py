@@ -52,7 +52,8 @@ MAIN = (
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN if not name.startswith(("fft_conv", "sparse"))}
 DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
-DTYPES |= {f"sparse_attention_{name}": ("float32", "float64") for name in ("fwd", "dq", "dkv")}
+DTYPES |= {"sparse_attention_dq": ("float32",)}
+DTYPES |= {f"sparse_attention_{name}": ("float32", "float64") for name in ("fwd", "dkv")}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 
 

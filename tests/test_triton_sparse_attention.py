@@ -19,6 +19,7 @@ from scalekern.masks import causal, segments, sink, window  # noqa: E402
 from scalekern.triton_kernels import mask_device as dev  # noqa: E402
 from scalekern.triton_kernels import sparse_attention as attention  # noqa: E402
 from scalekern.triton_kernels import sparse_attention_bwd as attention_bwd  # noqa: E402
+from scalekern.triton_kernels import sparse_attention_dq as attention_dq  # noqa: E402
 from scalekern.triton_kernels.sparse_attention import sparse_attention_fwd  # noqa: E402
 from scalekern.triton_kernels.sparse_attention_bwd import sparse_attention_bwd  # noqa: E402
 
@@ -171,7 +172,7 @@ def test_mask_function(name, transposed):
         assert torch.equal(found, expected[b, h].to(torch.uint8)), (b, h)
 
 
-# --- the kernels --------------------------------------------------------------------------------------------------------
+# --- the kernels ------------------------------------------------------------------------------------------------------
 
 
 def randn(*shape, dtype=F32):
@@ -216,7 +217,8 @@ def forward(x, code, plan, scale=0.3, softcap=None, silu=False, norm=1.0):
     B, H, Lq, _ = x["q"].shape
     out = poisoned(B, H, Lq, x["v"].shape[3], dtype=x["q"].dtype)
     lse = poisoned(B, H, Lq, dtype=F64 if out.dtype == F64 else F32)
-    sparse_attention_fwd(out, lse, x["q"], x["k"], x["v"], code, plan, x["bias"], x["sinks"], scale, softcap, silu, norm)
+    q, k, v, bias, sinks = x.values()
+    sparse_attention_fwd(out, lse, q, k, v, code, plan, bias, sinks, scale, softcap, silu, norm)
     return out, lse
 
 
@@ -249,21 +251,25 @@ def check(x, mask, block=(32, 32), tolerance=None, **options):
 
 
 def backward(x, dout, dlse, out, lse, code, plan, **numbers):
+    q, k, v, bias, sinks = x.values()
     gradients = [None if t is None else torch.full_like(t, float("nan")) for t in x.values()]
-    sparse_attention_bwd(*gradients, dout, dlse, out, lse, *list(x.values())[:3], code, plan, *list(x.values())[3:], *numbers.values())
+    saved = (dout, dlse, out, lse, q, k, v, code, plan, bias, sinks)
+    sparse_attention_bwd(*gradients, *saved, *numbers.values())
     return [g for g in gradients if g is not None]
 
 
 LOCAL = causal & (window(5, 0) | sink(3))
 CASES = {
     "local": (dict(), LOCAL, {}),
+    "one": (dict(H=1, Lq=1, Lk=1, P=1, PV=1), causal, {}),
     "empty rows": (dict(Lq=45, Lk=20), causal.shift(-7, 0) & window(15, -1), {}),
     "float64": (
-        dict(dtype=F64, B=2, bias=(2, 1), sinks=True, P=5, PV=17), masks.per_head([LOCAL, causal]), dict(softcap=2.0)
+        dict(dtype=F64, B=2, Lq=33, Lk=40, bias=(2, 1), sinks=True, P=5, PV=17), masks.per_head([LOCAL, causal]),
+        dict(softcap=2.0),
     ),
     "float16": (dict(dtype=F16, P=80, PV=40, Lq=64, Lk=64), causal, dict(softcap=1.5)),
-    "bfloat16": (dict(dtype=BF16, B=2, H=4, Hkv=2, sinks=True, bias=(1, 4)), LOCAL, {}),
-    "heads": (dict(H=4, Hkv=2, P=3, PV=130), masks.per_head([LOCAL, causal, ~sink(0), causal]), {}),
+    "bfloat16": (dict(dtype=BF16, B=2, Lq=33, Lk=40, sinks=True, bias=(1, 2)), LOCAL, {}),
+    "heads": (dict(H=4, Hkv=2, Lq=33, Lk=40, P=3, PV=130), masks.per_head([LOCAL, causal, ~sink(0), causal]), {}),
     "silu": (dict(Hkv=2, bias=(1, 1)), LOCAL, dict(silu=True, norm=1 / 45)),
     "silu float64": (dict(dtype=F64), causal, dict(silu=True, norm=0.1, softcap=1.0)),
 }  # fmt: skip
@@ -326,9 +332,9 @@ def test_infinite_values():
     x = inputs(Lq=40, Lk=40, P=3, PV=5)
     x["v"][0, 0, 7, 0], x["v"][0, 0, 20, 0], x["v"][0, 0, 30, 2] = float("inf"), -float("inf"), -float("inf")
     out, _ = forward(x, causal.code("cpu"), causal.plan(40, 40, (32, 32)))
-    first, third = out[..., 0], out[..., 2]
-    assert first[..., :7].isfinite().all() and (first[..., 7:20] == float("inf")).all() and first[..., 20:].isnan().all()
-    assert third[..., :30].isfinite().all() and (third[..., 30:] == -float("inf")).all()
+    first, third, inf = out[..., 0], out[..., 2], float("inf")
+    assert first[..., :7].isfinite().all() and (first[..., 7:20] == inf).all() and first[..., 20:].isnan().all()
+    assert third[..., :30].isfinite().all() and (third[..., 30:] == -inf).all()
     assert out[..., [1, 3, 4]].isfinite().all()
 
 
@@ -348,7 +354,8 @@ def test_strides_64_bit_offsets_and_determinism(monkeypatch):
     first = results(x, mask, dout)
     y = {
         "q": x["q"].transpose(1, 3).contiguous().transpose(1, 3), "k": x["k"][:1].expand(2, -1, -1, -1),
-        "v": x["v"].repeat_interleave(2, 3)[..., ::2], "bias": x["bias"][:1, :1].expand(2, 2, -1, -1).mT.contiguous().mT,
+        "v": x["v"].repeat_interleave(2, 3)[..., ::2],
+        "bias": x["bias"][:1, :1].mT.contiguous().mT.expand(2, 2, -1, -1),
         "sinks": x["sinks"].repeat_interleave(3)[::3],
     }  # fmt: skip
     for a, b in zip(first, results(y, mask, dout.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0))):
@@ -362,21 +369,21 @@ def test_tiles_smaller_than_the_plans(monkeypatch):
     """A plan of 64 x 64 walked in tiles of 32 x 16 and others."""
     torch.manual_seed(6)
     small = lambda *_: {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    for module in (attention, attention_bwd):
-        monkeypatch.setattr(module, "_default", small)
+    monkeypatch.setattr(attention, "_default", small)
+    for module in (attention_dq, attention_bwd):
+        monkeypatch.setattr(module, "default", small)
     check(inputs(Lq=100, Lk=70, H=1), causal & window(40, -1), block=(64, 64))
 
 
-@pytest.mark.parametrize("broken", (lambda x: x * 0, lambda x: x.roll(1, -1), lambda x: x * 1.001))
-def test_the_check_can_fail(monkeypatch, broken):
+def test_the_check_can_fail(monkeypatch):
     """For the output, and for each gradient in turn."""
     torch.manual_seed(7)
-    x = inputs(Lq=17, Lk=17, bias=(1, 2), sinks=True)
+    x, spoils = inputs(Lq=17, Lk=17, bias=(1, 2), sinks=True), (lambda t: t * 0, lambda t: t * 1.001)
     for number in range(-1, 5):
         original, which = (forward, 0) if number < 0 else (backward, number)
 
         def spoiled(*args, original=original, which=which, **numbers):
-            return [broken(t) if i == which else t for i, t in enumerate(original(*args, **numbers))]
+            return [spoils[which % 2](t) if i == which else t for i, t in enumerate(original(*args, **numbers))]
 
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
             patch.setitem(globals(), original.__name__, spoiled)

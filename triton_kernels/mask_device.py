@@ -162,8 +162,8 @@ def functions_of(structures: tuple) -> tuple:
         f"        tl.load(code_ptr + o + {2 + INSTRUCTION * i + field}, mask=n > {i}, other=1),  # field {field} of {i}"
         for i, field in slots
     ]
-    load = ["def params(code_ptr, o):", "    n = tl.load(code_ptr + o)", "    return (", "        tl.load(code_ptr + o + 1),"]
-    load += [*loads, "    )"]
+    load = ["def params(code_ptr, o):", "    n = tl.load(code_ptr + o)", "    structure = tl.load(code_ptr + o + 1)"]
+    load += ["    return (", "        structure,", *loads, "    )"]
     evaluate = ["def mask(code_ptr, p, b, h, q, k):", *(f"    {line}" for line in body), "    return m"]
     text = "\n".join(["@triton.jit", *load, "", "", "@triton.jit", *evaluate, ""])
     name = f"<scalekern mask {' | '.join(' '.join(f'{o}{chr(39) * s}' for o, s in s_) for s_ in structures)}>"

@@ -4,8 +4,9 @@ Shape letters: B batch, Hq query heads, Hkv key heads, Lq, Lk lengths, P head di
 
 What bounds it on an H100/H200, for a bf16 tile of 128 x 128 pairs: its two products are 4 x 128 x 128 x P flops, 1,024
 clocks of an SM's 4,096 dense bf16 flops a clock at P = 64, 2,048 at P = 128; its 16,384 exponentials are 1,024 clocks
-of 16 a clock, so at P = 64 as much as the products, which they have to overlap. A partial tile adds its mask: causal
-and window take about 4 integer instructions a pair at 64 lanes a clock, again 1,024 clocks; full tiles skip it.
+of 16 a clock, so at P = 64 as much as the products, which they have to overlap. A partial tile adds its mask, in the
+sm_90 code about 10 instructions a pair for causal & (window | sink), at 128 lanes a clock 1,280 clocks; full tiles skip
+it.
 
 How the work is split: a program owns BLOCK_Q queries of one head and walks its row of the plan twice, the full tiles
 first, without mask or bounds, then the partial ones and the ragged end: two plain loops that the compiler pipelines,
@@ -19,10 +20,14 @@ moves no bytes, but is multiplied (80 costs as much as 128).
 
 NaN and Inf: a masked pair has weight 0, and 0 x NaN would bring the value of a key that the row does not see. No tile
 checks for that: a row of queries whose result is finite met no such value, and one whose result is not is computed
-again by `careful_dot`, which tells who sees what. Only a call that has a NaN, an Inf or an overflow pays, some ten
-times.
+again by `careful_dot`, which tells who sees what. Only rows of tiles with a NaN, an Inf or an overflow pay.
 
 float32 products are three TF32 ones ("tf32x3"), error about 2^-21; float64 takes the DMMA or FMA units.
+
+Tried, by registers and stack on sm_90, bf16, causal & (window | sink), nothing timed yet: at P = 64 tiles of 128 x 128
+in 4 warps spill (80 to 104 bytes), 128 x 64 do not and leave room for two programs an SM; at P = 128 8 warps take
+249 registers. A careful pass on whole tiles, with a product for each kind of value, cost 3,336 bytes of stack; with
+16 keys at a time and one product for all kinds it costs none.
 """
 
 import types
@@ -371,5 +376,5 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_sparse_attention_fwd(call["q"], lse, **call)
 
 
-for _options in ("", "d128", "d128 bias sinks softcap heads", "silu", "wide"):
+for _options in ("", "d128", "d128 bias sinks softcap heads", "silu"):
     compile_spec("_".join(["sparse_attention_fwd", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))

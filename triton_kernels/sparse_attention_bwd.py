@@ -9,8 +9,8 @@ Shape letters as in sparse_attention.py. With w the weights, dw = dout v^T and d
 How the work is split: `dq` by tiles of queries over the plan's rows; `dkv` by tiles of keys over its columns, and over
 the query heads of the group inside the program; `dbias`, when asked for, by tiles of pairs, over the batches and heads
 that share the bias inside the program. Each sum has one owner and a fixed order: nothing is atomic, and gradients
-repeat bit for bit. The weights are recomputed from lse, once in dq and once in dkv: five products of the forward's
-two, and two more for not sharing them, which costs less than summing dq over key tiles through memory.
+repeat bit for bit. The weights are recomputed from lse, once in dq and once in dkv: seven products, where one kernel
+for all would take five but sum dq over key tiles through memory.
 
 What bounds it on an H100/H200: a bf16 tile of 128 x 128 pairs takes 3 products in dq and 4 in dkv, 14 x 128 x 128 x P
 flops together, 3,584 clocks of an SM at P = 64; its exponentials, twice 1,024 clocks, hide below that.
@@ -18,7 +18,11 @@ flops together, 3,584 clocks of an SM at P = 64; its exponentials, twice 1,024 c
 What stays in registers: dq's accumulator; in dkv those of dk and dv, and the tile as [BLOCK_K, BLOCK_Q], so that
 weights and slopes are the left operands of their products without a transpose.
 
-NaN and Inf are treated as in the forward, by a careful pass; there a visible Inf among queries or keys may end as NaN.
+NaN and Inf are treated as in the forward, by careful passes, for dk and dv apart. A visible Inf may end as NaN.
+
+Tried, by registers and stack on sm_90, bf16, nothing timed yet: slopes set to zero where a pair is masked keep its
+predicates alive and spill; scores set to -Inf do not, and leave a slope of 0 x NaN to the careful pass. dkv at P = 128
+spills 64 bytes with 64 queries in a tile, 16 with 32; these 16, and 24 at P = 64, lie outside the loops over tiles.
 
 Memory beyond inputs and outputs: lse in base 2 and delta, 2 B Hq Lq floats.
 """
