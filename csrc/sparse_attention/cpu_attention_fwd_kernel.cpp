@@ -60,7 +60,7 @@ struct Forward {
     }
     if (changed) {
       for (int v = 0; v < 2; ++v) {
-        factor[v] = exp2_flushed(old[v] - shift[v]);
+        factor[v] = exp2_of_nonpositive(old[v] - shift[v]);
         total[v] *= factor[v];
         store(max + v * V, top[v]);
       }
@@ -69,7 +69,7 @@ struct Forward {
     }
     for (int64_t k = range.first; k < range.last; ++k)
       for (int v = 0; v < 2; ++v) {
-        const Vec<F> p = exp2_flushed(load(s + k * W + v * V) - shift[v]);
+        const Vec<F> p = exp2_of_nonpositive(load(s + k * W + v * V) - shift[v]);
         total[v] += p;
         store(s + k * W + v * V, p);
       }

@@ -186,9 +186,20 @@ static inline KeyRange key_range(const TileBits& bits, int64_t keys, int64_t que
 
 // --- scores ---
 
-// 2^x for x up to 128; exactly 0 below the smallest normal number, where arithmetic can be a hundred times slower.
-static inline VecF exp2_flushed(VecF x) { return x < -126.0f ? VecF{} : exp2_beside_one(x); }
-static inline VecD exp2_flushed(VecD x) { return x < -1022.0 ? VecD{} : exp2v(x); }
+// 2^x for x <= 0, or above it by rounding errors; exactly 0 below the smallest normal number, where arithmetic can be a
+// hundred times slower. The polynomial of exp2_beside_one (2e-7) without its bounds: what they would keep in order is
+// either cleared or NaN.
+static inline VecF exp2_of_nonpositive(VecF x) {
+  const VecF t = x + kRoundMagic<float>, r = x - (t - kRoundMagic<float>);
+  VecF p = splat(1.32764725e-3f);
+  p = p * r + 9.67554096e-3f;
+  p = p * r + 5.55071309e-2f;
+  p = p * r + 2.40221202e-1f;
+  p = p * r + 6.93146944e-1f;
+  p = p * r + 1.0f;
+  return x < -126.0f ? VecF{} : (VecF)((VecI)p + ((VecI)t << IntOf<float>::mantissa));
+}
+static inline VecD exp2_of_nonpositive(VecD x) { return x < -1022.0 ? VecD{} : exp2v(x); }
 
 template <class F>
 static inline Vec<F> tanh_of(Vec<F> x) {
