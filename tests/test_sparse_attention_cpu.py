@@ -54,7 +54,7 @@ CASES = {
     "dilated_shift": Case((CAUSAL & masks.dilated(3)).shift(-7, 2), (1, 2, 2, 80, 80, 16, 16), bias=(1, 1)),
     # logits to 1e5, whose last digit is 1e-11
     "large_logits": Case(CAUSAL, (1, 1, 1, 40, 40, 16, 16), torch.float64, scale=1e4, tolerance=1e-10),
-    "shared_bias": Case(masks.rows(torch.ones(5, 40).bool()), (5, 2, 2, 40, 40, 16, 32), bias=(1, 2), layout="scattered"),
+    "shared_bias": Case(masks.causal, (5, 2, 2, 60, 60, 16, 32), bias=(1, 2), layout="scattered"),
     "one": Case(masks.everything, (2, 2, 2, 1, 1, 1, 1), sinks=True),
     "none": Case(~masks.everything, (1, 1, 1, 5, 9, 8, 8)),
 }
@@ -204,7 +204,7 @@ def test_a_nan_reaches_those_who_see_it_and_nobody_else():
     assert found["k"][..., :31, :].isnan().any(-1).all()
 
 
-@pytest.mark.parametrize("name", ["many_splits", "per_head", "window_bf16", "shared_bias"])
+@pytest.mark.parametrize("name", ["many_splits", "full", "window_bf16", "shared_bias"])
 def test_repeats_bit_for_bit_with_any_number_of_threads(name):
     case = CASES[name]
     t, grads = inputs(case)
@@ -269,7 +269,7 @@ def random_mask(g, depth, Lq, Lk, batch, heads):
 def test_programs_of_random_masks():
     """Every leaf, every operation: the evaluator of the kernels against to_dense."""
     g = torch.Generator().manual_seed(3)
-    for trial in range(150):
+    for trial in range(100):
         Lq, Lk = ((1, 17), (128, 128), (70, 129), (150, 63))[trial % 4]
         mask = random_mask(g, trial % 4 + (trial > 40), Lq, Lk, 2, 2)
         bits = torch.zeros(2, 2, Lq, Lk, dtype=torch.bool)
