@@ -50,7 +50,7 @@ AttnArgs arguments(
   a.ptr = static_cast<const int32_t*>(data(ptr)), a.runs = static_cast<const int32_t*>(data(runs));
   const int64_t lists = a.plan_heads * a.plan_batches * ceil_div(a.q_len, block_q);
   STD_TORCH_CHECK(
-      ptr.size(0) == lists + 1, "sparse_attention: the plan has ", ptr.size(0) - 1, " lists of tiles, expected ", lists);
+      ptr.size(0) == lists + 1, "sparse_attention: expected a plan of ", lists, " lists of tiles, got ", ptr.size(0) - 1);
   a.dtype = int(dtype_of(q)), a.wide_lse = dtype_of(q) == Dtype::f64;
   if (bias.has_value()) a.bias_dtype = int(dtype_of(*bias));
   a.silu = silu, a.scale = scale, a.softcap = softcap, a.norm = norm;
@@ -109,9 +109,10 @@ void attention_bwd(
   a.out = view(out), a.lse = view(lse), a.dout = view(dout), a.dlse = view(dlse);
   a.dq = view(dq), a.dk = view(dk), a.dv = view(dv), a.dbias = view(dbias);
   if (sinks.has_value()) a.dsinks = data(dsinks), a.dsinks_stride = stride(dsinks, 0);
-  a.batch_groups = dbias.has_value() && dbias->size(0) == 1 ? 1 : a.batch;
-  a.head_groups = dbias.has_value() && dbias->size(1) == 1 ? 1 : a.kv_heads;
-  if (dbias.has_value()) torch::stable::zero_(*dbias);
+  const bool shared = dbias.has_value() && dbias->size(0) == 1;
+  a.batch_groups = shared ? 1 : a.batch;
+  a.bias_heads = dbias.has_value() ? dbias->size(1) : 1;
+  a.head_groups = dbias.has_value() && a.bias_heads == 1 ? 1 : a.kv_heads;
   const int64_t tiles = ceil_div(a.q_len, block_q), real = a.wide_lse ? 8 : 4;
   int64_t count = std::max<int64_t>(
       1, std::min(ceil_div(kItems, a.batch_groups * a.head_groups), tiles / kSplitTiles));
@@ -119,6 +120,13 @@ void attention_bwd(
   const int64_t row_bytes = a.batch * a.kv_heads * (round_up(a.dim, 64) + round_up(a.value_dim, 64)) * real;
   const auto rows = [&] { return splits.back().offset + splits.back().last - splits.back().first; };
   while (splits.size() > 1 && rows() * row_bytes > kPartialBytes) splits = make_splits(a, count /= 2);
+  if (shared) {
+    const int64_t most = kPartialBytes / 4 / (a.bias_heads * a.q_len * a.kv_len * real);
+    const int64_t wanted = ceil_div(kItems, int64_t(splits.size()) * a.head_groups);
+    a.batch_groups = std::max<int64_t>(1, std::min({wanted, a.batch, most}));
+    a.partial_dbias = a.batch_groups > 1;
+  }
+  if (dbias.has_value() && !a.partial_dbias) torch::stable::zero_(*dbias);
   a.splits = splits.data(), a.split_count = splits.size(), a.partial_rows = rows();
   SCALEKERN_CALL(attention_bwd, (a));
 }

@@ -1,12 +1,17 @@
 // Forward of sparse_attention: tiles of a plan, online softmax.
 //
-// Bound: multiply-adds, P + Pv a visible (query, key) pair; exponentials are a tenth of that at P = 64.
+// Bound: multiply-adds, P + Pv a visible (query, key) pair. The products run at what the units can do (98 Gflop/s a
+//   core of a Zen 3); softmax and packing are a quarter of the time at P = 64, evaluating masks 1 %.
+//   B1 H4 N4096 P64, causal and window 256, two cores: 5.8 ms of products, 8.8 in all; dense causal attention of torch
+//   73 ms.
 // Work: items (b, h, query tile), taken by whichever thread is free, the last tiles of a sequence first: under a
 //   causal mask these are the longest.
 // A tile of keys goes through all panels of the query tile (W = 2 vectors of queries as lanes): keys and values stay in
 //   L1 or L2 and are read as they lie. Of a partial tile a panel takes the keys from the first to the last that it
 //   sees: its granularity is W queries by one key, whatever the block of the plan.
 // In registers: kRows x W scores or outputs during a product; a panel's scores (4 KiB), maxima, sums and outputs in L1.
+// Blocks, forward and backward in ms: (64, 64) 9.1 21.6, (128, 64) 9.4 22.5, (64, 128) 8.7 22.5, (128, 128) 9.6 24.1,
+//   (32, 64) 10.3 24.8, (64, 32) 10.5 24.1.
 #include "sparse_attention/cpu_attention_tiles.h"
 
 namespace {
@@ -60,7 +65,7 @@ struct Forward {
     }
     if (changed) {
       for (int v = 0; v < 2; ++v) {
-        factor[v] = exp2_flushed(old[v] - shift[v]);
+        factor[v] = exp2_of_nonpositive(old[v] - shift[v]);
         total[v] *= factor[v];
         store(max + v * V, top[v]);
       }
@@ -69,7 +74,7 @@ struct Forward {
     }
     for (int64_t k = range.first; k < range.last; ++k)
       for (int v = 0; v < 2; ++v) {
-        const Vec<F> p = exp2_flushed(load(s + k * W + v * V) - shift[v]);
+        const Vec<F> p = exp2_of_nonpositive(load(s + k * W + v * V) - shift[v]);
         total[v] += p;
         store(s + k * W + v * V, p);
       }
@@ -159,7 +164,7 @@ struct Forward {
     Scratch measure(0);
     Buffers unused(*this, measure);
     const int64_t items = q_tiles * a.batch * a.heads;
-    for_items(items, measure.taken(), items > 1, [&](int64_t i, Scratch& scratch) { item(i, scratch); });
+    for_items(items, measure.taken(), worth_threads(a), [&](int64_t i, Scratch& scratch) { item(i, scratch); });
   }
 };
 

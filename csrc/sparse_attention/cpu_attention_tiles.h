@@ -59,6 +59,16 @@ static inline F element(const void* data, int64_t i, int dtype) {
   }
 }
 
+template <class Body>
+static void for_dtype(int dtype, const Body& body) {
+  switch (dtype) {
+    case kF32: return body(float{});
+    case kF64: return body(double{});
+    case kF16: return body(f16{});
+    default: return body(bf16{});
+  }
+}
+
 // --- tiles as they lie in memory, or copied ---
 
 // Rows of keys or values as F with channels side by side.
@@ -69,7 +79,8 @@ struct Rows {
 };
 
 template <class T, class F>
-static void copy_rows(const T* from, int64_t rs, int64_t cs, int64_t rows, int64_t columns, F factor, F* to, int64_t ld) {
+static void copy_rows(
+    const T* from, int64_t rs, int64_t cs, int64_t rows, int64_t columns, F factor, F* to, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r, from += rs, to += ld) {
     if (cs == 1)
       for (int64_t c = 0; c < columns; ++c) to[c] = to_float(from[c]) * factor;
@@ -78,12 +89,14 @@ static void copy_rows(const T* from, int64_t rs, int64_t cs, int64_t rows, int64
   }
 }
 
-// Rows far apart would fall into a few sets of L1: those are copied too.
+// Rows as far apart as those of (B, L, H, D) are read where they lie, too: copying a tile first cost 0 to 15 % at
+// strides from 1 to 16 KiB.
 template <class T, class F>
-static Rows<F> tile_rows(const AttnTensor& t, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t columns, F* to) {
+static Rows<F> tile_rows(
+    const AttnTensor& t, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t columns, F* to) {
   const T* from = at<T>(t, b, h, first);
   if constexpr (sizeof(T) == sizeof(F))
-    if (t.s[3] == 1 && t.s[2] >= columns && t.s[2] < columns + 32) return {from, t.s[2]};
+    if (t.s[3] == 1) return {from, t.s[2]};
   copy_rows<T, F>(from, t.s[2], t.s[3], rows, columns, F(1), to, columns);
   return {to, columns};
 }
@@ -131,7 +144,8 @@ static void pack_panels(
 
 // One panel [column][W] back to rows, each times its factor.
 template <class T, class F>
-static void unpack_panel(const F* from, int64_t rows, int64_t columns, const F* factors, T* to, int64_t rs, int64_t cs) {
+static void unpack_panel(
+    const F* from, int64_t rows, int64_t columns, const F* factors, T* to, int64_t rs, int64_t cs) {
   constexpr int W = kPanel<F>;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) from_float(to[r * rs + c * cs], from[c * W + r] * factors[r]);
@@ -186,9 +200,20 @@ static inline KeyRange key_range(const TileBits& bits, int64_t keys, int64_t que
 
 // --- scores ---
 
-// 2^x for x up to 128; exactly 0 below the smallest normal number, where arithmetic can be a hundred times slower.
-static inline VecF exp2_flushed(VecF x) { return x < -126.0f ? VecF{} : exp2_beside_one(x); }
-static inline VecD exp2_flushed(VecD x) { return x < -1022.0 ? VecD{} : exp2v(x); }
+// 2^x for x <= 0, or above it by rounding errors; exactly 0 below the smallest normal number, where arithmetic can be a
+// hundred times slower. The polynomial of exp2_beside_one (2e-7) without its bounds: what they would keep in order is
+// either cleared or NaN.
+static inline VecF exp2_of_nonpositive(VecF x) {
+  const VecF t = x + kRoundMagic<float>, r = x - (t - kRoundMagic<float>);
+  VecF p = splat(1.32764725e-3f);
+  p = p * r + 9.67554096e-3f;
+  p = p * r + 5.55071309e-2f;
+  p = p * r + 2.40221202e-1f;
+  p = p * r + 6.93146944e-1f;
+  p = p * r + 1.0f;
+  return x < -126.0f ? VecF{} : (VecF)((VecI)p + ((VecI)t << IntOf<float>::mantissa));
+}
+static inline VecD exp2_of_nonpositive(VecD x) { return x < -1022.0 ? VecD{} : exp2v(x); }
 
 template <class F>
 static inline Vec<F> tanh_of(Vec<F> x) {
@@ -217,24 +242,31 @@ struct Logits {
   // Rows `range` of s, W queries from q on, of which `queries` exist; slopes gets 1 - tanh^2 when there is a softcap.
   void finish(F* s, int64_t ld, KeyRange range, int64_t b, int64_t h, int64_t q, int64_t queries, int64_t k0,
               F* slopes) const {
-    constexpr int V = kLanes<F>, W = kPanel<F>;
-    for (int64_t k = range.first; k < range.last; ++k) {
-      alignas(64) F bias[W];
-      if (a.bias) {
-        const int64_t base = b * a.bias.s[0] + h * a.bias.s[1] + q * a.bias.s[2] + (k0 + k) * a.bias.s[3];
-        for (int64_t i = 0; i < W; ++i)
-          bias[i] = i < queries ? element<F>(a.bias.data, base + i * a.bias.s[2], a.bias_dtype) : F(0);
-      }
+    constexpr int V = kLanes<F>;
+    for (int64_t k = range.first; softcap != 0 && k < range.last; ++k)
       for (int v = 0; v < 2; ++v) {
-        Vec<F> x = load(s + k * ld + v * V);
-        if (softcap != 0) {
-          const Vec<F> t = tanh_of<F>(x);
-          if (slopes) store(slopes + k * ld + v * V, 1 - t * t);
-          x = t * (softcap * unit);
-        }
-        if (a.bias) x += load(bias + v * V) * unit;
-        store(s + k * ld + v * V, x);
+        const Vec<F> t = tanh_of<F>(load(s + k * ld + v * V));
+        if (slopes) store(slopes + k * ld + v * V, 1 - t * t);
+        store(s + k * ld + v * V, t * (softcap * unit));
       }
+    if (a.bias)
+      for_dtype(a.bias_dtype, [&](auto type) {
+        using B = decltype(type);
+        add_bias(s, ld, range, at<B>(a.bias, b, h, q) + k0 * a.bias.s[3], a.bias.s[2], a.bias.s[3], queries);
+      });
+  }
+
+  template <class B>
+  void add_bias(F* s, int64_t ld, KeyRange range, const B* bias, int64_t sq, int64_t sk, int64_t queries) const {
+    constexpr int V = kLanes<F>, W = kPanel<F>;
+    alignas(64) F lanes[W] = {};
+    for (int64_t k = range.first; k < range.last; ++k) {
+      const B* from = bias + k * sk;
+      if (queries == W)
+        for (int i = 0; i < W; ++i) lanes[i] = F(to_float(from[i * sq]));
+      else
+        for (int i = 0; i < queries; ++i) lanes[i] = F(to_float(from[i * sq]));
+      for (int v = 0; v < 2; ++v) store(s + k * ld + v * V, load(s + k * ld + v * V) + load(lanes + v * V) * unit);
     }
   }
 };
@@ -288,21 +320,16 @@ static void for_items(int64_t items, int64_t scratch_bytes, bool threads, const 
   else work(0, 1);
 }
 
+// Under 2^20 multiply-adds (20 us), waking the other threads may take longer.
+static inline bool worth_threads(const AttnArgs& a) {
+  return double(a.batch * a.heads) * double(a.q_len) * double(a.kv_len) * double(a.dim + a.value_dim) > 1 << 20;
+}
+
 // Runs of query tile i for batch b and head h, [first, last).
 static inline KeyRange runs_of(const AttnArgs& a, int64_t b, int64_t h, int64_t i) {
   const int64_t bm = a.plan_batches == 1 ? 0 : b, hm = a.plan_heads == 1 ? 0 : h;
   const int64_t j = (bm * a.plan_heads + hm) * ceil_div(a.q_len, a.block_q) + i;
   return {a.ptr[j], a.ptr[j + 1]};
-}
-
-template <class Body>
-static void for_dtype(int dtype, const Body& body) {
-  switch (dtype) {
-    case kF32: return body(float{});
-    case kF64: return body(double{});
-    case kF16: return body(f16{});
-    default: return body(bf16{});
-  }
 }
 
 }  // namespace
