@@ -57,11 +57,13 @@ def hstu_attention(
     code = _hstu.code(
         offsets, num_targets, q.shape[0], k.shape[0], causal, max_attn_len, contextual_len, min_full_attn_len
     )
-    bias = _bias(q, k, offsets, time, time_table, position_table)
+    tables = _tables(q, k, offsets, time, time_table, position_table)
     divisor = {"max_len": max_len, "length": 1, "scaling_len": scaling_len}[normalize]
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
     alpha = alpha if alpha is None else float(alpha)
-    out, _ = sparse_attention_fwd(*heads_first, code, None, None, bias, None, alpha, 0.0, True, 1 / divisor)
+    out, _ = sparse_attention_fwd(
+        *heads_first, code, None, None, None, None, *tables, alpha, 0.0, True, 1 / divisor
+    )
     out = out[0].transpose(0, 1)
     if normalize == "length":
         lengths = (offsets[1:] - offsets[:-1])[_hstu.rows_of(offsets, q.shape[0], k.shape[0])[0]]
@@ -69,23 +71,19 @@ def hstu_attention(
     return out
 
 
-def _bias(q, k, offsets, time, time_table, position_table):
-    """(1, H or 1, rows, keys): what the tables add to every score."""
-    if time_table is None and position_table is None:
-        return None
+def _tables(q, k, offsets, time, time_table, position_table):
+    """The op's arguments: each table (1 or H, entries) in float32 (float64), and what it is looked up by."""
     sequence, place, row = _hstu.rows_of(offsets, q.shape[0], k.shape[0])
-    _, key_place = _hstu.places(offsets, k.shape[0])
-    bias = 0
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = lambda table: (table if table.dim() == 2 else table[None]).to(wide)
+    positions, times = (None,) * 3, (None,) * 4
     if position_table is not None:
-        R = (position_table.shape[-1] - 1) // 2
-        bias = position_table[..., (key_place - place[:, None]).clamp(-R, R) + R]
+        positions = rows(position_table), place.int(), _hstu.places(offsets, k.shape[0])[1].int()
     if time_table is not None:
-        last = offsets[1:][sequence] - 1
-        following = time[torch.minimum(row + 1, last)]
-        apart = (following[:, None] - time).abs().clamp(min=1)
+        following = time[torch.minimum(row + 1, offsets[1:][sequence] - 1)]
         edges = bucket_edges(time_table.shape[-1] - 1).to(time.device)
-        bias = bias + time_table[..., torch.searchsorted(edges, apart, right=True)]
-    return bias.expand(1, bias.shape[0] if bias.dim() == 3 else 1, *bias.shape[-2:])
+        times = rows(time_table), following.long(), time.long(), edges
+    return *positions, *times
 
 
 def _check(q, k, v, offsets, num_targets, time, time_table, position_table, normalize):

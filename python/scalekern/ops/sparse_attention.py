@@ -13,6 +13,7 @@ from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._mask_packed import packed
 from scalekern._packing import check_cu_seqlens
+from scalekern.ops._hstu import places
 from scalekern.reference.sparse_attention import SCORES, scale_of, unit
 from scalekern.reference.sparse_attention import sparse_attention_bwd as reference_bwd
 from scalekern.reference.sparse_attention import sparse_attention_fwd as reference_fwd
@@ -23,11 +24,12 @@ CPU_BLOCK = (64, 64)
 
 def sparse_attention(
     q, k, v, mask=None, *, scale=None, bias=None, score="softmax", temperature=None, norm=1.0, return_lse=False,
-    empty_rows="zero", sinks=None, softcap=None, cu_seqlens=None, cu_seqlens_k=None,
+    empty_rows="zero", sinks=None, softcap=None, position_table=None, cu_seqlens=None,
+    cu_seqlens_k=None,
 ):  # fmt: skip
     """softmax(scale q k^T + bias) v over the pairs that the mask allows; the others cost nothing.
 
-    Differentiable in q, k, v, bias, sinks, temperature, and through the lse. Query head h reads key head
+    Differentiable in q, k, v, bias, sinks, temperature, position_table, and through the lse. Query head h reads key head
     h // (Hq / Hkv). Scores are summed and exponentiated in float32 (float64 for float64 inputs).
 
     Args:
@@ -45,6 +47,8 @@ def sparse_attention(
         empty_rows: what a query that may see nothing gets: "zero", or "attend": everything (Mask2Former).
         sinks: (Hq,), a score in every row's sum that brings no value.
         softcap: scores become softcap tanh(scores / softcap).
+        position_table: (T,) or (Hq, T), T odd: entry (T - 1) / 2 + k - q is added to the score of query q and key k,
+            at most the table's ends; after the cap (T5's and Swin's relative bias, ALiBi).
         cu_seqlens: (S + 1,) int32 or int64, rising from 0 to total: S sequences end to end, within each of which the
             mask counts positions from 0; a mask over images or of a dense tensor is refused. The tile lists are made
             from its values: once a tensor, which must not be changed in place.
@@ -65,7 +69,7 @@ def sparse_attention(
         _check_packed(q, k, v, cu_seqlens, cu_seqlens_k, empty_rows)
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sinks, softcap)
+    _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sinks, softcap, position_table)
     if score == "cosine":
         q, k = unit(q, temperature), unit(k)
         scale = 1.0 if scale is None else scale
@@ -74,13 +78,27 @@ def sparse_attention(
     bias = bias if bias is None or bias.dtype in (q.dtype, wide) else bias.to(wide)
     lengths = (int(q.shape[2]), int(k.shape[2])) if empty_rows == "attend" else None
     code = _code_of(mask, lengths, q.device)
+    tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
     scale = scale if scale is None else float(scale)
     out, lse = sparse_attention_fwd(
-        q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, scale, float(softcap or 0.0), score == "silu", float(norm)
-    )
+        q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, float(softcap or 0.0), score == "silu",
+        float(norm),
+    )  # fmt: skip
     if cu_seqlens is not None:
         out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
+
+
+def _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide):
+    """(position_table, q_pos, k_pos) and no times: positions count from the start of a packed sequence."""
+    if position_table is None:
+        return (None,) * 7
+    table = position_table if position_table.dim() == 2 else position_table[None]
+    positions = []
+    for x, bounds in ((q, cu_seqlens), (k, cu_seqlens_k)):
+        place = torch.arange(x.shape[2], device=x.device) if bounds is None else places(bounds, x.shape[2])[1]
+        positions.append(place.int())
+    return table.to(wide), *positions, *(None,) * 4
 
 
 @torch.compiler.assume_constant_result
@@ -109,7 +127,7 @@ def _check_packed(q, k, v, cu_seqlens, cu_seqlens_k, empty_rows):
     _checks.same_device(NAME, "q", q, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
 
 
-def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sinks, softcap):
+def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sinks, softcap, position_table):
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(NAME, name, x, dims=4, dtypes=_checks.FLOATING)
         _checks.dtype(NAME, name, x, q.dtype)
@@ -136,6 +154,11 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
         if x is not None:
             _checks.tensor(NAME, name, x, dims=1, dtypes=_checks.FLOATING)
             _checks.shape(NAME, name, x, (heads,))
+    if position_table is not None:
+        _checks.tensor(NAME, "position_table", position_table, dims=(1, 2), dtypes=_checks.FLOATING)
+        _checks.shape(NAME, "position_table", position_table, (None,), (heads, None))
+        if position_table.shape[-1] % 2 == 0:
+            raise ValueError(f"{NAME}: position_table must have an odd number of entries, got {position_table.shape[-1]}")
     _checks.choice(NAME, "score", score, SCORES)
     _checks.choice(NAME, "empty_rows", empty_rows, ("zero", "attend"))
     if temperature is not None and score != "cosine":
@@ -144,21 +167,23 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
         raise ValueError(f"{NAME}: sinks must be None for score 'silu', which has no sum, got a tensor")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{NAME}: softcap must be positive, got {softcap!r}")
-    _checks.same_device(NAME, "q", q, k=k, v=v, bias=bias, temperature=temperature, sinks=sinks)
+    _checks.same_device(NAME, "q", q, k=k, v=v, bias=bias, temperature=temperature, sinks=sinks,
+                        position_table=position_table)  # fmt: skip
 
 
-def _allocate_fwd(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, scale, softcap, silu, norm):
+def _allocate_fwd(q, k, v, *rest):
     """The outputs, uninitialized: what the fake returns and what the kernels fill."""
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
 def _allocate_bwd(
-    dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, out, lse, scale, softcap, silu, norm, need_dbias
+    dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, position_table, q_pos, k_pos, time_table, q_time,
+    k_time, edges, out, lse, scale, softcap, silu, norm, need_dbias,
 ):  # fmt: skip
     def like(x):
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
-    return like(q), like(k), like(v), like(bias if need_dbias else None), like(sinks)
+    return *map(like, (q, k, v, bias if need_dbias else None, sinks, position_table, time_table)),
 
 
 def _wide(q):
@@ -169,22 +194,26 @@ def _empty(q, k, v, *rest):
     return q.numel() == 0 or k.numel() == 0 or v.numel() == 0
 
 
+_TENSORS = 15  # of the forward's arguments
+
+
 def _setup_context(ctx, inputs, output):
-    ctx.options = inputs[8:]
-    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.options = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
     *inputs, out, lse = ctx.saved_tensors  # once: under activation checkpointing a read recomputes
-    bias, sinks = inputs[6:]
     if dout is None and dlse is None:
-        return (None,) * 12
+        return (None,) * (_TENSORS + 4)
     dout = torch.zeros_like(out) if dout is None else dout
-    need_dbias = bias is not None and ctx.needs_input_grad[6]
-    dq, dk, dv, dbias, dsinks = sparse_attention_bwd(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
-    none = (None,) * 4
-    return dq, dk, dv, *none[:3], dbias if need_dbias else None, None if sinks is None else dsinks, *none
+    need_dbias = inputs[6] is not None and ctx.needs_input_grad[6]
+    found = sparse_attention_bwd(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
+    grads = dict(zip((0, 1, 2, 6, 7, 8, 11), found))
+    if not need_dbias:
+        del grads[6]
+    return *(grads.get(i) if x is not None else None for i, x in enumerate(inputs)), *(None,) * 4
 
 
 def _cpu_tiles(q, v, planned):
@@ -208,9 +237,10 @@ def _planned(mask, cu_seqlens, cu_seqlens_k, q, k):
 def _fwd(kernel, tiles):
     """A kernel as fill(out, lse, *op arguments)."""
 
-    def fill(out, lse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, scale, *options):
+    def fill(out, lse, q, k, v, mask, cu_seqlens, cu_seqlens_k, *rest):
+        *given, scale, softcap, silu, norm = rest  # bias, sinks, tables
         found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
-        kernel(out, lse, q, k, v, *found, bias, sinks, scale_of(q, scale), *options)
+        kernel(out, lse, q, k, v, *found, *given[:2], scale_of(q, scale), softcap, silu, norm)
 
     return _like(kernel, fill)
 
@@ -221,15 +251,14 @@ def _bwd(kernel, tiles):
     dbias is summed in float32, in place.
     """
 
-    def fill(
-        dq, dk, dv, dbias, dsinks, dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, out, lse, scale,
-        softcap, silu, norm, need_dbias,
-    ):  # fmt: skip
+    def fill(*args):
+        dq, dk, dv, dbias, dsinks, dposition, dtime, dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, *rest = args
+        *given, out, lse, scale, softcap, silu, norm, need_dbias = rest  # bias, sinks, tables
         found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
         sums = dbias.to(_wide(dbias)) if need_dbias else None
-        dsinks = None if sinks is None else dsinks
+        others = [None if x is None else d for d, x in zip((dsinks, dposition, dtime), (given[1], given[2], given[5]))]
         kernel(
-            dq, dk, dv, sums, dsinks, dout, dlse, out, lse, q, k, v, *found, bias, sinks, scale_of(q, scale), softcap,
+            dq, dk, dv, sums, *others[:1], dout, dlse, out, lse, q, k, v, *found, *given[:2], scale_of(q, scale), softcap,
             silu, norm,
         )  # fmt: skip
         if need_dbias and sums is not dbias:
@@ -238,21 +267,29 @@ def _bwd(kernel, tiles):
     return _like(kernel, fill)
 
 
+def _no_tables(*args):
+    return None if args[8] is None and args[11] is None else "tables are not implemented"
+
+
 def _like(kernel, fill):
     for name in ("native_op", "triton_module"):
         setattr(fill, name, getattr(kernel, name, None))
     return fill
 
 
-_FORWARD = "Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? bias, Tensor? sinks"
+_FORWARD = (
+    "Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? bias, Tensor? sinks, "
+    "Tensor? position_table, Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, "
+    "Tensor? edges"
+)
 _OPTIONS = "float? scale, float softcap, bool silu, float norm"
 
 sparse_attention_fwd = _library.define(
     NAME,
     f"sparse_attention_fwd({_FORWARD}, {_OPTIONS}) -> (Tensor, Tensor)",
     backends=(
-        Backend("triton", filling(_allocate_fwd, _fwd(triton(NAME, "sparse_attention_fwd"), _triton_tiles))),
-        Backend("cpu", filling(_allocate_fwd, _fwd(native("sparse_attention_fwd", "cpu"), _cpu_tiles))),
+        Backend("triton", filling(_allocate_fwd, _fwd(triton(NAME, "sparse_attention_fwd"), _triton_tiles)), _no_tables),
+        Backend("cpu", filling(_allocate_fwd, _fwd(native("sparse_attention_fwd", "cpu"), _cpu_tiles)), _no_tables),
         Backend("reference", reference_fwd),
     ),
     fake=_allocate_fwd,
@@ -265,10 +302,10 @@ sparse_attention_fwd = _library.define(
 sparse_attention_bwd = _library.define(
     NAME,
     f"sparse_attention_bwd(Tensor dout, Tensor? dlse, {_FORWARD}, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend("triton", filling(_allocate_bwd, _bwd(triton(f"{NAME}_bwd", "sparse_attention_bwd"), _triton_tiles))),
-        Backend("cpu", filling(_allocate_bwd, _bwd(native("sparse_attention_bwd", "cpu"), _cpu_tiles))),
+        Backend("triton", filling(_allocate_bwd, _bwd(triton(f"{NAME}_bwd", "sparse_attention_bwd"), _triton_tiles)), lambda g, h, *a: _no_tables(*a)),
+        Backend("cpu", filling(_allocate_bwd, _bwd(native("sparse_attention_bwd", "cpu"), _cpu_tiles)), lambda g, h, *a: _no_tables(*a)),
         Backend("reference", reference_bwd),
     ),
     fake=_allocate_bwd,

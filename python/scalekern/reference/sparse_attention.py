@@ -15,10 +15,12 @@ HOTTEST = 4.605170185988092  # log 100, where Swin V2 clamps its log temperature
 
 def sparse_attention(
     q, k, v, mask=None, *, scale=None, bias=None, score="softmax", temperature=None, norm=1.0, return_lse=False,
-    empty_rows="zero", sinks=None, softcap=None, cu_seqlens=None, cu_seqlens_k=None,
+    empty_rows="zero", sinks=None, softcap=None, position_table=None, cu_seqlens=None,
+    cu_seqlens_k=None,
 ):  # fmt: skip
     if cu_seqlens is not None:
         options = dict(scale=scale, score=score, temperature=temperature, norm=norm, sinks=sinks, softcap=softcap)
+        options["position_table"] = position_table
         found = by_sequence(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, options)
         return found if return_lse else found[0]
     if score == "cosine":
@@ -28,6 +30,11 @@ def sparse_attention(
     visible = mask.to_dense(q.shape[2], k.shape[2]).to(q.device)
     if empty_rows == "attend":
         visible = visible | ~visible.any(-1, keepdim=True)
+    if position_table is not None:
+        R = (position_table.shape[-1] - 1) // 2
+        apart = (torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None]).clamp(-R, R).to(q.device)
+        relative = position_table[..., R + apart]
+        bias = relative if bias is None else bias + relative
     out, lse = attend(q, k, v, visible, bias, sinks, scale, softcap or 0.0, score == "silu", norm)
     return (out, lse) if return_lse else out
 
@@ -120,20 +127,27 @@ def _values(p, v, visible):
     return out
 
 
-def sparse_attention_fwd(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, scale, softcap, silu, norm):
-    """The registered op: the mask as its code."""
-    return attend(q, k, v, dense_of(mask, cu_seqlens, cu_seqlens_k, q, k), bias, sinks, scale, softcap, silu, norm)
+def sparse_attention_fwd(
+    q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, position_table, q_pos, k_pos, time_table, q_time, k_time,
+    edges, scale, softcap, silu, norm,
+):  # fmt: skip
+    """The registered op: the mask as its code, tables with what they are looked up by."""
+    tables = Tables(q, position_table, q_pos, k_pos, time_table, q_time, k_time, edges)
+    visible = dense_of(mask, cu_seqlens, cu_seqlens_k, q, k)
+    return attend(q, k, v, visible, tables.added_to(bias), sinks, scale, softcap, silu, norm)
 
 
 def sparse_attention_bwd(
-    dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, out, lse, scale, softcap, silu, norm, need_dbias
+    dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, position_table, q_pos, k_pos, time_table, q_time,
+    k_time, edges, out, lse, scale, softcap, silu, norm, need_dbias,
 ):  # fmt: skip
-    """Gradients of q, k, v, bias and sinks; an empty tensor for what is absent or not needed."""
+    """Gradients of q, k, v, bias, sinks and the tables; an empty tensor for what is absent or not needed."""
     visible, wide, group = dense_of(mask, cu_seqlens, cu_seqlens_k, q, k), wide_dtype(q), group_of(q, k)
+    tables = Tables(q, position_table, q_pos, k_pos, time_table, q_time, k_time, edges)
     scale = scale_of(q, scale)
     dout, wide_q = dout.to(wide), q.to(wide)
     wide_k, wide_v = (_seen(x.to(wide).repeat_interleave(group, 1), visible) for x in (k, v))
-    s, slope = _scores(wide_q, wide_k, bias, scale, softcap)
+    s, slope = _scores(wide_q, wide_k, tables.added_to(bias), scale, softcap)
     dp = dout @ wide_v.transpose(-1, -2)
     dsinks = q.new_empty(0)
     if silu:
@@ -148,13 +162,48 @@ def sparse_attention_bwd(
         ds = torch.where(visible, p * (dp - delta[..., None]), 0)
         if sinks is not None:
             dsinks = -((sinks.to(wide)[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
-    dbias = q.new_empty(0)
-    if need_dbias:
-        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
+    dtables = tables.gradients(ds)
     ds = (ds if slope is None else ds * slope) * scale
     dq = (ds @ wide_k).to(q.dtype)
     dk, dv = ((x.transpose(-1, -2) @ y).unflatten(1, (k.shape[1], group)).sum(2) for x, y in ((ds, wide_q), (p, dout)))
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks, *dtables
+
+
+class Tables:
+    """What is added to scores from small tables: (1 or Hq, T) by distance, (1 or Hq, K + 1) by the time between."""
+
+    def __init__(self, q, position_table, q_pos, k_pos, time_table, q_time, k_time, edges):
+        self.found, self.like = [], q
+        if position_table is not None:
+            R = (position_table.shape[1] - 1) // 2
+            self.found.append((position_table, (k_pos - q_pos[:, None]).clamp(-R, R).long() + R))
+        else:
+            self.found.append(None)
+        if time_table is not None:
+            apart = (q_time[:, None] - k_time).abs().clamp(min=1)
+            self.found.append((time_table, torch.searchsorted(edges, apart, right=True)))
+        else:
+            self.found.append(None)
+
+    def added_to(self, bias):
+        for entry in self.found:
+            if entry is not None:
+                table, index = entry
+                bias = table[:, index] if bias is None else bias.to(table.dtype) + table[:, index]
+        return bias
+
+    def gradients(self, ds):
+        """ds (B, Hq, Lq, Lk) -> the gradient of each table."""
+        dtables = []
+        for entry in self.found:
+            if entry is None:
+                dtables.append(self.like.new_empty(0))
+                continue
+            table, index = entry
+            total = ds.new_zeros(ds.shape[1], table.shape[1]).index_add_(1, index.flatten(), ds.sum(0).flatten(1))
+            dtables.append((total.sum(0, keepdim=True) if table.shape[0] == 1 else total).to(table.dtype))
+        return dtables
 
 
 def dense_of(code, cu_seqlens, cu_seqlens_k, q, k):

@@ -10,15 +10,16 @@ from scalekern.testing import Sample, Spec
 
 
 def _attention(B, Hq, Lq, P, mask=None, *, Hkv=None, Lk=None, Pv=None, bias=None, options="", **plain):
-    """bias: its first two sizes. options: any of sinks, temperature."""
+    """bias: its first two sizes. options: any of sinks, temperature, position_table, shared_table."""
 
     def build(f):
         keys, key_heads = Lq if Lk is None else Lk, Hq if Hkv is None else Hkv
         kwargs = dict(plain)
         if bias is not None:
             kwargs["bias"] = f.io(*bias, Lq, keys)
+        makers = {"position_table": lambda: f.param(Hq, 11), "shared_table": lambda: f.param(7)}
         for name in options.split():
-            kwargs[name] = f.param(Hq)
+            kwargs[name.replace("shared", "position")] = makers.get(name, lambda: f.param(Hq))()
         args = f.io(B, Hq, Lq, P), f.io(B, key_heads, keys, P), f.io(B, key_heads, keys, P if Pv is None else Pv)
         return (*args, mask), kwargs
 
@@ -54,7 +55,7 @@ SPECS = {
             Sample("one", _attention(1, 1, 1, 1, masks.causal)),
             Sample(
                 "everything",
-                _attention(2, 4, 19, 12, masks.causal.shift(4, 0), Hkv=2, Lk=23, Pv=5, bias=(1, 4), options="sinks",
+                _attention(2, 4, 19, 12, masks.causal.shift(4, 0), Hkv=2, Lk=23, Pv=5, bias=(1, 4), options="sinks position_table",
                            softcap=3.0, scale=0.7, return_lse=True),
             ),
             Sample("empty_rows", _attention(1, 2, 21, 6, _hidden(2, 21, 13), Lk=13, bias=(1, 1))),
@@ -65,7 +66,7 @@ SPECS = {
                 _packed([7, 3, 5], 2, 4, masks.blocks([2, 5, 9]) | masks.prefix([1, 0, 4]) & ~masks.dilated(2),
                         key_lengths=[11, 2, 8], softcap=2.0),
             ),
-            Sample("hstu", _attention(2, 2, 33, 8, masks.causal & masks.prefix([33, 20]), bias=(2, 2), score="silu", norm=1 / 33)),
+            Sample("hstu", _attention(2, 2, 33, 8, masks.causal & masks.prefix([33, 20]), bias=(2, 2), options="shared_table", score="silu", norm=1 / 33)),
             Sample("swin_v2", _attention(2, 3, 16, 8, masks.window2d((4, 4), 2, 1), options="temperature", score="cosine")),
             Sample("a_mask_a_head", _attention(1, 3, 70, 8, masks.per_head([masks.causal, masks.window(3, 3), masks.dilated(3)]))),
         ),
