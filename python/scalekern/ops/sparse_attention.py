@@ -7,6 +7,7 @@ lists of tiles that it has to visit, which is made once for a code and a pair of
 """
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from scalekern import _checks, _library, masks
@@ -103,8 +104,11 @@ def _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide):
 
 @torch.compiler.assume_constant_result
 def _code_of(mask, lengths, device):
-    """The mask's code; with lengths, that of the mask whose empty rows see everything."""
-    with unset_fake_temporarily():
+    """The mask's code; with lengths, that of the mask whose empty rows see everything.
+
+    It is kept, so it has to be a plain tensor, whatever mode or transform the call is in.
+    """
+    with unset_fake_temporarily(), temporarily_clear_interpreter_stack():
         mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
         return mask.code(device)
 
