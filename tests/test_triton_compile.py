@@ -28,13 +28,14 @@ from scalekern.triton_kernels import (  # noqa: E402
     selective_scan,
     selective_scan_bwd,
     selective_state_update,
+    toeplitz_conv,
     tuning,
 )
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
     causal_conv1d, causal_conv1d_update, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
-    selective_state_update,
+    selective_state_update, toeplitz_conv,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.
@@ -42,10 +43,12 @@ REGISTER_SLACK, STACK_SLACK = 8, 32
 MAIN = (
     "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "selective_scan_fwd", "selective_scan_bwd",
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
+    "toeplitz_conv_fwd", "toeplitz_conv_bwd",
 )  # fmt: skip
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN if not name.startswith("fft_conv")}
 DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
+DTYPES |= dict.fromkeys(("toeplitz_conv_fwd", "toeplitz_conv_bwd"), ("float32", "float64"))
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 
 
@@ -92,7 +95,7 @@ def test_compiles_within_its_record(name, dtype, arch):
 
 
 @pytest.mark.parametrize("arch, instruction", ((80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")))
-@pytest.mark.parametrize("name", ("fft_conv_fwd", "fft_conv_bwd"))
+@pytest.mark.parametrize("name", ("fft_conv_fwd", "fft_conv_bwd", "toeplitz_conv_fwd", "toeplitz_conv_bwd"))
 def test_products_run_on_the_matrix_units(name, arch, instruction):
     assert instruction in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", arch, 32)).asm["ptx"]
 

@@ -95,7 +95,7 @@ def _toeplitz_conv_fwd_kernel(
     if SCALED:
         scale = _power_of_two(k_ptr, stride_k_k, K, T)
     y = tl.zeros([R, T], acc)
-    for p in range(shifts):
+    for p in tl.range(shifts, num_stages=2):
         t = (chunk + p if AHEAD else chunk - p)[:, None] * T + i[None, :]
         inside = in_rows[:, None] & (t >= 0) & (t < L)
         x = tl.load(x_ptr + index(t, INT64) * stride_x_l, mask=inside, other=0.0)  # [R, T]
@@ -103,7 +103,7 @@ def _toeplitz_conv_fwd_kernel(
         tap = tl.load(k_ptr + index(lag, INT64) * stride_k_k, mask=(lag >= 0) & (lag < K), other=0.0).to(acc)  # [T, T]
         if SCALED:
             tap /= scale
-        y = tl.dot(_operand(x, kind), _operand(tap, kind), y, input_precision=PRECISION)
+        y = tl.dot(_operand(x, kind), _operand(tap, kind), y, input_precision=PRECISION, out_dtype=acc)
     if SCALED:
         y *= scale
     t = chunk[:, None] * T + i[None, :]
@@ -136,7 +136,7 @@ def _toeplitz_conv_bwd_kernel(
         t = (chunk - p)[None, :] * T + i[:, None]
         at = (b * stride_u_b + d * stride_u_d)[None, :] + index(t, INT64) * stride_u_l
         x = tl.load(u_ptr + at, mask=in_rows[None, :] & (t >= 0) & (t < L), other=0.0)  # [T, R]
-        w = tl.dot(_operand(x, kind), _operand(dy, kind), w, input_precision=PRECISION)
+        w = tl.dot(_operand(x, kind), _operand(dy, kind), w, input_precision=PRECISION, out_dtype=acc)
     place = i[:, None] + i[None, :]
     sheared = tl.gather(w, place % T, 1)  # [T, T]: row j begins with its element on the main diagonal
     to = partial_ptr + tl.cast(program, tl.int64) * 2 * T + i
@@ -217,16 +217,14 @@ def toeplitz_conv_bwd(du, dk, dout, u, k) -> None:
     dk[:, taps:] = 0
 
 
-def _spec(dtype: torch.dtype, kind: str, options: str = "") -> Launch:
-    """128 taps a channel; "grouped" 7 of a group of channels, "wide" float32 taps and 64-bit offsets."""
-    taps, groups, channels = (7, 64, 4096) if options == "grouped" else (128, 4096, 4096)
-    shape = (8, 4096, 2**20) if options == "wide" else (8, channels, 4096)
-    u = meta(*shape, dtype=dtype)
-    k = meta(groups, taps, dtype=torch.float32 if options == "wide" else dtype)
+def _spec(kind: str, dtype: torch.dtype, *, taps_dtype=None, shape=(8, 4096, 4096)) -> Launch:
+    """128 taps, a filter a channel."""
+    u, k = meta(*shape, dtype=dtype), meta(shape[1], 128, dtype=taps_dtype or dtype)
     return plan_toeplitz_conv_bwd(u, u, k) if kind == "bwd" else plan_toeplitz_conv_fwd(u, u, k, kind == "du")
 
 
-for _kind, _options in (("fwd", ""), ("bwd", ""), ("du", ""), ("fwd", "grouped"), ("bwd", "grouped"), ("fwd", "wide")):
-    compile_spec(f"toeplitz_conv_{_kind}" + (f"_{_options}" if _options else ""))(
-        lambda dtype, kind=_kind, options=_options: _spec(dtype, kind, options)
-    )
+for _kind in ("fwd", "bwd", "du"):
+    compile_spec(f"toeplitz_conv_{_kind}")(lambda dtype, kind=_kind: _spec(kind, dtype))
+compile_spec("toeplitz_conv_fwd_float16_wide")(  # float32 taps, offsets beyond 32 bits
+    lambda dtype: _spec("fwd", torch.float16, taps_dtype=torch.float32, shape=(8, 4096, 2**20))
+)

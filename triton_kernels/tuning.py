@@ -78,6 +78,8 @@ CANDIDATES = {
     "causal_conv1d_update": _grid(BLOCK_D=(32, 64, 128, 256), num_warps=(1, 2, 4)),
     "fft_conv_fwd": _grid(R=(1, 2, 4, 8), num_warps=(4, 8, 16)),
     "fft_conv_bwd": _grid(R=(1, 2, 4, 8), num_warps=(4, 8, 16)),
+    "toeplitz_conv_fwd": _grid(T=(16, 32, 64, 128), R=(32, 64, 128, 256), num_warps=(4, 8)),
+    "toeplitz_conv_bwd": _grid(T=(16, 32, 64), R=(32, 64, 128), num_warps=(4, 8)),
 }
 
 

@@ -66,21 +66,17 @@ def _backward(ctx, dout):
     return toeplitz_conv_bwd(dout, *ctx.saved_tensors)
 
 
-def _supports(u, k):
-    return "u is float64, of which Triton has no products" if u.dtype == torch.float64 else None
+def _backends(allocate, function, fill, reference):
+    kernel = Backend("triton", filling(allocate, triton(NAME, function)))
+    return kernel, *composed(filling(allocate, fill), reference)
 
 
-def _triton(allocate, function, supports):
-    return Backend("triton", filling(allocate, triton(NAME, function)), supports)
-
+_fill_bwd = _library.without_autocast(_toeplitz.backward)
 
 toeplitz_conv_fwd = _library.define(
     NAME,
     "toeplitz_conv_fwd(Tensor u, Tensor k) -> Tensor",
-    backends=(
-        _triton(_allocate_fwd, "toeplitz_conv_fwd", _supports),
-        *composed(filling(_allocate_fwd, _toeplitz.forward), reference_fwd),
-    ),
+    backends=_backends(_allocate_fwd, "toeplitz_conv_fwd", _toeplitz.forward, reference_fwd),
     fake=_allocate_fwd,
     empty=lambda u, k: u.numel() == 0,
     setup_context=_setup_context,
@@ -91,10 +87,7 @@ toeplitz_conv_fwd = _library.define(
 toeplitz_conv_bwd = _library.define(
     NAME,
     "toeplitz_conv_bwd(Tensor dout, Tensor u, Tensor k) -> (Tensor, Tensor)",
-    backends=(
-        _triton(_allocate_bwd, "toeplitz_conv_bwd", lambda dout, u, k: _supports(u, k)),
-        *composed(filling(_allocate_bwd, _library.without_autocast(_toeplitz.backward)), reference_bwd),
-    ),
+    backends=_backends(_allocate_bwd, "toeplitz_conv_bwd", _fill_bwd, reference_bwd),
     fake=_allocate_bwd,
     empty=lambda dout, u, k: u.numel() == 0,
 )
