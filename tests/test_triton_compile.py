@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from scalekern.triton_kernels import (  # noqa: E402
     causal_conv1d,
     causal_conv1d_update,
+    diag_ssm_kernel,
     fft_conv,
     fft_filters,
     selective_scan,
@@ -34,7 +35,7 @@ from scalekern.triton_kernels import (  # noqa: E402
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
-    causal_conv1d, causal_conv1d_update, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
+    causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
     selective_state_update, toeplitz_conv,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
@@ -43,12 +44,13 @@ REGISTER_SLACK, STACK_SLACK = 8, 32
 MAIN = (
     "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "selective_scan_fwd", "selective_scan_bwd",
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
-    "toeplitz_conv_fwd", "toeplitz_conv_bwd",
+    "toeplitz_conv_fwd", "toeplitz_conv_bwd", "powers_sum", "moments",
 )  # fmt: skip
-# The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
-DTYPES = {name: ("float16", "float32", "float64") for name in MAIN if not name.startswith("fft_conv")}
+# The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u, and
+# those of diag_ssm_kernel compute in float32 where it is not float64.
+DTYPES = {name: ("float16", "float32", "float64") for name in MAIN[:6]}
 DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
-DTYPES |= dict.fromkeys(("toeplitz_conv_fwd", "toeplitz_conv_bwd"), ("float32", "float64"))
+DTYPES |= {"toeplitz_conv_fwd": ("float32", "float64"), "toeplitz_conv_bwd": ("float32",), "moments": ("float64",)}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 
 

@@ -80,6 +80,8 @@ CANDIDATES = {
     "fft_conv_bwd": _grid(R=(1, 2, 4, 8), num_warps=(4, 8, 16)),
     "toeplitz_conv_fwd": _grid(T=(16, 32, 64, 128), R=(32, 64, 128, 256), num_warps=(4, 8)),
     "toeplitz_conv_bwd": _grid(T=(16, 32, 64), R=(32, 64, 128), num_warps=(4, 8)),
+    "powers_sum": _grid(F=(32, 64, 128), Q=(32, 64, 128), BLOCK_N=(8, 16), num_warps=(4, 8)),
+    "moments": _grid(F=(32, 64, 128), Q=(16, 32, 64), BLOCK_N=(8, 16), num_warps=(4, 8)),
 }
 
 

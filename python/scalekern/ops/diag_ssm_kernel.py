@@ -6,7 +6,7 @@ Shape letters: H heads, N states, L length.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import composed
+from scalekern._dispatch import Backend, composed, triton
 from scalekern.ops import _diag_ssm
 from scalekern.reference._complex import real_dtype
 from scalekern.reference.diag_ssm import DISCRETIZATIONS
@@ -93,7 +93,7 @@ _fwd, _bwd = (_library.without_autocast(f) for f in (_diag_ssm.kernel_fwd, _diag
 diag_ssm_kernel_fwd = _library.define(
     NAME,
     "diag_ssm_kernel_fwd(Tensor A, Tensor B, Tensor C, Tensor dt, SymInt L, str disc, bool conjugate_pairs) -> Tensor",
-    backends=composed(_fwd, reference_fwd),
+    backends=(Backend("triton", triton(NAME, "diag_ssm_kernel_fwd")), *composed(_fwd, reference_fwd)),
     fake=_allocate_fwd,
     empty=lambda A, B, C, dt, L, *rest: A.numel() == 0 or L == 0,
     setup_context=_setup_context,
@@ -104,7 +104,7 @@ diag_ssm_kernel_bwd = _library.define(
     NAME,
     "diag_ssm_kernel_bwd(Tensor dout, Tensor A, Tensor B, Tensor C, Tensor dt, str disc, bool conjugate_pairs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    backends=composed(_bwd, reference_bwd),
+    backends=(Backend("triton", triton(NAME, "diag_ssm_kernel_bwd")), *composed(_bwd, reference_bwd)),
     fake=_allocate_bwd,
     empty=lambda dout, A, *rest: A.numel() == 0 or dout.numel() == 0,
 )
