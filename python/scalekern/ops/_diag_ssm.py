@@ -142,7 +142,7 @@ def _joined(parts, a):
 
 def discretized(A, B, dt, disc, length=None):
     """The oracle's `discretize`; the usual one natively, a tenth of torch's time, of which a decoded token is made."""
-    if disc != "zoh" or not A.is_complex() or not native_here(A):
+    if dt is None or disc != "zoh" or not A.is_complex() or not native_here(A):
         return discretize(A, B, dt, disc, length)
     a, b = (torch.empty(A.shape, dtype=torch.complex128) for _ in "ab")
     _discretize_cpu(a, b, wide(A).contiguous(), wide(B).contiguous(), dt.to(torch.float64).contiguous())

@@ -50,12 +50,14 @@ def diag_ssm_kernel(A, B, C, dt, L, disc="zoh", *, conjugate_pairs=True):
     return diag_ssm_kernel_fwd(A, B, C, dt, L, disc, conjugate_pairs)
 
 
-def check_parameters(op, A, B, C, dt):
+def check_parameters(op, A, B, C, dt, *, discrete=False):
+    """discrete: dt may be None."""
     _checks.tensor(op, "A", A, dims=2, dtypes=_checks.FLOATING + _checks.COMPLEX)
     for name, x in (("B", B), ("C", C)):
         _checks.tensor(op, name, x, dims=2, dtypes=_checks.FLOATING + (_checks.COMPLEX if A.is_complex() else ()))
         _checks.shape(op, name, x, A.shape)
-    check_dt(op, dt, A.shape[0])
+    if dt is not None or not discrete:
+        check_dt(op, dt, A.shape[0])
     _checks.same_device(op, "A", A, B=B, C=C, dt=dt)
 
 
