@@ -118,7 +118,8 @@ def step(device, dtype=FP32, *, discrete=False, B, H, N) -> Work:
         return 2 * (C * after).sum(-1, keepdim=True).real + D[:, None] * u, after
 
     return Work(
-        run=run, oracle=lambda: run(reference, *map(upcast, (u, *made[:2], C, D, made[2], x))), tolerance=TOLERANCE[FP32],
+        run=run, oracle=lambda: run(reference, *map(upcast, (u, *made[:2], C, D, made[2], x))),
+        tolerance=TOLERANCE[FP32],
         bytes_moved=16 * B * H * N, flops=16 * B * H * N,
         peers={"discretized before": lambda: peers.torch_peer(rival)},
     )  # fmt: skip

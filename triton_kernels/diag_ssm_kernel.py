@@ -47,7 +47,7 @@ LOWEST = -1e4  # log2 of what stands for 0: its first power is 0 in every dtype,
 
 @triton.jit
 def _wave(size, angle, REAL: tl.constexpr):
-    """2^size cos(2 pi angle) of float64 numbers, as REAL: Taylor's series of the fractions, below an ulp at the ends."""
+    """2^size cos(2 pi angle) of float64 numbers, as REAL: Taylor's series, within an ulp where a fraction ends."""
     DOUBLE: tl.constexpr = REAL == tl.float64
     EXPONENTIAL: tl.constexpr = 13 if DOUBLE else 7  # terms
     CIRCULAR: tl.constexpr = 8 if DOUBLE else 4
@@ -75,7 +75,7 @@ def _wave(size, angle, REAL: tl.constexpr):
 
 @triton.jit
 def _columns(first, N, BLOCK_N: tl.constexpr):
-    """Of 2 BLOCK_N columns: (state, whether there is one, the part of a turn by which it lags: imaginary parts last)."""
+    """Of 2 BLOCK_N columns: (state, whether there is one, the part of a turn that it lags: imaginary parts last)."""
     column = tl.arange(0, 2 * BLOCK_N)
     n = first + column % BLOCK_N
     return n, n < N, (column // BLOCK_N).to(tl.float64) * 0.25
@@ -170,14 +170,14 @@ def _precision(x):
 
 
 def plan_powers_sum(out, size, angle, rate, turns, *, backwards=False, add=False) -> Launch:
-    """The launch, from shapes and dtypes alone: out (M, H, L), logarithms of w (M, H, N) and of a (H, N), contiguous."""
+    """The launch, from shapes and dtypes alone: out (M, H, L), the logarithms of w and a, contiguous."""
     (rows, heads, length), states = out.shape, rate.shape[1]
     blocks = _blocks("powers_sum", out, states, length)
     warps = blocks.pop("num_warps")
     count = triton.cdiv(length, blocks["F"] * blocks["Q"])
     args = dict(
-        out_ptr=out, size_ptr=size, angle_ptr=angle, rate_ptr=rate, turns_ptr=turns, H=heads, N=states, L=length, blocks=count, ADD=add,
-        BACKWARDS=backwards, PRECISION=_precision(out), **blocks,
+        out_ptr=out, size_ptr=size, angle_ptr=angle, rate_ptr=rate, turns_ptr=turns, H=heads, N=states, L=length,
+        blocks=count, ADD=add, BACKWARDS=backwards, PRECISION=_precision(out), **blocks,
     )  # fmt: skip
     return Launch(_powers_sum_kernel, (rows * heads * count,), args, warps)
 

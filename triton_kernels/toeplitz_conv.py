@@ -44,7 +44,7 @@ __all__ = ["toeplitz_conv_bwd", "toeplitz_conv_fwd"]
 
 @triton.jit
 def _row(tile, g, width, chunks, rows, R: tl.constexpr):
-    """Of the rows of a tile: (place of the block in its sequence, sample, channel, whether there is such a row), [R]."""
+    """Of the rows of a tile: (place of the block in its sequence, sample, channel, whether there is one), [R]."""
     row = tile * R + tl.arange(0, R)
     sequence = row // chunks
     return row % chunks, (sequence // width).to(tl.int64), g * width + sequence % width, row < rows
@@ -155,9 +155,8 @@ def _blocks(kernel: str, u: torch.Tensor, groups: int, taps: int) -> dict[str, i
     tokens = max(16, min(most, triton.next_power_of_2(max(1, taps - 1))))
     rows = u.shape[0] * u.shape[1] // groups * triton.cdiv(u.shape[2], tokens)
     size = max(16, min(64 if kernel.endswith("bwd") else 128, triton.next_power_of_2(rows)))
-    return config(
-        kernel, f"{str(u.dtype)[6:]}-K{triton.next_power_of_2(taps)}", u.device, {"T": tokens, "R": size, "num_warps": 4}
-    )
+    default = {"T": tokens, "R": size, "num_warps": 4}
+    return config(kernel, f"{str(u.dtype)[6:]}-K{triton.next_power_of_2(taps)}", u.device, default)
 
 
 def _shape(u: torch.Tensor, groups: int, taps: int, blocks: dict[str, int]) -> dict[str, int]:
