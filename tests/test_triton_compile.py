@@ -46,8 +46,8 @@ MAIN = (
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
     "toeplitz_conv_fwd", "toeplitz_conv_bwd", "powers_sum", "moments",
 )  # fmt: skip
-# The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u, and
-# those of diag_ssm_kernel compute in float32 where it is not float64.
+# The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u,
+# and those of diag_ssm_kernel compute in float32 where it is not float64.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN[:6]}
 DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
 DTYPES |= {"toeplitz_conv_fwd": ("float32", "float64"), "toeplitz_conv_bwd": ("float32",), "moments": ("float64",)}

@@ -35,8 +35,8 @@ def diag_ssm_kernel(A, B, C, dt, L, disc="zoh", *, conjugate_pairs=True):
         conjugate_pairs: s = 2 for a complex A, which is the sum over both halves; else 1.
 
     Returns:
-        K (H, L) in C's real dtype, at least float32, under autocast too. Powers are made in float64: float32 results
-        are as accurate at L = 262,144 as at 16.
+        K (H, L) in C's real dtype, at least float32, under autocast too. Powers, or in Triton their exponents, are made
+        in float64: float32 results are as accurate at L = 262,144 as at 16.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
