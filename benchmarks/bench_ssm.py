@@ -101,14 +101,16 @@ def plain(u, kernel):
     return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(kernel, size), size)[..., : u.shape[-1]]
 
 
-def step(device, dtype=FP32, *, B, H, N) -> Work:
-    """One token, from a state."""
+def step(device, dtype=FP32, *, discrete=False, B, H, N) -> Work:
+    """One token, from a state; `discrete`, from coefficients made before."""
     randn = normal(device, 2)
     u, D, (A, B_, C, dt) = randn(B, H, 1), randn(H), model(device, H, N)
     x = torch.complex(randn(B, H, N), randn(B, H, N))
     a, b = (t.to(x.dtype) for t in discretize(A, B_, dt, "zoh"))
 
-    def run(package=scalekern, u=u, A=A, B_=B_, C=C, D=D, dt=dt, x=x):
+    made = (A, B_, dt) if not discrete else (*scalekern.diag_ssm_discretize(A, B_, dt), None)
+
+    def run(package=scalekern, u=u, A=made[0], B_=made[1], C=C, D=D, dt=made[2], x=x):
         return package.diag_ssm(u, A, B_, C, D, dt, initial_state=x, return_last_state=True)
 
     def rival():
@@ -116,7 +118,8 @@ def step(device, dtype=FP32, *, B, H, N) -> Work:
         return 2 * (C * after).sum(-1, keepdim=True).real + D[:, None] * u, after
 
     return Work(
-        run=run, oracle=lambda: run(reference, *map(upcast, (u, A, B_, C, D, dt, x))), tolerance=TOLERANCE[FP32],
+        run=run, oracle=lambda: run(reference, *map(upcast, (u, *made[:2], C, D, made[2], x))),
+        tolerance=TOLERANCE[FP32],
         bytes_moved=16 * B * H * N, flops=16 * B * H * N,
         peers={"discretized before": lambda: peers.torch_peer(rival)},
     )  # fmt: skip
@@ -125,6 +128,7 @@ def step(device, dtype=FP32, *, B, H, N) -> Work:
 _FAST = ("cuda", "cpu")
 _KERNEL, _LOW_RANK = {"H": 256, "N": 64, "L": 16384}, {"H": 64, "N": 32, "L": 8192}
 _LAYER = {"B": 4, "H": 256, "N": 32, "L": 4096}
+_TOKEN = {"B": 1, "H": 512, "N": 32}
 _both = lambda build: [(functools.partial(build, train=train), train) for train in (False, True)]
 CPU = [
     *(case("ssm_kernel", build, KERNEL_OPS[: 1 + train], "fwd+bwd" if train else "fwd", "cpu", 36, _KERNEL,
@@ -138,7 +142,9 @@ CPU = [
       for build, train in _both(low_rank)),
     *(case("diag_ssm", build, OPS[: 1 + train], "fwd+bwd" if train else "fwd", "cpu", 90, _LAYER, backends=_FAST)
       for build, train in _both(recurrence)),
-    case("diag_ssm", step, OPS[:1], "step", "cpu", 91, {"B": 1, "H": 512, "N": 32}, backends=_FAST),
+    *(case("diag_ssm", functools.partial(step, discrete=discrete), OPS[:1], "step", "cpu", 91, _TOKEN, note=note,
+           backends=_FAST)
+      for note, discrete in (("", False), ("discretized", True))),
 ]  # fmt: skip
 CUDA = [
     *(case("ssm_kernel", functools.partial(build, rivals=False), KERNEL_OPS[: 1 + train],

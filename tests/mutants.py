@@ -44,6 +44,12 @@ def inject(monkeypatch, mutant: Mutant) -> list:
     return spoiled
 
 
+def _ones_for_none(dt, A):
+    if dt is not None:
+        raise NotHere
+    return A.real.new_ones(A.shape[0])
+
+
 # --- kinds of defects ---
 
 
@@ -230,6 +236,7 @@ FORWARD = {
         **ignored("D", "initial_state"),
         **flipped("conjugate_pairs"),
         "last state's term dropped": given(C=zeroed(1, -1)),
+        "discretized twice": lambda run, args: run({**args, "dt": _ones_for_none(args["dt"], args["A"])}),
     },
     "dwt2d_fwd": {
         "two channels of the details swapped": output(1, swapped(1)),

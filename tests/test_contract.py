@@ -554,7 +554,9 @@ def test_not_a_tensor(op):
 # --- 7: NaN and Inf ------------------------------------------------------------------------------------------------
 
 # On a GPU these ops compute by FFT or by products of matrices, and what is not finite spreads over that many last axes of the output.
-SPREAD_BY_FFT = {"fft_conv": 1, "diag_ssm": 1, "depthwise_conv2d": 2, "depthwise_conv_transpose2d": 2}
+SPREAD_BY_FFT = {
+    "fft_conv": 1, "toeplitz_conv": 1, "diag_ssm": 1, "depthwise_conv2d": 2, "depthwise_conv_transpose2d": 2,
+}  # fmt: skip
 
 
 @some_case

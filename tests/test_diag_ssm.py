@@ -174,6 +174,26 @@ def test_chunks_of_any_length_give_the_same(sample, method, composition, monkeyp
             assert_close(a, e, tolerance=1e-12)
 
 
+@pytest.mark.parametrize("name, disc", [("state", "zoh"), ("bilinear", "bilinear"), ("real", "zoh")])
+def test_coefficients_made_before_give_the_same(name, disc):
+    """Values and the gradients of what the coefficients were made from."""
+    (u, *model), kwargs = next(s for s in samples("diag_ssm") if s.name == name).make(dtype=torch.float32)
+    initial = kwargs["initial_state"]
+
+    def discrete(A, B, C, D, dt, x):
+        a, b = scalekern.diag_ssm_discretize(A, B, dt, disc)
+        assert a.dtype == (torch.complex128 if A.is_complex() else torch.float64)
+        return scalekern.diag_ssm(u, a, b, C, D, None, initial_state=x, return_last_state=True)
+
+    call = lambda *t: scalekern.diag_ssm(u, *t[:5], initial_state=t[5], return_last_state=True, disc=disc)
+    for a, e in zip(with_gradients(discrete, [*model, initial]), with_gradients(call, [*model, initial])):
+        assert_close(a, e, tolerance=2e-6)
+    with pytest.raises(TypeError, match="diag_ssm_kernel: dt must be a torch.Tensor, got NoneType"):
+        scalekern.diag_ssm_kernel(*model[:3], None, 4)
+    with pytest.raises(ValueError, match="diag_ssm_discretize: disc must be one of 'zoh', 'bilinear', got 'dss'"):
+        scalekern.diag_ssm_discretize(model[0], model[1], model[4], "dss")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_splits_and_single_tokens_are_one_call(dtype):
     A, B, C, dt = model(3, 6, dtype=torch.float32)

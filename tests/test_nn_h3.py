@@ -158,6 +158,7 @@ def test_padded_rows_equal_rows_alone():
     assert error(out, module(u, mask=mask.long())) < 1e-12
     nexts = normal(3, 1, 4, seed=5)
     after, _ = module.step(nexts, states)
+    assert error(module.step(nexts, states, module.discretize())[0], after) < 1e-12
     for i, row in enumerate(rows):
         alone = paper(tensors(module), torch.cat([row, nexts[i : i + 1]], 1), 2)[0]
         assert error(torch.cat([out[i, mask[i]], after[i]]), alone) < 1e-12

@@ -226,7 +226,9 @@ def test_recurrence_is_the_convolution_and_the_equations(op, sample):
     states = np.zeros((*u.shape[:2], A.shape[1]), dtype=complex) if initial is None else initial.numpy() + 0j
     expected = np.zeros(u.shape)
     for b, h in np.ndindex(*u.shape[:2]):
-        a, bb = discrete(np.diag(A[h].numpy()), B[h].numpy(), dt[h].item(), disc)
+        a, bb = np.diag(A[h].numpy()), B[h].numpy()
+        if dt is not None:
+            a, bb = discrete(a, bb, dt[h].item(), disc)
         x, c, skip = states[b, h], C[h].numpy(), 0 if D is None else D[h].item()
         for t, value in enumerate(u[b, h].tolist()):
             x = a @ x + bb * value

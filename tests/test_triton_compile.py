@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from scalekern.triton_kernels import (  # noqa: E402
     causal_conv1d,
     causal_conv1d_update,
+    diag_ssm_kernel,
     fft_conv,
     fft_filters,
     selective_scan,
@@ -32,13 +33,15 @@ from scalekern.triton_kernels import (  # noqa: E402
     sparse_attention_bwd,
     sparse_attention_dbias,
     sparse_attention_dq,
+    toeplitz_conv,
     tuning,
 )
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
-    causal_conv1d, causal_conv1d_update, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
+    causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
     selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_dq,
+    toeplitz_conv,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.
@@ -47,11 +50,13 @@ MAIN = (
     "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "selective_scan_fwd", "selective_scan_bwd",
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
     "sparse_attention_fwd", "sparse_attention_rows", "sparse_attention_dq", "sparse_attention_dkv",
-    "sparse_attention_dbias",
+    "sparse_attention_dbias", "toeplitz_conv_fwd", "toeplitz_conv_bwd", "powers_sum", "moments",
 )  # fmt: skip
-# The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
-DTYPES = {name: ("float16", "float32", "float64") for name in MAIN if not name.startswith(("fft_conv", "sparse"))}
+# The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u,
+# and those of diag_ssm_kernel compute in float32 where it is not float64.
+DTYPES = {name: ("float16", "float32", "float64") for name in MAIN[:6]}
 DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
+DTYPES |= {"toeplitz_conv_fwd": ("float32", "float64"), "toeplitz_conv_bwd": ("float32",), "moments": ("float64",)}
 DTYPES |= {"sparse_attention_dq": ("float32",)}
 DTYPES |= {f"sparse_attention_{name}": ("float32", "float64") for name in ("fwd", "dkv")}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
@@ -102,8 +107,9 @@ def test_compiles_within_its_record(name, dtype, arch):
 @pytest.mark.parametrize("arch, instruction", ((80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")))
 @pytest.mark.parametrize(
     "name",
-    ("fft_conv_fwd", "fft_conv_bwd", "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv"),
-)
+    ("fft_conv_fwd", "fft_conv_bwd", "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv",
+     "toeplitz_conv_fwd", "toeplitz_conv_bwd"),
+)  # fmt: skip
 def test_products_run_on_the_matrix_units(name, arch, instruction):
     assert instruction in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", arch, 32)).asm["ptx"]
 

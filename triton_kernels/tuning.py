@@ -83,6 +83,10 @@ CANDIDATES = {
     "sparse_attention_dq": [c for c in _TILES if c["BLOCK_Q"] >= 64],
     "sparse_attention_dkv": [c for c in _TILES if c["BLOCK_K"] >= 64],
     "sparse_attention_dbias": [c for c in _TILES if c["num_stages"] == 1],
+    "toeplitz_conv_fwd": _grid(T=(16, 32, 64, 128), R=(32, 64, 128, 256), num_warps=(4, 8)),
+    "toeplitz_conv_bwd": _grid(T=(16, 32, 64), R=(32, 64, 128), num_warps=(4, 8)),
+    "powers_sum": _grid(F=(32, 64, 128), Q=(32, 64, 128), BLOCK_N=(8, 16), num_warps=(4, 8)),
+    "moments": _grid(F=(32, 64, 128), Q=(16, 32, 64), BLOCK_N=(8, 16), num_warps=(4, 8)),
 }
 
 

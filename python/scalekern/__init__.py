@@ -4,7 +4,7 @@ from scalekern import masks
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
-from scalekern.ops.diag_ssm import diag_ssm
+from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel, truncate_C
 from scalekern.ops.dwt2d import dwt2d, idwt2d
@@ -26,6 +26,7 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
     "diag_ssm",
+    "diag_ssm_discretize",
     "diag_ssm_kernel",
     "dplr_ssm_kernel",
     "dwt2d",

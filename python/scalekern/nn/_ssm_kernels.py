@@ -14,7 +14,7 @@ from torch import nn
 from scalekern import _checks
 from scalekern.nn._optim import register
 from scalekern.nn.ssm_init import nplr, s4d
-from scalekern.ops.diag_ssm import diag_ssm
+from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel
 from scalekern.reference._complex import conj
@@ -66,13 +66,18 @@ class DiagKernel(nn.Module):
         return K.unflatten(0, (self.channels, -1))
 
     def discretize(self):
-        """What `scan` needs of the parameters and does not change with the tokens."""
-        return self.ssm()
+        """(a, b, C, None), in the places of `ssm`: what `scan` needs and does not change with the tokens."""
+        self._check_states()
+        A, B, C, dt = self.ssm()
+        return *diag_ssm_discretize(A, B, dt, self.disc), C, None
+
+    def _check_states(self):
+        if self.disc == "dss":
+            raise ValueError(f"{type(self).__name__}: disc 'dss' has no states: its kernel depends on its length")
 
     def scan(self, u, D, state, discretized=None):
         """(y (B, C H, L), state after it (B, C H, N)) from u (B, C H, L), D (C H,) and a state, or None for zeros."""
-        if self.disc == "dss":
-            raise ValueError(f"{type(self).__name__}: disc 'dss' has no states: its kernel depends on its length")
+        self._check_states()
         A, B, C, dt = self.ssm() if discretized is None else discretized
         return diag_ssm(
             u, A, B, C, D, dt, initial_state=state, return_last_state=True, disc=self.disc,

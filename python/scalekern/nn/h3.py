@@ -125,7 +125,9 @@ class H3(nn.Module):
         self.D = nn.Parameter(torch.randn(heads, **factory))
         self.output_linear = nn.Linear(d_model, d_model, **factory)
 
-    def forward(self, u, inference_params=None, *, mask=None, initial_states=None, return_final_states=False):
+    def forward(
+        self, u, inference_params=None, *, mask=None, initial_states=None, return_final_states=False, discretized=None
+    ):  # fmt: skip
         """Run a whole sequence, or its next tokens.
 
         Args:
@@ -137,6 +139,7 @@ class H3(nn.Module):
             initial_states: (shift_state, ssm_state) as `allocate_inference_cache` lays them out. Not changed;
                 gradients flow into them.
             return_final_states: also return the (shift_state, ssm_state) after the last token.
+            discretized: `discretize()`, which then is not computed anew: what decoding should pass.
 
         Returns:
             (B, L, M), or ((B, L, M), (shift_state, ssm_state)).
@@ -153,7 +156,8 @@ class H3(nn.Module):
         if initial_states is None and not return_final_states:
             y, states = self._convolve(q, k, v), None
         else:
-            y, states = self._recur(q, k, v, *(initial_states or self.allocate_inference_cache(len(u), dtype=k.dtype)))
+            states = initial_states or self.allocate_inference_cache(len(u), dtype=k.dtype)
+            y, states = self._recur(q, k, v, *states, discretized)
         out = self.output_linear(y.transpose(1, 2))
         return (out, states) if return_final_states else out
 
@@ -169,7 +173,7 @@ class H3(nn.Module):
             return fft_conv(v, kernel, skip=self.D, pregate=k, postgate=q)
         return self._read(q, fft_conv(self._outer(k, v), kernel, skip=self.D))
 
-    def _recur(self, q, k, v, shift_state, ssm_state):
+    def _recur(self, q, k, v, shift_state, ssm_state, discretized):
         """The same from states to states."""
         taps = self._taps()
         window = torch.cat([shift_state.to(k.dtype), k], -1)
@@ -180,7 +184,7 @@ class H3(nn.Module):
             k = (shifted + self.ssm_k_D[:, None] * k).to(k.dtype)
         else:
             k = fft_conv(window, taps, skip=self.ssm_k_D)[..., past:]
-        y, ssm_state = self.kernel.kernel.scan(self._outer(k, v), self.D, ssm_state)
+        y, ssm_state = self.kernel.kernel.scan(self._outer(k, v), self.D, ssm_state, discretized)
         shift_state = window[..., window.shape[-1] - past :].to(shift_state.dtype)
         return self._read(q, y), (shift_state, ssm_state)
 
@@ -216,10 +220,13 @@ class H3(nn.Module):
                 state.copy_(new)
         return out
 
-    def step(self, u, states):
-        """One token: u (B, 1, M) -> (out (B, 1, M), states)."""
+    def step(self, u, states, discretized=None):
+        """One token: u (B, 1, M) -> (out (B, 1, M), states); see `forward`."""
         _checks.shape(NAME, "u", u, (None, 1, self.d_model))
-        return self.forward(u, initial_states=states, return_final_states=True)
+        return self.forward(u, initial_states=states, return_final_states=True, discretized=discretized)
+
+    def discretize(self):
+        return self.kernel.kernel.discretize()
 
     def allocate_inference_cache(self, batch_size, max_seqlen=None, dtype=None):
         """Zero states: shift_state (B, M, N - 1), the last inputs of the shift model, in `dtype` (default: k_proj's),

@@ -142,26 +142,28 @@ def _joined(parts, a):
 
 def discretized(A, B, dt, disc, length=None):
     """The oracle's `discretize`; the usual one natively, a tenth of torch's time, of which a decoded token is made."""
-    if disc != "zoh" or not A.is_complex() or not native_here(A):
+    if dt is None or disc != "zoh" or not A.is_complex() or not native_here(A):
         return discretize(A, B, dt, disc, length)
     a, b = (torch.empty(A.shape, dtype=torch.complex128) for _ in "ab")
     _discretize_cpu(a, b, wide(A).contiguous(), wide(B).contiguous(), dt.to(torch.float64).contiguous())
     return a, b
 
 
-def kernel_fwd(A, B, C, dt, L, disc, conjugate_pairs):
-    """K (H, L)."""
+def kernel_fwd(A, B, C, dt, L, disc, conjugate_pairs, powers_sum=None):
+    """K (H, L), by this module's sums or by others that take `from_end`."""
     a, b = discretized(A, B, dt, disc, L)
     w = scale(A, conjugate_pairs) * wide(C) * b
     w, a = as_real_as(A, w, a)
+    if powers_sum is not None:
+        return powers_sum(w[None], a, L, real_dtype(C), _growing(A, disc))[0]
     return kernel_of(w, a, L, real_dtype(C), _growing(A, disc))
 
 
-def kernel_bwd(dout, A, B, C, dt, disc, conjugate_pairs):
+def kernel_bwd(dout, A, B, C, dt, disc, conjugate_pairs, moments=None):
     """(dA, dB, dC, ddt), the oracle's formulas."""
     a, b = discretized(A, B, dt, disc, dout.shape[1])
     w, powers_of = as_real_as(A, scale(A, conjugate_pairs) * wide(C) * b, a)
-    dw, da = kernel_of_bwd(dout, w, powers_of, _growing(A, disc))
+    dw, da = kernel_of_bwd(dout, w, powers_of, _growing(A, disc), moments)
     dw, da = scale(A, conjugate_pairs) * wide(dw), wide(da)
     dA, dB, ddt = discretize_bwd(da, dw * conj(wide(C)), A, B, dt, disc, dout.shape[1])
     return dA, dB, as_dtype(dw * conj(b), C.dtype), ddt
@@ -187,10 +189,15 @@ def kernel_of(w, a, length, dtype, from_end=None):
     return parts[0] + parts[1].flip(-1)
 
 
-def kernel_of_bwd(dout, w, a, from_end=None):
-    """(dw, da)."""
-    m0, m1 = moments(dout[None], a)
+def _moments_of(g, a, from_end):
+    m0, m1 = moments(g, a)
     if from_end is not None:
-        last0, last1 = moments(dout.flip(-1)[None], a)
+        last0, last1 = moments(g.flip(-1), a)
         m0, m1 = torch.where(from_end, last0, m0), torch.where(from_end, last1, m1)
+    return m0, m1
+
+
+def kernel_of_bwd(dout, w, a, from_end=None, sums=None):
+    """(dw, da)."""
+    m0, m1 = (sums or _moments_of)(dout[None], a, from_end)
     return conj(m0[0]), conj(w * m1[0])

@@ -88,7 +88,7 @@ class _Model:
 
     def __init__(self, h, A, B, C, D, dt, io, disc, conjugate_pairs, by_scan, conv, conv_bwd=None):
         self.real = torch.float64 if io == torch.float64 else torch.float32
-        a, b = discretized(A[h], B[h], dt[h], disc)
+        a, b = discretized(A[h], B[h], None if dt is None else dt[h], disc)
         self.a, self.b, self.c = as_real_as(A, a, b, scale(A, conjugate_pairs) * wide(C[h]))
         self.D = None if D is None else D[h].to(self.real)
         self.by_scan, self.conv, self.conv_bwd = by_scan, conv, conv_bwd
@@ -182,8 +182,9 @@ def _step_by_step(out, last, h, u, A, B, C, D, dt, initial_state, disc, conjugat
 
     Not on a GPU, where asking would synchronize: there it spreads over its chunk.
     """
-    D, initial_state = None if D is None else D[h], None if initial_state is None else initial_state[:, h]
-    y, x = diag_ssm_fwd(u[:, h], A[h], B[h], C[h], D, dt[h], initial_state, disc, conjugate_pairs)
+    D, dt = (None if x is None else x[h] for x in (D, dt))
+    initial_state = None if initial_state is None else initial_state[:, h]
+    y, x = diag_ssm_fwd(u[:, h], A[h], B[h], C[h], D, dt, initial_state, disc, conjugate_pairs)
     out[:, h] = y
     if last.numel():
         last[:, h] = x
@@ -224,8 +225,8 @@ def composed_bwd(
     dout, dlast_state, u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method, *, conv, conv_bwd
 ):  # fmt: skip
     """(du, dA, dB, dC, dD, ddt, dinitial_state); an absent input's gradient is empty."""
-    du, dA, dB, dC, ddt = (x.new_empty(x.shape) for x in (u, A, B, C, dt))
-    dD, dinitial = (u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (D, initial_state))
+    du, dA, dB, dC = (x.new_empty(x.shape) for x in (u, A, B, C))
+    dD, ddt, dinitial = (u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (D, dt, initial_state))
     by_scan = scans(method, u.shape[2], False, False)
     segments = segments_of(by_scan, u.shape[2])
     for h in _blocks(u, A.shape[1], segments[0].size):
@@ -252,7 +253,10 @@ def composed_bwd(
             db += dw * conj(model.c) + (conj(M[0]) * G).sum((0, 1))
             dc += dw * conj(model.b) + conj(model.a * starts * P[0]).sum((0, 1))
             skip = skip + dskip
-        dA[h], dB[h], ddt[h] = discretize_bwd(wide(da), wide(db), A[h], B[h], dt[h], disc)
+        step = None if dt is None else dt[h]
+        dA[h], dB[h], dstep = discretize_bwd(wide(da), wide(db), A[h], B[h], step, disc)
+        if dt is not None:
+            ddt[h] = dstep
         dC[h] = as_dtype(wide(scale(A, conjugate_pairs) * dc), C.dtype)
         if D is not None:
             dD[h] = skip.to(D.dtype)

@@ -14,6 +14,7 @@ from scalekern.ops.diag_ssm_kernel import check_parameters
 from scalekern.ops.fft_conv import fft_conv_bwd, fft_conv_fwd
 from scalekern.reference.diag_ssm import DISCRETIZATIONS, state_dtype
 from scalekern.reference.diag_ssm import diag_ssm_bwd as reference_bwd
+from scalekern.reference.diag_ssm import diag_ssm_discretize as reference_discretize
 from scalekern.reference.diag_ssm import diag_ssm_fwd as reference_fwd
 
 NAME = "diag_ssm"
@@ -30,10 +31,11 @@ def diag_ssm(
     Args:
         u: (B, H, L), float64, float32, float16 or bfloat16, any strides.
         A: (H, N), complex64, complex128 or real.   B, C: (H, N), complex or real, for a real A real.
-        D: (H,) or None.   dt: (H,), real.
+        D: (H,) or None.   dt: (H,), real; None when A and B are a and b, which `diag_ssm_discretize` makes: for
+            decoding, which would make them anew for every token.
         initial_state: (B, H, N), x before the first token; zeros when None. Real for a real A.
         return_last_state: also return x after the last token.
-        disc: "zoh" or "bilinear".   conjugate_pairs: s = 2 for a complex A, else 1.
+        disc: "zoh" or "bilinear", unless dt is None.   conjugate_pairs: s = 2 for a complex A, else 1.
         method: "scan" (token by token, in double, or in short chunks on a GPU), "conv" (chunks as long as an FFT is
             fast), or "auto", the faster one: a scan for short sequences, and with states on a CPU.
 
@@ -51,9 +53,30 @@ def diag_ssm(
     return (out, last) if return_last_state else out
 
 
+def diag_ssm_discretize(A, B, dt, disc="zoh"):
+    """(a, b) of x_t = a x_{t-1} + b u_t, once for many calls `diag_ssm(u, a, b, C, D, None)`. Differentiable.
+
+    Args:
+        A: (H, N), complex64, complex128 or real.   B: (H, N), complex or real, for a real A real.
+        dt: (H,), real.   disc: "zoh" or "bilinear".
+
+    Returns:
+        a and b, (H, N), complex128, for a real A float64: an error of a would grow with the memory of the state.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: as `diag_ssm_kernel`.
+    """
+    op = "diag_ssm_discretize"
+    check_parameters(op, A, B, B, dt)
+    _checks.choice(op, "disc", disc, DISCRETIZATIONS[:2])
+    return reference_discretize(A, B, dt, disc)
+
+
 def _check(u, A, B, C, D, dt, initial_state, disc, method):
     _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.FLOATING)
-    check_parameters(NAME, A, B, C, dt)
+    check_parameters(NAME, A, B, C, dt, discrete=True)
     heads, states = A.shape
     _checks.shape(NAME, "u", u, (None, heads, None))
     if D is not None:
@@ -105,7 +128,7 @@ def _empty_bwd(dout, dlast_state, u, A, *rest):
 
 _fwd = _library.without_autocast(functools.partial(composed_fwd, conv=fft_conv_fwd))
 _bwd = _library.without_autocast(functools.partial(composed_bwd, conv=fft_conv_fwd, conv_bwd=fft_conv_bwd))
-_TENSORS = "Tensor u, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor dt, Tensor? initial_state"
+_TENSORS = "Tensor u, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt, Tensor? initial_state"
 _OPTIONS = "str disc, bool conjugate_pairs, str method"
 
 # One composition for every device: the convolution inside it chooses its own backend.

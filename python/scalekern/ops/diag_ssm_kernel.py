@@ -6,7 +6,7 @@ Shape letters: H heads, N states, L length.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import composed
+from scalekern._dispatch import Backend, composed, triton
 from scalekern.ops import _diag_ssm
 from scalekern.reference._complex import real_dtype
 from scalekern.reference.diag_ssm import DISCRETIZATIONS
@@ -35,8 +35,8 @@ def diag_ssm_kernel(A, B, C, dt, L, disc="zoh", *, conjugate_pairs=True):
         conjugate_pairs: s = 2 for a complex A, which is the sum over both halves; else 1.
 
     Returns:
-        K (H, L) in C's real dtype, at least float32, under autocast too. Powers are made in float64: float32 results
-        are as accurate at L = 262,144 as at 16.
+        K (H, L) in C's real dtype, at least float32, under autocast too. Powers, or in Triton their exponents, are made
+        in float64: float32 results are as accurate at L = 262,144 as at 16.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
@@ -50,12 +50,14 @@ def diag_ssm_kernel(A, B, C, dt, L, disc="zoh", *, conjugate_pairs=True):
     return diag_ssm_kernel_fwd(A, B, C, dt, L, disc, conjugate_pairs)
 
 
-def check_parameters(op, A, B, C, dt):
+def check_parameters(op, A, B, C, dt, *, discrete=False):
+    """discrete: dt may be None."""
     _checks.tensor(op, "A", A, dims=2, dtypes=_checks.FLOATING + _checks.COMPLEX)
     for name, x in (("B", B), ("C", C)):
         _checks.tensor(op, name, x, dims=2, dtypes=_checks.FLOATING + (_checks.COMPLEX if A.is_complex() else ()))
         _checks.shape(op, name, x, A.shape)
-    check_dt(op, dt, A.shape[0])
+    if dt is not None or not discrete:
+        check_dt(op, dt, A.shape[0])
     _checks.same_device(op, "A", A, B=B, C=C, dt=dt)
 
 
@@ -93,7 +95,7 @@ _fwd, _bwd = (_library.without_autocast(f) for f in (_diag_ssm.kernel_fwd, _diag
 diag_ssm_kernel_fwd = _library.define(
     NAME,
     "diag_ssm_kernel_fwd(Tensor A, Tensor B, Tensor C, Tensor dt, SymInt L, str disc, bool conjugate_pairs) -> Tensor",
-    backends=composed(_fwd, reference_fwd),
+    backends=(Backend("triton", triton(NAME, "diag_ssm_kernel_fwd")), *composed(_fwd, reference_fwd)),
     fake=_allocate_fwd,
     empty=lambda A, B, C, dt, L, *rest: A.numel() == 0 or L == 0,
     setup_context=_setup_context,
@@ -104,7 +106,7 @@ diag_ssm_kernel_bwd = _library.define(
     NAME,
     "diag_ssm_kernel_bwd(Tensor dout, Tensor A, Tensor B, Tensor C, Tensor dt, str disc, bool conjugate_pairs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    backends=composed(_bwd, reference_bwd),
+    backends=(Backend("triton", triton(NAME, "diag_ssm_kernel_bwd")), *composed(_bwd, reference_bwd)),
     fake=_allocate_bwd,
     empty=lambda dout, A, *rest: A.numel() == 0 or dout.numel() == 0,
 )

@@ -6,7 +6,7 @@ Shape letters: B batch, D channels, L length, G groups, K taps.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import composed, filling
+from scalekern._dispatch import Backend, composed, filling, triton
 from scalekern.ops import _toeplitz
 from scalekern.reference.fft_conv import toeplitz_conv_bwd as reference_bwd
 from scalekern.reference.fft_conv import toeplitz_conv as reference_fwd
@@ -66,10 +66,17 @@ def _backward(ctx, dout):
     return toeplitz_conv_bwd(dout, *ctx.saved_tensors)
 
 
+def _backends(allocate, function, fill, reference):
+    kernel = Backend("triton", filling(allocate, triton(NAME, function)))
+    return kernel, *composed(filling(allocate, fill), reference)
+
+
+_fill_bwd = _library.without_autocast(_toeplitz.backward)
+
 toeplitz_conv_fwd = _library.define(
     NAME,
     "toeplitz_conv_fwd(Tensor u, Tensor k) -> Tensor",
-    backends=composed(filling(_allocate_fwd, _toeplitz.forward), reference_fwd),
+    backends=_backends(_allocate_fwd, "toeplitz_conv_fwd", _toeplitz.forward, reference_fwd),
     fake=_allocate_fwd,
     empty=lambda u, k: u.numel() == 0,
     setup_context=_setup_context,
@@ -80,7 +87,7 @@ toeplitz_conv_fwd = _library.define(
 toeplitz_conv_bwd = _library.define(
     NAME,
     "toeplitz_conv_bwd(Tensor dout, Tensor u, Tensor k) -> (Tensor, Tensor)",
-    backends=composed(filling(_allocate_bwd, _library.without_autocast(_toeplitz.backward)), reference_bwd),
+    backends=_backends(_allocate_bwd, "toeplitz_conv_bwd", _fill_bwd, reference_bwd),
     fake=_allocate_bwd,
     empty=lambda dout, u, k: u.numel() == 0,
 )

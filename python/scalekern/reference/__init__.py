@@ -6,7 +6,7 @@ from scalekern.reference.depthwise_conv2d import (
     depthwise_conv_transpose2d,
     merge_dilated_branches,
 )
-from scalekern.reference.diag_ssm import diag_ssm, diag_ssm_kernel
+from scalekern.reference.diag_ssm import diag_ssm, diag_ssm_discretize, diag_ssm_kernel
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel, truncate_C
 from scalekern.reference.dwt2d import dwt2d, idwt2d
 from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step, toeplitz_conv
@@ -23,6 +23,7 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
     "diag_ssm",
+    "diag_ssm_discretize",
     "diag_ssm_kernel",
     "dplr_ssm_kernel",
     "dwt2d",

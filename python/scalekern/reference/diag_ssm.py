@@ -81,7 +81,9 @@ def diag_ssm_kernel_bwd(dout, A, B, C, dt, disc, conjugate_pairs):
 
 
 def discretize(A, B, dt, disc, length=None):
-    """(a, b), complex128 (H, N). A length is needed by "dss" alone."""
+    """(a, b), complex128 (H, N): without dt A and B themselves. A length is needed by "dss" alone."""
+    if dt is None:
+        return wide(A), wide(B)
     A, B, dt = wide(A), wide(B), dt.to(torch.float64)[:, None]
     z = dt * A
     if disc == "zoh":
@@ -97,7 +99,9 @@ def discretize(A, B, dt, disc, length=None):
 
 
 def discretize_bwd(da, db, A, B, dt, disc, length=None):
-    """(dA, dB, ddt) in the dtypes of A, B, dt."""
+    """(dA, dB, ddt) in the dtypes of A, B, dt; without dt the last is None."""
+    if dt is None:
+        return as_dtype(da, A.dtype), as_dtype(db, B.dtype), None
     A_, B_, dt_ = wide(A), wide(B), dt.to(torch.float64)[:, None]
     z = dt_ * A_
     dA = ddt = 0  # what does not come through z
@@ -194,6 +198,21 @@ def _transposed(g, a):
 # --- diag_ssm ---
 
 
+def diag_ssm_discretize(A, B, dt, disc="zoh"):
+    """(a, b) of x_t = a x_{t-1} + b u_t, complex128 (H, N), for diag_ssm without dt. Differentiable by autograd.
+
+    Args:
+        A, B: (H, N), complex or real.   dt: (H,), real.   disc: "zoh" or "bilinear", see the module.
+
+    Returns:
+        a and b, for real A and B in float64.
+
+    Source: as diag_ssm_kernel.
+    """
+    values = discretize(A, B, dt, disc)
+    return values if A.is_complex() else tuple(x.real for x in values)
+
+
 def diag_ssm(
     u, A, B, C, D, dt, *, initial_state=None, return_last_state=False, disc="zoh", conjugate_pairs=True, method="auto"
 ):  # fmt: skip
@@ -201,8 +220,9 @@ def diag_ssm(
 
     Args:
         u: (B, H, L).   A, B, C, dt: as for diag_ssm_kernel.   D: (H,) or None.
+            Without dt A and B are a and b, as `diag_ssm_discretize` makes them.
         initial_state: (B, H, N), x before the first token; zeros when None.
-        return_last_state: also return x after the last token.   disc: "zoh" or "bilinear".
+        return_last_state: also return x after the last token.   disc: "zoh" or "bilinear"; nothing without dt.
         method: nothing here, where the recurrence is all there is.
 
     Returns:
@@ -251,6 +271,7 @@ def diag_ssm_bwd(dout, dlast_state, u, A, B, C, D, dt, initial_state, disc, conj
         du[..., t] += (g * conj(b)).sum(-1).real
         g = g * conj(a)
     dA, dB, ddt = discretize_bwd(da, db, A, B, dt, disc)
+    ddt = u.new_empty(0) if ddt is None else ddt
     dD = u.new_empty(0) if D is None else (dy * u_).sum((0, 2)).to(D.dtype)
     dinitial = u.new_empty(0) if initial_state is None else as_dtype(g, initial_state.dtype)
     return du.to(u.dtype), dA, dB, as_dtype(dc, C.dtype), dD, ddt, dinitial

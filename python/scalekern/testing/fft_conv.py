@@ -84,9 +84,11 @@ def _low_rank(H, N, L, R=None, *, pairs=True, truncated=True):
     return build
 
 
-def _recurrence(B, H, N, L, disc="zoh", *, real=False, skip=True, state=False, last=True, pairs=True):
+def _recurrence(B, H, N, L, disc="zoh", *, real=False, skip=True, state=False, last=True, pairs=True, discrete=False):
     def build(f):
         A, b, C, dt = _states(f, H, N, real)
+        if discrete:
+            A, dt = torch.exp(dt[:, None] * A), None
         initial = (f.param if real else f.complex)(B, H, N) if state else None
         args = (f.io(B, H, L), A, b, C, f.param(H) if skip else None, dt)
         return args, dict(initial_state=initial, return_last_state=last, disc=disc, conjugate_pairs=pairs)
@@ -189,6 +191,7 @@ SPECS = {
             Sample("bilinear", _recurrence(2, 2, 5, 12, "bilinear", state=True, skip=False)),
             Sample("real", _recurrence(2, 2, 3, 8, real=True, state=True)),
             Sample("all_states", _recurrence(2, 2, 4, 7, pairs=False, last=False)),
+            Sample("discrete", _recurrence(2, 2, 5, 6, state=True, discrete=True)),
         )
     ),
     "depthwise_conv2d": Spec(
