@@ -13,10 +13,10 @@ import scalekern
 class RelativeBias(nn.Module):
     """The two tables that are added to every score: by how far apart two items are, and by the time between them."""
 
-    def __init__(self, max_len: int, num_buckets: int):
+    def __init__(self, max_len: int, num_buckets: int, device=None, dtype=None):
         super().__init__()
-        self._ts_w = nn.Parameter(torch.empty(num_buckets + 1).normal_(mean=0, std=0.02))
-        self._pos_w = nn.Parameter(torch.empty(2 * max_len - 1).normal_(mean=0, std=0.02))
+        self._ts_w = nn.Parameter(torch.empty(num_buckets + 1, device=device, dtype=dtype).normal_(std=0.02))
+        self._pos_w = nn.Parameter(torch.empty(2 * max_len - 1, device=device, dtype=dtype).normal_(std=0.02))
 
 
 class HSTU(nn.Module):
@@ -36,7 +36,8 @@ class HSTU(nn.Module):
 
     def __init__(
         self, d_model, *, num_heads=1, attention_dim=64, linear_dim=64, max_len=1024, num_buckets=128,
-        max_attn_len=None, contextual_len=None, min_full_attn_len=None, eps=1e-6,
+        max_attn_len=None, contextual_len=None, min_full_attn_len=None, eps=1e-6, device=None,
+        dtype=None,
     ):  # fmt: skip
         super().__init__()
         self.num_heads, self.max_len, self.eps = num_heads, max_len, eps
@@ -44,10 +45,11 @@ class HSTU(nn.Module):
         self.limits = dict(
             max_attn_len=max_attn_len, contextual_len=contextual_len, min_full_attn_len=min_full_attn_len
         )
-        self._uvqk = nn.Parameter(torch.empty(d_model, sum(self.sizes)).normal_(mean=0, std=0.02))
-        self._o = nn.Linear(linear_dim * num_heads, d_model)
+        made = {"device": device, "dtype": dtype}
+        self._uvqk = nn.Parameter(torch.empty(d_model, sum(self.sizes), **made).normal_(std=0.02))
+        self._o = nn.Linear(linear_dim * num_heads, d_model, **made)
         nn.init.xavier_uniform_(self._o.weight)
-        self._rel_attn_bias = RelativeBias(max_len, num_buckets) if num_buckets else None
+        self._rel_attn_bias = RelativeBias(max_len, num_buckets, **made) if num_buckets else None
 
     def forward(self, x, offsets, *, time=None, num_targets=None, cache=None, return_cache=False):
         """The layer over jagged sequences.
