@@ -15,7 +15,7 @@ from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._mask_packed import packed
 from scalekern._packing import check_cu_seqlens
 from scalekern.ops._hstu import places
-from scalekern.reference.sparse_attention import SCORES, scale_of, unit
+from scalekern.reference.sparse_attention import SCORES, image_bias, scale_of, unit
 from scalekern.reference.sparse_attention import sparse_attention_bwd as reference_bwd
 from scalekern.reference.sparse_attention import sparse_attention_fwd as reference_fwd
 
@@ -49,7 +49,9 @@ def sparse_attention(
         sinks: (Hq,), a score in every row's sum that brings no value.
         softcap: scores become softcap tanh(scores / softcap).
         position_table: (T,) or (Hq, T), T odd: entry (T - 1) / 2 + k - q is added to the score of query q and key k,
-            at most the table's ends; after the cap (T5's and Swin's relative bias, ALiBi).
+            at most the table's ends; after the cap (T5's relative bias, ALiBi). Or (1 or Hq, 2 h - 1, 2 w - 1) for
+            images of h x w tokens, entry (h - 1 + rows, w - 1 + columns) from query to key (Swin; what Swin V2's and
+            CrossFormer's networks produce): it becomes a dense bias, quadratic in h w.
         cu_seqlens: (S + 1,) int32 or int64, rising from 0 to total: S sequences end to end, within each of which the
             mask counts positions from 0; a mask over images or of a dense tensor is refused. The tile lists are made
             from its values: once a tensor, which must not be changed in place.
@@ -79,6 +81,9 @@ def sparse_attention(
     bias = bias if bias is None or bias.dtype in (q.dtype, wide) else bias.to(wide)
     lengths = (int(q.shape[2]), int(k.shape[2])) if empty_rows == "attend" else None
     code = _code_of(mask, lengths, q.device)
+    if position_table is not None and position_table.dim() == 3:
+        relative = image_bias(position_table.to(wide))
+        bias, position_table = relative if bias is None else bias + relative, None
     tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
     scale = scale if scale is None else float(scale)
     out, lse = sparse_attention_fwd(
@@ -159,10 +164,7 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
             _checks.tensor(NAME, name, x, dims=1, dtypes=_checks.FLOATING)
             _checks.shape(NAME, name, x, (heads,))
     if position_table is not None:
-        _checks.tensor(NAME, "position_table", position_table, dims=(1, 2), dtypes=_checks.FLOATING)
-        _checks.shape(NAME, "position_table", position_table, (None,), (heads, None))
-        if position_table.shape[-1] % 2 == 0:
-            raise ValueError(f"{NAME}: position_table must have an odd number of entries, got {position_table.shape[-1]}")
+        _check_table(position_table, heads, queries, keys)
     _checks.choice(NAME, "score", score, SCORES)
     _checks.choice(NAME, "empty_rows", empty_rows, ("zero", "attend"))
     if temperature is not None and score != "cosine":
@@ -173,6 +175,17 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
         raise ValueError(f"{NAME}: softcap must be positive, got {softcap!r}")
     _checks.same_device(NAME, "q", q, k=k, v=v, bias=bias, temperature=temperature, sinks=sinks,
                         position_table=position_table)  # fmt: skip
+
+
+def _check_table(table, heads, queries, keys):
+    _checks.tensor(NAME, "position_table", table, dims=(1, 2, 3), dtypes=_checks.FLOATING)
+    _checks.shape(NAME, "position_table", table, (None,), *((h, *sizes) for h in (heads, 1) for sizes in ((None,), (None, None))))
+    sizes = table.shape[1:] if table.dim() == 3 else table.shape[-1:]
+    if any(n % 2 == 0 for n in sizes):
+        raise ValueError(f"{NAME}: position_table must have an odd number of entries an axis, got {tuple(table.shape)}")
+    if table.dim() == 3 and not (sizes[0] + 1) * (sizes[1] + 1) == 4 * queries == 4 * keys:
+        image = (sizes[0] + 1) // 2, (sizes[1] + 1) // 2
+        raise ValueError(f"{NAME}: q and k must have the {image} tokens of position_table's image, got {queries} and {keys}")
 
 
 def _allocate_fwd(q, k, v, *rest):

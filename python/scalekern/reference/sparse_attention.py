@@ -30,13 +30,25 @@ def sparse_attention(
     visible = mask.to_dense(q.shape[2], k.shape[2]).to(q.device)
     if empty_rows == "attend":
         visible = visible | ~visible.any(-1, keepdim=True)
-    if position_table is not None:
+    if position_table is not None and position_table.dim() == 3:
+        relative = image_bias(position_table)
+        bias = relative if bias is None else bias + relative
+    elif position_table is not None:
         R = (position_table.shape[-1] - 1) // 2
         apart = (torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None]).clamp(-R, R).to(q.device)
         relative = position_table[..., R + apart]
         bias = relative if bias is None else bias + relative
     out, lse = attend(q, k, v, visible, bias, sinks, scale, softcap or 0.0, score == "silu", norm)
     return (out, lse) if return_lse else out
+
+
+def image_bias(table):
+    """(Hq or 1, 2 h - 1, 2 w - 1) by rows and columns between -> (1, Hq or 1, h w, h w), row after row of the image."""
+    h, w = ((n + 1) // 2 for n in table.shape[1:])
+    row, column = torch.arange(h, device=table.device), torch.arange(w, device=table.device)
+    rows = (row - row[:, None] + h - 1)[:, None, :, None]  # of (query row, query column, key row, key column)
+    columns = (column - column[:, None] + w - 1)[None, :, None, :]
+    return table[:, rows, columns].reshape(1, table.shape[0], h * w, h * w)
 
 
 def by_sequence(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, options):

@@ -10,16 +10,16 @@ from scalekern.testing import Sample, Spec
 
 
 def _attention(B, Hq, Lq, P, mask=None, *, Hkv=None, Lk=None, Pv=None, bias=None, options="", **plain):
-    """bias: its first two sizes. options: any of sinks, temperature, position_table, shared_table."""
+    """bias: its first two sizes. options: any of sinks, temperature, position_table, shared_table, image_table (4 x 4)."""
 
     def build(f):
         keys, key_heads = Lq if Lk is None else Lk, Hq if Hkv is None else Hkv
         kwargs = dict(plain)
         if bias is not None:
             kwargs["bias"] = f.io(*bias, Lq, keys)
-        makers = {"position_table": lambda: f.param(Hq, 11), "shared_table": lambda: f.param(7)}
+        makers = {"position_table": lambda: f.param(Hq, 11), "shared_table": lambda: f.param(7), "image_table": lambda: f.param(Hq, 7, 7)}
         for name in options.split():
-            kwargs[name.replace("shared", "position")] = makers.get(name, lambda: f.param(Hq))()
+            kwargs[name.replace("shared", "position").replace("image", "position")] = makers.get(name, lambda: f.param(Hq))()
         args = f.io(B, Hq, Lq, P), f.io(B, key_heads, keys, P), f.io(B, key_heads, keys, P if Pv is None else Pv)
         return (*args, mask), kwargs
 
@@ -67,7 +67,7 @@ SPECS = {
                         key_lengths=[11, 2, 8], softcap=2.0),
             ),
             Sample("hstu", _attention(2, 2, 33, 8, masks.causal & masks.prefix([33, 20]), bias=(2, 2), options="shared_table", score="silu", norm=1 / 33)),
-            Sample("swin_v2", _attention(2, 3, 16, 8, masks.window2d((4, 4), 2, 1), options="temperature", score="cosine")),
+            Sample("swin_v2", _attention(2, 3, 16, 8, masks.window2d((4, 4), 2, 1), options="temperature image_table", score="cosine")),
             Sample("a_mask_a_head", _attention(1, 3, 70, 8, masks.per_head([masks.causal, masks.window(3, 3), masks.dilated(3)]))),
         ),
         rounding_of_saved=0.5,
