@@ -19,6 +19,7 @@ MAKE = {
     "S4": lambda **kw: nn.S4(4, d_state=4, l_max=8, n_ssm=2, **kw),
     "S4D": lambda **kw: nn.S4D(4, d_state=4, **kw),
     "UniRepLKNetBlock": lambda **kw: nn.UniRepLKNetBlock(8, 7, **kw),
+    "VARBlock": lambda **kw: nn.VARBlock(8, 2, **kw),
     "WaveMixBlock": lambda **kw: nn.WaveMixBlock(final_dim=8, level=2, **kw),
 }
 KEPT_WIDE = {"Mamba": {"A_log", "D"}}  # float32 whatever the dtype, as upstream

@@ -11,6 +11,7 @@ from scalekern.nn.monarch_mixer import (
 )
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
+from scalekern.nn.var import VARBlock
 from scalekern.nn.wavemix import WaveMixBlock
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixing",
     "UniRepLKNetBlock",
+    "VARBlock",
     "WaveMixBlock",
 ]
