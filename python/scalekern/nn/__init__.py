@@ -9,6 +9,7 @@ from scalekern.nn.monarch_mixer import (
     MonarchMixerMLP,
     MonarchMixerSequenceMixing,
 )
+from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
@@ -27,6 +28,7 @@ __all__ = [
     "MonarchMixerBlock",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixing",
+    "NBPBlock",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",
