@@ -9,6 +9,7 @@ MAKE = {
     "BlockdiagLinear": lambda **kw: nn.BlockdiagLinear(6, 10, **kw),
     "DSS": lambda **kw: nn.DSS(4, d_state=4, **kw),
     "DilatedReparamBlock": lambda **kw: nn.DilatedReparamBlock(4, 7, **kw),
+    "FiTBlock": lambda **kw: nn.FiTBlock(8, 2, qk_norm=True, qk_norm_weight=True, adaln_lora_dim=3, **kw),
     "H3": lambda **kw: nn.H3(4, d_state=4, n_ssm=1, **kw),
     "HyenaFilter": lambda **kw: nn.HyenaFilter(4, seq_len=8, **kw),
     "HyenaOperator": lambda **kw: nn.HyenaOperator(4, 8, **kw),

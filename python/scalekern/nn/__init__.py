@@ -1,5 +1,6 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
+from scalekern.nn.fit import FiTBlock
 from scalekern.nn.h3 import H3
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
@@ -22,6 +23,7 @@ __all__ = [
     "S4D",
     "BlockdiagLinear",
     "DilatedReparamBlock",
+    "FiTBlock",
     "HyenaFilter",
     "HyenaOperator",
     "Mamba",
