@@ -18,6 +18,7 @@ MAKE = {
     "MonarchMixerMLP": lambda **kw: nn.MonarchMixerMLP(8, 16, **kw),
     "MonarchMixerSequenceMixing": lambda **kw: nn.MonarchMixerSequenceMixing(8, l_max=8, **kw),
     "NBPBlock": lambda **kw: nn.NBPBlock(8, 2, **kw),
+    "PrefixLMAttention": lambda **kw: nn.PrefixLMAttention(8, 2, mp_num=1, **kw),
     "S4": lambda **kw: nn.S4(4, d_state=4, l_max=8, n_ssm=2, **kw),
     "S4D": lambda **kw: nn.S4D(4, d_state=4, **kw),
     "UniRepLKNetBlock": lambda **kw: nn.UniRepLKNetBlock(8, 7, **kw),

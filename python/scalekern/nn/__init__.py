@@ -11,6 +11,7 @@ from scalekern.nn.monarch_mixer import (
     MonarchMixerSequenceMixing,
 )
 from scalekern.nn.nbp import NBPBlock
+from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
@@ -31,6 +32,7 @@ __all__ = [
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixing",
     "NBPBlock",
+    "PrefixLMAttention",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",
