@@ -4,6 +4,7 @@ from scalekern.nn.fit import FiTBlock
 from scalekern.nn.h3 import H3
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
+from scalekern.nn.masked_cross_attention import MaskedCrossAttention
 from scalekern.nn.monarch_mixer import (
     BlockdiagLinear,
     MonarchMixerBlock,
@@ -28,6 +29,7 @@ __all__ = [
     "HyenaFilter",
     "HyenaOperator",
     "Mamba",
+    "MaskedCrossAttention",
     "MonarchMixerBlock",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixing",
