@@ -15,6 +15,7 @@ MAKE = {
     "HyenaOperator": lambda **kw: nn.HyenaOperator(4, 8, **kw),
     "Mamba": lambda **kw: nn.Mamba(8, d_state=4, **kw),
     "MaskedCrossAttention": lambda **kw: nn.MaskedCrossAttention(8, 2, **kw),
+    "MoAAttention": lambda **kw: nn.MoAAttention(8, 2, [2, 4], [0, 0.5], **kw),
     "MonarchMixerBlock": lambda **kw: nn.MonarchMixerBlock(8, 16, l_max=8, **kw),
     "MonarchMixerMLP": lambda **kw: nn.MonarchMixerMLP(8, 16, **kw),
     "MonarchMixerSequenceMixing": lambda **kw: nn.MonarchMixerSequenceMixing(8, l_max=8, **kw),

@@ -5,6 +5,7 @@ from scalekern.nn.h3 import H3
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
 from scalekern.nn.masked_cross_attention import MaskedCrossAttention
+from scalekern.nn.moa import MoAAttention
 from scalekern.nn.monarch_mixer import (
     BlockdiagLinear,
     MonarchMixerBlock,
@@ -30,6 +31,7 @@ __all__ = [
     "HyenaOperator",
     "Mamba",
     "MaskedCrossAttention",
+    "MoAAttention",
     "MonarchMixerBlock",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixing",
