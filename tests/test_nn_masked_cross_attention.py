@@ -1,4 +1,4 @@
-"""nn.MaskedCrossAttention against the paper's equations, torch's module and, if installed, transformers' Mask2Former."""
+"""nn.MaskedCrossAttention against the paper's equations, torch's module and, if installed, transformers' decoders."""
 
 import copy
 

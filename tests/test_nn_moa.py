@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from nn_modules import (
-    attend, bound, by_heads, check_against, check_compiled, check_each_matters, check_loads, error, from_heads, linear,
-    normal, perturbed, tensors,
+    attend, by_heads, check_against, check_compiled, check_each_matters, check_loads, error, from_heads, linear, normal,
+    perturbed, tensors,
 )  # fmt: skip
 
 from scalekern import masks

@@ -1,4 +1,4 @@
-"""nn.PrefixLMAttention against the paper's equations in plain torch and, where it is installed, transformers' CodeGen."""
+"""nn.PrefixLMAttention against the paper's equations in plain torch and, if installed, transformers' CodeGen."""
 
 import math
 

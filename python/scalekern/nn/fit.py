@@ -9,8 +9,8 @@ Parameter names and shapes are those of whlzy/FiT's fit/model/modules.py, FiTBlo
     mlp.fc1_g, mlp.fc1_x, mlp.fc2      Linear: D to F twice, F to D, F = 2 / 3 mlp_ratio D
     adaLN_modulation.1                 Linear: D to 6 D; with a LoRA D to R, and adaLN_modulation.2 R to 6 D
 
-Sources: Lu et al., FiT: Flexible Vision Transformer for Diffusion Model, 2024, section 3.2; Wang et al., FiTv2: Scalable
-and Improved Flexible Vision Transformer for Diffusion Model, 2024, section 3.
+Sources: Lu et al., FiT: Flexible Vision Transformer for Diffusion Model, 2024, section 3.2; Wang et al., FiTv2:
+Scalable and Improved Flexible Vision Transformer for Diffusion Model, 2024, section 3.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ def pack(sizes, head_dim, length=None, theta=10000.0, device=None):
         sizes: for each row of the batch the (rows, columns) of its images, in tokens.
         head_dim: P, a multiple of 4: the first half of the channels turns by the row, the second by the column.
         length: N; by default the longest row's. What is left over is padding.
-        theta: the base of the frequencies, or one for rows and one for columns: beyond the sizes of training, a factor s
-            larger, VisionNTK takes theta s^(P / (P - 4)), for each axis by itself.
+        theta: the base of the frequencies, or one for rows and one for columns: along an axis that is s times longer
+            than in training, VisionNTK takes theta s^(P / (P - 4)).
 
     Returns:
         FiTPacking.

@@ -27,7 +27,7 @@ KEPT = 64  # masks of a layer, each with its code and plans
 class MoACache:
     """Keys and values of each key head in as many slots as the widest span of its query heads has.
 
-    The slots of all key heads lie end to end. Those of a head are `sink` for the first tokens, then a ring for the rest.
+    The slots of all key heads lie end to end. A head has `sink` slots for the first tokens, then a ring for the rest.
     """
 
     k: torch.Tensor  # (B, T, P)
