@@ -159,9 +159,11 @@ def test_compile_fullgraph():
     check_compiled(bound(build(), lambda forward, x: forward(x, c, packing)), normal(2, LENGTH, WIDTH), "eager")
 
 
-def test_empty_batch_and_wrong_use():
+def test_wrong_use():
     module, packing = build(), pack(SIZES, P, LENGTH)
     with pytest.raises(ValueError, match=r"nn.FiTBlock: x must have shape \(2, 8, 16\), got \(2, 7, 16\)"):
         module(normal(2, 7, WIDTH), normal(2, WIDTH), packing)
+    with pytest.raises(ValueError, match=r"c must have shape \(2, 2, 16\) or \(2, 16\), got \(2, 1, 16\)"):
+        module(normal(2, 8, WIDTH), normal(2, 1, WIDTH), packing)
     with pytest.raises(ValueError, match="nn.FiTBlock: num_heads must divide the width 16, got 3"):
         FiTBlock(16, 3)

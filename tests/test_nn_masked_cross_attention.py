@@ -110,6 +110,21 @@ def test_transformers_decoder():
         assert error(a, b) < 1e-10
 
 
+def test_transformers_oneformer():
+    """Its layer around the attention, with torch's module and with ours."""
+    oneformer = pytest.importorskip("transformers.models.oneformer.modeling_oneformer")
+    torch.manual_seed(0)
+    theirs = perturbed(oneformer.OneFormerTransformerDecoderCrossAttentionLayer(WIDTH, HEADS))
+    ours = copy.deepcopy(theirs)
+    ours.multihead_attn = MaskedCrossAttention(WIDTH, HEADS, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    output, memory, pos = (normal(n, 2, WIDTH, seed=i) for i, n in enumerate((QUERIES, KEYS, KEYS)))
+    mask = hidden(2, HEADS).flatten(0, 1)
+    filled = mask & ~mask.all(-1, keepdim=True)
+    got = ours(output, memory, memory_mask=mask, pos=pos)[0]
+    assert error(got, theirs(output, memory, memory_mask=filled, pos=pos)[0]) < 1e-12
+
+
 def test_hidden_pixels():
     logits = normal(2, QUERIES, 4, 6).requires_grad_()  # twice the size: bilinear is the mean of four
     mask = hidden_pixels(logits, SIZE)

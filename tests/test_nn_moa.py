@@ -160,6 +160,8 @@ def test_empty_batch_and_wrong_use():
     assert module(normal(0, 5, WIDTH)).shape == (0, 5, WIDTH)
     with pytest.raises(ValueError, match=r"nn.MoAAttention: x must have shape \(\*, \*, 12\), got \(1, 3, 5\)"):
         module(normal(1, 3, 5))
+    with pytest.raises(ValueError, match=r"x must have shape \(1, \*, 12\), got \(2, 3, 12\)"):
+        module(normal(2, 3, WIDTH), cache=module.allocate_inference_cache(1, 5))
     with pytest.raises(ValueError, match="a cache goes with no mask and no length but its own"):
         module(normal(1, 3, WIDTH), length=5, cache=module.allocate_inference_cache(1, 5))
     with pytest.raises(ValueError, match="beta must have 4 numbers, one a head, got 1"):

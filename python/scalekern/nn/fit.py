@@ -33,6 +33,7 @@ class FiTPacking:
     ids: torch.Tensor  # (B, N) int64: the token's image within its row, -1 for padding
     turn: torch.Tensor  # (B, 1, N, P / 2) float64: the angles of the rotary embedding
     mask: masks.Mask  # tokens of one image see one another
+    images: int  # S, of the row with the most
 
 
 def pack(sizes, head_dim, length=None, theta=10000.0, device=None):
@@ -68,7 +69,7 @@ def pack(sizes, head_dim, length=None, theta=10000.0, device=None):
             start = end
     thetas = theta if isinstance(theta, (tuple, list)) else (theta, theta)
     turn = torch.cat([angles(places[..., axis], head_dim // 2, thetas[axis]) for axis in (0, 1)], -1)
-    return FiTPacking(ids.to(device), turn[:, None].to(device), masks.segments(ids))
+    return FiTPacking(ids.to(device), turn[:, None].to(device), masks.segments(ids), max(map(len, sizes)))
 
 
 class FiTAttention(nn.Module):
@@ -150,6 +151,7 @@ class FiTBlock(nn.Module):
         _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "x", x, (*packing.ids.shape, self.hidden_size))
         _checks.tensor(NAME, "c", c, dims=(2, 3), dtypes=_checks.FLOATING)
+        _checks.shape(NAME, "c", c, (len(x), packing.images, self.hidden_size), (len(x), self.hidden_size))
         six, real = self.adaLN_modulation(c) + global_adaln, packing.ids[..., None] >= 0
         if six.dim() == 2:
             six = six[:, None]

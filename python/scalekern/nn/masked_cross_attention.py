@@ -44,7 +44,7 @@ class MaskedCrossAttention(nn.Module):
         ValueError: heads that do not divide E.
     """
 
-    def __init__(self, embed_dim, num_heads, bias=True, batch_first=False, device=None, dtype=None):
+    def __init__(self, embed_dim, num_heads, *, bias=True, batch_first=False, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.embed_dim, self.num_heads, self.batch_first = embed_dim, num_heads, batch_first

@@ -116,7 +116,7 @@ class MoAAttention(nn.Module):
             TypeError, ValueError: an argument of the wrong type or shape.
         """
         _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
-        _checks.shape(NAME, "x", x, (None, None, self.hidden_size))
+        _checks.shape(NAME, "x", x, (None if cache is None else len(cache.k), None, self.hidden_size))
         if cache is not None and (mask is not None or length is not None):
             raise ValueError(f"{NAME}: a cache goes with no mask and no length but its own")
         past = 0 if cache is None else cache.position
