@@ -8,12 +8,14 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
-from scalekern import nn
+from scalekern import masks, nn
 from scalekern.benchmarks import harness, peers
 from scalekern.benchmarks.bench_fft_conv import plain_fft_conv
 from scalekern.benchmarks.bench_selective_scan import FP32, case, gradient_tolerance, normal
 from scalekern.benchmarks.case import Work
+from scalekern.nn.var import scale_ends
 
 PLAIN = "plain torch"
 
@@ -56,8 +58,35 @@ def fft_conv(u, k):
     return torch.fft.irfft(torch.fft.rfft(u, n=size) * torch.fft.rfft(k, n=size), n=size)[..., : u.shape[-1]]
 
 
-def layer(device, dtype, make, plain, projections, convolutions, B, D, L) -> Work:
-    """A module's output and its gradients for the input and every parameter."""
+def plain_var(m, u):
+    """The block as upstream has it: torch's attention under a dense mask, which was made before."""
+    six = F.linear(F.silu(m.cond), m.ada_lin[1].weight, m.ada_lin[1].bias).view(-1, 1, 6, m.embed_dim).unbind(2)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = six
+    norm = lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    bias = torch.cat([m.attn.q_bias, m.attn.zero_k_bias, m.attn.v_bias])
+    y = F.linear(norm(u) * (1 + scale1) + shift1, m.attn.mat_qkv.weight, bias)
+    q, k, v = y.view(*u.shape[:2], 3, m.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q = F.normalize(q, dim=-1) * m.attn.scale_mul_1H11.clamp_max(math.log(100)).exp()
+    y = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, m.seen, scale=1.0)
+    u = u + gamma1 * m.attn.proj(y.transpose(1, 2).flatten(2))
+    y = m.ffn.fc1(norm(u) * (1 + scale2) + shift2)
+    return u + gamma2 * m.ffn.fc2(F.gelu(y, approximate="tanh"))
+
+
+def plain_moa(m, u):
+    """Llama's attention under a dense mask for each head, which was made before."""
+    split = lambda x: x.unflatten(-1, (-1, m.head_dim)).transpose(1, 2)
+    q, k, v = (split(proj(u)) for proj in (m.q_proj, m.k_proj, m.v_proj))
+    half = torch.arange(0, m.head_dim, 2, device=u.device) / m.head_dim
+    turn = torch.arange(u.shape[1], device=u.device)[:, None] * m.rope_theta ** -half.double().repeat(2)
+    cos, sin = turn.cos().to(u.dtype), turn.sin().to(u.dtype)
+    rotate = lambda x: x * cos + torch.cat([-x[..., m.head_dim // 2 :], x[..., : m.head_dim // 2]], -1) * sin
+    y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, m.seen, enable_gqa=True)
+    return m.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def layer(device, dtype, make, plain, projections, others, B, D, L, op="fft_conv", call=lambda m, u: m(u)) -> Work:
+    """A module's output and its gradients for the input and every parameter; `others`: flops besides projections."""
     torch.manual_seed(0)
     module = make(device).to(dtype)
     u, dout = (normal(device, seed)(B, L, D).to(dtype) for seed in (0, 1))
@@ -68,36 +97,75 @@ def layer(device, dtype, make, plain, projections, convolutions, B, D, L) -> Wor
         return peers.forward_backward(lambda: function(u), dout, inputs)
 
     exact = passes(functools.partial(plain, wide), wide, u.detach().double(), dout.double())
-    # Forward and backward: three products a projection; 14 transforms of two lengths for two rows a convolution.
-    transform = 2.5 * 2 * L * math.log2(2 * L)
     return Work(
-        run=passes(module, module, u, dout),
+        run=passes(functools.partial(call, module), module, u, dout),
         oracle=exact,
         # A layer is several ops in a row: each may add what it may have alone.
-        tolerance=4 * gradient_tolerance("fft_conv", dtype),
+        tolerance=4 * gradient_tolerance(op, dtype),
         # The input, the gradient and the projections' outputs, written and read, once each way.
         bytes_moved=2 * (2 + 2 * projections) * B * L * D * dtype.itemsize,
-        flops=int(3 * 2 * B * L * D * D * projections + convolutions * (7 * B + 3) * D * transform),
+        flops=int(3 * 2 * B * L * D * D * projections + others),  # three products a projection, both ways
         peers={PLAIN: lambda: peers.torch_peer(passes(functools.partial(plain, module), module, u, dout))},
     )
 
 
+def convolution(B, D, L):
+    """Arithmetic, forward and backward: 14 transforms of two lengths for two rows."""
+    return (7 * B + 3) * D * 2.5 * 2 * L * math.log2(2 * L)
+
+
+def attention(B, D, L, mask):
+    """Arithmetic, forward and backward: seven products over the pairs that the mask allows."""
+    return 7 * 2 * B * D * mask.density(L, L) * L * L
+
+
 def hyena(device, dtype=FP32, *, B, D, L) -> Work:
     make = lambda device: nn.HyenaOperator(D, L, emb_dim=5, w=10, device=device)
-    return layer(device, dtype, make, plain_hyena, 4, 1, B, D, L)
+    return layer(device, dtype, make, plain_hyena, 4, convolution(B, D, L), B, D, L)
 
 
 def h3(device, dtype=FP32, *, B, D, L) -> Work:
-    return layer(device, dtype, lambda device: nn.H3(D, d_state=64, device=device), plain_h3, 4, 2, B, D, L)
+    make = lambda device: nn.H3(D, d_state=64, device=device)
+    return layer(device, dtype, make, plain_h3, 4, 2 * convolution(B, D, L), B, D, L)
+
+
+def with_mask(module, mask, L, device, **buffers):
+    """The dense mask as a buffer of the module, for the plain rendering."""
+    module.register_buffer("seen", mask.to_dense(L, L).to(device))
+    for name, value in buffers.items():
+        module.register_buffer(name, value)
+    return module
+
+
+def var(device, dtype=FP32, *, B, D, H, L) -> Work:
+    sides = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]  # upstream's, of 256 x 256 images
+    ends = [end for end in scale_ends(sides) if end <= L]
+    mask, cond = masks.blocks(ends), normal(device, 2)(B, D)
+    make = lambda device: with_mask(nn.VARBlock(D, H, device=device), mask, L, device, cond=cond)
+    call = lambda m, u: m(u, m.cond, mask)
+    return layer(device, dtype, make, plain_var, 12, attention(B, D, L, mask), B, D, L, "sparse_attention", call)
+
+
+def moa(device, dtype=FP32, *, B, D, H, L) -> Work:
+    """Spans from 128 to half of the sequence, sinks of 64."""
+    alpha, beta = [128 if h % 2 else 0 for h in range(H)], [0 if h % 2 else 2 ** -(1 + h % 4 * 2) for h in range(H)]
+    make = lambda device: nn.MoAAttention(D, H, alpha, beta, device=device)
+    mask = make("meta").mask(L)
+    make_with = lambda device: with_mask(make(device), mask, L, device)
+    return layer(device, dtype, make_with, plain_moa, 4, attention(B, D, L, mask), B, D, L, "sparse_attention")
 
 
 _OPS = {
     hyena: ("fft_conv_fwd", "fft_conv_bwd", "causal_conv1d_fwd", "causal_conv1d_bwd"),
     h3: ("fft_conv_fwd", "fft_conv_bwd", "diag_ssm_kernel_fwd", "diag_ssm_kernel_bwd"),
+    var: ("sparse_attention_fwd", "sparse_attention_bwd"),
+    moa: ("sparse_attention_fwd", "sparse_attention_bwd"),
 }
 _FAST = ("cuda", "triton", "cpu")  # without the reference, whose loops and sums take seconds
 _WIDE = {"B": 2, "D": 256, "L": 4096}
 CASES = [
     case("hyena", hyena, _OPS[hyena], "fwd+bwd", "cpu", 90, _WIDE, backends=_FAST),
     case("h3", h3, _OPS[h3], "fwd+bwd", "cpu", 91, _WIDE, note="n64", backends=_FAST),
+    case("var", var, _OPS[var], "fwd+bwd", "cpu", 92, {"B": 2, "D": 512, "H": 8, "L": 680}, backends=_FAST),
+    case("moa", moa, _OPS[moa], "fwd+bwd", "cpu", 93, {"B": 1, "D": 512, "H": 8, "L": 4096}, backends=_FAST),
 ]

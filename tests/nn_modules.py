@@ -85,3 +85,49 @@ def check_padding(rendering, module, left, mask_of=lambda mask: mask):
         assert error(got[keep], rendering(tensors(module), row)[0]) < 1e-12
     (grad,) = torch.autograd.grad((out * mask[..., None]).sum(), u)
     assert (grad[~mask] == 0).all() and (grad[mask] != 0).any(-1).all()
+
+
+def bound(module, call):
+    """The module as a function of one tensor: module(x) is call(forward, x)."""
+    forward = module.forward
+    module.forward = lambda x: call(forward, x)
+    return module
+
+
+def attend(q, k, v, allowed, scale=None):
+    """softmax(scale q k^T) v, head by head, over the keys j with allowed(b, h, i, j); zero where there is none.
+
+    q (B, H, L, P); k, v (B, G, M, P), of which head h reads head h // (H / G).
+    """
+    B, H, L, P = q.shape
+    outs = []
+    for b in range(B):
+        for h in range(H):
+            g = h * k.shape[1] // H
+            seen = torch.tensor([[bool(allowed(b, h, i, j)) for j in range(k.shape[2])] for i in range(L)])
+            weights = (q[b, h] @ k[b, g].T * (P**-0.5 if scale is None else scale)).exp() * seen
+            outs.append(weights @ v[b, g] / (weights.sum(-1, keepdim=True) + ~seen.any(-1, keepdim=True)))
+    return torch.stack(outs).view(B, H, L, -1)
+
+
+def layer_norm(x, weight=1.0, bias=0.0, eps=1e-5):
+    centred = x - x.mean(-1, keepdim=True)
+    return weight * centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() + bias
+
+
+def sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def linear(p, name, x):
+    """The affine map of that name; its bias if there is one."""
+    return x @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0)
+
+
+def by_heads(x, heads):
+    """(B, L, H P) to (B, H, L, P), head by head."""
+    return torch.stack(x.chunk(heads, -1), 1)
+
+
+def from_heads(x):
+    return torch.cat(list(x.unbind(1)), -1)

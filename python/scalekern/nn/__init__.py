@@ -1,17 +1,23 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
+from scalekern.nn.fit import FiTBlock
 from scalekern.nn.h3 import H3
 from scalekern.nn.hstu import HSTU
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
+from scalekern.nn.masked_cross_attention import MaskedCrossAttention
+from scalekern.nn.moa import MoAAttention
 from scalekern.nn.monarch_mixer import (
     BlockdiagLinear,
     MonarchMixerBlock,
     MonarchMixerMLP,
     MonarchMixerSequenceMixing,
 )
+from scalekern.nn.nbp import NBPBlock
+from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
+from scalekern.nn.var import VARBlock
 from scalekern.nn.wavemix import WaveMixBlock
 
 __all__ = [
@@ -22,12 +28,18 @@ __all__ = [
     "S4D",
     "BlockdiagLinear",
     "DilatedReparamBlock",
+    "FiTBlock",
     "HyenaFilter",
     "HyenaOperator",
     "Mamba",
+    "MaskedCrossAttention",
+    "MoAAttention",
     "MonarchMixerBlock",
     "MonarchMixerMLP",
     "MonarchMixerSequenceMixing",
+    "NBPBlock",
+    "PrefixLMAttention",
     "UniRepLKNetBlock",
+    "VARBlock",
     "WaveMixBlock",
 ]
