@@ -86,6 +86,10 @@ class Block(nn.Module):
         """One token (B, 1, D), and the states after it."""
         if isinstance(self.mixer, Mamba):  # in place
             mixed, _, _ = self.mixer.step(self.norm(hidden), *states)
+        elif isinstance(self.mixer, H3):
+            states, coefficients = states
+            mixed, states = self.mixer.step(self.norm(hidden), states, coefficients)
+            states = states, coefficients
         else:
             mixed, states = self.mixer.step(self.norm(hidden), states)
         return hidden + mixed, states
@@ -118,7 +122,8 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             mixed, states = block.mixer(block.norm(hidden), return_final_states=True)
             hidden = hidden + mixed
-            cache.append(states)
+            # H3's step takes what its parameters become once discretized.
+            cache.append((states, block.mixer.discretize()) if isinstance(block.mixer, H3) else states)
         return self.head(hidden[:, -1]), cache
 
     def step(self, tokens: torch.Tensor, cache: list) -> torch.Tensor:
