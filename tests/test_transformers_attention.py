@@ -15,6 +15,16 @@ from scalekern.integrations.transformers import register  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 register()
 
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():  # models this small lose by a second one, most of all on a busy machine
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 SMALL = dict(vocab_size=40, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
 SMALL |= dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, tie_word_embeddings=False)
 SMALL |= dict(max_position_embeddings=64)
