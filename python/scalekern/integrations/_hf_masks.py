@@ -153,16 +153,27 @@ def _kept(keep, place):
     """Where the keys of each batch row begin and end that are no padding; bool (B, n) the padding between, if any."""
     if keep is None:
         return [0], [place.kv_len], None
-    keep = _alike(keep[:, place.kv_offset : place.kv_offset + place.kv_len].to("cpu", torch.bool))
-    n = keep.shape[1]
-    if keep.all():
+    keep = keep[:, place.kv_offset : place.kv_offset + place.kv_len].to("cpu", torch.bool)
+    n, ones = keep.shape[1], keep.view(torch.uint8)  # once a token and kind of layer: as few passes as will do
+    count = ones.sum(1, dtype=torch.int64)
+    if n == 0 or int(count.min()) == n:
         return [0], [n], None
-    index = torch.arange(n)
-    last = torch.where(keep, index + 1, 0).amax(1)
-    first = torch.minimum(torch.where(keep, index, n).amin(1), last)
-    holes = ~keep & (index >= first[:, None]) & (index < last[:, None])
-    ends = holes.any(0).nonzero()
-    return first.tolist(), last.tolist(), holes[:, : int(ends[-1]) + 1] if len(ends) else None
+    first = ones.argmax(1)
+    last = torch.full_like(first, n)
+    if not torch.equal(count, last - first):
+        last = n - ones.flip(1).argmax(1)
+    first, last = (torch.where(count > 0, side, 0) for side in (first, last))
+    holes = None
+    if not torch.equal(count, last - first):
+        index = torch.arange(n)
+        holes = _alike(~keep & (index >= first[:, None]) & (index < last[:, None]))
+        holes = holes[:, : int(holes.any(0).nonzero()[-1]) + 1]
+    first, last = _same_rows(first.tolist(), last.tolist())
+    return first, last, holes
+
+
+def _same_rows(first, last):
+    return (first[:1], last[:1]) if len(set(zip(first, last))) == 1 else (first, last)
 
 
 def _intervals(first, last, keys):
@@ -211,9 +222,7 @@ class _Pattern:
         first, last = (side if len(side) == rows else side * rows for side in (first, last))
         limits = [(a - place.kv_offset, b - place.kv_offset) for a, b in limits]
         first, last = [max(f, a) for f, (a, b) in zip(first, limits)], [min(n, b) for n, (a, b) in zip(last, limits)]
-        if len(set(zip(first, last))) == 1:
-            first, last = first[:1], last[:1]
-        return first, last, _Pattern(parts=self.parts, packed=self.packed)
+        return *_same_rows(first, last), _Pattern(parts=self.parts, packed=self.packed)
 
     def reach(self, first, last, place):
         """The keys [start, stop) that some query may see; all of them if there is none."""
