@@ -1,4 +1,4 @@
-"""python -m scalekern doctor | demo | bench | tune | report"""
+"""python -m scalekern doctor | demo | bench | masks | tune | report"""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ COMMANDS = {
     "doctor": "versions, what was built, which backend runs each op and why, with a self-check",
     "demo": "train a small language model on text, generate, and compare with plain PyTorch",
     "bench": "measure speed and memory, or say what has been measured",
+    "masks": "draw an attention mask, and count its tiles",
     "tune": "find the fastest Triton configurations of this GPU",
     "report": "write the README's tables and figures from the records",
 }

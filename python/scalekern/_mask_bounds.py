@@ -74,9 +74,7 @@ class Bounds:
 
     def _range(self, offset, batches, T, b, x):
         """(minimum, maximum) over the part of [x0, x1] within the table."""
-        ranges = self._remember(
-            (offset, T), lambda: _Ranges(self.code[offset : offset + batches * T].view(batches, T))
-        )
+        ranges = self._remember((offset, T), lambda: _Ranges(self.code[offset : offset + batches * T].view(batches, T)))
         return ranges(code_of.one(b, batches), x)
 
     def _neighbor(self, instruction, x, y):

@@ -1,7 +1,7 @@
-"""The nodes of the mask algebra: immutable values that say for (batch, head, query, key) whether the pair is allowed.
+"""What all masks can do, and how they compose; the leaves are in _mask_leaves.
 
-B batch, H heads, Lq and Lk lengths, T positions of a table. Each node evaluates itself (`_at`) in plain torch; this is
-the truth that the int32 code (_mask_code) and the plans (_mask_plan) are tested against.
+Each node evaluates itself (`_at`) in plain torch: the truth that the int32 code (_mask_code) and the plans (_mask_plan)
+are tested against.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ import torch
 from scalekern import _mask_code, _mask_draw, _mask_plan
 
 SHIFT_LIMIT = 1 << 29  # x - y of any two shifted positions fits an int32
-_LARGE = 256  # elements of a table that a repr still spells out
+LARGE = 256  # elements of a table that a repr still spells out
 
-_node = functools.partial(dataclasses.dataclass, frozen=True, eq=False, repr=False)
+node = functools.partial(dataclasses.dataclass, frozen=True, eq=False, repr=False)
 
 
 def remembered(method):
@@ -26,9 +26,7 @@ def remembered(method):
         if memory is None:
             object.__setattr__(self, "_memory", memory := {})
         key = (method.__name__, *args)
-        if key not in memory:
-            memory[key] = method(self, *args)
-        return memory[key]
+        return memory[key] if key in memory else memory.setdefault(key, method(self, *args))
 
     return call
 
@@ -41,7 +39,7 @@ def integer(name: str, argument: str, value, least: int, most: int = 2**31 - 1, 
     return value
 
 
-@_node()
+@node()
 class Mask:
     """A predicate (b, h, q, k) -> bool over absolute positions; `h` is the query head.
 
@@ -111,7 +109,7 @@ class Mask:
 
     def _text(self) -> tuple[str, int]:
         """The expression, and how tightly it binds: 3 a call or name, 2 ~, 1 &, 0 |."""
-        return f"{_name(self)}({', '.join(_spell(v) for v in self._values())})", 3
+        return f"{_name(self)}({', '.join(spell(v) for v in self._values())})", 3
 
     # ---- what it depends on ----
 
@@ -164,15 +162,16 @@ class Mask:
         return allowed.expand(self.batches, self.heads, q_len, kv_len).expand(*sizes, -1, -1).contiguous()
 
     def code(self, device="cpu") -> torch.Tensor:
-        """The program and tables that kernels get: int32, 1-D, the same tensor at each call. Not to be written to."""
+        """The program and tables that kernels get: int32, 1-D, not to be written to.
+
+        The same tensor at each call, and for equal masks as long as it is small: plans are kept with it.
+        """
         return self._code(torch.device(device))
 
     @remembered
     def _code(self, device):
-        if device.type == "cpu":
-            return _mask_code.lower(self)
-        host = self.code()
-        return _mask_plan.remember_host(host.to(device), host)
+        host = _mask_code.lower(self) if device.type == "cpu" else self.code()
+        return _mask_plan.interned(host, device)
 
     def plan(self, q_len: int, kv_len: int, block=(128, 128), device="cpu") -> "_mask_plan.Plan":
         """Which tiles to visit; see scalekern.masks.Plan. The same object at each call, for recent lengths."""
@@ -210,6 +209,8 @@ class Mask:
         empty = self.empty_rows(q_len, kv_len)
         if not empty.any():
             return self
+        from scalekern._mask_leaves import Rows  # which builds on this module
+
         members = tuple(self | Rows(empty[:, h].contiguous()) for h in range(empty.shape[1]))
         return members[0] if len(members) == 1 else PerHead(members)
 
@@ -227,7 +228,15 @@ class Mask:
         return _mask_draw.show(self, q_len, kv_len, width=width, block=block, color=color)
 
     def save_png(self, path, q_len: int, kv_len: int, *, block=None) -> None:
-        """Write the same picture as a PNG file, heads side by side, batches below one another."""
+        """Write a picture as a PNG file: full dark, partial pale, empty grey; heads side by side, batches downwards.
+
+        Args:
+            path: of the file, which appears whole.
+            q_len, kv_len: Lq and Lk, at least 1.
+            block: the tile (queries, keys) behind a cell; by default 128, doubled until 512 cells suffice.
+        Raises:
+            ValueError: a length below 1.
+        """
         _mask_draw.save_png(self, path, q_len, kv_len, block=block)
 
 
@@ -240,202 +249,16 @@ def _name(node) -> str:
     return {"PerHead": "per_head", "And": "&", "Or": "|"}.get(type(node).__name__, type(node).__name__.lower())
 
 
-def _spell(value) -> str:
+def spell(value) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(list(value) if isinstance(value, tuple) and value and isinstance(value[0], Mask) else value)
-    return repr(value.tolist()) if value.numel() <= _LARGE else f"<{value.dtype} {tuple(value.shape)}>"
-
-
-# ---- leaves ----
-
-
-@_node()
-class Everything(Mask):
-    def _at(self, x, y, b, h):
-        return torch.ones((), dtype=torch.bool)
-
-    def _text(self):
-        return "everything", 3
-
-
-@_node()
-class Causal(Mask):
-    def _at(self, x, y, b, h):
-        return y <= x
-
-    def _text(self):
-        return "causal", 3
-
-
-@_node()
-class Window(Mask):
-    left: int  # -1: no limit
-    right: int
-
-    def _at(self, x, y, b, h):
-        allowed = torch.ones((), dtype=torch.bool)
-        if self.left >= 0:
-            allowed = y >= x - self.left
-        return allowed & (y <= x + self.right) if self.right >= 0 else allowed
-
-
-@_node()
-class Sink(Mask):
-    n: int
-
-    def _at(self, x, y, b, h):
-        return (y >= 0) & (y < self.n)
-
-
-@_node()
-class Prefix(Mask):
-    lengths: tuple
-
-    batches = property(lambda self: len(self.lengths))
-
-    def _at(self, x, y, b, h):
-        return (y >= 0) & (y < torch.tensor(self.lengths)[_row(b, len(self.lengths))])
-
-    def _text(self):
-        return f"prefix({self.lengths[0] if len(self.lengths) == 1 else list(self.lengths)})", 3
-
-
-@_node()
-class Blocks(Mask):
-    ends: tuple
-
-    def _at(self, x, y, b, h):
-        ends = torch.tensor([*self.ends, 2**31 - 1])
-        block = torch.searchsorted(ends[:-1], x.contiguous(), right=True)
-        return (x >= 0) & (y >= 0) & (y < ends[block])
-
-    def _text(self):
-        return f"blocks({list(self.ends)})", 3
-
-
-@_node()
-class Segments(Mask):
-    ids: torch.Tensor  # int32 (B | 1, T)
-    kv_ids: torch.Tensor
-
-    batches = property(lambda self: max(self.ids.shape[0], self.kv_ids.shape[0]))
-
-    def _at(self, x, y, b, h):
-        of_x, of_y = _lookup(self.ids, b, x, -1), _lookup(self.kv_ids, b, y, -2)
-        return (of_x == of_y) & (of_x >= 0)
-
-    def _text(self):
-        tables = [self.ids] if torch.equal(self.ids, self.kv_ids) else [self.ids, self.kv_ids]
-        return f"segments({', '.join(_spell(t[0] if len(t) == 1 else t) for t in tables)})", 3
-
-
-@_node()
-class Dilated(Mask):
-    step: int
-
-    def _at(self, x, y, b, h):
-        return (x - y) % self.step == 0
-
-
-@_node()
-class Window2d(Mask):
-    hw: tuple
-    size: tuple
-    shift_by: tuple
-
-    def window_of(self, p):
-        """The number of the window that position p lies in, along each axis."""
-        i, j = torch.div(p, self.hw[1], rounding_mode="floor"), p % self.hw[1]
-        return [torch.div(c - s, n, rounding_mode="floor") for c, s, n in zip((i, j), self.shift_by, self.size)]
-
-    def _at(self, x, y, b, h):
-        (xi, xj), (yi, yj) = self.window_of(x), self.window_of(y)
-        return _inside(x, self.hw) & _inside(y, self.hw) & (xi == yi) & (xj == yj)
-
-
-@_node()
-class Neighborhood(Mask):
-    hw: tuple
-    kernel: tuple
-    dilation: tuple
-
-    def _at(self, x, y, b, h):
-        allowed = _inside(x, self.hw) & _inside(y, self.hw)
-        w = self.hw[1]
-        of_x, of_y = ((torch.div(p, w, rounding_mode="floor"), p % w) for p in (x, y))
-        for X, Y, size, kernel, d in zip(of_x, of_y, self.hw, self.kernel, self.dilation):
-            r = X % d
-            i = torch.div(X, d, rounding_mode="floor")
-            j = torch.div(Y, d, rounding_mode="floor")
-            n = torch.div(size - r + d - 1, d, rounding_mode="floor")
-            start = torch.minimum((i - kernel // 2).clamp(min=0), (n - kernel).clamp(min=0))
-            allowed = allowed & (Y % d == r) & (j >= start) & (j < start + kernel)
-        return allowed
-
-
-@_node()
-class Dense(Mask):
-    allowed: torch.Tensor  # bool (B | 1, H | 1, Lq, Lk)
-
-    batches = property(lambda self: self.allowed.shape[0])
-    heads = property(lambda self: self.allowed.shape[1])
-
-    def _at(self, x, y, b, h):
-        B, H, M, N = self.allowed.shape
-        inside = (x >= 0) & (x < M) & (y >= 0) & (y < N)
-        return inside & self.allowed[_row(b, B), _row(h, H), x.clamp(0, M - 1), y.clamp(0, N - 1)]
-
-    def _text(self):
-        alone = self.allowed.shape[:2] == (1, 1)
-        return f"dense({_spell(self.allowed[0, 0] if alone else self.allowed)})", 3
-
-
-@_node()
-class Tiles(Mask):
-    grid: torch.Tensor  # bool (query tiles, key tiles)
-    block: tuple
-
-    def _at(self, x, y, b, h):
-        X, Y = (torch.div(p, size, rounding_mode="floor") for p, size in zip((x, y), self.block))
-        M, N = self.grid.shape
-        return (X >= 0) & (X < M) & (Y >= 0) & (Y < N) & self.grid[X.clamp(0, M - 1), Y.clamp(0, N - 1)]
-
-    def _text(self):
-        listed = self.grid.nonzero()
-        pairs = [tuple(pair) for pair in listed.tolist()] if len(listed) <= _LARGE else f"<{len(listed)} tiles>"
-        return f"tiles({pairs}, {self.block})", 3
-
-
-@_node()
-class Rows(Mask):
-    table: torch.Tensor  # bool (B | 1, T)
-
-    batches = property(lambda self: self.table.shape[0])
-
-    def _at(self, x, y, b, h):
-        return _lookup(self.table, b, x, False)
-
-    def _text(self):
-        return f"rows({_spell(self.table[0] if len(self.table) == 1 else self.table)})", 3
-
-
-def _row(index, size):
-    return index if size > 1 else torch.zeros_like(index)
-
-
-def _lookup(table, b, x, outside):
-    T = table.shape[1]
-    return torch.where((x >= 0) & (x < T), table[_row(b, table.shape[0]), x.clamp(0, T - 1)], outside)
-
-
-def _inside(p, hw):
-    return (p >= 0) & (p < hw[0] * hw[1])
+    return repr(value.tolist()) if value.numel() <= LARGE else f"<{value.dtype} {tuple(value.shape)}>"
 
 
 # ---- compositions ----
 
 
-@_node()
+@node()
 class _Pair(Mask):
     a: Mask
     b: Mask
@@ -451,19 +274,19 @@ class _Pair(Mask):
         return f"{left} {_name(self)} {right}", mine
 
 
-@_node()
+@node()
 class And(_Pair):
     def _at(self, x, y, b, h):
         return self.a._at(x, y, b, h) & self.b._at(x, y, b, h)
 
 
-@_node()
+@node()
 class Or(_Pair):
     def _at(self, x, y, b, h):
         return self.a._at(x, y, b, h) | self.b._at(x, y, b, h)
 
 
-@_node()
+@node()
 class Not(Mask):
     mask: Mask
 
@@ -475,7 +298,7 @@ class Not(Mask):
         return f"~{text if binds >= 2 else f'({text})'}", 2
 
 
-@_node()
+@node()
 class Shift(Mask):
     mask: Mask
     dq: int
@@ -489,7 +312,7 @@ class Shift(Mask):
         return f"{text if binds == 3 else f'({text})'}.shift({self.dq}, {self.dk})", 3
 
 
-@_node()
+@node()
 class Transpose(Mask):
     mask: Mask
 
@@ -501,7 +324,7 @@ class Transpose(Mask):
         return f"{text if binds == 3 else f'({text})'}.transpose()", 3
 
 
-@_node()
+@node()
 class PerHead(Mask):
     masks: tuple
 

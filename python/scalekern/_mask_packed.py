@@ -4,50 +4,69 @@ Every leaf becomes one over absolute positions: a leaf that allows an interval o
 that interval, a table with an entry a row (opcode BLOCKS); the others keep their form, with tables over all rows.
 """
 
+import collections
+
 import torch
 
-WIDTH = 12
-CAUSAL, WINDOW, BELOW, PREFIX, BLOCKS, SAME, DILATED, NEIGHBOR, DENSE, ROWS = range(1, 11)
-AND, NOT = 16, 18
+from scalekern._mask_code import (
+    ALL, AND, BELOW, BLOCKS, CAUSAL, DENSE, DILATED, NEIGHBOR, NOT, OR, PREFIX, ROWS, SAME, WINDOW, WORDS, read,
+)  # fmt: skip
+from scalekern._mask_plan import host_of, remember_host
+
 FAR = 1 << 30
+_KEPT = 32
+_packed: collections.OrderedDict = collections.OrderedDict()
 
 
 class Side:
     """The queries, or the keys: of each packed position its sequence, and its place in that."""
 
-    def __init__(self, cu, total):
-        cu = torch.as_tensor(cu).long().cpu()
+    def __init__(self, bounds):
+        cu = torch.tensor(bounds)
         self.starts, self.lengths = cu[:-1], cu[1:] - cu[:-1]
         self.sequence = torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
         self.place = torch.arange(int(cu[-1])) - self.starts[self.sequence]
-        self.total = total
 
 
-def pack(code: torch.Tensor, cu_seqlens, cu_seqlens_k, q_len: int, kv_len: int) -> torch.Tensor:
-    """The code of `code`'s mask within each of the packed sequences. ValueError for masks over images and tables."""
-    device, code = code.device, code.cpu()
-    sides = Side(cu_seqlens, q_len), Side(cu_seqlens_k, kv_len)
-    moved = not torch.equal(sides[0].starts, sides[1].starts)
-    heads = int(code[0])
-    tables, programs, places = _Tables(), {}, []
-    for offset in code[2 : 2 + heads].tolist():
-        if offset not in programs:
-            instructions = code[offset + 2 : offset + 2 + WIDTH * int(code[offset])].reshape(-1, WIDTH)
-            programs[offset] = [new for row in instructions.tolist() for new in _leaf(row, code, sides, moved, tables)]
-            programs[offset] += [tables.same(0, sides[0].sequence, sides[1].sequence), [AND]]
-        places.append(list(programs).index(offset))
-    shapes = [tuple((row[0], row[1] if len(row) > 1 else 0) for row in p) for p in programs.values()]
-    heads_part, at = [], 2 + heads
-    for number, program in enumerate(programs.values()):
-        heads_part.append(at)
-        at += 2 + WIDTH * len(program)
-    out = [heads, 1, *(heads_part[i] for i in places)]
-    for shape, program in zip(shapes, programs.values()):
-        out += [len(program), list(dict.fromkeys(shapes)).index(shape)]
-        for row in program:
-            row = [tables.offset(x, at) if isinstance(x, _Table) else x for x in row]
-            out += row + [0] * (WIDTH - len(row))
-    return torch.cat([torch.tensor(out, dtype=torch.int32), *(t.int() for t in tables.found)]).to(device)
+def packed(code: torch.Tensor, cu_seqlens, cu_seqlens_k, q_len: int, kv_len: int) -> torch.Tensor:
+    """The code of `code`'s mask within each of the packed sequences, on its device.
+
+    The same tensor again for the same code and bounds. Bounds on a GPU are read back, once a tensor.
+    ValueError: a mask over images or of a dense tensor has no positions that count from a sequence's start.
+    """
+    bounds, bounds_k = (tuple(host_of(cu).tolist()) for cu in (cu_seqlens, cu_seqlens_k))
+    key = (id(code), bounds, bounds_k, q_len, kv_len)
+    found = _packed.get(key)
+    if found is None or found[0] is not code:
+        host = _pack(host_of(code), Side(bounds), Side(bounds_k))
+        found = code, remember_host(host.to(code.device), host)
+        _packed[key] = found
+        if len(_packed) > _KEPT:
+            _packed.popitem(last=False)
+    return found[1]
+
+
+def _pack(code, queries, keys):
+    programs, _ = read(code)
+    moved = not torch.equal(queries.starts, keys.starts)
+    tables, known = _Tables(), {}
+    for program in programs:
+        if program not in known:
+            rows = [n for i in program.instructions for n in _leaf(list(i), code, (queries, keys), moved, tables)]
+            known[program] = [*rows, tables.same(0, queries.sequence, keys.sequence), [AND]]
+    shapes = [tuple(tuple(row[:2]) for row in rows) for rows in known.values()]
+    first = 2 + len(programs)
+    places, end = [], first
+    for rows in known.values():
+        places.append(end)
+        end += 2 + WORDS * len(rows)
+    out = [len(programs), 1, *(places[list(known).index(p)] for p in programs)]
+    for shape, rows in zip(shapes, known.values()):
+        out += [len(rows), list(dict.fromkeys(shapes)).index(shape)]
+        for row in rows:
+            row = [tables.place(x, end) if isinstance(x, _Table) else x for x in row]
+            out += row + [0] * (WORDS - len(row))
+    return torch.cat([torch.tensor(out, dtype=torch.int32), *(t.int() for t in tables.found)])
 
 
 class _Table(int):
@@ -62,7 +81,7 @@ class _Tables:
         self.found.append(values)
         return _Table(len(self.found) - 1)
 
-    def offset(self, number, first):
+    def place(self, number, first):
         return first + sum(len(t) for t in self.found[:number])
 
     def same(self, swap, ids, other_ids):
@@ -75,7 +94,7 @@ class _Tables:
 def _leaf(row, code, sides, moved, tables):
     """The instructions that one of the packed program stands for."""
     opcode, swap, dx, dy, *p = row
-    if opcode in (CAUSAL, WINDOW, DILATED) and not moved or opcode in (0, AND, 17, NOT):
+    if opcode in (CAUSAL, WINDOW, DILATED) and not moved or opcode in (ALL, AND, OR, NOT):
         return [row]
     rows, columns = sides[::-1] if swap else sides
     x = rows.place + dx

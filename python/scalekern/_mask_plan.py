@@ -19,9 +19,11 @@ FULL, PARTIAL = 0, 1
 _CHUNK = 1 << 16  # rectangles decided at once
 _PAIRS = 1 << 20  # pairs evaluated at once
 _PLANS = 64  # kept for each code
+_INTERNED, _INTERNED_WORDS = 256, 4096  # codes that equal masks share
 _lock = threading.RLock()
 _plans = WeakTensorKeyDictionary()
 _hosts = WeakTensorKeyDictionary()
+_interned: collections.OrderedDict = collections.OrderedDict()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +62,21 @@ def remember_host(code: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
     """Note that `host` is the copy of `code` on the CPU, so that planning need not read it back."""
     with _lock:
         _hosts[code] = host
+    return code
+
+
+def interned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`host`, a code on the CPU, on `device`: the tensor that was given for the same content and device, if small."""
+    key = host.numel() <= _INTERNED_WORDS and (host.numpy().tobytes(), device)
+    with _lock:
+        code = _interned.get(key)
+    if code is None:
+        code = host if device.type == "cpu" else remember_host(host.to(device), host)
+        if key:
+            with _lock:
+                _interned[key] = code
+                if len(_interned) > _INTERNED:
+                    _interned.popitem(last=False)
     return code
 
 

@@ -16,8 +16,8 @@ import ast
 
 import torch
 
-from scalekern import _mask_nodes as nodes
-from scalekern._mask_nodes import Mask
+from scalekern import _mask_leaves as leaves
+from scalekern._mask_nodes import Mask, PerHead, integer
 from scalekern._mask_plan import Plan, plan_of
 
 __all__ = [
@@ -41,8 +41,8 @@ __all__ = [
     "window2d",
 ]
 
-everything: Mask = nodes.Everything()
-causal: Mask = nodes.Causal()
+everything: Mask = leaves.Everything()
+causal: Mask = leaves.Causal()
 
 
 def window(left: int | None, right: int | None) -> Mask:
@@ -57,7 +57,7 @@ def window(left: int | None, right: int | None) -> Mask:
     """
     limits = [-1 if v is None else v for v in (left, right)]
     note = " (None or -1: no limit)"
-    return nodes.Window(*(nodes.integer("window", n, v, -1, note=note) for n, v in zip(("left", "right"), limits)))
+    return leaves.Window(*(integer("window", n, v, -1, note=note) for n, v in zip(("left", "right"), limits)))
 
 
 def sink(n: int) -> Mask:
@@ -70,7 +70,7 @@ def sink(n: int) -> Mask:
     Raises:
         TypeError, ValueError: n is not an integer of at least 0.
     """
-    return nodes.Sink(nodes.integer("sink", "n", n, 0))
+    return leaves.Sink(integer("sink", "n", n, 0))
 
 
 def prefix(lengths) -> Mask:
@@ -85,7 +85,7 @@ def prefix(lengths) -> Mask:
     """
     lengths = _integers("prefix", "lengths", [lengths] if isinstance(lengths, int) else lengths, (1,))
     _require(len(lengths) > 0, "prefix", "lengths must not be empty, got []")
-    return nodes.Prefix(tuple(nodes.integer("prefix", "lengths", n, 0) for n in lengths.tolist()))
+    return leaves.Prefix(tuple(integer("prefix", "lengths", n, 0) for n in lengths.tolist()))
 
 
 def blocks(ends) -> Mask:
@@ -102,7 +102,7 @@ def blocks(ends) -> Mask:
     ends = _integers("blocks", "ends", ends, (1,)).tolist()
     rising = all(a < b for a, b in zip([0, *ends], ends))
     _require(rising and len(ends) > 0, "blocks", f"ends must be rising integers above 0, got {_short(ends)}")
-    return nodes.Blocks(tuple(ends))
+    return leaves.Blocks(tuple(ends))
 
 
 def segments(ids=None, kv_ids=None, *, cu_seqlens=None, kv_cu_seqlens=None) -> Mask:
@@ -129,7 +129,7 @@ def segments(ids=None, kv_ids=None, *, cu_seqlens=None, kv_cu_seqlens=None) -> M
     if ids.shape[0] != kv_ids.shape[0]:  # the code has one batch stride for both
         B = max(ids.shape[0], kv_ids.shape[0])
         ids, kv_ids = (t.expand(B, -1).contiguous() for t in (ids, kv_ids))
-    return nodes.Segments(ids, kv_ids)
+    return leaves.Segments(ids, kv_ids)
 
 
 def dilated(step: int) -> Mask:
@@ -142,7 +142,7 @@ def dilated(step: int) -> Mask:
     Raises:
         TypeError, ValueError: step is not an integer of at least 1.
     """
-    return nodes.Dilated(nodes.integer("dilated", "step", step, 1))
+    return leaves.Dilated(integer("dilated", "step", step, 1))
 
 
 def window2d(hw, size, shift=0) -> Mask:
@@ -162,7 +162,7 @@ def window2d(hw, size, shift=0) -> Mask:
     Source: Liu et al. 2021 (Swin Transformer), section 3.2.
     """
     hw = _image("window2d", hw)
-    return nodes.Window2d(hw, _pair("window2d", "size", size), _pair("window2d", "shift", shift, 0))
+    return leaves.Window2d(hw, _pair("window2d", "size", size), _pair("window2d", "shift", shift, 0))
 
 
 def neighborhood(hw, kernel, dilation=1) -> Mask:
@@ -180,10 +180,8 @@ def neighborhood(hw, kernel, dilation=1) -> Mask:
     """
     if isinstance(hw, int) and isinstance(kernel, int) and isinstance(dilation, int):
         hw, kernel, dilation = (1, hw), (1, kernel), (1, dilation)
-    hw, (kernel, dilation) = _image("neighborhood", hw), (
-        _pair("neighborhood", name, value) for name, value in (("kernel", kernel), ("dilation", dilation))
-    )
-    return nodes.Neighborhood(hw, kernel, dilation)
+    kernel, dilation = _pair("neighborhood", "kernel", kernel), _pair("neighborhood", "dilation", dilation)
+    return leaves.Neighborhood(_image("neighborhood", hw), kernel, dilation)
 
 
 def dense(allowed) -> Mask:
@@ -197,7 +195,7 @@ def dense(allowed) -> Mask:
         TypeError, ValueError: another dtype or number of dimensions, or a size of 0.
     """
     allowed = _bool("dense", "allowed", allowed, (2, 4))
-    return nodes.Dense(allowed.view(1, 1, *allowed.shape) if allowed.dim() == 2 else allowed)
+    return leaves.Dense(allowed.view(1, 1, *allowed.shape) if allowed.dim() == 2 else allowed)
 
 
 def tiles(pairs, block) -> Mask:
@@ -213,10 +211,10 @@ def tiles(pairs, block) -> Mask:
     """
     pairs = _integers("tiles", "pairs", pairs, (2,)) if len(pairs) else torch.empty(0, 2, dtype=torch.int64)
     _require(pairs.shape[1] == 2, "tiles", f"pairs must have shape (n, 2), got {tuple(pairs.shape)}")
-    _require(bool((pairs >= 0).all()), "tiles", f"pairs must not be negative, got {int(pairs.min()) if len(pairs) else 0}")
+    _require(not (pairs < 0).any(), "tiles", f"pairs must not be negative, got {_short(pairs.tolist())}")
     grid = torch.zeros(*(pairs.amax(0) + 1).tolist() if len(pairs) else (1, 1), dtype=torch.bool)
     grid[pairs[:, 0], pairs[:, 1]] = True
-    return nodes.Tiles(grid, _pair("tiles", "block", block))
+    return leaves.Tiles(grid, _pair("tiles", "block", block))
 
 
 def per_head(masks) -> Mask:
@@ -234,7 +232,7 @@ def per_head(masks) -> Mask:
     for i, member in enumerate(masks):
         if not isinstance(member, Mask):
             raise TypeError(f"per_head: masks[{i}] must be a mask, got {type(member).__name__}")
-    return nodes.PerHead(masks)
+    return PerHead(masks)
 
 
 def rows(allowed) -> Mask:
@@ -247,7 +245,7 @@ def rows(allowed) -> Mask:
     Raises:
         TypeError, ValueError: another dtype or number of dimensions.
     """
-    return nodes.Rows(_table("rows", "allowed", allowed, torch.bool))
+    return leaves.Rows(_table("rows", "allowed", allowed, torch.bool))
 
 
 # ---- text ----
@@ -376,7 +374,7 @@ def _pair(name, argument, value, least=1) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"{name}: {argument} must be an integer or a pair of integers, got {value!r}")
-    return tuple(nodes.integer(name, argument, v, least) for v in pair)
+    return tuple(integer(name, argument, v, least) for v in pair)
 
 
 def _image(name, hw) -> tuple[int, int]:

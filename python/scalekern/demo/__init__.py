@@ -1,4 +1,4 @@
-"""`python -m scalekern demo`: train a byte-level Mamba / H3 model on real text with scalekern's ops, run it, and compare.
+"""`python -m scalekern demo`: train a byte-level Mamba / H3 / attention model on real text with scalekern's ops, run it, and compare.
 
 Leaves in --out: checkpoint.safetensors, results.json, sample.txt and demo.png.
 """
@@ -68,7 +68,7 @@ def _run(args) -> int:
     say(f"text      {corpus.name}: {corpus.train.numel():,} bytes to train on, {corpus.held_out.numel():,} held out")
     trainer = _trainer(args, corpus, out / CHECKPOINT, device)
     config, size = trainer.model.config, sum(p.numel() for p in trainer.model.parameters())
-    say(f"model     {config.layers} layers of width {config.width}, Mamba and H3 by turns, {size:,} parameters")
+    say(f"model     {config.layers} layers of width {config.width}, Mamba, H3 and window attention, {size:,} parameters")
     chosen = compare.backends(torch.device(device).type)
     say(f"device    {device}, {torch.get_num_threads()} threads; backends: {', '.join(sorted(set(chosen.values())))}")
     for name, backend in chosen.items():
@@ -93,7 +93,7 @@ def _run(args) -> int:
     timings = compare.timings(trainer.model, _windows(trainer), trainer.settings, _is_quick(trainer))
     rows = [[t.case, t.shape, f"{t.scalekern_ms:.2f}", f"{t.pytorch_ms:.2f}", f"{t.speedup:.1f}x"] for t in timings]
     say("\n" + console.table(["milliseconds", "size", "scalekern", "plain PyTorch", "ratio"], rows))
-    say("(plain PyTorch: the reference backend, whose scan is a loop of tensor operations over time)\n")
+    say("(plain PyTorch: the reference backend, whose scan is a loop over time and whose attention computes every score)\n")
     results["timings"] = [{**dataclasses.asdict(t), "speedup": t.speedup} for t in timings]
     results["total_seconds"] = time.monotonic() - began
     _write(out / "results.json", json.dumps(results, indent=1))
@@ -218,7 +218,7 @@ def _plot(trainer, timings, path: pathlib.Path) -> None:
 
     config = trainer.model.config
     title = (
-        f"Byte-level Mamba / H3, {config.layers} layers of width {config.width}, on {trainer.device}: "
+        f"Byte-level Mamba / H3 / attention, {config.layers} layers of width {config.width}, on {trainer.device}: "
         f"{trainer.curve[-1][1]:.2f} held-out bits per byte after {trainer.seconds:.0f} s"
     )
     try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 import scalekern
-from scalekern import _library
+from scalekern import _library, masks
 from scalekern.demo.model import LanguageModel
 from scalekern.demo.train import Settings, make_optimizer, optimize
 
@@ -74,10 +74,14 @@ def timings(model: LanguageModel, text: torch.Tensor, settings: Settings, quick:
             model.step(prompt[:, t], cache)
 
     batch, window = text.shape[0], text.shape[1] - 1
-    convolution = _convolution(batch, model.config.width, window, device=text.device)
+    config = model.config
+    convolution = _convolution(batch, config.width, window, device=text.device)
+    heads = batch, config.heads, window, config.width // config.heads
+    attention = _attention(model.config, *heads, device=text.device)
     cases = [
         ("training step", f"{batch} x {window} bytes", training_step, 1),
-        ("long convolution", f"{batch} x {model.config.width} x {window}, both ways", convolution, 1),
+        ("long convolution", f"{batch} x {config.width} x {window}, both ways", convolution, 1),
+        ("window attention", " x ".join(map(str, heads)) + ", both ways", attention, 1),
         ("prefill", f"1 x {window} bytes", prefill, 1),
         ("decode", "a byte", decode, decoded),
     ]
@@ -96,6 +100,14 @@ def _convolution(*shape, device) -> Callable:
         torch.autograd.grad(y, leaves, dout)
 
     return run
+
+
+def _attention(config, *shape, device) -> Callable:
+    """The attention blocks' mask, forward and backward."""
+    rule = masks.causal & (masks.window(config.window - 1, 0) | masks.sink(config.sinks))
+    q, k, v, dout = (torch.randn(shape, device=device) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    return lambda: torch.autograd.grad(scalekern.sparse_attention(*leaves, rule), leaves, dout)
 
 
 def both(run: Callable, rounds: int) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""A byte-level language model of Mamba and H3 blocks by turns, its one-token form and generation with it.
+"""A byte-level language model of Mamba, H3 and attention blocks, its one-token form and generation with it.
 
-Shape letters: B batch, L length, D width of the model; 256 byte values.
+Shape letters: B batch, L length, D width of the model, H heads, P head dim; 256 byte values.
 """
 
 import dataclasses
@@ -8,6 +8,8 @@ import dataclasses
 import torch
 import torch.nn as nn
 
+import scalekern
+from scalekern import masks
 from scalekern.nn import H3, Mamba
 
 BYTES = 256
@@ -21,16 +23,57 @@ class Config:
     d_conv: int = 4
     expand: int = 2
     h3_state: int = 32
+    heads: int = 4
+    window: int = 64
+    sinks: int = 4
+
+
+class Attention(nn.Module):
+    """Causal attention of a window and the first few tokens; the blocks before it have told positions apart."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads, self.kept = config.heads, (config.sinks, config.window)
+        self.mask = masks.causal & (masks.window(config.window - 1, 0) | masks.sink(config.sinks))
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, hidden: torch.Tensor, return_final_states: bool = False):
+        q, k, v = self._heads(hidden)
+        out = self._merged(scalekern.sparse_attention(q, k, v, self.mask))
+        return (out, self._seen(k, v)) if return_final_states else out
+
+    def step(self, hidden: torch.Tensor, states: tuple) -> tuple[torch.Tensor, tuple]:
+        """One token (B, 1, D); the states are the keys and values that it or a later one can see, (B, H, T, P) each."""
+        q, *new = self._heads(hidden)
+        k, v = self._seen(*(torch.cat([old, x], 2) for old, x in zip(states, new)))
+        return self._merged(scalekern.sparse_attention(q, k, v)), (k, v)
+
+    def _heads(self, hidden):
+        return self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _merged(self, out):
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _seen(self, *tensors):
+        sinks, window = self.kept
+        return tuple(
+            x if x.shape[2] <= sinks + window else torch.cat([x[:, :, :sinks], x[:, :, -window:]], 2) for x in tensors
+        )
 
 
 class Block(nn.Module):
-    """x + mixer(RMSNorm(x)): a recurrence that its input controls (Mamba), then a long convolution between gates (H3)."""
+    """x + mixer(RMSNorm(x)): a recurrence that its input controls (Mamba), a long convolution between gates (H3), a
+    recurrence, attention, and so on."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         if index % 2 == 0:
             self.mixer = Mamba(config.width, d_state=config.d_state, d_conv=config.d_conv, expand=config.expand)
+            last = self.mixer.out_proj
+        elif index % 4 == 3:
+            self.mixer = Attention(config)
             last = self.mixer.out_proj
         else:
             self.mixer = H3(config.width, d_state=config.h3_state)
@@ -41,10 +84,10 @@ class Block(nn.Module):
 
     def step(self, hidden: torch.Tensor, states: tuple) -> tuple[torch.Tensor, tuple]:
         """One token (B, 1, D), and the states after it."""
-        if isinstance(self.mixer, H3):
-            mixed, states = self.mixer.step(self.norm(hidden), states)
-        else:  # in place
+        if isinstance(self.mixer, Mamba):  # in place
             mixed, _, _ = self.mixer.step(self.norm(hidden), *states)
+        else:
+            mixed, states = self.mixer.step(self.norm(hidden), states)
         return hidden + mixed, states
 
 

@@ -20,7 +20,7 @@ from scalekern.demo import data
 from scalekern.demo.data import Corpus, InputError
 from scalekern.demo.model import Config, LanguageModel
 
-FORMAT = "scalekern-demo-2"
+FORMAT = "scalekern-demo-3"
 TIME_LIMIT_S = 200  # of training, so that the whole demo ends within five minutes
 PROBE_STEPS = 10
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from scalekern import _mask_code, masks
+from scalekern._mask_packed import packed
 
 SCORES = ("softmax", "silu", "cosine")
 HOTTEST = 4.605170185988092  # log 100, where Swin V2 clamps its log temperatures
@@ -14,8 +15,12 @@ HOTTEST = 4.605170185988092  # log 100, where Swin V2 clamps its log temperature
 
 def sparse_attention(
     q, k, v, mask=None, *, scale=None, bias=None, score="softmax", temperature=None, norm=1.0, return_lse=False,
-    empty_rows="zero", sinks=None, softcap=None,
+    empty_rows="zero", sinks=None, softcap=None, cu_seqlens=None, cu_seqlens_k=None,
 ):  # fmt: skip
+    if cu_seqlens is not None:
+        options = dict(scale=scale, score=score, temperature=temperature, norm=norm, sinks=sinks, softcap=softcap)
+        found = by_sequence(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, options)
+        return found if return_lse else found[0]
     if score == "cosine":
         q, k = unit(q, temperature), unit(k)
         scale = 1.0 if scale is None else scale
@@ -25,6 +30,24 @@ def sparse_attention(
         visible = visible | ~visible.any(-1, keepdim=True)
     out, lse = attend(q, k, v, visible, bias, sinks, scale, softcap or 0.0, score == "silu", norm)
     return (out, lse) if return_lse else out
+
+
+def by_sequence(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, options):
+    """One packed sequence at a time: q (total, Hq, P) and so on -> out (total, Hq, Pv), lse (Hq, total)."""
+    bounds = cu_seqlens.tolist()
+    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    mask = masks.everything if mask is None else mask
+    outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [q.new_zeros(q.shape[1], 0, dtype=wide_dtype(q))]
+    for i, (begin, end, first, last) in enumerate(zip(bounds, bounds[1:], bounds_k, bounds_k[1:])):
+        part = [x[a:b].transpose(0, 1)[None] for x, a, b in ((q, begin, end), (k, first, last), (v, first, last))]
+        if bias is not None:
+            options["bias"] = bias[:, :, begin:end, first:last]
+        table = mask.to_dense(end - begin, last - first)
+        rule = masks.dense(table[i if len(table) > 1 else 0][None]) if table.numel() else None
+        out, lse = sparse_attention(*part, rule, return_lse=True, **options)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, -1)
 
 
 def unit(x, temperature=None):
@@ -59,8 +82,11 @@ def attend(q, k, v, visible, bias, sinks, scale, softcap, silu, norm):
         return _values(p, v, visible).to(q.dtype), s.new_zeros(s.shape[:-1])
     s = torch.where(visible, s, float("-inf"))
     some = visible.any(-1)
-    lse = torch.logsumexp(torch.where(some[..., None], s, 0), -1)  # of a row of -inf it has no gradient
-    lse = torch.where(some, lse, float("-inf"))
+    # By way of the largest score, as kernels do it: both outputs are NaN where that is inf, but not where it is -inf.
+    safe = torch.where(some[..., None], s, 0)
+    top = safe.detach().amax(-1, keepdim=True) if s.shape[-1] else safe.new_zeros(*s.shape[:-1], 1)
+    top = torch.where(top == float("-inf"), 0, top)
+    lse = torch.where(some, (top + (safe - top).exp().sum(-1, keepdim=True).log())[..., 0], float("-inf"))
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(wide)[:, None])
     p = torch.where(visible, (s - torch.where(lse == float("-inf"), 0, lse)[..., None]).exp(), 0)
@@ -94,16 +120,16 @@ def _values(p, v, visible):
     return out
 
 
-def sparse_attention_fwd(q, k, v, mask, bias, sinks, scale, softcap, silu, norm):
+def sparse_attention_fwd(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, scale, softcap, silu, norm):
     """The registered op: the mask as its code."""
-    return attend(q, k, v, dense_of(mask, q, k), bias, sinks, scale, softcap, silu, norm)
+    return attend(q, k, v, dense_of(mask, cu_seqlens, cu_seqlens_k, q, k), bias, sinks, scale, softcap, silu, norm)
 
 
 def sparse_attention_bwd(
-    dout, dlse, q, k, v, mask, bias, sinks, out, lse, scale, softcap, silu, norm, need_dbias
+    dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, out, lse, scale, softcap, silu, norm, need_dbias
 ):  # fmt: skip
     """Gradients of q, k, v, bias and sinks; an empty tensor for what is absent or not needed."""
-    visible, wide, group = dense_of(mask, q, k), wide_dtype(q), group_of(q, k)
+    visible, wide, group = dense_of(mask, cu_seqlens, cu_seqlens_k, q, k), wide_dtype(q), group_of(q, k)
     scale = scale_of(q, scale)
     dout, wide_q = dout.to(wide), q.to(wide)
     wide_k, wide_v = (_seen(x.to(wide).repeat_interleave(group, 1), visible) for x in (k, v))
@@ -131,9 +157,9 @@ def sparse_attention_bwd(
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
 
 
-def dense_of(code, q, k):
+def dense_of(code, cu_seqlens, cu_seqlens_k, q, k):
     """(1 or B, 1 or Hq, Lq, Lk), by the code itself, as kernels read it."""
-    host = code.cpu()
+    host = (code if cu_seqlens is None else packed(code, cu_seqlens, cu_seqlens_k, q.shape[2], k.shape[2])).cpu()
     programs, batches = _mask_code.read(host)
     rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     b = torch.arange(batches)[:, None, None]

@@ -1,0 +1,47 @@
+// Arguments of sparse_attention on a CPU, shared by the ops and their per-ISA kernels.
+#pragma once
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace scalekern {
+
+struct AttnTensor {
+  void* data = nullptr;
+  int64_t s[4] = {0, 0, 0, 0};  // strides, in elements; 0 along a dimension that is shared
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// A part of the query tiles and the keys that it may touch, [first, last).
+struct AttnSplit {
+  int64_t begin, end, first, last;
+  int64_t offset;  // of its partial sums among those of a (b, kv head), in rows
+};
+
+// Shape letters: B batch, Hq and Hkv heads, Lq and Lk lengths, P head dim, Pv value head dim.
+struct AttnArgs {
+  int64_t batch, heads, kv_heads, q_len, kv_len, dim, value_dim;
+  int64_t plan_heads, plan_batches, block_q, block_k;
+  int dtype, bias_dtype, wide_lse;  // enum Dtype of common/tensor.h
+  bool silu;
+  double scale, softcap, norm;
+  const int32_t *code, *ptr, *runs;
+  int64_t mask_depth;  // blocks of 64 words that the evaluation of a program stacks up
+  AttnTensor q, k, v, out, lse, bias;
+  const void* sinks;
+  int64_t sinks_stride;
+  // backward
+  AttnTensor dout, dlse, dq, dk, dv, dbias;
+  void* dsinks;
+  int64_t dsinks_stride;
+  const AttnSplit* splits;
+  int64_t split_count, partial_rows;  // rows of all partials of one (b, kv head)
+  int64_t batch_groups, head_groups;  // B and Hkv, or 1 where dbias is summed over it
+};
+
+}  // namespace scalekern
+
+SCALEKERN_DECLARE(void, attention_fwd, (const scalekern::AttnArgs&))
+SCALEKERN_DECLARE(void, attention_bwd, (const scalekern::AttnArgs&))
+// to (B, H, Lq, Lk) contiguous bools; only code, mask_depth, batch, heads, q_len, kv_len are read.
+SCALEKERN_DECLARE(void, attention_mask, (const scalekern::AttnArgs&, bool* to))

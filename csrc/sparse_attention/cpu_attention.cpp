@@ -1,0 +1,152 @@
+// scalekern_native::sparse_attention_{fwd,bwd}_cpu and mask_bits_cpu: tensors to pointers and strides, the backward's
+// query tiles to splits, then the kernel of this machine's ISA.
+#include <algorithm>
+#include <vector>
+
+#include "common/tensor.h"
+#include "common/view.h"
+#include "sparse_attention/attention.h"
+
+namespace {
+
+using namespace scalekern;
+
+// The backward is cut into about this many items, whatever the number of threads: its sums do not depend on that.
+constexpr int64_t kItems = 32;
+constexpr int64_t kSplitTiles = 4;                   // tiles of queries that are worth a split of their own
+constexpr int64_t kPartialBytes = int64_t(1) << 28;  // of partial sums
+
+AttnTensor view(const Tensor& t) {
+  AttnTensor v{t.data_ptr(), {}};
+  for (int64_t i = 0; i < t.dim(); ++i) v.s[i] = t.size(i) == 1 ? 0 : t.stride(i);
+  return v;
+}
+AttnTensor view(const OptionalTensor& t) { return t.has_value() ? view(*t) : AttnTensor{}; }
+
+// Blocks that the programs of a mask stack up at most.
+int64_t mask_depth(const int32_t* code) {
+  int64_t deepest = 1;
+  for (int32_t h = 0; h < code[0]; ++h) {
+    const int32_t* program = code + code[2 + h];
+    int64_t depth = 0;
+    for (int32_t i = 0; i < program[0]; ++i) {
+      const int32_t op = program[2 + 12 * i];
+      depth += op < 16 ? 1 : op < 18 ? -1 : 0;
+      deepest = std::max(deepest, depth);
+    }
+  }
+  return deepest;
+}
+
+AttnArgs arguments(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& code, const Tensor& ptr, const Tensor& runs,
+    int64_t block_q, int64_t block_k, const OptionalTensor& bias, const OptionalTensor& sinks, double scale,
+    double softcap, bool silu, double norm) {
+  AttnArgs a{};
+  a.batch = q.size(0), a.heads = q.size(1), a.q_len = q.size(2), a.dim = q.size(3);
+  a.kv_heads = k.size(1), a.kv_len = k.size(2), a.value_dim = v.size(3);
+  a.code = static_cast<const int32_t*>(data(code)), a.mask_depth = mask_depth(a.code);
+  a.plan_heads = a.code[0], a.plan_batches = a.code[1], a.block_q = block_q, a.block_k = block_k;
+  a.ptr = static_cast<const int32_t*>(data(ptr)), a.runs = static_cast<const int32_t*>(data(runs));
+  const int64_t lists = a.plan_heads * a.plan_batches * ceil_div(a.q_len, block_q);
+  STD_TORCH_CHECK(
+      ptr.size(0) == lists + 1, "sparse_attention: the plan has ", ptr.size(0) - 1, " lists of tiles, expected ", lists);
+  a.dtype = int(dtype_of(q)), a.wide_lse = dtype_of(q) == Dtype::f64;
+  if (bias.has_value()) a.bias_dtype = int(dtype_of(*bias));
+  a.silu = silu, a.scale = scale, a.softcap = softcap, a.norm = norm;
+  a.q = view(q), a.k = view(k), a.v = view(v), a.bias = view(bias);
+  a.sinks = data(sinks), a.sinks_stride = stride(sinks, 0);
+  return a;
+}
+
+void attention_fwd(
+    Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q,
+    int64_t block_k, OptionalTensor bias, OptionalTensor sinks, double scale, double softcap, bool silu, double norm) {
+  AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
+  expect_writes(out);
+  a.out = view(out), a.lse = view(lse);
+  SCALEKERN_CALL(attention_fwd, (a));
+}
+
+// Query tiles [0, n) in parts of about equal work, each with the keys that its lists touch.
+std::vector<AttnSplit> make_splits(const AttnArgs& a, int64_t count) {
+  const int64_t n = ceil_div(a.q_len, a.block_q), lists = a.plan_heads * a.plan_batches;
+  std::vector<int64_t> before(n + 1, 0), first(n, a.kv_len), last(n, 0);  // before: tiles of all earlier lists
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t tiles = 1;
+    for (int64_t list = 0; list < lists; ++list)
+      for (int32_t r = a.ptr[list * n + i]; r < a.ptr[list * n + i + 1]; ++r) {
+        const int32_t* run = a.runs + 3 * r;
+        tiles += run[1];
+        first[i] = std::min(first[i], run[0] * a.block_k);
+        last[i] = std::max(last[i], std::min(a.kv_len, (run[0] + run[1]) * a.block_k));
+      }
+    before[i + 1] = before[i] + tiles;
+  }
+  std::vector<AttnSplit> splits;
+  int64_t begin = 0, offset = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t bound = before[n] * (s + 1) / count;
+    const int64_t end = std::upper_bound(before.begin(), before.end(), bound) - before.begin() - 1;
+    if (end <= begin) continue;
+    AttnSplit split{begin, end, a.kv_len, 0, offset};
+    for (int64_t i = begin; i < end; ++i)
+      split.first = std::min(split.first, first[i]), split.last = std::max(split.last, last[i]);
+    split.first = std::min(split.first, split.last);
+    offset += split.last - split.first;
+    splits.push_back(split);
+    begin = end;
+  }
+  return splits;
+}
+
+void attention_bwd(
+    Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks, Tensor dout, OptionalTensor dlse,
+    Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q,
+    int64_t block_k, OptionalTensor bias, OptionalTensor sinks, double scale, double softcap, bool silu, double norm) {
+  AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
+  expect_writes(dq), expect_writes(dk), expect_writes(dv);
+  a.out = view(out), a.lse = view(lse), a.dout = view(dout), a.dlse = view(dlse);
+  a.dq = view(dq), a.dk = view(dk), a.dv = view(dv), a.dbias = view(dbias);
+  if (sinks.has_value()) a.dsinks = data(dsinks), a.dsinks_stride = stride(dsinks, 0);
+  a.batch_groups = dbias.has_value() && dbias->size(0) == 1 ? 1 : a.batch;
+  a.head_groups = dbias.has_value() && dbias->size(1) == 1 ? 1 : a.kv_heads;
+  if (dbias.has_value()) torch::stable::zero_(*dbias);
+  const int64_t tiles = ceil_div(a.q_len, block_q), real = a.wide_lse ? 8 : 4;
+  int64_t count = std::max<int64_t>(
+      1, std::min(ceil_div(kItems, a.batch_groups * a.head_groups), tiles / kSplitTiles));
+  std::vector<AttnSplit> splits = make_splits(a, count);
+  const int64_t row_bytes = a.batch * a.kv_heads * (round_up(a.dim, 64) + round_up(a.value_dim, 64)) * real;
+  const auto rows = [&] { return splits.back().offset + splits.back().last - splits.back().first; };
+  while (splits.size() > 1 && rows() * row_bytes > kPartialBytes) splits = make_splits(a, count /= 2);
+  a.splits = splits.data(), a.split_count = splits.size(), a.partial_rows = rows();
+  SCALEKERN_CALL(attention_bwd, (a));
+}
+
+void mask_bits(Tensor out, Tensor code) {
+  AttnArgs a{};
+  a.batch = out.size(0), a.heads = out.size(1), a.q_len = out.size(2), a.kv_len = out.size(3);
+  a.code = static_cast<const int32_t*>(data(code)), a.mask_depth = mask_depth(a.code);
+  SCALEKERN_CALL(attention_mask, (a, static_cast<bool*>(data(out))));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
+  m.def(
+      "sparse_attention_fwd_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, "
+      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, float scale, float softcap, bool silu, "
+      "float norm) -> ()");
+  m.def(
+      "sparse_attention_bwd_cpu(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks, "
+      "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, "
+      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, float scale, float softcap, bool silu, "
+      "float norm) -> ()");
+  m.def("mask_bits_cpu(Tensor(a!) out, Tensor code) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
+  m.impl("sparse_attention_fwd_cpu", TORCH_BOX(&attention_fwd));
+  m.impl("sparse_attention_bwd_cpu", TORCH_BOX(&attention_bwd));
+  m.impl("mask_bits_cpu", TORCH_BOX(&mask_bits));
+}

@@ -1,0 +1,292 @@
+// Backward of sparse_attention in one pass: five products a tile.
+//
+//   S^T = K Q^T   P = exp(S - lse)   dP^T = V dO^T   dS = P (dP - delta)
+//   dQ^T += K^T dS^T   dV += P^T dO   dK += dS^T Q
+//
+// Bound: multiply-adds, 3 P + 2 Pv a visible (query, key) pair.
+// Work: query tile by query tile, so queries are packed once and dq stays in L1; dk and dv are added to in memory.
+//   Items are (split of the query tiles, b, key head). A split's sums are its own, over the keys that it touches, and are
+//   added up in order afterwards: the result is the same bits for any number of threads. The alternative, one pass over
+//   query tiles for dq and another over key tiles for dk and dv, takes seven products instead of five.
+//   Where dbias is summed over batches or heads, these are walked by one item.
+// A query tile's P^T and dS^T lie [key][query] in L1 or L2, so that they serve dV and dK as they are.
+#include "sparse_attention/cpu_attention_tiles.h"
+
+namespace {
+
+template <class T>
+struct Backward {
+  using F = Compute<T>;
+  static constexpr int V = kLanes<F>, W = kPanel<F>;
+  const AttnArgs& a;
+  const Logits<F> logits;
+  const int64_t panels, group, ldk, ldv, ldp;
+  explicit Backward(const AttnArgs& args)
+      : a(args), logits(args), panels(ceil_div(args.block_q, W)), group(args.heads / args.kv_heads),
+        ldk(round_up(args.dim, W)), ldv(round_up(args.value_dim, W)), ldp(panels * W + V) {}
+
+  struct Buffers {
+    F *q_panels, *do_panels, *dq, *q_rows, *do_rows, *lse, *delta, *p, *ds, *slopes, *k, *v;
+    KeyRange* ranges;  // of each panel
+    MaskWord *words, *stack;
+    explicit Buffers(const Backward& f, Scratch& scratch) {
+      const AttnArgs& a = f.a;
+      const int64_t queries = f.panels * W;
+      q_panels = scratch.take<F>(queries * a.dim), do_panels = scratch.take<F>(queries * a.value_dim);
+      dq = scratch.take<F>(queries * a.dim);
+      q_rows = scratch.take<F>(queries * f.ldk), do_rows = scratch.take<F>(queries * f.ldv);
+      lse = scratch.take<F>(queries), delta = scratch.take<F>(queries);
+      p = scratch.take<F>(a.block_k * f.ldp), ds = scratch.take<F>(a.block_k * f.ldp);
+      slopes = a.softcap ? scratch.take<F>(a.block_k * f.ldp) : nullptr;
+      k = scratch.take<F>(a.block_k * a.dim), v = scratch.take<F>(a.block_k * a.value_dim);
+      ranges = scratch.take<KeyRange>(f.panels);
+      words = scratch.take<MaskWord>(a.block_k * ceil_div(a.block_q, 64));
+      stack = scratch.take<MaskWord>(a.mask_depth * kMaskBlock);
+    }
+  };
+
+  // Where the gradients of a (b, kv head) are summed: key 0 of [key][stride].
+  struct Sums {
+    F *dk, *dv;
+    int64_t ldk, ldv;
+  };
+
+  struct Place {
+    int64_t b, h, q0, rows;
+    bool careful;  // a query or gradient is not finite: it must not meet the keys that it does not see
+  };
+
+  // Logits and dP become P and dS for one panel.
+  void scores(F* p, F* ds, KeyRange range, const TileBits& bits, int64_t query, const F* lse, const F* delta) const {
+    const F norm = F(a.norm);
+    const Vec<F> shift[2] = {load(lse), load(lse + V)}, mean[2] = {load(delta), load(delta + V)};
+    for (int64_t k = range.first; k < range.last; ++k) {
+      const uint64_t seen = bits.partial ? bits.panel<W>(k, query) : ~uint64_t(0);
+      for (int v = 0; v < 2; ++v) {
+        F *p_at = p + k * ldp + v * V, *ds_at = ds + k * ldp + v * V;
+        const Vec<F> s = load(p_at), dp = load(ds_at);
+        Vec<F> weight, slope;
+        if (a.silu) {
+          const Vec<F> gate = sigmoidv(s);
+          weight = s * gate * norm;
+          slope = dp * (gate * (1 + s * (1 - gate)) * norm);
+        } else {
+          weight = exp2_flushed(s - shift[v]);
+          slope = weight * (dp - mean[v]);
+        }
+        if (bits.partial) {
+          const VecInt<F> mask = lane_mask<F>(seen >> v * V);
+          weight = mask ? weight : Vec<F>{}, slope = mask ? slope : Vec<F>{};
+        }
+        store(p_at, weight), store(ds_at, slope);
+      }
+    }
+  }
+
+  void add_bias_gradient(const Place& at, const F* ds, KeyRange range, int64_t query, int64_t k0) const {
+    const AttnTensor& t = a.dbias;
+    for (int64_t i = query; i < least(query + W, at.rows); ++i) {
+      F* to = static_cast<F*>(t.data) + at.b * t.s[0] + at.h * t.s[1] + (at.q0 + i) * t.s[2] + k0 * t.s[3];
+      for (int64_t k = range.first; k < range.last; ++k) to[k * t.s[3]] += ds[k * ldp + i];
+    }
+  }
+
+  // sums[key] += sum over queries of weights[key][query] rows[query], for keys [0, count) of a tile.
+  void add_keys(const F* weights, const F* rows, int64_t ld, int64_t columns, const KeyRange* ranges, int64_t count,
+                int64_t queries, F* sums, int64_t lds) const {
+    for (int64_t c = 0; c < columns; c += W)
+      for (int64_t k = 0; k < count;) {
+        const int64_t strip = strip_rows(count - k);
+        int64_t first = panels, last = 0;
+        for (int64_t i = 0; i * W < queries; ++i)
+          if (ranges[i].first < k + strip && ranges[i].last > k) first = least(first, i), last = i + 1;
+        const int64_t begin = first * W, end = least(last * W, queries);
+        if (begin < end)
+          strip_gemm<F, false, true>(
+              strip, weights + k * ldp + begin, ldp, rows + begin * ld + c, ld, end - begin, sums + k * lds + c, lds);
+        k += strip;
+      }
+  }
+
+  // The same pair by pair, visible ones only.
+  void add_keys_carefully(const F* weights, const F* rows, int64_t ld, int64_t columns, const TileBits& bits,
+                          int64_t count, int64_t queries, F* sums, int64_t lds) const {
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t i = 0; i < queries; ++i)
+        if (!bits.partial || (bits.words[k * bits.stride + i / 64] >> i % 64 & 1))
+          for (int64_t c = 0; c < columns; ++c) sums[k * lds + c] += weights[k * ldp + i] * rows[i * ld + c];
+  }
+
+  void tile(const Buffers& m, const Place& at, const Sums& sums, int64_t k0, bool partial) const {
+    const int64_t keys = least(a.block_k, a.kv_len - k0), kv = at.h / group;
+    const Rows<F> k = tile_rows<T, F>(a.k, at.b, kv, k0, keys, a.dim, m.k);
+    const Rows<F> v = tile_rows<T, F>(a.v, at.b, kv, k0, keys, a.value_dim, m.v);
+    TileBits bits{m.words, ceil_div(a.block_q, 64), partial};
+    if (partial) fill_bits(a, bits, at.b, at.h, at.q0, at.rows, k0, keys, m.stack);
+    const bool finite = !partial || all_finite(k, keys, a.dim);
+    for (int64_t i = 0; i < at.rows; i += W) {
+      const KeyRange range = m.ranges[i / W] = key_range<W>(bits, keys, i);
+      const int64_t count = range.last - range.first, from = range.first * ldp;
+      F *p = m.p + i, *ds = m.ds + i;
+      for (int64_t j = 0; j < keys; ++j) {
+        if (j == range.first && count > 0) j = range.last;
+        if (j >= keys) break;
+        for (int v2 = 0; v2 < 2; ++v2) store(p + j * ldp + v2 * V, Vec<F>{}), store(ds + j * ldp + v2 * V, Vec<F>{});
+      }
+      if (count == 0) continue;
+      panel_gemm<F, false, false>(
+          count, k.data + range.first * k.stride, k.stride, m.q_panels + i * a.dim, W, a.dim, p + from, ldp);
+      F* slopes = m.slopes ? m.slopes + i : nullptr;
+      if (!logits.plain)
+        logits.finish(p, ldp, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, slopes);
+      panel_gemm<F, false, false>(count, v.data + range.first * v.stride, v.stride, m.do_panels + i * a.value_dim, W,
+                                  a.value_dim, ds + from, ldp);
+      scores(p, ds, range, bits, i, m.lse + i, m.delta + i);
+      if (a.dbias) add_bias_gradient(at, m.ds, range, i, k0);
+      if (slopes)
+        for (int64_t j = range.first; j < range.last; ++j)
+          for (int v2 = 0; v2 < 2; ++v2) {
+            F* to = ds + j * ldp + v2 * V;
+            const Vec<F> x = load(to);  // 0 where masked, and the slope there may be NaN
+            store(to, x == 0 ? x : x * load(slopes + j * ldp + v2 * V));
+          }
+      add_rows<F>(k, range, a.dim, ds, ldp, m.dq + i * a.dim, bits, i, finite);
+    }
+    F *dk = sums.dk + k0 * sums.ldk, *dv = sums.dv + k0 * sums.ldv;
+    if (at.careful) {
+      add_keys_carefully(m.p, m.do_rows, ldv, a.value_dim, bits, keys, at.rows, dv, sums.ldv);
+      add_keys_carefully(m.ds, m.q_rows, ldk, a.dim, bits, keys, at.rows, dk, sums.ldk);
+    } else {
+      add_keys(m.p, m.do_rows, ldv, a.value_dim, m.ranges, keys, at.rows, dv, sums.ldv);
+      add_keys(m.ds, m.q_rows, ldk, a.dim, m.ranges, keys, at.rows, dk, sums.ldk);
+    }
+  }
+
+  F number(const AttnTensor& t, const Place& at, int64_t r) const {  // of lse or dlse
+    return element<F>(t.data, at.b * t.s[0] + at.h * t.s[1] + (at.q0 + r) * t.s[2], sizeof(F) == 8 ? kF64 : kF32);
+  }
+
+  // lse in base 2, delta; adds to the sink's gradient. Lanes past the end get p = 0.
+  void row_terms(const Buffers& m, const Place& at, F* dsink) const {
+    for (int64_t r = 0; r < round_up(at.rows, W); ++r) {
+      m.lse[r] = kInfinity<F>, m.delta[r] = 0;
+      if (r >= at.rows || a.silu) continue;
+      const T* out = ::at<T>(a.out, at.b, at.h, at.q0 + r);
+      const F lse = number(a.lse, at, r), *gradient = m.do_rows + r * ldv;
+      F delta = 0;
+      for (int64_t c = 0; c < a.value_dim; ++c) delta += gradient[c] * F(to_float(out[c * a.out.s[3]]));
+      if (a.dlse) delta -= number(a.dlse, at, r);
+      m.lse[r] = lse * F(kLog2e), m.delta[r] = delta;
+      if (a.sinks) {
+        const double sink = element<double>(a.sinks, at.h * a.sinks_stride, sizeof(F) == 8 ? kF64 : kF32);
+        if (sink > -__builtin_inf()) *dsink -= F(__builtin_exp(sink - double(lse))) * delta;
+      }
+    }
+  }
+
+  void query_tile(const Buffers& m, Place at, const Sums& sums, F* dsink) const {
+    const T *q = ::at<T>(a.q, at.b, at.h, at.q0), *dout = ::at<T>(a.dout, at.b, at.h, at.q0);
+    pack_panels<T, F>(q, a.q.s[2], a.q.s[3], at.rows, a.dim, F(logits.factor()), m.q_panels);
+    pack_panels<T, F>(dout, a.dout.s[2], a.dout.s[3], at.rows, a.value_dim, F(1), m.do_panels);
+    copy_rows<T, F>(q, a.q.s[2], a.q.s[3], at.rows, a.dim, F(a.scale), m.q_rows, ldk);
+    copy_rows<T, F>(dout, a.dout.s[2], a.dout.s[3], at.rows, a.value_dim, F(1), m.do_rows, ldv);
+    row_terms(m, at, dsink);
+    const int64_t lanes = round_up(at.rows, W);
+    at.careful = !all_finite(m.q_panels, lanes * a.dim) || !all_finite(m.do_panels, lanes * a.value_dim);
+    for (int64_t j = 0; j < lanes * a.dim; ++j) m.dq[j] = 0;
+    const KeyRange runs = runs_of(a, at.b, at.h, at.q0 / a.block_q);
+    for (int64_t r = runs.first; r < runs.last; ++r) {
+      const int32_t* run = a.runs + 3 * r;
+      for (int64_t j = run[0]; j < run[0] + run[1]; ++j) tile(m, at, sums, j * a.block_k, run[2] != 0);
+    }
+    F factors[W];
+    for (int i = 0; i < W; ++i) factors[i] = F(a.scale);
+    for (int64_t i = 0; i < at.rows; i += W)
+      unpack_panel<T, F>(m.dq + i * a.dim, least(W, at.rows - i), a.dim, factors,
+                         ::at<T>(a.dq, at.b, at.h, at.q0 + i), a.dq.s[2], a.dq.s[3]);
+  }
+
+  void write_rows(const F* from, int64_t ld, const AttnTensor& t, int64_t b, int64_t kv, int64_t first, int64_t rows,
+                  int64_t columns) const {
+    T* to = ::at<T>(t, b, kv, first);
+    for (int64_t r = 0; r < rows; ++r, from += ld, to += t.s[2])
+      for (int64_t c = 0; c < columns; ++c) from_float(to[c * t.s[3]], from[c]);
+  }
+
+  // One split of one (b, kv head), all of its query heads.
+  void part(const Buffers& m, int64_t index, int64_t b, int64_t kv, F* dk, F* dv, F* dsinks) const {
+    const scalekern::AttnSplit& split = a.splits[index];
+    const int64_t keys = split.last - split.first;
+    Sums sums{dk, dv, ldk, ldv};
+    for (int64_t i = 0; i < keys * ldk; ++i) dk[i] = 0;
+    for (int64_t i = 0; i < keys * ldv; ++i) dv[i] = 0;
+    sums.dk -= split.first * ldk, sums.dv -= split.first * ldv;
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+      F dsink = 0;
+      for (int64_t i = split.begin; i < split.end; ++i) {
+        const int64_t q0 = i * a.block_q;
+        query_tile(m, {b, h, q0, least(a.block_q, a.q_len - q0), false}, sums, &dsink);
+      }
+      dsinks[(index * a.batch + b) * a.heads + h] = dsink;
+    }
+  }
+
+  // Keys [first, first + rows) of one (b, kv head): the splits' sums in order.
+  void reduce(const F* partial, int64_t ld, const AttnTensor& t, int64_t b, int64_t kv, int64_t first, int64_t rows,
+              int64_t columns, F* sums) const {
+    for (int64_t i = 0; i < rows * ld; ++i) sums[i] = 0;
+    for (int64_t s = 0; s < a.split_count; ++s) {
+      const scalekern::AttnSplit& split = a.splits[s];
+      const int64_t begin = most(first, split.first), end = least(first + rows, split.last);
+      const F* from = partial + ((b * a.kv_heads + kv) * a.partial_rows + split.offset - split.first) * ld;
+      for (int64_t i = begin * ld; i < end * ld; ++i) sums[i - first * ld] += from[i];
+    }
+    write_rows(sums, ld, t, b, kv, first, rows, columns);
+  }
+
+  void run() const {
+    Scratch measure(0);
+    Buffers unused(*this, measure);
+    const int64_t rows = a.batch * a.kv_heads * a.partial_rows, items = a.split_count * a.batch_groups * a.head_groups;
+    Scratch partials((rows * (ldk + ldv) + a.split_count * a.batch * a.heads) * int64_t(sizeof(F)) + 256);
+    F *dk = partials.take<F>(rows * ldk), *dv = partials.take<F>(rows * ldv);
+    F* dsinks = partials.take<F>(a.split_count * a.batch * a.heads);
+    for_items(items, measure.taken(), items > 1, [&](int64_t index, Scratch& scratch) {
+      const Buffers m(*this, scratch);
+      const int64_t s = index % a.split_count, rest = index / a.split_count;
+      const int64_t b_group = rest / a.head_groups, h_group = rest % a.head_groups;
+      const int64_t per_b = a.batch / a.batch_groups, per_h = a.kv_heads / a.head_groups;
+      for (int64_t b = b_group * per_b; b < (b_group + 1) * per_b; ++b)
+        for (int64_t kv = h_group * per_h; kv < (h_group + 1) * per_h; ++kv) {
+          const int64_t row = (b * a.kv_heads + kv) * a.partial_rows + a.splits[s].offset;
+          part(m, s, b, kv, dk + row * ldk, dv + row * ldv, dsinks);
+        }
+    });
+    constexpr int64_t kChunk = 64;  // keys
+    const int64_t chunks = ceil_div(a.kv_len, kChunk);
+    for_items(a.batch * a.kv_heads * chunks, kChunk * most(ldk, ldv) * int64_t(sizeof(F)), chunks > 1,
+              [&](int64_t index, Scratch& scratch) {
+                F* sums = scratch.take<F>(kChunk * most(ldk, ldv));
+                const int64_t first = index % chunks * kChunk, count = least(kChunk, a.kv_len - first);
+                const int64_t b = index / chunks / a.kv_heads, kv = index / chunks % a.kv_heads;
+                reduce(dk, ldk, a.dk, b, kv, first, count, a.dim, sums);
+                reduce(dv, ldv, a.dv, b, kv, first, count, a.value_dim, sums);
+              });
+    if (!a.dsinks) return;
+    for (int64_t h = 0; h < a.heads; ++h) {
+      F sum = 0;
+      for (int64_t i = 0; i < a.split_count * a.batch; ++i) sum += dsinks[i * a.heads + h];
+      static_cast<F*>(a.dsinks)[h * a.dsinks_stride] = sum;
+    }
+  }
+};
+
+}  // namespace
+
+namespace scalekern::SCALEKERN_ISA {
+
+void attention_bwd(const AttnArgs& a) {
+  for_dtype(a.dtype, [&](auto type) { Backward<decltype(type)>(a).run(); });
+}
+
+}  // namespace scalekern::SCALEKERN_ISA

@@ -1,0 +1,187 @@
+// Forward of sparse_attention: tiles of a plan, online softmax.
+//
+// Bound: multiply-adds, P + Pv a visible (query, key) pair; exponentials are a tenth of that at P = 64.
+// Work: items (b, h, query tile), taken by whichever thread is free, the last tiles of a sequence first: under a
+//   causal mask these are the longest.
+// A tile of keys goes through all panels of the query tile (W = 2 vectors of queries as lanes): keys and values stay in
+//   L1 or L2 and are read as they lie. Of a partial tile a panel takes the keys from the first to the last that it
+//   sees: its granularity is W queries by one key, whatever the block of the plan.
+// In registers: kRows x W scores or outputs during a product; a panel's scores (4 KiB), maxima, sums and outputs in L1.
+#include "sparse_attention/cpu_attention_tiles.h"
+
+namespace {
+
+template <class T>
+struct Forward {
+  using F = Compute<T>;
+  static constexpr int V = kLanes<F>, W = kPanel<F>;
+  const AttnArgs& a;
+  const Logits<F> logits;
+  const int64_t q_tiles, panels;
+
+  explicit Forward(const AttnArgs& args)
+      : a(args), logits(args), q_tiles(ceil_div(args.q_len, args.block_q)), panels(ceil_div(args.block_q, W)) {}
+
+  struct Buffers {
+    F *q, *out, *max, *sum, *s, *k, *v;
+    MaskWord *words, *stack;
+    explicit Buffers(const Forward& f, Scratch& scratch) {
+      const AttnArgs& a = f.a;
+      q = scratch.take<F>(f.panels * W * a.dim), out = scratch.take<F>(f.panels * W * a.value_dim);
+      max = scratch.take<F>(f.panels * W), sum = scratch.take<F>(f.panels * W), s = scratch.take<F>(a.block_k * W);
+      k = scratch.take<F>(a.block_k * a.dim), v = scratch.take<F>(a.block_k * a.value_dim);
+      words = scratch.take<MaskWord>(a.block_k * ceil_div(a.block_q, 64));
+      stack = scratch.take<MaskWord>(a.mask_depth * kMaskBlock);
+    }
+  };
+
+  // Logits become 2^(s - max), 0 where masked; maxima, sums and outputs follow.
+  template <bool kPartial>
+  void softmax(F* s, KeyRange range, const TileBits& bits, int64_t query, F* max, F* sum, F* out) const {
+    const Vec<F> old[2] = {load(max), load(max + V)};
+    Vec<F> top[2] = {old[0], old[1]};
+    for (int64_t k = range.first; k < range.last; ++k) {
+      const uint64_t seen = kPartial ? bits.panel<W>(k, query) : 0;
+      for (int v = 0; v < 2; ++v) {
+        Vec<F> x = load(s + k * W + v * V);
+        if constexpr (kPartial) {
+          x = lane_mask<F>(seen >> v * V) ? x : splat(-kInfinity<F>);
+          store(s + k * W + v * V, x);
+        }
+        top[v] = top[v] < x ? x : top[v];
+      }
+    }
+    Vec<F> total[2] = {load(sum), load(sum + V)}, shift[2], factor[2];
+    bool changed = false;
+    for (int v = 0; v < 2; ++v) {
+      shift[v] = top[v] == -kInfinity<F> ? Vec<F>{} : top[v];
+      const auto rose = top[v] > old[v];
+      for (int i = 0; i < V; ++i) changed |= rose[i] != 0;
+    }
+    if (changed) {
+      for (int v = 0; v < 2; ++v) {
+        factor[v] = exp2_flushed(old[v] - shift[v]);
+        total[v] *= factor[v];
+        store(max + v * V, top[v]);
+      }
+      for (int64_t j = 0; j < a.value_dim; ++j)
+        for (int v = 0; v < 2; ++v) store(out + j * W + v * V, load(out + j * W + v * V) * factor[v]);
+    }
+    for (int64_t k = range.first; k < range.last; ++k)
+      for (int v = 0; v < 2; ++v) {
+        const Vec<F> p = exp2_flushed(load(s + k * W + v * V) - shift[v]);
+        total[v] += p;
+        store(s + k * W + v * V, p);
+      }
+    for (int v = 0; v < 2; ++v) store(sum + v * V, total[v]);
+  }
+
+  void silu(F* s, KeyRange range, const TileBits& bits, int64_t query) const {
+    const F norm = F(a.norm);
+    for (int64_t k = range.first; k < range.last; ++k) {
+      const uint64_t seen = bits.partial ? bits.panel<W>(k, query) : ~uint64_t(0);
+      for (int v = 0; v < 2; ++v) {
+        const Vec<F> p = siluv(load(s + k * W + v * V)) * norm;
+        store(s + k * W + v * V, lane_mask<F>(seen >> v * V) ? p : Vec<F>{});
+      }
+    }
+  }
+
+  // Sums become outputs and lse.
+  void finish(const Buffers& m, int64_t b, int64_t h, int64_t q0, int64_t rows) const {
+    for (int64_t i = 0; i < rows; i += W) {
+      F factors[W];
+      const int64_t here = least(W, rows - i);
+      for (int64_t r = 0; r < here; ++r) {
+        double lse = 0;
+        factors[r] = F(1);
+        if (!a.silu) {
+          double max = m.max[i + r], sum = m.sum[i + r], scale = 1;
+          if (a.sinks) {
+            const double sink = element<double>(a.sinks, h * a.sinks_stride, a.wide_lse ? kF64 : kF32) * kLog2e;
+            const double top = max < sink ? sink : max;
+            if (top > -__builtin_inf()) {
+              scale = __builtin_exp2(max - top);
+              sum = sum * scale + __builtin_exp2(sink - top), max = top;
+            }
+          }
+          const bool empty = sum == 0;
+          factors[r] = empty ? F(0) : F(scale / sum);
+          lse = empty ? -__builtin_inf() : max * kLn2 + __builtin_log(sum);
+        }
+        const int64_t to = b * a.lse.s[0] + h * a.lse.s[1] + (q0 + i + r) * a.lse.s[2];
+        if (a.wide_lse) static_cast<double*>(a.lse.data)[to] = lse;
+        else static_cast<float*>(a.lse.data)[to] = float(lse);
+      }
+      unpack_panel<T, F>(
+          m.out + i * a.value_dim, here, a.value_dim, factors, at<T>(a.out, b, h, q0 + i), a.out.s[2], a.out.s[3]);
+    }
+  }
+
+  void tile(const Buffers& m, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0, bool partial) const {
+    const int64_t keys = least(a.block_k, a.kv_len - k0), kv = h / (a.heads / a.kv_heads);
+    const Rows<F> k = tile_rows<T, F>(a.k, b, kv, k0, keys, a.dim, m.k);
+    const Rows<F> v = tile_rows<T, F>(a.v, b, kv, k0, keys, a.value_dim, m.v);
+    TileBits bits{m.words, ceil_div(a.block_q, 64), partial};
+    if (partial) fill_bits(a, bits, b, h, q0, rows, k0, keys, m.stack);
+    const bool finite = !partial || all_finite(v, keys, a.value_dim);
+    for (int64_t i = 0; i < rows; i += W) {
+      const KeyRange range = key_range<W>(bits, keys, i);
+      const int64_t count = range.last - range.first;
+      if (count == 0) continue;
+      panel_gemm<F, false, false>(
+          count, k.data + range.first * k.stride, k.stride, m.q + i * a.dim, W, a.dim, m.s + range.first * W, W);
+      if (!logits.plain) logits.finish(m.s, W, range, b, h, q0 + i, least(W, rows - i), k0, nullptr);
+      F* out = m.out + i * a.value_dim;
+      if (a.silu) silu(m.s, range, bits, i);
+      else if (partial) softmax<true>(m.s, range, bits, i, m.max + i, m.sum + i, out);
+      else softmax<false>(m.s, range, bits, i, m.max + i, m.sum + i, out);
+      add_rows<F>(v, range, a.value_dim, m.s, W, out, bits, i, finite);
+    }
+  }
+
+  void item(int64_t index, Scratch& scratch) const {
+    const Buffers m(*this, scratch);
+    const int64_t i = q_tiles - 1 - index / (a.batch * a.heads), rest = index % (a.batch * a.heads);
+    const int64_t b = rest / a.heads, h = rest % a.heads, q0 = i * a.block_q, rows = least(a.block_q, a.q_len - q0);
+    pack_panels<T, F>(at<T>(a.q, b, h, q0), a.q.s[2], a.q.s[3], rows, a.dim, F(logits.factor()), m.q);
+    for (int64_t j = 0; j < round_up(rows, W) * a.value_dim; ++j) m.out[j] = 0;
+    for (int64_t j = 0; j < round_up(rows, W); ++j) m.max[j] = -kInfinity<F>, m.sum[j] = 0;
+    const KeyRange runs = runs_of(a, b, h, i);
+    for (int64_t r = runs.first; r < runs.last; ++r) {
+      const int32_t* run = a.runs + 3 * r;
+      for (int64_t j = run[0]; j < run[0] + run[1]; ++j) tile(m, b, h, q0, rows, j * a.block_k, run[2] != 0);
+    }
+    finish(m, b, h, q0, rows);
+  }
+
+  void run() const {
+    Scratch measure(0);
+    Buffers unused(*this, measure);
+    const int64_t items = q_tiles * a.batch * a.heads;
+    for_items(items, measure.taken(), items > 1, [&](int64_t i, Scratch& scratch) { item(i, scratch); });
+  }
+};
+
+}  // namespace
+
+namespace scalekern::SCALEKERN_ISA {
+
+void attention_fwd(const AttnArgs& a) {
+  for_dtype(a.dtype, [&](auto type) { Forward<decltype(type)>(a).run(); });
+}
+
+void attention_mask(const AttnArgs& a, bool* to) {
+  Scratch scratch(a.mask_depth * kMaskBlock * int64_t(sizeof(MaskWord)));
+  MaskWord* stack = scratch.take<MaskWord>(a.mask_depth * kMaskBlock);
+  for (int64_t i = 0; i < a.batch * a.heads; ++i, to += a.q_len * a.kv_len)
+    for (int64_t q0 = 0; q0 < a.q_len; q0 += 64)
+      for (int64_t k0 = 0; k0 < a.kv_len; k0 += 64) {
+        evaluate_mask(a.code, i / a.heads, i % a.heads, q0, k0, stack);
+        for (int64_t q = q0; q < least(q0 + 64, a.q_len); ++q)
+          for (int64_t k = k0; k < least(k0 + 64, a.kv_len); ++k)
+            to[q * a.kv_len + k] = stack[q - q0] >> (k - k0) & 1;
+      }
+}
+
+}  // namespace scalekern::SCALEKERN_ISA

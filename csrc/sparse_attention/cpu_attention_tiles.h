@@ -1,0 +1,308 @@
+// What forward and backward share: panels of queries, tiles of keys and values, mask bits by key, scores.
+//
+// Scores are computed transposed, S^T = K Q^T: a panel holds W = kPanel queries as lanes, so that maxima, sums and
+// corrections are vectors too, nothing is summed across lanes, and keys and values are used as they lie in memory.
+#pragma once
+#include "common/parallel.h"
+#include "sparse_attention/attention.h"
+#include "sparse_attention/mask.h"
+#include "sparse_attention/micro_gemm.h"
+
+namespace {
+
+using scalekern::AttnArgs;
+using scalekern::AttnTensor;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
+template <class F>
+constexpr F kInfinity = F(__builtin_inf());
+
+// Memory of one thread, handed out in pieces that begin on a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : raw_(bytes ? __builtin_malloc(size_t(bytes) + 64) : nullptr) {}
+  ~Scratch() { __builtin_free(raw_); }
+  Scratch(const Scratch&) = delete;
+  template <class T>
+  T* take(int64_t count) {
+    const uintptr_t here = (reinterpret_cast<uintptr_t>(raw_) + 63) / 64 * 64 + uintptr_t(taken_);
+    taken_ += round_up(count * int64_t(sizeof(T)), 64);
+    return reinterpret_cast<T*>(here);
+  }
+  int64_t taken() const { return taken_; }  // of Scratch(0): the bytes that the same calls need
+  void reset() { taken_ = 0; }
+
+ private:
+  void* raw_;
+  int64_t taken_ = 0;
+};
+
+template <class T>
+static inline T* at(const AttnTensor& t, int64_t b, int64_t h, int64_t row = 0) {
+  return static_cast<T*>(t.data) + b * t.s[0] + h * t.s[1] + row * t.s[2];
+}
+
+// Numbers of a tensor of float, double or half types.
+enum ElementType : int { kF32, kF64, kF16, kBf16 };  // the order of enum Dtype of common/tensor.h
+template <class F>
+static inline F element(const void* data, int64_t i, int dtype) {
+  switch (dtype) {
+    case kF64: return F(static_cast<const double*>(data)[i]);
+    case kF16: return F(to_float(static_cast<const f16*>(data)[i]));
+    case kBf16: return F(to_float(static_cast<const bf16*>(data)[i]));
+    default: return F(static_cast<const float*>(data)[i]);
+  }
+}
+
+// --- tiles as they lie in memory, or copied ---
+
+// Rows of keys or values as F with channels side by side.
+template <class F>
+struct Rows {
+  const F* data;
+  int64_t stride;
+};
+
+template <class T, class F>
+static void copy_rows(const T* from, int64_t rs, int64_t cs, int64_t rows, int64_t columns, F factor, F* to, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r, from += rs, to += ld) {
+    if (cs == 1)
+      for (int64_t c = 0; c < columns; ++c) to[c] = to_float(from[c]) * factor;
+    else
+      for (int64_t c = 0; c < columns; ++c) to[c] = to_float(from[c * cs]) * factor;
+  }
+}
+
+// Rows far apart would fall into a few sets of L1: those are copied too.
+template <class T, class F>
+static Rows<F> tile_rows(const AttnTensor& t, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t columns, F* to) {
+  const T* from = at<T>(t, b, h, first);
+  if constexpr (sizeof(T) == sizeof(F))
+    if (t.s[3] == 1 && t.s[2] >= columns && t.s[2] < columns + 32) return {from, t.s[2]};
+  copy_rows<T, F>(from, t.s[2], t.s[3], rows, columns, F(1), to, columns);
+  return {to, columns};
+}
+
+// Whether all numbers are finite: 0 x is NaN where x is not.
+template <class F>
+static bool all_finite(const F* p, int64_t count) {
+  constexpr int V = kLanes<F>;
+  Vec<F> sums[4] = {};
+  F rest = 0;
+  int64_t i = 0;
+  for (; i + 4 * V <= count; i += 4 * V)
+    for (int j = 0; j < 4; ++j) sums[j] += F(0) * load(p + i + j * V);
+  for (; i < count; ++i) rest += F(0) * p[i];
+  const Vec<F> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int j = 0; j < V; ++j) rest += sum[j];
+  return rest == 0;
+}
+
+template <class F>
+static bool all_finite(Rows<F> rows, int64_t count, int64_t columns) {
+  if (rows.stride == columns) return all_finite(rows.data, count * columns);
+  for (int64_t r = 0; r < count; ++r)
+    if (!all_finite(rows.data + r * rows.stride, columns)) return false;
+  return true;
+}
+
+// Queries [0, rows) as panels [panel][column][W], times a factor; lanes past the end are zero.
+template <class T, class F>
+static void pack_panels(
+    const T* from, int64_t rs, int64_t cs, int64_t rows, int64_t columns, F factor, F* to) {
+  constexpr int W = kPanel<F>;
+  for (int64_t r0 = 0; r0 < rows; r0 += W, to += W * columns) {
+    const int64_t here = least(W, rows - r0);
+    const T* base = from + r0 * rs;
+    for (int64_t c = 0; c < columns; ++c) {
+      F* lanes = to + c * W;
+      if (here == W)
+        for (int i = 0; i < W; ++i) lanes[i] = to_float(base[i * rs + c * cs]) * factor;
+      else
+        for (int i = 0; i < W; ++i) lanes[i] = i < here ? to_float(base[i * rs + c * cs]) * factor : F(0);
+    }
+  }
+}
+
+// One panel [column][W] back to rows, each times its factor.
+template <class T, class F>
+static void unpack_panel(const F* from, int64_t rows, int64_t columns, const F* factors, T* to, int64_t rs, int64_t cs) {
+  constexpr int W = kPanel<F>;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) from_float(to[r * rs + c * cs], from[c * W + r] * factors[r]);
+}
+
+// --- mask bits of a tile, by key ---
+
+struct TileBits {
+  MaskWord* words;  // [key][word of 64 queries]
+  int64_t stride;
+  bool partial;
+
+  template <int W>
+  uint64_t panel(int64_t key, int64_t query) const {
+    return words[key * stride + query / 64] >> (query % 64) & (W == 64 ? ~MaskWord(0) : (MaskWord(1) << W % 64) - 1);
+  }
+};
+
+// Of queries [q0, q0 + rows) and keys [k0, k0 + keys); rows past the end see nothing.
+static void fill_bits(const AttnArgs& a, TileBits& bits, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0,
+                      int64_t keys, MaskWord* stack) {
+  for (int64_t q = 0; q < rows; q += kMaskBlock)
+    for (int64_t k = 0; k < keys; k += kMaskBlock) {
+      evaluate_mask(a.code, b, h, q0 + q, k0 + k, stack);
+      transpose_bits(stack);
+      const MaskWord inside = low_bits(least(64, rows - q));
+      for (int64_t i = 0; i < least(64, keys - k); ++i) bits.words[(k + i) * bits.stride + q / 64] = stack[i] & inside;
+    }
+}
+
+// The mask of the V lanes whose bits are the lowest.
+template <class F>
+static inline VecInt<F> lane_mask(uint64_t bits) {
+  using I = typename IntOf<F>::type;
+  VecInt<F> one_each;
+  for (int i = 0; i < kLanes<F>; ++i) one_each[i] = I(1) << i;
+  return (((I)bits - VecInt<F>{}) & one_each) != 0;
+}
+
+// Keys of a panel, [first, last): from the first to the last that any of its queries sees.
+struct KeyRange {
+  int64_t first, last;
+};
+template <int W>
+static inline KeyRange key_range(const TileBits& bits, int64_t keys, int64_t query) {
+  KeyRange range{0, keys};
+  if (!bits.partial) return range;
+  while (range.first < keys && bits.panel<W>(range.first, query) == 0) ++range.first;
+  while (range.last > range.first && bits.panel<W>(range.last - 1, query) == 0) --range.last;
+  return range;
+}
+
+// --- scores ---
+
+// 2^x for x up to 128; exactly 0 below the smallest normal number, where arithmetic can be a hundred times slower.
+static inline VecF exp2_flushed(VecF x) { return x < -126.0f ? VecF{} : exp2_beside_one(x); }
+static inline VecD exp2_flushed(VecD x) { return x < -1022.0 ? VecD{} : exp2v(x); }
+
+template <class F>
+static inline Vec<F> tanh_of(Vec<F> x) {
+  const Vec<F> q = x * x, far = 1 - 2 / (1 + expv(2 * x));
+  if constexpr (sizeof(F) == 8) return far;  // 1e-16 beside a softcap of 50 is enough
+  // Taylor to x^11 on [-1/4, 1/4], so that small logits keep their digits
+  Vec<F> p = q * F(-1382.0 / 155925) + F(62.0 / 2835);
+  p = p * q - F(17.0 / 315);
+  p = p * q + F(2.0 / 15);
+  p = p * q - F(1.0 / 3);
+  return q < F(0.0625) ? x + x * q * p : far;
+}
+
+// Products k.q that carry a factor become logits in place: softcap and bias. The factor on q is logit_factor.
+// Logits of softmax are in base 2.
+template <class F>
+struct Logits {
+  const AttnArgs& a;
+  F softcap, unit;  // of logits
+  bool plain;
+
+  explicit Logits(const AttnArgs& args)
+      : a(args), softcap(F(args.softcap)), unit(args.silu ? F(1) : F(kLog2e)), plain(!args.bias && args.softcap == 0) {}
+  double factor() const { return a.softcap ? a.scale / a.softcap : a.silu ? a.scale : a.scale * kLog2e; }
+
+  // Rows `range` of s, W queries from q on, of which `queries` exist; slopes gets 1 - tanh^2 when there is a softcap.
+  void finish(F* s, int64_t ld, KeyRange range, int64_t b, int64_t h, int64_t q, int64_t queries, int64_t k0,
+              F* slopes) const {
+    constexpr int V = kLanes<F>, W = kPanel<F>;
+    for (int64_t k = range.first; k < range.last; ++k) {
+      alignas(64) F bias[W];
+      if (a.bias) {
+        const int64_t base = b * a.bias.s[0] + h * a.bias.s[1] + q * a.bias.s[2] + (k0 + k) * a.bias.s[3];
+        for (int64_t i = 0; i < W; ++i)
+          bias[i] = i < queries ? element<F>(a.bias.data, base + i * a.bias.s[2], a.bias_dtype) : F(0);
+      }
+      for (int v = 0; v < 2; ++v) {
+        Vec<F> x = load(s + k * ld + v * V);
+        if (softcap != 0) {
+          const Vec<F> t = tanh_of<F>(x);
+          if (slopes) store(slopes + k * ld + v * V, 1 - t * t);
+          x = t * (softcap * unit);
+        }
+        if (a.bias) x += load(bias + v * V) * unit;
+        store(s + k * ld + v * V, x);
+      }
+    }
+  }
+};
+
+// --- products over keys that must not meet the non-finite row of a key that a query does not see ---
+
+// c[columns][W] += rows^T p: rows `range` of a tile, p [key][W]. `finite`: no number of the tile needs care.
+template <class F>
+static void add_rows(Rows<F> rows, KeyRange range, int64_t columns, const F* p, int64_t ldp, F* c, const TileBits& bits,
+                     int64_t query, bool finite) {
+  constexpr int V = kLanes<F>, W = kPanel<F>;
+  const auto product = [&](int64_t first, int64_t last) {
+    if (first < last)
+      panel_gemm<F, true, true>(
+          columns, rows.data + first * rows.stride, rows.stride, p + first * ldp, ldp, last - first, c, W);
+  };
+  if (finite || !bits.partial) return product(range.first, range.last);
+  int64_t done = range.first;
+  for (int64_t k = range.first; k < range.last; ++k) {
+    const F* row = rows.data + k * rows.stride;
+    if (all_finite(row, columns)) continue;
+    product(done, k);
+    done = k + 1;
+    const uint64_t seen = bits.panel<W>(k, query);
+    const VecInt<F> mask[2] = {lane_mask<F>(seen), lane_mask<F>(seen >> V)};
+    for (int64_t j = 0; j < columns; ++j)
+      for (int v = 0; v < 2; ++v) {
+        F* to = c + j * W + v * V;
+        store(to, mask[v] ? load(to) + row[j] * load(p + k * ldp + v * V) : load(to));
+      }
+  }
+  product(done, range.last);
+}
+
+// --- work ---
+
+// Items in any order over the threads, the next one to whoever is free; body(item, scratch).
+template <class Body>
+static void for_items(int64_t items, int64_t scratch_bytes, bool threads, const Body& body) {
+  int64_t next = 0;
+  const auto work = [&](int64_t, int64_t) {
+    Scratch scratch(scratch_bytes);
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item >= items) return;
+      scratch.reset();
+      body(item, scratch);
+    }
+  };
+  if (threads) scalekern::parallel(least(items, scalekern::num_threads()), work);
+  else work(0, 1);
+}
+
+// Runs of query tile i for batch b and head h, [first, last).
+static inline KeyRange runs_of(const AttnArgs& a, int64_t b, int64_t h, int64_t i) {
+  const int64_t bm = a.plan_batches == 1 ? 0 : b, hm = a.plan_heads == 1 ? 0 : h;
+  const int64_t j = (bm * a.plan_heads + hm) * ceil_div(a.q_len, a.block_q) + i;
+  return {a.ptr[j], a.ptr[j + 1]};
+}
+
+template <class Body>
+static void for_dtype(int dtype, const Body& body) {
+  switch (dtype) {
+    case kF32: return body(float{});
+    case kF64: return body(double{});
+    case kF16: return body(f16{});
+    default: return body(bf16{});
+  }
+}
+
+}  // namespace

@@ -1,0 +1,118 @@
+"""HSTU's attention over jagged sequences: public function and checks; sparse_attention's kernels do the work.
+
+Shape letters: B sequences, H heads, P head dim, Pv of the values, T positions, K time buckets.
+"""
+
+import torch
+
+from scalekern import _checks
+from scalekern._packing import check_cu_seqlens
+from scalekern.ops import _hstu
+from scalekern.ops.sparse_attention import sparse_attention_fwd
+from scalekern.reference.hstu_attention import NORMALIZE, bucket_edges
+
+NAME = "hstu_attention"
+
+
+def hstu_attention(
+    q, k, v, offsets, *, max_len, alpha=None, causal=True, num_targets=None, max_attn_len=None, contextual_len=None,
+    min_full_attn_len=None, time=None, time_table=None, position_table=None, normalize="max_len", scaling_len=None,
+):  # fmt: skip
+    """out_i = sum_j silu(alpha q_i k_j + position_table[j - i] + time_table[bucket_ij]) v_j / N within each sequence.
+
+    Differentiable in q, k, v and both tables.
+
+    Args:
+        q, k: (total, H, P).   v: (total, H, Pv). Sequences end to end; float64, float32, float16 or bfloat16. q may be
+            (B x new, H, P): the newest `new` tokens of each sequence alone, for inference.
+        offsets: (B + 1,) int32 or int64, rising from 0 to total: sequence s is [offsets[s], offsets[s + 1]).
+        max_len: the longest sequence that the model allows.
+        alpha: a factor on the scores, P^-0.5 when None.
+        causal: a token sees itself and earlier ones; else all.
+        num_targets: (B,): how many tokens at the end of each sequence are candidates, which do not see each other.
+        max_attn_len: a token sees at most so many before it.
+        contextual_len: so many tokens at the front see everything but targets, and count as one for max_attn_len.
+        min_full_attn_len: the last so many tokens before the targets are free of max_attn_len.
+        time: (total,) integer timestamps; time_table: (K + 1,) or (H, K + 1), by floor(log(max(1, |t_{i+1} - t_j|)) /
+            0.301) up to K. A sequence's last token has its own time for that of the next.
+        position_table: (T,) or (H, T), T odd: entry (T - 1) / 2 + j - i, at most at its ends.
+        normalize: N: "max_len"; "length", of the row's sequence; "scaling_len", a number of its own.
+
+    Returns:
+        out, shaped as q with Pv for P, in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: Zhai et al., Actions Speak Louder than Words (HSTU), 2024, sections 3.2 and 3.3.
+    """
+    _check(q, k, v, offsets, num_targets, time, time_table, position_table, normalize)
+    for name, value in (("max_len", max_len), ("scaling_len", scaling_len)):
+        if value is not None:
+            _checks.at_least(NAME, name, value, 1)
+    if normalize == "scaling_len" and scaling_len is None:
+        raise ValueError(f"{NAME}: scaling_len must be an integer for normalize='scaling_len', got None")
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+    code = _hstu.code(
+        offsets, num_targets, q.shape[0], k.shape[0], causal, max_attn_len, contextual_len, min_full_attn_len
+    )
+    bias = _bias(q, k, offsets, time, time_table, position_table)
+    divisor = {"max_len": max_len, "length": 1, "scaling_len": scaling_len}[normalize]
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    alpha = alpha if alpha is None else float(alpha)
+    out, _ = sparse_attention_fwd(*heads_first, code, None, None, bias, None, alpha, 0.0, True, 1 / divisor)
+    out = out[0].transpose(0, 1)
+    if normalize == "length":
+        lengths = (offsets[1:] - offsets[:-1])[_hstu.rows_of(offsets, q.shape[0], k.shape[0])[0]]
+        out = out / lengths.clamp(min=1)[:, None, None].to(out.dtype)
+    return out
+
+
+def _bias(q, k, offsets, time, time_table, position_table):
+    """(1, H or 1, rows, keys): what the tables add to every score."""
+    if time_table is None and position_table is None:
+        return None
+    sequence, place, row = _hstu.rows_of(offsets, q.shape[0], k.shape[0])
+    _, key_place = _hstu.places(offsets, k.shape[0])
+    bias = 0
+    if position_table is not None:
+        R = (position_table.shape[-1] - 1) // 2
+        bias = position_table[..., (key_place - place[:, None]).clamp(-R, R) + R]
+    if time_table is not None:
+        last = offsets[1:][sequence] - 1
+        following = time[torch.minimum(row + 1, last)]
+        apart = (following[:, None] - time).abs().clamp(min=1)
+        edges = bucket_edges(time_table.shape[-1] - 1).to(time.device)
+        bias = bias + time_table[..., torch.searchsorted(edges, apart, right=True)]
+    return bias.expand(1, bias.shape[0] if bias.dim() == 3 else 1, *bias.shape[-2:])
+
+
+def _check(q, k, v, offsets, num_targets, time, time_table, position_table, normalize):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _checks.tensor(NAME, name, x, dims=3, dtypes=_checks.FLOATING)
+        _checks.dtype(NAME, name, x, q.dtype)
+    total, heads, dim = k.shape
+    _checks.shape(NAME, "q", q, (None, heads, dim))
+    _checks.shape(NAME, "v", v, (total, heads, None))
+    check_cu_seqlens(NAME, offsets, 1, total, "offsets")
+    sequences = offsets.shape[0] - 1
+    if q.shape[0] != total and (sequences == 0 or q.shape[0] % sequences):
+        raise ValueError(f"{NAME}: q must have {total} rows, or equally many of each of {sequences} sequences, got {q.shape[0]}")
+    if num_targets is not None:
+        _checks.tensor(NAME, "num_targets", num_targets, dims=1, dtypes=(torch.int32, torch.int64))
+        _checks.shape(NAME, "num_targets", num_targets, (sequences,))
+    if (time is None) != (time_table is None):
+        raise ValueError(f"{NAME}: time and time_table must be given together, got one of them")
+    if time is not None:
+        _checks.tensor(NAME, "time", time, dims=1, dtypes=(torch.int32, torch.int64))
+        _checks.shape(NAME, "time", time, (total,))
+    for name, table in (("time_table", time_table), ("position_table", position_table)):
+        if table is not None:
+            _checks.tensor(NAME, name, table, dims=(1, 2), dtypes=_checks.FLOATING)
+            _checks.shape(NAME, name, table, (None,), (heads, None))
+            if table.shape[-1] < 1 or (name == "position_table" and table.shape[-1] % 2 == 0):
+                raise ValueError(f"{NAME}: {name} must have {'an odd number of' if 'pos' in name else ''} entries, got {table.shape[-1]}")
+    _checks.choice(NAME, "normalize", normalize, NORMALIZE)
+    _checks.same_device(NAME, "q", q, k=k, v=v, offsets=offsets, num_targets=num_targets, time=time,
+                        time_table=time_table, position_table=position_table)  # fmt: skip
