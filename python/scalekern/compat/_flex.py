@@ -14,7 +14,8 @@ import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
 
-from scalekern import _mask_code, _mask_nodes, masks
+from scalekern import _mask_code, masks
+from scalekern._mask_nodes import node
 from scalekern.ops.sparse_attention import sparse_attention
 
 NAME = "flex_attention"
@@ -207,7 +208,7 @@ def _tables(row, slot, start, end, groups, q_len):
 # ---- intervals to masks ----
 
 
-@_mask_nodes._node()
+@node()
 class Limits(masks.Mask):
     """0 <= k < limits[q]: a limit, rising from query to query; beyond the table the last."""
 
@@ -217,9 +218,11 @@ class Limits(masks.Mask):
         return (x >= 0) & (y >= 0) & (y < self.limits[x.clamp(0, len(self.limits) - 1)])
 
 
-_mask_code.LEAVES["Limits"] = lambda node, tables: (
-    _mask_code.BLOCKS, tables(node, "limits", lambda: node.limits), len(node.limits),
-)  # fmt: skip
+def _lower(limits, tables):
+    return _mask_code.BLOCKS, tables(limits, "limits", lambda: limits.limits), len(limits.limits)
+
+
+_mask_code.LEAVES["Limits"] = _lower
 
 
 def _member(low, high, some, group, kv_len):
