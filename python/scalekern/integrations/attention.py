@@ -84,6 +84,7 @@ def attention(
     for name, reason in _UNSUPPORTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f'{NAME} attention: {name} must be None: it {reason}; use attn_implementation="eager"')
+    query, key = (x.to(value.dtype) for x in (query, key))  # under autocast rotated in float32
     options = dict(scale=scaling, softcap=softcap, sinks=sinks if s_aux is None else s_aux)
     if isinstance(attention_mask, _flex.BlockMask):
         out = _flex.attend(query, key, value, attention_mask, bias=position_bias, **options)
