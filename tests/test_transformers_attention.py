@@ -336,3 +336,24 @@ def test_encoder_with_a_learned_bias():
         out.logits.square().sum().backward()
         found.append((out.logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     assert all(error(got, expected) < 1e-5 for expected, got in zip(*found))
+
+
+def test_compiled_models_see_the_mask_of_each_call():
+    plain, model = build("gemma2", "eager"), torch.compile(build("gemma2", "scalekern"), backend="eager")
+    with torch.no_grad():
+        for how in ("left", "between"):
+            arguments, counts = inputs(how)
+            assert error(model(**arguments).logits[counts], plain(**arguments).logits[counts]) < 1e-5
+
+
+def test_bfloat16_and_autocast():
+    """No further from float32 than "eager" is, but for a fifth."""
+    arguments, counts = inputs("left")
+    exact, off = build("mistral", "eager")(**arguments).logits[counts].detach(), {}
+    for how in ("eager", "scalekern"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            off[how, "autocast"] = error(build("mistral", how)(**arguments).logits[counts].float(), exact)
+        with torch.no_grad():
+            off[how, "bfloat16"] = error(build("mistral", how).bfloat16()(**arguments).logits[counts].float(), exact)
+    for kind in ("autocast", "bfloat16"):
+        assert 0 < off["scalekern", kind] < 1.2 * off["eager", kind]

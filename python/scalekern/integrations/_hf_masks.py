@@ -68,7 +68,10 @@ class AttentionMask(torch.Tensor):
 
 
 _LOOKS = {getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")}
-_LOOKS |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__}
+_LOOKS |= {
+    getattr(torch.Tensor, name)
+    for name in ("size", "dim", "numel", "stride", "storage_offset", "is_contiguous", "is_floating_point", "__len__")
+}
 _SAME = {torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.clone}
 
 
@@ -83,6 +86,7 @@ def intern(mask):
     return mask
 
 
+@torch.compiler.disable  # reads positions and padding
 def attention_mask(
     batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
     allow_is_causal_skip=True, device="cpu", **kwargs,

@@ -4,13 +4,15 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="scalekern")
 
 Causal and bidirectional, sliding windows, chunks, padding on any side, packed sequences, soft caps, sink logits,
-grouped key heads without repeating them, dynamic and static caches. Not attention dropout, attention weights, paged
+grouped key heads without repeating them, dynamic and static caches; under torch.compile with a graph break at masks and
+attention. Not attention dropout, attention weights, paged
 caches or learned selections of keys, which raise. A query that may see no key gives 0, as with "sdpa"; "eager"
 averages all keys there.
 
 Shape letters: B batch, Hq query heads, Hkv key heads, Lq, Lk lengths, P head dim, Pv of the values.
 """
 
+import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from scalekern import masks
@@ -50,6 +52,7 @@ def register(name: str = NAME) -> None:
     AttentionMaskInterface.register(name, _hf_masks.attention_mask)
 
 
+@torch.compiler.disable  # the mask is a value of this call, which a graph would take for a constant
 def attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, softcap=None, s_aux=None,
     sinks=None, position_bias=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs,
