@@ -1,4 +1,4 @@
-"""compat.flex_attention against torch's own in eager mode: outputs, lse and gradients under BlockMasks of every kind."""
+"""compat.flex_attention against torch's own in eager mode: outputs, lse, gradients under BlockMasks of every kind."""
 
 import pytest
 import torch
@@ -74,7 +74,8 @@ def assert_planned_exactly(mask, q_len, kv_len, size=16):
     for g, i, j, n, kind in zip(*(x.tolist() for x in _mask_plan._listed(plan))):
         kinds[g, i, j : j + n] = kind
     allowed = mask.to_dense(q_len, kv_len).flatten(0, 1)
-    tiles = lambda fill: F.pad(allowed, (0, -kv_len % size, 0, -q_len % size), value=fill).unfold(1, size, size).unfold(2, size, size)
+    pad = (0, -kv_len % size, 0, -q_len % size)
+    tiles = lambda fill: F.pad(allowed, pad, value=fill).unfold(1, size, size).unfold(2, size, size)
     some, every = tiles(False).any(-1).any(-1), tiles(True).all(-1).all(-1)
     assert torch.equal(kinds, torch.where(every, _mask_plan.FULL, torch.where(some, _mask_plan.PARTIAL, -1)))
 
@@ -87,7 +88,8 @@ def test_against_torch(case):
     options = dict(block_mask=block_mask, scale=0.5, enable_gqa=True)
     got, lse = flex_attention(q, k, v, **options, return_lse=True)
     with torch.no_grad():
-        expected, aux = torch_flex_attention(*(x.detach() for x in (q, k, v)), **options, return_aux=AuxRequest(lse=True))
+        constants = (x.detach() for x in (q, k, v))
+        expected, aux = torch_flex_attention(*constants, **options, return_aux=AuxRequest(lse=True))
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(lse, aux.lse)
     assert torch.equal(flex_attention(q, k, v, **options), got)
@@ -107,7 +109,8 @@ def test_against_torch(case):
 
 def test_mask_mod_runs_once_on_partial_tiles(monkeypatch):
     looked, look = [], _flex._look
-    monkeypatch.setattr(_flex, "_look", lambda mod, tiles, *rest: looked.append(tiles.shape[1]) or look(mod, tiles, *rest))
+    count = lambda mod, tiles, *rest: looked.append(tiles.shape[1]) or look(mod, tiles, *rest)
+    monkeypatch.setattr(_flex, "_look", count)
     block_mask = create_block_mask(lambda b, h, q, k: k <= q, None, None, 512, 512, device="cpu")
     q, k, v = tensors(512, 512, torch.float32)
     found = [flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True) for _ in range(2)]
@@ -119,13 +122,15 @@ def test_full_tiles_are_not_evaluated():
     """What the lists say counts: mask_mod is for the partial tiles."""
     counts, indices = torch.tensor([[[1, 1]]], dtype=torch.int32), torch.tensor([[[[0, 0], [1, 0]]]], dtype=torch.int32)
     full = torch.tensor([[[0, 1]]], dtype=torch.int32), torch.zeros(1, 1, 2, 2, dtype=torch.int32)
-    lists = BlockMask.from_kv_blocks(counts, indices, *full, BLOCK_SIZE=32, mask_mod=lambda b, h, q, k: k % 32 <= q % 32)
+    mod = lambda b, h, q, k: k % 32 <= q % 32
+    lists = BlockMask.from_kv_blocks(counts, indices, *full, BLOCK_SIZE=32, mask_mod=mod)
     assert torch.equal(_flex.mask_of(lists, B, H, 64, 64)[0].to_dense(64, 64)[0, 0], torch.ones(64, 64).tril().bool())
 
 
 def test_keys_of_one_batch_row_and_aux():
     q, k, v = (x.detach() for x in tensors(40, 50))
-    options = dict(block_mask=create_block_mask(lambda b, h, q, k: k <= q + b, B, None, 40, 50, device="cpu"), enable_gqa=True)
+    block_mask = create_block_mask(lambda b, h, q, k: k <= q + b, B, None, 40, 50, device="cpu")
+    options = dict(block_mask=block_mask, enable_gqa=True)
     out, aux = flex_attention(q, k[:1], v[:1], **options, return_aux=AuxRequest(lse=True))
     expected, expected_aux = torch_flex_attention(q, k[:1], v[:1], **options, return_aux=AuxRequest(lse=True))
     torch.testing.assert_close(out, expected)

@@ -26,16 +26,18 @@ def one_thread():  # models this small lose by a second one, most of all on a bu
     torch.set_num_threads(threads)
 
 
-SMALL = dict(vocab_size=40, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
-SMALL |= dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, tie_word_embeddings=False)
+SMALL = dict(vocab_size=40, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SMALL |= dict(head_dim=16, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, tie_word_embeddings=False)
 SMALL |= dict(max_position_embeddings=64)
 LAYERS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=5)
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
-CHUNKS = dict(layer_types=["chunked_attention", "full_attention"], attention_chunk_size=5, no_rope_layers=[1, 1], moe_layers=[])
+CHUNKS = dict(layer_types=["chunked_attention", "full_attention"], attention_chunk_size=5)
+CHUNKS |= dict(no_rope_layers=[1, 1], moe_layers=[])
+CAPPED = LAYERS | dict(attn_logit_softcapping=1.0, query_pre_attn_scalar=4)
 FAMILIES = {
     "llama": ("Llama", {}, {}),
     "mistral": ("Mistral", dict(sliding_window=5), dict(sliding_window=None)),
-    "gemma2": ("Gemma2", LAYERS | dict(attn_logit_softcapping=1.0, query_pre_attn_scalar=4), dict(attn_logit_softcapping=None)),
+    "gemma2": ("Gemma2", CAPPED, dict(attn_logit_softcapping=None)),
     "gemma3": ("Gemma3", LAYERS | dict(query_pre_attn_scalar=4), dict(sliding_window=50)),
     "gpt_oss": ("GptOss", LAYERS | EXPERTS, dict(sliding_window=50)),
     "llama4": ("Llama4", CHUNKS | dict(intermediate_size_mlp=64), dict(attention_chunk_size=50)),
@@ -125,7 +127,8 @@ def test_a_dropped_term_is_noticed(family, pair):
 def test_greedy_tokens(pair, cache):
     arguments, _ = inputs("left")
     del arguments["use_cache"]
-    options = dict(max_new_tokens=6, do_sample=False, cache_implementation=cache, return_dict_in_generate=True, output_logits=True)
+    options = dict(max_new_tokens=6, do_sample=False, cache_implementation=cache)
+    options |= dict(return_dict_in_generate=True, output_logits=True)
     expected, got = (model.generate(**arguments, **options) for model in pair)
     assert torch.equal(got.sequences, expected.sequences)
     assert error(torch.stack(got.logits), torch.stack(expected.logits)) < 1e-5
@@ -201,8 +204,8 @@ def test_a_function_that_changed_its_meaning_is_evaluated(monkeypatch):
 
 def test_decoding_asks_for_no_mask_and_makes_none_twice():
     def step(length, keep=None, function=masking_utils.causal_mask_function, kv_length=None):
-        size = dict(batch_size=2, q_length=1, kv_length=kv_length or length, q_offset=length - 1, mask_function=function)
-        return _hf_masks.attention_mask(**size, attention_mask=keep)
+        size = dict(batch_size=2, q_length=1, kv_length=kv_length or length, q_offset=length - 1)
+        return _hf_masks.attention_mask(**size, mask_function=function, attention_mask=keep)
 
     keep = torch.ones(2, 40, dtype=torch.bool)
     assert step(20) is None and step(20, keep[:, :20]) is None
@@ -283,7 +286,8 @@ def test_cu_seqlens(qkv):
         out, _ = attention.attention(Layer(), q, k, v, None, scaling=0.3, **options)
         torch.testing.assert_close(out, expected)
     causal = _hf_masks.attention_mask(batch_size=1, q_length=12, kv_length=12)
-    torch.testing.assert_close(attention.attention(Layer(), q, k, v, causal, scaling=0.3, cu_seq_lens_q=cu)[0], expected)
+    out, _ = attention.attention(Layer(), q, k, v, causal, scaling=0.3, cu_seq_lens_q=cu)
+    torch.testing.assert_close(out, expected)
 
 
 def test_refusals(qkv):
@@ -316,8 +320,10 @@ def test_training_runs_without_a_mask_for_every_layer(monkeypatch):
     """One mask a forward and kind of layer, one code for all steps."""
     made = []
     make = _hf_masks.AttentionMask.__new__
-    monkeypatch.setattr(_hf_masks.AttentionMask, "__new__", staticmethod(lambda *a, **k: made.append(make(*a, **k)) or made[-1]))
-    model = build("gemma3", "scalekern", num_hidden_layers=4, layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2)
+    count = staticmethod(lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    monkeypatch.setattr(_hf_masks.AttentionMask, "__new__", count)
+    layers = ["sliding_attention"] * 2 + ["full_attention"] * 2
+    model = build("gemma3", "scalekern", num_hidden_layers=4, layer_types=layers)
     for _ in range(3):
         run(model, "left")
     assert len(made) == 6 and len({id(m.mask) for m in made}) == 2
@@ -325,16 +331,19 @@ def test_training_runs_without_a_mask_for_every_layer(monkeypatch):
 
 def test_encoder_with_a_learned_bias():
     """T5: bias of positions, its gradients, bidirectional and cross attention."""
-    config = transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0)
+    sizes = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    config = transformers.T5Config(**sizes, dropout_rate=0)
     found = []
     for implementation in ("eager", "scalekern"):
         torch.manual_seed(0)
         config._attn_implementation = implementation
         model = transformers.T5ForConditionalGeneration(config)
         arguments, counts = inputs("right")
-        out = model(input_ids=arguments["input_ids"], attention_mask=arguments["attention_mask"], decoder_input_ids=torch.arange(14).view(2, 7))
+        del arguments["use_cache"]
+        out = model(**arguments, decoder_input_ids=torch.arange(14).view(2, 7))
         out.logits.square().sum().backward()
-        found.append((out.logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((out.logits.detach(), torch.cat(grads)))
     assert all(error(got, expected) < 1e-5 for expected, got in zip(*found))
 
 

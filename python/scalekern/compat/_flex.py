@@ -25,8 +25,8 @@ _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def flex_attention(
-    query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False, return_lse=False, kernel_options=None,
-    *, return_aux=None,
+    query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False, return_lse=False,
+    kernel_options=None, *, return_aux=None,
 ):  # fmt: skip
     """torch.nn.attention.flex_attention on scalekern's kernels, for those who have a BlockMask: no compile step.
 
@@ -45,8 +45,8 @@ def flex_attention(
         return_aux: torch's AuxRequest; max_scores are not to be had.
 
     Returns:
-        out (B, Hq, Lq, Pv) in query's dtype; with `return_lse` also lse (B, Hq, Lq), the natural logarithm of the sum of
-        exp(scores), float32 (float64), -inf where a query sees nothing; with `return_aux` an AuxOutput instead of the lse.
+        out (B, Hq, Lq, Pv) in query's dtype; with `return_lse` also lse (B, Hq, Lq), the natural logarithm of the sum
+        of exp(scores), float32 (float64), -inf where a query sees nothing; with `return_aux` an AuxOutput in its place.
 
     Raises:
         NotImplementedError: score_mod, or return_aux with max_scores.
@@ -56,8 +56,8 @@ def flex_attention(
     """
     if score_mod is not None:
         raise NotImplementedError(
-            f"{NAME}: score_mod must be None: scalekern.sparse_attention takes what it adds to the scores as bias, a cap by "
-            "tanh as softcap, sink logits as sinks; a score_mod that hides pairs belongs into block_mask"
+            f"{NAME}: score_mod must be None: scalekern.sparse_attention takes what it adds to the scores as bias, a cap "
+            "by tanh as softcap, sink logits as sinks; a score_mod that hides pairs belongs into block_mask"
         )
     if return_lse and return_aux is not None:
         raise ValueError(f"{NAME}: return_aux must be None if return_lse is set, got both")
@@ -195,13 +195,16 @@ def _merge(row, start, end, length):
 
 
 def _tables(row, slot, start, end, groups, q_len):
-    """Limits (slots, G, Lq) below and above and whether a row has the interval; None where limits fall, against what planning assumes."""
+    """Limits (slots, G, Lq) below and above, and whether a row has the interval; None where limits fall.
+
+    Planning takes it for granted that limits rise from query to query.
+    """
     slots = int(slot.max()) + 1 if len(slot) else 1
     low, high = torch.full((2, slots, groups * q_len), -1)
     low[slot, row], high[slot, row] = start, end
     low, high = (x.view(slots, groups, q_len) for x in (low, high))
     some = low >= 0
-    low, high = (torch.where(some, x, x.clamp(min=0).cummax(2)[0]) for x in (low, high))  # empty rows are told apart below
+    low, high = (torch.where(some, x, x.clamp(min=0).cummax(2)[0]) for x in (low, high))
     return (low, high, some) if all(bool((x.diff() >= 0).all()) for x in (low, high)) else None
 
 

@@ -67,7 +67,10 @@ class AttentionMask(torch.Tensor):
         return function(*args, **kwargs)
 
 
-_LOOKS = {getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")}
+_LOOKS = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
+}
 _LOOKS |= {
     getattr(torch.Tensor, name)
     for name in ("size", "dim", "numel", "stride", "storage_offset", "is_contiguous", "is_floating_point", "__len__")
@@ -297,8 +300,12 @@ def _chunked(place, sequences, chunk_size, left_padding):
     return _Pattern(chunks=((chunk_size, starts[:1] if len(set(starts)) == 1 else starts),))
 
 
+def _segments(ids):
+    return masks.segments(_alike(ids.cpu()))
+
+
 def _packed(place, sequences, packed_sequence_mask):
-    return _Pattern(parts=(masks.segments(_alike(packed_sequence_mask.cpu())),), packed=True)
+    return _Pattern(parts=(_segments(packed_sequence_mask),), packed=True)
 
 
 def _remapped(place, sequences, mask_function, position_ids):
@@ -331,7 +338,7 @@ _READERS = {
     "sliding_window_overlay": _sliding,
     "sliding_window_bidirectional_overlay": lambda *at, sliding_window: _Pattern(sliding_window, sliding_window),
     "chunked_overlay": _chunked,
-    "blockwise_overlay": lambda *at, block_sequence_ids: _Pattern(parts=(masks.segments(_alike(block_sequence_ids.cpu())),)),
+    "blockwise_overlay": lambda *at, block_sequence_ids: _Pattern(parts=(_segments(block_sequence_ids),)),
     "packed_sequence_mask_function": _packed,
     "remap_positions_for_packed_sequence": _remapped,
     "and_masks.<locals>.and_mask": _all_of,
@@ -360,12 +367,13 @@ def probe() -> None:
             m.and_masks(causal, m.chunked_overlay(2, torch.tensor([0, 1]))), positions, ids
         ),
     }
+    place = _Place(5, 5, 0, 0)
     b, q, k = torch.arange(2)[:, None, None, None], torch.arange(5)[:, None], torch.arange(5)
     for name, make in samples.items():
         try:
             function = make()
             expected = function(b, torch.zeros_like(b), q, k).expand(2, 1, 5, 5)
-            same = torch.equal(_read(function, _Place(5, 5, 0, 0)).absolute(_Place(5, 5, 0, 0)).to_dense(5, 5, 2), expected)
+            same = torch.equal(_read(function, place).absolute(place).to_dense(5, 5, 2), expected)
         except Exception:  # whatever a version does that nobody has seen yet
             same = False
         if not same:

@@ -27,8 +27,8 @@ _UNSUPPORTED = {
     "indices": "takes no learned selection of keys",
     "block_indices": "takes no learned selection of keys",
 }
-_dense = WeakTensorKeyDictionary()  # a model's own mask tensor -> (its version, Lk, the mask): all layers get the same one
-_packed = WeakTensorKeyDictionary()  # cu_seqlens -> (its version, the other side's, the mask)
+_dense = WeakTensorKeyDictionary()  # a mask tensor, the same for all layers -> (its version and Lk, the mask)
+_packed = WeakTensorKeyDictionary()  # cu_seqlens -> (its version and the other side's id, the mask)
 
 
 def register(name: str = NAME) -> None:
@@ -45,7 +45,7 @@ def register(name: str = NAME) -> None:
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
-            f"register: scalekern's attention needs a transformers with AttentionInterface and AttentionMaskInterface: {error}"
+            f"register: transformers must have AttentionInterface and AttentionMaskInterface, got an error: {error}"
         ) from None
     _hf_masks.probe()
     AttentionInterface.register(name, attention)
@@ -81,8 +81,8 @@ def attention(
     """
     if dropout > 0:
         raise ValueError(
-            f"{NAME} attention: dropout must be 0, got {dropout}: set attention_dropout=0 in the model's config, or train "
-            'with attn_implementation="eager"'
+            f"{NAME} attention: dropout must be 0, got {dropout}: set attention_dropout=0 in the model's "
+            'config, or train with attn_implementation="eager"'
         )
     for name, reason in _UNSUPPORTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
