@@ -27,7 +27,8 @@ def one_thread():  # models this small lose by a second one, most of all on a bu
 
 
 SMALL = dict(vocab_size=40, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-SMALL |= dict(head_dim=16, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, tie_word_embeddings=False)
+SMALL |= dict(head_dim=16, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+SMALL |= dict(tie_word_embeddings=False)
 SMALL |= dict(max_position_embeddings=64)
 LAYERS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=5)
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)

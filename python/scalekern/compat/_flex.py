@@ -56,8 +56,8 @@ def flex_attention(
     """
     if score_mod is not None:
         raise NotImplementedError(
-            f"{NAME}: score_mod must be None: scalekern.sparse_attention takes what it adds to the scores as bias, a cap "
-            "by tanh as softcap, sink logits as sinks; a score_mod that hides pairs belongs into block_mask"
+            f"{NAME}: score_mod must be None: scalekern.sparse_attention takes what it adds to the scores as bias, "
+            "a cap by tanh as softcap, sink logits as sinks; a score_mod that hides pairs belongs into block_mask"
         )
     if return_lse and return_aux is not None:
         raise ValueError(f"{NAME}: return_aux must be None if return_lse is set, got both")
