@@ -6,6 +6,8 @@
     model = transformers.MambaForCausalLM(config)   # an unmodified transformers, on scalekern's ops
     from flashfftconv import FlashFFTConv           # on scalekern.fft_conv
 
+`flex_attention` here is torch's, for code that has a BlockMask: it is called by name, nothing is replaced.
+
 `mamba_ssm`, `causal_conv1d`, `flashfftconv`, and H3's extension `fftconv`, which carries its src/ops/fftconv.py (that
 module is here too, for code that has no such file of its own).
 
@@ -21,8 +23,9 @@ import importlib.util
 import sys
 
 from scalekern.compat import _flashfftconv, _h3, _shims, _transformers
+from scalekern.compat._flex import flex_attention
 
-__all__ = ["calls", "install", "installed", "reset_calls", "uninstall"]
+__all__ = ["calls", "flex_attention", "install", "installed", "reset_calls", "uninstall"]
 
 VERSIONS = _shims.VERSIONS | _flashfftconv.VERSIONS | _h3.VERSIONS
 MODULES = _shims.MODULES | _flashfftconv.MODULES | _h3.MODULES

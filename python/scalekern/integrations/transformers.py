@@ -1,4 +1,5 @@
-"""One transformers model on scalekern's ops: `accelerate(model)`, and `.undo()` on what it returns.
+"""transformers on scalekern's ops: `accelerate(model)` for Mamba layers, `.undo()` on what it returns; and `register()`,
+after which `attn_implementation="scalekern"` runs attention (integrations.attention).
 
 Shape letters: B batch, L length, M model width, D channels, N state size, W filter width, R rank of the step size.
 """
@@ -11,6 +12,7 @@ import types
 import torch
 
 from scalekern.compat import _shims  # upstream's signatures on the ops, counted
+from scalekern.integrations.attention import register  # noqa: F401
 from scalekern.ops.causal_conv1d import ACTIVATIONS
 
 # Mixer class -> its module. Their checkpoints, caches and masks stay transformers' own.
