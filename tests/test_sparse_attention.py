@@ -154,10 +154,15 @@ def test_packed_input_that_does_not_fit_is_named():
 @pytest.mark.skipif(INTERPRET, reason="of the torch integration")
 def test_a_compiled_call_takes_new_lengths_packed_ones_too():
     rule = masks.causal & masks.window(5, 0)
+    table = torch.rand(50, 50, generator=torch.Generator().manual_seed(1)) < 0.3
 
     def call(q, k, v, cu):
         packed = scalekern.sparse_attention(q[0], k[0], v[0], rule, cu_seqlens=cu)
-        return packed, scalekern.sparse_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rule)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        large = scalekern.sparse_attention(q, k, v, masks_of_layers[0])
+        return packed, large, scalekern.sparse_attention(scalekern.sparse_attention(q, k, v), k, v, rule)
+
+    masks_of_layers = [masks.dense(table)]
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for L, cu in ((12, [0, 5, 12]), (31, [0, 2, 9, 31]), (50, [0, 20, 21, 25, 50])):
@@ -179,7 +184,7 @@ def test_equal_masks_share_plans(monkeypatch):
             rule = masks.causal & masks.window(11, 0)  # a new object, as each layer makes its own
             part = [x[:, :, :n].detach().requires_grad_() for x in (q, k, v)]
             scalekern.sparse_attention(*part, rule).sum().backward()
-    assert built == [(50, 50), (31, 31)]
+    assert built == [(50, 64), (31, 64)]  # a tile of rows: one plan for all lengths that end in the same tile
 
 
 @pytest.mark.skipif(INTERPRET, reason="of the CPU kernels")

@@ -62,7 +62,7 @@ def hstu_attention(
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
     alpha = alpha if alpha is None else float(alpha)
     out, _ = sparse_attention_fwd(
-        *heads_first, code, None, None, None, None, *tables, alpha, 0.0, True, 1 / divisor
+        *heads_first, code, None, None, None, None, *tables, alpha, 0.0, True, 1 / divisor, ""
     )
     out = out[0].transpose(0, 1)
     if normalize == "length":

@@ -2,9 +2,11 @@
 
 Shape letters: B batch, Hq query heads, Hkv key heads, Lq, Lk lengths, P head dim, Pv of the values.
 
-The registered ops take the mask as its code, one int32 tensor; a kernel backend asks for the plan of that code, the
-lists of tiles that it has to visit, which is made once for a code and a pair of lengths.
+The registered ops take the mask as its code, one int32 tensor, or, in a compiled graph, by its text; a kernel backend
+asks for the plan of that code, the lists of tiles that it has to visit, which is made once for a code and two lengths.
 """
+
+import functools
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -80,7 +82,8 @@ def sparse_attention(
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
     bias = bias if bias is None or bias.dtype in (q.dtype, wide) else bias.to(wide)
     lengths = (int(q.shape[2]), int(k.shape[2])) if empty_rows == "attend" else None
-    code = _code_of(mask, lengths, q.device)
+    compiling = torch.compiler.is_compiling()
+    code, text = (None, _text_of(mask, lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
     if position_table is not None and position_table.dim() == 3:
         relative = image_bias(position_table.to(wide))
         bias, position_table = relative if bias is None else bias + relative, None
@@ -88,7 +91,7 @@ def sparse_attention(
     scale = scale if scale is None else float(scale)
     out, lse = sparse_attention_fwd(
         q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, float(softcap or 0.0), score == "silu",
-        float(norm),
+        float(norm), text,
     )  # fmt: skip
     if cu_seqlens is not None:
         out, lse = out[0].transpose(0, 1), lse[0]
@@ -107,15 +110,36 @@ def _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide):
     return table.to(wide), *positions, *(None,) * 4
 
 
-@torch.compiler.assume_constant_result
 def _code_of(mask, lengths, device):
     """The mask's code; with lengths, that of the mask whose empty rows see everything.
 
     It is kept, so it has to be a plain tensor, whatever mode or transform the call is in.
     """
     with unset_fake_temporarily(), temporarily_clear_interpreter_stack():
+        return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
+
+
+@torch.compiler.assume_constant_result
+def _text_of(mask, lengths):
+    """What a graph holds of a mask: its expression, or a name in this process for one with large tables.
+
+    A tensor would be a constant, of which dynamo takes one a function that made it.
+    """
+    with unset_fake_temporarily(), temporarily_clear_interpreter_stack():
         mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
-        return mask.code(device)
+        text = repr(mask)
+        if "torch." in text or len(text) > 2000:
+            text = f"#{len(_named)}"
+            _named[text] = mask
+        return text
+
+
+_named: dict[str, masks.Mask] = {}  # as long as graphs, which nobody counts, may ask for them
+
+
+@functools.lru_cache(512)
+def _mask_of(text):
+    return _named[text] if text.startswith("#") else masks.parse(text)
 
 
 @torch.compiler.assume_constant_result
@@ -188,6 +212,20 @@ def _check_table(table, heads, queries, keys):
         raise ValueError(f"{NAME}: q and k must have the {image} tokens of position_table's image, got {queries} and {keys}")
 
 
+def _resolved(function, code: int, text: int):
+    """`function` of the op's arguments less the text, with the code for it."""
+
+    @functools.wraps(function)
+    def run(*args):
+        args = list(args)
+        mask = args.pop(text)
+        if args[code] is None:
+            args[code] = _mask_of(mask).code(args[0].device)
+        return function(*args)
+
+    return run
+
+
 def _allocate_fwd(q, k, v, *rest):
     """The outputs, uninitialized: what the fake returns and what the kernels fill."""
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
@@ -195,7 +233,7 @@ def _allocate_fwd(q, k, v, *rest):
 
 def _allocate_bwd(
     dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, sinks, position_table, q_pos, k_pos, time_table, q_time,
-    k_time, edges, out, lse, scale, softcap, silu, norm, need_dbias,
+    k_time, edges, out, lse, scale, softcap, silu, norm, text, need_dbias,
 ):  # fmt: skip
     def like(x):
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -223,14 +261,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, dlse):
     *inputs, out, lse = ctx.saved_tensors  # once: under activation checkpointing a read recomputes
     if dout is None and dlse is None:
-        return (None,) * (_TENSORS + 4)
+        return (None,) * (_TENSORS + 5)
     dout = torch.zeros_like(out) if dout is None else dout
     need_dbias = inputs[6] is not None and ctx.needs_input_grad[6]
     found = sparse_attention_bwd(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
     grads = dict(zip((0, 1, 2, 6, 7, 8, 11), found))
     if not need_dbias:
         del grads[6]
-    return *(grads.get(i) if x is not None else None for i, x in enumerate(inputs)), *(None,) * 4
+    return *(grads.get(i) if x is not None else None for i, x in enumerate(inputs)), *(None,) * 5
 
 
 def _cpu_tiles(q, v, planned):
@@ -248,7 +286,14 @@ def _planned(mask, cu_seqlens, cu_seqlens_k, q, k):
     """A function of the block: the code that a kernel reads, and the plan of the tiles that it visits."""
     queries, keys = q.shape[2], k.shape[2]
     code = mask if cu_seqlens is None else packed(mask, cu_seqlens, cu_seqlens_k, queries, keys)
-    return lambda block: (code, masks.plan_of(code, queries, keys, block))
+
+    def found(block):
+        # Decoding: the plan for the keys that fill their last tile serves a tile's worth of steps (making one takes
+        # 2 to 12 ms). Kernels guard the end, and what is full there is full without its last keys.
+        rounded = -(-keys // block[1]) * block[1] if queries <= block[0] else keys
+        return code, masks.plan_of(code, queries, rounded, block)
+
+    return found
 
 
 def _fwd(kernel, tiles):
@@ -259,7 +304,7 @@ def _fwd(kernel, tiles):
         found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
         kernel(out, lse, q, k, v, *found, *given[:2], scale_of(q, scale), softcap, silu, norm)
 
-    return _like(kernel, fill)
+    return _like(kernel, _resolved(fill, 5, -1))
 
 
 def _bwd(kernel, tiles):
@@ -281,7 +326,7 @@ def _bwd(kernel, tiles):
         if need_dbias and sums is not dbias:
             dbias.copy_(sums)
 
-    return _like(kernel, fill)
+    return _like(kernel, _resolved(fill, 12, -2))
 
 
 def _no_tables(*args):
@@ -295,11 +340,11 @@ def _like(kernel, fill):
 
 
 _FORWARD = (
-    "Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? bias, Tensor? sinks, "
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? bias, Tensor? sinks, "
     "Tensor? position_table, Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, "
     "Tensor? edges"
 )
-_OPTIONS = "float? scale, float softcap, bool silu, float norm"
+_OPTIONS = "float? scale, float softcap, bool silu, float norm, str text"
 
 sparse_attention_fwd = _library.define(
     NAME,
@@ -307,7 +352,7 @@ sparse_attention_fwd = _library.define(
     backends=(
         Backend("triton", filling(_allocate_fwd, _fwd(triton(NAME, "sparse_attention_fwd"), _triton_tiles)), _no_tables),
         Backend("cpu", filling(_allocate_fwd, _fwd(native("sparse_attention_fwd", "cpu"), _cpu_tiles)), _no_tables),
-        Backend("reference", reference_fwd),
+        Backend("reference", _resolved(reference_fwd, 3, -1)),
     ),
     fake=_allocate_fwd,
     empty=_empty,
@@ -323,7 +368,7 @@ sparse_attention_bwd = _library.define(
     backends=(
         Backend("triton", filling(_allocate_bwd, _bwd(triton(f"{NAME}_bwd", "sparse_attention_bwd"), _triton_tiles)), lambda g, h, *a: _no_tables(*a)),
         Backend("cpu", filling(_allocate_bwd, _bwd(native("sparse_attention_bwd", "cpu"), _cpu_tiles)), lambda g, h, *a: _no_tables(*a)),
-        Backend("reference", reference_bwd),
+        Backend("reference", _resolved(reference_bwd, 5, -2)),
     ),
     fake=_allocate_bwd,
     empty=lambda dout, dlse, *rest: _empty(*rest),
