@@ -50,7 +50,7 @@ AttnArgs arguments(
   a.ptr = static_cast<const int32_t*>(data(ptr)), a.runs = static_cast<const int32_t*>(data(runs));
   const int64_t lists = a.plan_heads * a.plan_batches * ceil_div(a.q_len, block_q);
   STD_TORCH_CHECK(
-      ptr.size(0) == lists + 1, "sparse_attention: expected a plan of ", lists, " lists of tiles, got ", ptr.size(0) - 1);
+      ptr.size(0) == lists + 1, "sparse_attention: expected a plan of ", lists, " lists, got ", ptr.size(0) - 1);
   a.dtype = int(dtype_of(q)), a.wide_lse = dtype_of(q) == Dtype::f64;
   if (bias.has_value()) a.bias_dtype = int(dtype_of(*bias));
   a.silu = silu, a.scale = scale, a.softcap = softcap, a.norm = norm;
