@@ -27,6 +27,9 @@ class Case:
     layout: str = "plain"  # "bthd": heads beside channels; "scattered": no dimension is contiguous
     scale: float | None = None
     tolerance: float | None = None
+    position: tuple | None = None  # shape of position_table
+    time: tuple | None = None  # shape of time_table
+    times: str = "sorted"  # how q_pos, k_pos, q_time and k_time lie: a key of PLACES
 
 
 def ids(batch, length, step):
@@ -55,9 +58,48 @@ CASES = {
     # logits to 1e5, whose last digit is 1e-11
     "large_logits": Case(CAUSAL, (1, 1, 1, 40, 40, 16, 16), torch.float64, scale=1e4, tolerance=1e-10),
     "shared_bias": Case(masks.causal, (5, 2, 2, 60, 60, 16, 32), bias=(1, 2), layout="scattered"),
+    "tables": Case(CAUSAL, (2, 4, 2, 150, 150, 16, 24), silu=True, position=(4, 401), time=(1, 40), layout="scattered"),
+    "tables_clamped": Case(WINDOW, (1, 2, 2, 140, 130, 8, 8), sinks=True, position=(1, 21), time=(2, 9), softcap=2.0),
+    "tables_packed": Case(
+        CAUSAL & masks.segments(ids(1, 190, 45)), (1, 2, 1, 190, 190, 16, 16), torch.bfloat16, position=(1, 301),
+        time=(2, 25), times="packed", block=(128, 64),
+    ),
+    "tables_f16": Case(masks.everything, (1, 2, 2, 70, 90, 8, 16), torch.float16, bias=(1, 2), position=(2, 31), time=(1, 30)),
+    "tables_f64": Case(
+        ~CAUSAL, (1, 2, 1, 77, 90, 8, 3), torch.float64, softcap=1.5, position=(2, 51), time=(2, 60), times="random",
+    ),
+    "tables_random": Case(masks.everything, (3, 2, 2, 70, 100, 8, 8), silu=True, position=(1, 9), time=(1, 35), times="random"),
+    "tables_far": Case(CAUSAL, (1, 2, 2, 200, 200, 8, 8), softcap=3.0, silu=True, time=(2, 80), times="far", block=(16, 48)),
+    "tables_splits": Case(
+        CAUSAL & masks.window(150, 0), (1, 4, 2, 900, 900, 8, 8), silu=True, position=(1, 999), time=(4, 30), bias=(1, 1)
+    ),
+    "tables_batch": Case(PER_HEAD, (5, 4, 1, 40, 50, 8, 8), sinks=True, position=(4, 1), time=(1, 1), times="random"),
     "one": Case(masks.everything, (2, 2, 2, 1, 1, 1, 1), sinks=True),
     "none": Case(~masks.everything, (1, 1, 1, 5, 9, 8, 8)),
 }
+
+
+def edges_of(count):
+    """Rising integers with repeats: below 2 (all differences are past these), dense, then by factors, then 2^62."""
+    first = [0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12, 13]
+    return torch.tensor((first + [min(int(15 * 1.35**i), 2**62) for i in range(200)])[:count], dtype=torch.int64)
+
+
+def places(how, Lq, Lk, g):
+    """q_pos, k_pos, q_time, k_time."""
+    q, k = torch.arange(Lq), torch.arange(Lk)
+    if how == "packed":
+        return (q % 45).int(), (k % 45).int(), 10 * q + 900 * (q // 45) + 3, 10 * k + 900 * (k // 45)
+    if how == "random":
+        q_pos, k_pos = torch.randint(-20, 20, (Lq,), generator=g), torch.randint(-20, 20, (Lk,), generator=g)
+        times = [torch.randint(-(10**4), 10**4, (n,), generator=g) for n in (Lq, Lk)]
+        return q_pos.int(), k_pos.int(), *times
+    # gaps of a few seconds and of days; "far": in nanoseconds, in any order half of the time
+    step = torch.rand(max(Lq, Lk), generator=g).mul(12 if how == "sorted" else 40).exp().long()
+    time = step.cumsum(0)
+    if how == "far":
+        time = torch.where(torch.arange(time.numel()) < 100, time, time[torch.randperm(time.numel(), generator=g)])
+    return q.int() + 3, k.int(), time[:Lq] + 1, time[:Lk]
 
 
 def scattered(x, layout):
@@ -68,6 +110,10 @@ def scattered(x, layout):
         view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
         return view.copy_(x)
     return x
+
+
+def scattered_vector(x, layout):
+    return x.repeat_interleave(3)[::3] if layout == "scattered" else x
 
 
 def inputs(case, seed=0):
@@ -83,8 +129,15 @@ def inputs(case, seed=0):
         t["bias"] = randn(*case.bias, Lq, Lk, dtype=case.bias_dtype or case.dtype)
     if case.sinks:
         t["sinks"] = randn(Hq, dtype=wide)
+    t["position"] = randn(*case.position, dtype=wide) if case.position else None
+    t["time"] = randn(*case.time, dtype=wide) if case.time else None
     grads = {"dout": randn(B, Hq, Lq, Pv), "dlse": None if case.silu else randn(B, Hq, Lq, dtype=wide)}
     return t, grads
+
+
+def vectors(case):
+    found = places(case.times, *case.shape[3:5], torch.Generator().manual_seed(5))
+    return *found, edges_of(case.time[1] - 1) if case.time else None
 
 
 def options(case):
@@ -104,6 +157,13 @@ def oracle(case, t, grads):
         s = softcap * torch.tanh(s / softcap)
     if "bias" in leaves:
         s = s + leaves["bias"]
+    q_pos, k_pos, q_time, k_time, edges = vectors(case)
+    if case.position:
+        R = (case.position[1] - 1) // 2
+        s = s + leaves["position"][:, (k_pos - q_pos[:, None]).clamp(-R, R) + R]
+    if case.time:
+        apart = (q_time[:, None] - k_time).abs().clamp(min=1)
+        s = s + leaves["time"][:, (edges <= apart[..., None]).sum(-1)]
     if silu:
         out, lse = torch.where(allowed, torch.nn.functional.silu(s) * norm, 0) @ v, torch.zeros(B, Hq, Lq).double()
     else:
@@ -130,6 +190,9 @@ def native(case, t, grads):
     t = {n: None if x is None else scattered(x, case.layout) for n, x in t.items()}
     plan, scale_to_norm = case.mask.plan(Lq, Lk, block=case.block), options(case)
     common = (t["q"], t["k"], t["v"], case.mask.code("cpu"), plan.ptr, plan.runs, *case.block, t["bias"], t["sinks"])
+    q_pos, k_pos, q_time, k_time, edges = (None if x is None else scattered_vector(x, case.layout) for x in vectors(case))
+    common += (t["position"], q_pos, k_pos) if case.position else (None,) * 3
+    common += (t["time"], q_time, k_time, edges) if case.time else (None,) * 4
 
     def fresh(shape, dtype):
         return scattered(torch.full(shape, torch.nan, dtype=dtype), case.layout)
@@ -141,8 +204,8 @@ def native(case, t, grads):
     grads = {n: None if x is None else scattered(x, case.layout) for n, x in grads.items()}
     found = {n: fresh(x.shape, x.dtype if n in "qkv" else wide) for n, x in t.items() if x is not None}
     NATIVE.sparse_attention_bwd_cpu(
-        found["q"], found["k"], found["v"], found.get("bias"), found.get("sinks"), grads["dout"], grads["dlse"], out,
-        lse, *common, *scale_to_norm,
+        found["q"], found["k"], found["v"], *map(found.get, ("bias", "sinks", "position", "time")), grads["dout"],
+        grads["dlse"], out, lse, *common, *scale_to_norm,
     )  # fmt: skip
     return out, lse, found
 
@@ -204,7 +267,10 @@ def test_a_nan_reaches_those_who_see_it_and_nobody_else():
     assert found["k"][..., :31, :].isnan().any(-1).all()
 
 
-@pytest.mark.parametrize("name", ["many_splits", "full", "window_bf16", "shared_bias"])
+REPEATED = ["many_splits", "full", "window_bf16", "shared_bias", "tables", "tables_packed", "tables_splits", "tables_batch"]
+
+
+@pytest.mark.parametrize("name", REPEATED)
 def test_repeats_bit_for_bit_with_any_number_of_threads(name):
     case = CASES[name]
     t, grads = inputs(case)

@@ -30,13 +30,16 @@ struct AttnArgs {
   AttnTensor q, k, v, out, lse, bias;
   const void* sinks;
   int64_t sinks_stride;
+  // Tables (1 or Hq, entries), absent or numbers of the type of lse; all their vectors' strides are s[0].
+  AttnTensor position, q_pos, k_pos, time, q_time, k_time, edges;
+  int64_t position_heads, positions, time_heads, edge_count;
   // backward
-  AttnTensor dout, dlse, dq, dk, dv, dbias;
+  AttnTensor dout, dlse, dq, dk, dv, dbias, dposition, dtime;
   void* dsinks;
   int64_t dsinks_stride;
   const AttnSplit* splits;
   int64_t split_count, partial_rows;  // rows of all partials of one (b, kv head)
-  // Items of the backward along B and Hkv: as many, or fewer where dbias is summed. Summed over B by several items,
+  // Items of the backward along B and Hkv: as many, or fewer where dbias or tables are summed. Summed over B by several items,
   // dbias has a partial sum for each.
   int64_t batch_groups, head_groups;
   bool partial_dbias;

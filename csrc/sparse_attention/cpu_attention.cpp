@@ -38,6 +38,17 @@ int64_t mask_depth(const int32_t* code) {
   return deepest;
 }
 
+// position_table, q_pos, k_pos, time_table, q_time, k_time, edges
+void set_tables(
+    AttnArgs& a, const OptionalTensor& position, const OptionalTensor& q_pos, const OptionalTensor& k_pos,
+    const OptionalTensor& time, const OptionalTensor& q_time, const OptionalTensor& k_time,
+    const OptionalTensor& edges) {
+  a.position = view(position), a.q_pos = view(q_pos), a.k_pos = view(k_pos);
+  a.time = view(time), a.q_time = view(q_time), a.k_time = view(k_time), a.edges = view(edges);
+  if (position.has_value()) a.position_heads = position->size(0), a.positions = position->size(1);
+  if (time.has_value()) a.time_heads = time->size(0), a.edge_count = edges->size(0);
+}
+
 AttnArgs arguments(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& code, const Tensor& ptr, const Tensor& runs,
     int64_t block_q, int64_t block_k, const OptionalTensor& bias, const OptionalTensor& sinks, double scale,
@@ -50,7 +61,7 @@ AttnArgs arguments(
   a.ptr = static_cast<const int32_t*>(data(ptr)), a.runs = static_cast<const int32_t*>(data(runs));
   const int64_t lists = a.plan_heads * a.plan_batches * ceil_div(a.q_len, block_q);
   STD_TORCH_CHECK(
-      ptr.size(0) == lists + 1, "sparse_attention: expected a plan of ", lists, " lists of tiles, got ", ptr.size(0) - 1);
+      ptr.size(0) == lists + 1, "sparse_attention: expected a plan of ", lists, " lists, got ", ptr.size(0) - 1);
   a.dtype = int(dtype_of(q)), a.wide_lse = dtype_of(q) == Dtype::f64;
   if (bias.has_value()) a.bias_dtype = int(dtype_of(*bias));
   a.silu = silu, a.scale = scale, a.softcap = softcap, a.norm = norm;
@@ -61,8 +72,12 @@ AttnArgs arguments(
 
 void attention_fwd(
     Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q,
-    int64_t block_k, OptionalTensor bias, OptionalTensor sinks, double scale, double softcap, bool silu, double norm) {
+    int64_t block_k, OptionalTensor bias, OptionalTensor sinks,
+    OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos, OptionalTensor time_table,
+    OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale, double softcap, bool silu,
+    double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
+  set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
   expect_writes(out);
   a.out = view(out), a.lse = view(lse);
   SCALEKERN_CALL(attention_fwd, (a));
@@ -101,13 +116,18 @@ std::vector<AttnSplit> make_splits(const AttnArgs& a, int64_t count) {
 }
 
 void attention_bwd(
-    Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks, Tensor dout, OptionalTensor dlse,
-    Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q,
-    int64_t block_k, OptionalTensor bias, OptionalTensor sinks, double scale, double softcap, bool silu, double norm) {
+    Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks, OptionalTensor dposition_table,
+    OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q,
+    int64_t block_k, OptionalTensor bias, OptionalTensor sinks,
+    OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos, OptionalTensor time_table,
+    OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale, double softcap, bool silu,
+    double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
+  set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
   expect_writes(dq), expect_writes(dk), expect_writes(dv);
   a.out = view(out), a.lse = view(lse), a.dout = view(dout), a.dlse = view(dlse);
   a.dq = view(dq), a.dk = view(dk), a.dv = view(dv), a.dbias = view(dbias);
+  a.dposition = view(dposition_table), a.dtime = view(dtime_table);
   if (sinks.has_value()) a.dsinks = data(dsinks), a.dsinks_stride = stride(dsinks, 0);
   const bool shared = dbias.has_value() && dbias->size(0) == 1;
   a.batch_groups = shared ? 1 : a.batch;
@@ -120,9 +140,10 @@ void attention_bwd(
   const int64_t row_bytes = a.batch * a.kv_heads * (round_up(a.dim, 64) + round_up(a.value_dim, 64)) * real;
   const auto rows = [&] { return splits.back().offset + splits.back().last - splits.back().first; };
   while (splits.size() > 1 && rows() * row_bytes > kPartialBytes) splits = make_splits(a, count /= 2);
+  const int64_t wanted = ceil_div(kItems, int64_t(splits.size()) * a.head_groups);
+  if (a.dposition || a.dtime) a.batch_groups = std::min(a.batch_groups, std::max<int64_t>(1, wanted));
   if (shared) {
     const int64_t most = kPartialBytes / 4 / (a.bias_heads * a.q_len * a.kv_len * real);
-    const int64_t wanted = ceil_div(kItems, int64_t(splits.size()) * a.head_groups);
     a.batch_groups = std::max<int64_t>(1, std::min({wanted, a.batch, most}));
     a.partial_dbias = a.batch_groups > 1;
   }
@@ -143,13 +164,15 @@ void mask_bits(Tensor out, Tensor code) {
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "sparse_attention_fwd_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, "
-      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, float scale, float softcap, bool silu, "
-      "float norm) -> ()");
+      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, Tensor? position_table, "
+      "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
+      "float softcap, bool silu, float norm) -> ()");
   m.def(
       "sparse_attention_bwd_cpu(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks, "
-      "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, "
-      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, float scale, float softcap, bool silu, "
-      "float norm) -> ()");
+      "Tensor(f!)? dposition_table, Tensor(g!)? dtime_table, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, "
+      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, Tensor? position_table, "
+      "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
+      "float softcap, bool silu, float norm) -> ()");
   m.def("mask_bits_cpu(Tensor(a!) out, Tensor code) -> ()");
 }
 

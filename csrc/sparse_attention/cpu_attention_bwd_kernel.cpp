@@ -13,7 +13,7 @@
 //   Partial sums are memory traffic: at N = 65,536, 138 MB of them, the time is 1.11 times 16 times that of 4,096.
 // A query tile's P^T and dS^T lie [key][query] in L1 or L2, so that they serve dV and dK as they are.
 #include "common/pages.h"
-#include "sparse_attention/cpu_attention_tiles.h"
+#include "sparse_attention/cpu_attention_scores.h"
 
 namespace {
 
@@ -24,10 +24,14 @@ struct Backward {
   const AttnArgs& a;
   const Logits<F> logits;
   const int64_t panels, group, ldk, ldv, ldp;
+  const int64_t item_heads;                   // of an item
+  const int64_t position_stride, time_stride; // between heads of tables' gradients; 0 where all share a table
   const bool in_place;  // dk and dv are summed where they belong: nothing else adds to them, rows are whole panels
   explicit Backward(const AttnArgs& args)
       : a(args), logits(args), panels(ceil_div(args.block_q, W)), group(args.heads / args.kv_heads),
         ldk(round_up(args.dim, W)), ldv(round_up(args.value_dim, W)), ldp(panels * W + V),
+        item_heads(args.heads / args.head_groups), position_stride(args.position_heads == 1 ? 0 : args.positions),
+        time_stride(args.time_heads == 1 ? 0 : logits.tables.time_entries() * W),
         in_place(sizeof(T) == sizeof(F) && args.split_count == 1 && args.dk.s[3] == 1 && args.dv.s[3] == 1 &&
                  args.dim % W == 0 && args.value_dim % W == 0) {}
 
@@ -56,6 +60,7 @@ struct Backward {
     F *dk, *dv;
     int64_t ldk, ldv;
     AttnTensor dbias;
+    F *position, *time;  // of head 0: [entry], [entry][lane]
   };
 
   struct Place {
@@ -98,6 +103,18 @@ struct Backward {
     }
   }
 
+  void add_table_gradients(F* ds, const KeyRange* ranges, const Place& at, const Sums& sums, int64_t k0, int64_t keys,
+                           TimeSpan times) const {
+    for (int64_t k = 0; k < keys; ++k)
+      for (int64_t i = at.rows; i < ldp; ++i) ds[k * ldp + i] = 0;
+    if (sums.position)
+      logits.tables.sum_positions(ds, ldp, at.q0, at.rows, k0, keys, sums.position + at.h * position_stride);
+    for (int64_t i = 0; sums.time && i < at.rows; i += W)
+      if (ranges[i / W].first < ranges[i / W].last)
+        logits.tables.sum_times(
+            ds + i, ldp, ranges[i / W], at.q0 + i, k0, times, sums.time + at.h * time_stride);
+  }
+
   // sums[key] += sum over queries of weights[key][query] rows[query], for keys [0, count) of a tile.
   void add_keys(const F* weights, const F* rows, int64_t ld, int64_t columns, const KeyRange* ranges, int64_t count,
                 int64_t queries, F* sums, int64_t lds) const {
@@ -130,6 +147,7 @@ struct Backward {
     const Rows<F> v = tile_rows<T, F>(a.v, at.b, kv, k0, keys, a.value_dim, m.v);
     TileBits bits{m.words, ceil_div(a.block_q, 64), partial};
     if (partial) fill_bits(a, bits, at.b, at.h, at.q0, at.rows, k0, keys, m.stack);
+    const TimeSpan times = logits.tables.span(k0, keys);
     const bool finite = !partial || all_finite(k, keys, a.dim);
     for (int64_t i = 0; i < at.rows; i += W) {
       const KeyRange range = m.ranges[i / W] = key_range<W>(bits, keys, i);
@@ -139,13 +157,14 @@ struct Backward {
         if (j == range.first && count > 0) j = range.last;
         if (j >= keys) break;
         for (int v2 = 0; v2 < 2; ++v2) store(p + j * ldp + v2 * V, Vec<F>{}), store(ds + j * ldp + v2 * V, Vec<F>{});
+        for (int v2 = 0; m.slopes && v2 < 2; ++v2) store(m.slopes + i + j * ldp + v2 * V, Vec<F>{});
       }
       if (count == 0) continue;
       panel_gemm<F, false, false>(
           count, k.data + range.first * k.stride, k.stride, m.q_panels + i * a.dim, W, a.dim, p + from, ldp);
       F* slopes = m.slopes ? m.slopes + i : nullptr;
       if (!logits.plain)
-        logits.finish(p, ldp, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, slopes);
+        logits.finish(p, ldp, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, slopes);
       panel_gemm<F, false, false>(count, v.data + range.first * v.stride, v.stride, m.do_panels + i * a.value_dim, W,
                                   a.value_dim, ds + from, ldp);
       scores(p, ds, range, bits, i, m.lse + i, m.delta + i);
@@ -153,12 +172,13 @@ struct Backward {
       if (slopes)
         for (int64_t j = range.first; j < range.last; ++j)
           for (int v2 = 0; v2 < 2; ++v2) {
-            F* to = ds + j * ldp + v2 * V;
+            F *to = ds + j * ldp + v2 * V, *slope = slopes + j * ldp + v2 * V;
             const Vec<F> x = load(to);  // 0 where masked, and the slope there may be NaN
-            store(to, x == 0 ? x : x * load(slopes + j * ldp + v2 * V));
+            store(to, x == 0 ? x : x * load(slope)), store(slope, x);  // the tables' gradients are before the cap
           }
       add_rows<F>(k, range, a.dim, ds, ldp, m.dq + i * a.dim, bits, i, finite);
     }
+    if (sums.position || sums.time) add_table_gradients(m.slopes ? m.slopes : m.ds, m.ranges, at, sums, k0, keys, times);
     F *dk = sums.dk + k0 * sums.ldk, *dv = sums.dv + k0 * sums.ldv;
     if (at.careful) {
       add_keys_carefully(m.p, m.do_rows, ldv, a.value_dim, bits, keys, at.rows, dv, sums.ldv);
@@ -221,11 +241,10 @@ struct Backward {
   }
 
   // One split of one (b, kv head), all of its query heads.
-  void part(const Buffers& m, int64_t index, int64_t b, int64_t kv, F* dk, F* dv, const AttnTensor& dbias,
-            F* dsinks) const {
+  void part(const Buffers& m, int64_t index, int64_t b, int64_t kv, F* dk, F* dv, Sums sums, F* dsinks) const {
     const scalekern::AttnSplit& split = a.splits[index];
-    const Sums sums = in_place ? Sums{::at<F>(a.dk, b, kv), ::at<F>(a.dv, b, kv), a.dk.s[2], a.dv.s[2], dbias}
-                               : Sums{dk - split.first * ldk, dv - split.first * ldv, ldk, ldv, dbias};
+    if (in_place) sums.dk = ::at<F>(a.dk, b, kv), sums.dv = ::at<F>(a.dv, b, kv), sums.ldk = a.dk.s[2], sums.ldv = a.dv.s[2];
+    else sums.dk = dk - split.first * ldk, sums.dv = dv - split.first * ldv, sums.ldk = ldk, sums.ldv = ldv;
     for (int64_t k = in_place ? 0 : split.first; k < (in_place ? a.kv_len : split.last); ++k) {
       __builtin_memset(sums.dk + k * sums.ldk, 0, size_t(ldk) * sizeof(F));
       __builtin_memset(sums.dv + k * sums.ldv, 0, size_t(ldv) * sizeof(F));
@@ -253,17 +272,63 @@ struct Backward {
     write_rows(sums, ld, t, b, kv, first, rows, columns);
   }
 
+  int64_t table_heads(int64_t heads) const { return heads == 1 ? 1 : item_heads; }  // of an item's table gradients
+  static F* zeroed(F* p, int64_t count) {
+    __builtin_memset(p, 0, size_t(count) * sizeof(F));
+    return p;
+  }
+
+  // Sum over the items of head h's table, in order, of get(an item's sums of that head); a shared table is all items'.
+  template <class Get>
+  F sum_items(const F* partial, int64_t size, int64_t stride, int64_t h, const Get& get) const {
+    F sum = 0;
+    for (int64_t i = 0; i < a.batch_groups; ++i)
+      for (int64_t j = stride ? h / item_heads : 0; j < (stride ? h / item_heads + 1 : a.head_groups); ++j)
+        for (int64_t s = 0; s < a.split_count; ++s)
+          sum += get(partial + ((i * a.head_groups + j) * a.split_count + s) * size + h % item_heads * stride);
+    return sum;
+  }
+
+  void reduce_positions(const F* partial, int64_t size) const {
+    constexpr int64_t kEntries = 1024;
+    const int64_t chunks = ceil_div(a.positions, kEntries);
+    for_items(a.position_heads * chunks, 0, worth_threads(a), [&](int64_t index, Scratch&) {
+      const int64_t h = index / chunks, first = index % chunks * kEntries;
+      for (int64_t t = first; t < least(first + kEntries, a.positions); ++t)
+        *(::at<F>(a.dposition, h, 0) + t * a.dposition.s[1]) =
+            sum_items(partial, size, position_stride, h, [&](const F* of) { return of[t]; });
+    });
+  }
+
+  void reduce_times(const F* partial, int64_t size) const {
+    const auto& tables = logits.tables;
+    for (int64_t h = 0; h < a.time_heads; ++h) {
+      F* to = ::at<F>(a.dtime, h, 0);
+      for (int64_t t = 0; t <= a.edge_count; ++t) to[t * a.dtime.s[1]] = 0;
+      for (int64_t t = 0; t < tables.time_entries(); ++t)
+        to[tables.bucket(t) * a.dtime.s[1]] = sum_items(partial, size, time_stride, h, [&](const F* of) {
+          F sum = 0;
+          for (int i = 0; i < W; ++i) sum += of[t * W + i];
+          return sum;
+        });
+    }
+  }
+
   void run() const {
     Scratch measure(0);
     Buffers unused(*this, measure);
     const int64_t rows = in_place ? 0 : a.batch * a.kv_heads * a.partial_rows;
     const int64_t bias_size = a.bias_heads * a.q_len * a.kv_len, biases = a.partial_dbias ? a.batch_groups : 0;
     const int64_t sinks = a.split_count * a.batch * a.heads;
-    Scratch partials((rows * (ldk + ldv) + biases * bias_size + sinks) * int64_t(sizeof(F)) + 256);
+    const int64_t items = a.split_count * a.batch_groups * a.head_groups;
+    const int64_t position_size = a.dposition ? table_heads(a.position_heads) * a.positions : 0;
+    const int64_t time_size = a.dtime ? table_heads(a.time_heads) * logits.tables.time_entries() * W : 0;
+    Scratch partials(
+        (rows * (ldk + ldv) + biases * bias_size + sinks + items * (position_size + time_size)) * int64_t(sizeof(F)) + 512);
     F *dk = partials.take<F>(rows * ldk), *dv = partials.take<F>(rows * ldv), *dsinks = partials.take<F>(sinks);
     F* dbias = partials.take<F>(biases * bias_size);
     scalekern::expect_writes(dk, rows * (ldk + ldv) * int64_t(sizeof(F)));
-    const int64_t items = a.split_count * a.batch_groups * a.head_groups;
+    F *dposition = partials.take<F>(items * position_size), *dtime = partials.take<F>(items * time_size);
     for_items(biases, 0, biases > 1, [&](int64_t i, Scratch&) {
       __builtin_memset(dbias + i * bias_size, 0, size_t(bias_size) * sizeof(F));
     });
@@ -273,11 +338,14 @@ struct Backward {
       const int64_t i = rest / a.head_groups, j = rest % a.head_groups;
       AttnTensor bias = a.dbias;
       if (biases) bias = {dbias + i * bias_size, {0, a.bias_heads == 1 ? 0 : a.q_len * a.kv_len, a.kv_len, 1}};
+      Sums sums{nullptr, nullptr, 0, 0, bias, nullptr, nullptr};
+      if (a.dposition) sums.position = zeroed(dposition + index * position_size, position_size) - j * item_heads * position_stride;
+      if (a.dtime) sums.time = zeroed(dtime + index * time_size, time_size) - j * item_heads * time_stride;
       const int64_t last_b = a.batch * (i + 1) / a.batch_groups, last_kv = a.kv_heads * (j + 1) / a.head_groups;
       for (int64_t b = a.batch * i / a.batch_groups; b < last_b; ++b)
         for (int64_t kv = a.kv_heads * j / a.head_groups; kv < last_kv; ++kv) {
           const int64_t row = (b * a.kv_heads + kv) * a.partial_rows + a.splits[s].offset;
-          part(m, s, b, kv, dk + row * ldk, dv + row * ldv, bias, dsinks);
+          part(m, s, b, kv, dk + row * ldk, dv + row * ldv, sums, dsinks);
         }
     });
     for_items(biases ? a.bias_heads * a.q_len : 0, a.kv_len * int64_t(sizeof(F)), true, [&](int64_t row, Scratch& mem) {
@@ -298,6 +366,8 @@ struct Backward {
       reduce(dk, ldk, a.dk, b, kv, first, count, a.dim, sums);
       reduce(dv, ldv, a.dv, b, kv, first, count, a.value_dim, sums);
     });
+    if (a.dposition) reduce_positions(dposition, position_size);
+    if (a.dtime) reduce_times(dtime, time_size);
     if (!a.dsinks) return;
     for (int64_t h = 0; h < a.heads; ++h) {
       F sum = 0;

@@ -12,7 +12,7 @@
 // In registers: kRows x W scores or outputs during a product; a panel's scores (4 KiB), maxima, sums and outputs in L1.
 // Blocks, forward and backward in ms: (64, 64) 9.1 21.6, (128, 64) 9.4 22.5, (64, 128) 8.7 22.5, (128, 128) 9.6 24.1,
 //   (32, 64) 10.3 24.8, (64, 32) 10.5 24.1.
-#include "sparse_attention/cpu_attention_tiles.h"
+#include "sparse_attention/cpu_attention_scores.h"
 
 namespace {
 
@@ -129,6 +129,7 @@ struct Forward {
     const Rows<F> v = tile_rows<T, F>(a.v, b, kv, k0, keys, a.value_dim, m.v);
     TileBits bits{m.words, ceil_div(a.block_q, 64), partial};
     if (partial) fill_bits(a, bits, b, h, q0, rows, k0, keys, m.stack);
+    const TimeSpan times = logits.tables.span(k0, keys);
     const bool finite = !partial || all_finite(v, keys, a.value_dim);
     for (int64_t i = 0; i < rows; i += W) {
       const KeyRange range = key_range<W>(bits, keys, i);
@@ -136,7 +137,7 @@ struct Forward {
       if (count == 0) continue;
       panel_gemm<F, false, false>(
           count, k.data + range.first * k.stride, k.stride, m.q + i * a.dim, W, a.dim, m.s + range.first * W, W);
-      if (!logits.plain) logits.finish(m.s, W, range, b, h, q0 + i, least(W, rows - i), k0, nullptr);
+      if (!logits.plain) logits.finish(m.s, W, range, b, h, q0 + i, least(W, rows - i), k0, times, nullptr);
       F* out = m.out + i * a.value_dim;
       if (a.silu) silu(m.s, range, bits, i);
       else if (partial) softmax<true>(m.s, range, bits, i, m.max + i, m.sum + i, out);
