@@ -16,6 +16,8 @@ import triton.language as tl  # noqa: E402
 
 from scalekern import masks  # noqa: E402
 from scalekern.masks import causal, segments, sink, window  # noqa: E402
+from scalekern.reference.hstu_attention import bucket_edges  # noqa: E402
+from scalekern.triton_kernels import bias_tables  # noqa: E402
 from scalekern.triton_kernels import mask_device as dev  # noqa: E402
 from scalekern.triton_kernels import sparse_attention as attention  # noqa: E402
 from scalekern.triton_kernels import sparse_attention_bwd as attention_bwd  # noqa: E402
@@ -181,12 +183,13 @@ def randn(*shape, dtype=F32):
     return (value * torch.rand(shape[:2] + (1,) * (len(shape) - 2)).add(0.5)).to(dtype)
 
 
-def oracle(q, k, v, mask, bias, sinks, scale, softcap, silu, norm):
+def oracle(q, k, v, mask, bias, sinks, scale, softcap, silu, norm, **tables):
     """(out, lse) of a dense masked softmax."""
     group = q.shape[1] // k.shape[1]
     s = torch.einsum("bhqp,bhkp->bhqk", q, k.repeat_interleave(group, 1)) * scale
     s = softcap * torch.tanh(s / softcap) if softcap else s
     s = s if bias is None else s + bias
+    s = s + rendering(**tables)
     values = v.repeat_interleave(group, 1)
     if silu:
         p, lse = torch.where(mask, torch.nn.functional.silu(s) * norm, 0), torch.zeros(q.shape[:3], dtype=q.dtype)
@@ -200,25 +203,61 @@ def oracle(q, k, v, mask, bias, sinks, scale, softcap, silu, norm):
     return torch.einsum("bhqk,bhkp->bhqp", p, values), lse
 
 
-def inputs(B=1, H=2, Hkv=1, Lq=37, Lk=45, P=8, PV=8, dtype=F32, bias=None, sinks=False, bias_dtype=None):
+def rendering(position_table=None, q_pos=None, k_pos=None, time_table=None, q_time=None, k_time=None, edges=None):
+    """(H or 1, Lq, Lk): the tables' bias, or 0."""
+    bias = 0
+    if position_table is not None:
+        R = position_table.shape[1] // 2
+        bias = position_table[:, (k_pos.long() - q_pos.long()[:, None]).clamp(-R, R) + R]
+    if time_table is not None:
+        apart = (q_time[:, None] - k_time).abs().clamp(min=1)
+        bias = bias + time_table[:, (edges <= apart[..., None]).sum(2)]
+    return bias
+
+
+def tables(Lq, Lk, position=None, time=None, dtype=F32, ordered=True):
+    """position, time: (rows, entries). Positions of packed sequences of 16, or without order; times of a walk."""
+    x = {}
+    if position:
+        x |= dict(
+            position_table=torch.randn(position, dtype=dtype), q_pos=torch.arange(3, 3 + Lq).int() % 16,
+            k_pos=torch.arange(Lk).int() % 16 if ordered else torch.randint(-9, 30, (Lk,)).int(),
+        )  # fmt: skip
+    if time:
+        walk = torch.randint(0, 400, (max(Lq, Lk),)).cumsum(0)
+        edges = bucket_edges(time[1] - 1) if ordered else torch.randint(1, 9000, (time[1] - 1,)).sort()[0]
+        x |= dict(time_table=torch.randn(time, dtype=dtype), q_time=walk[:Lq] + 1, k_time=walk[:Lk], edges=edges)
+    return x
+
+
+NAMES = "position_table q_pos k_pos time_table q_time k_time edges".split()
+
+
+def inputs(B=1, H=2, Hkv=1, Lq=37, Lk=45, P=8, PV=8, dtype=F32, bias=None, sinks=False, bias_dtype=None,
+           position=(None, 0), time=(None, 0), ordered=True):  # fmt: skip
     real = F64 if dtype == F64 else F32
+    position, time = ((1 if rows == "shared" else H, size) if rows else None for rows, size in (position, time))
     return dict(
         q=randn(B, H, Lq, P, dtype=dtype), k=randn(B, Hkv, Lk, P, dtype=dtype), v=randn(B, Hkv, Lk, PV, dtype=dtype),
         bias=None if bias is None else randn(*bias, Lq, Lk, dtype=bias_dtype or dtype),
         sinks=torch.randn(H).to(real) if sinks else None,
-    )  # fmt: skip
+    ) | tables(Lq, Lk, position, time, real, ordered)  # fmt: skip
 
 
 def poisoned(*shape, dtype):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
+def arguments(x, code, plan):
+    q, k, v, bias, sinks = (x[name] for name in "q k v bias sinks".split())
+    return q, k, v, code, plan, bias, sinks, *(x.get(name) for name in NAMES)
+
+
 def forward(x, code, plan, scale=0.3, softcap=None, silu=False, norm=1.0):
     B, H, Lq, _ = x["q"].shape
     out = poisoned(B, H, Lq, x["v"].shape[3], dtype=x["q"].dtype)
     lse = poisoned(B, H, Lq, dtype=F64 if out.dtype == F64 else F32)
-    q, k, v, bias, sinks = x.values()
-    sparse_attention_fwd(out, lse, q, k, v, code, plan, bias, sinks, scale, softcap, silu, norm)
+    sparse_attention_fwd(out, lse, *arguments(x, code, plan), scale, softcap, silu, norm)
     return out, lse
 
 
@@ -236,11 +275,12 @@ def check(x, mask, block=(32, 32), tolerance=None, **options):
     code, plan = mask.code("cpu"), mask.plan(Lq, Lk, block)
     mask = mask.to_dense(Lq, Lk).expand(B, H, Lq, Lk)
     numbers = dict(scale=0.3, softcap=None, silu=False, norm=1.0) | options
-    x64 = {name: None if t is None else t.detach().double().requires_grad_() for name, t in x.items()}
+    wide = lambda t: t.detach().double().requires_grad_() if t is not None and t.is_floating_point() else t
+    x64 = {name: wide(t) for name, t in x.items()}
     expected = oracle(**x64, mask=mask, **numbers)
     found = forward(x, code, plan, **numbers)
     dout, dlse = randn(*expected[0].shape, dtype=found[0].dtype), randn(*expected[1].shape, dtype=found[1].dtype)
-    names = [name for name, t in x.items() if t is not None]
+    names = [name for name, t in x64.items() if t is not None and t.requires_grad]
     # An empty row's lse is constant: its gradient is multiplied by nothing.
     loss = (expected[0] * dout).sum() + (expected[1].where(expected[1].isfinite(), 0) * dlse).sum()
     expected = [t.detach() for t in expected] + list(torch.autograd.grad(loss, [x64[name] for name in names]))
@@ -251,10 +291,9 @@ def check(x, mask, block=(32, 32), tolerance=None, **options):
 
 
 def backward(x, dout, dlse, out, lse, code, plan, **numbers):
-    q, k, v, bias, sinks = x.values()
-    gradients = [None if t is None else torch.full_like(t, float("nan")) for t in x.values()]
-    saved = (dout, dlse, out, lse, q, k, v, code, plan, bias, sinks)
-    sparse_attention_bwd(*gradients, *saved, *numbers.values())
+    names = "q k v bias sinks position_table time_table".split()
+    gradients = [None if x.get(name) is None else torch.full_like(x[name], float("nan")) for name in names]
+    sparse_attention_bwd(*gradients, dout, dlse, out, lse, *arguments(x, code, plan), *numbers.values())
     return [g for g in gradients if g is not None]
 
 
@@ -271,6 +310,16 @@ CASES = {
     "bfloat16": (dict(dtype=BF16, B=2, Lq=33, Lk=40, sinks=True, bias=(1, 2)), LOCAL, {}),
     "heads": (dict(H=4, Hkv=2, Lq=33, Lk=40, P=3, PV=130), masks.per_head([LOCAL, causal, ~sink(0), causal]), {}),
     "silu": (dict(Hkv=2, bias=(1, 1)), LOCAL, dict(silu=True, norm=1 / 45)),
+    "tables": (
+        dict(H=3, position=("own", 21), time=("shared", 40), bias=(1, 1), Lk=70), segments(torch.arange(70)[None] // 16),
+        dict(silu=True, norm=0.2),
+    ),
+    "tables without order": (
+        dict(B=2, position=("shared", 15), time=("own", 300), ordered=False, sinks=True, bias=(2, 1)), LOCAL,
+        dict(softcap=2.0),
+    ),
+    "position table of one": (dict(dtype=F64, position=("own", 1), Lq=20, Lk=20), causal, {}),
+    "time table of one": (dict(dtype=BF16, time=("own", 1), Lq=20, Lk=20), causal, {}),
     "silu float64": (dict(dtype=F64), causal, dict(silu=True, norm=0.1, softcap=1.0)),
 }  # fmt: skip
 

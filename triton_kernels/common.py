@@ -116,6 +116,16 @@ _TYPES = {
 }  # fmt: skip
 
 
+def _specialized(value) -> tuple[str, list]:
+    """An argument's type in a signature, and its attributes."""
+    if value is None or isinstance(value, tl.constexpr) or (isinstance(value, int) and value == 1):
+        return "constexpr", []
+    tensor = isinstance(value, torch.Tensor)
+    number = "fp32" if isinstance(value, float) else "i64" if not tensor and abs(value) >= 2**31 else "i32"
+    divisible = tensor or number != "fp32" and value % 16 == 0
+    return f"*{_TYPES[value.dtype]}" if tensor else number, [["tt.divisibility", 16]] if divisible else []
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     kernel: triton.runtime.KernelInterface
@@ -142,14 +152,17 @@ class Launch:
         signature, constants, attributes = {}, {}, {}
         for position, (name, parameter) in enumerate(zip(names, self.kernel.params)):
             value = self.args[name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
+            if isinstance(value, tuple):
+                found = [_specialized(v) for v in value]
+                signature[name] = tuple(kind for kind, _ in found)
+                constants |= {(position, n): v for n, v in enumerate(value) if found[n][0] == "constexpr"}
+                attributes |= {(position, n): a for n, (_, a) in enumerate(found) if a}
                 continue
-            tensor = isinstance(value, torch.Tensor)
-            number = "fp32" if isinstance(value, float) else "i64" if not tensor and abs(value) >= 2**31 else "i32"
-            signature[name] = f"*{_TYPES[value.dtype]}" if tensor else number
-            if tensor or number != "fp32" and value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[name], attribute = ("constexpr", []) if parameter.is_constexpr else _specialized(value)
+            if signature[name] == "constexpr":
+                constants[name] = value
+            elif attribute:
+                attributes[(position,)] = attribute
         source = triton.compiler.ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=target, options=self._options())
 

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from .. import _env
+from .bias_tables import bias_of, sample_tables, tables_of
 from .common import LN2, LOG2E, Launch, compile_spec, index, meta, sigmoid, strides, wide
 from .mask_device import AND, BELOW, CAUSAL, OR, WINDOW, functions_of, structures_of
 from .tuning import config
@@ -160,7 +161,7 @@ def program_of(code_ptr, h):
 
 @triton.jit
 def _walk(
-    acc, total, top, q, at_q, row, keys, values, biases, code_ptr, numbers_, b, h, runs_ptr, runs, ends,
+    acc, total, top, q, at_q, keys, values, biases, tables, code_ptr, numbers_, b, h, runs_ptr, runs, ends,
     scale, softcap, MASK: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
     SILU: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_PV: tl.constexpr,
@@ -178,10 +179,10 @@ def _walk(
             k = load_rows(key_ptr, stride_k_l, stride_k_p, column, index(p, INT64), in_k, P, KIND != FULL)
             v = load_rows(value_ptr, stride_v_l, stride_v_p, column, index(pv, INT64), in_k, PV, KIND != FULL)
             qk = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_K], acc.dtype))  # [BLOCK_Q, BLOCK_K]
-            bias = None
-            if bias_ptr is not None:
-                pointers = bias_ptr + row[:, None] * stride_bias_q + column[None, :] * stride_bias_k
-                bias = tl.load(pointers, mask=(at_q < Lq)[:, None] & in_k[None, :], other=0.0)
+            bias = bias_of(
+                bias_ptr, stride_bias_q, stride_bias_k, tables, h, at_q[:, None], at_k[None, :], (at_q < Lq)[:, None],
+                in_k[None, :], INT64,
+            )  # fmt: skip
             s, _ = scores(qk, bias, scale, softcap, 1.0 if SILU else LOG2E, SOFTCAP)
             allowed = None
             if KIND != FULL:
@@ -208,8 +209,8 @@ def _walk(
 
 @triton.jit
 def _sparse_attention_fwd_kernel(
-    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, sinks_ptr, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
-    scale, softcap, norm, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
+    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, sinks_ptr, tables, code_ptr, ptr_ptr, runs_ptr,
+    scalars_ptr, scale, softcap, norm, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
     stride_out_b, stride_out_h, stride_out_l, stride_out_p, stride_lse_b, stride_lse_h, stride_lse_l,
     stride_q_b, stride_q_h, stride_q_l, stride_q_p, stride_k_b, stride_k_h, stride_k_l, stride_k_p,
     stride_v_b, stride_v_h, stride_v_l, stride_v_p, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
@@ -245,12 +246,12 @@ def _sparse_attention_fwd_kernel(
     acc, total, top = no_acc, no_total, no_top
     for KIND in tl.static_range(0, 2):
         acc, total, top = _walk(
-            acc, total, top, q, at_q, row, keys, values, biases, code_ptr, numbers_, b, h, runs_ptr, runs, ends,
+            acc, total, top, q, at_q, keys, values, biases, tables, code_ptr, numbers_, b, h, runs_ptr, runs, ends,
             scale, softcap, MASK, KIND, STEP_K, P, PV, SILU, SOFTCAP, INT64, BLOCK_K, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
     if broken(acc, in_q[:, None]):
         acc, total, top = _walk(
-            no_acc, no_total, no_top, q, at_q, row, keys, values, biases, code_ptr, numbers_, b, h, runs_ptr, runs,
+            no_acc, no_total, no_top, q, at_q, keys, values, biases, tables, code_ptr, numbers_, b, h, runs_ptr, runs,
             (0, tl.cdiv(Lk, CAREFUL)), scale, softcap, MASK, EVERY, STEP_K * BLOCK_K // CAREFUL, P, PV, SILU, SOFTCAP,
             INT64, CAREFUL, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
@@ -289,12 +290,12 @@ def blocks_of(kernel: str, q: torch.Tensor, v: torch.Tensor, plan, default: dict
     return blocks
 
 
-def common_args(q, k, v, code, plan, bias, scale, softcap, silu, norm, functions, blocks, tensors=()) -> dict:
+def common_args(q, k, v, code, plan, bias, tables, scale, softcap, silu, norm, functions, blocks, tensors=()) -> dict:
     """The arguments that every kernel of the family takes."""
     params, mask = functions or functions_of(structures_of(code))
     wide_q = q.dtype == torch.float64
     return dict(
-        q_ptr=q, k_ptr=k, v_ptr=v, bias_ptr=bias, code_ptr=code,
+        q_ptr=q, k_ptr=k, v_ptr=v, bias_ptr=bias, tables=tables, code_ptr=code,
         scalars_ptr=torch.tensor([scale, softcap or 0.0, norm], dtype=q.dtype, device=q.device) if wide_q else None,
         scale=float(scale), softcap=float(softcap or 0), norm=float(norm), Hq=q.shape[1],
         group=q.shape[1] // k.shape[1], Lq=q.shape[2], Lk=k.shape[2], plan_batches=plan.batches, plan_heads=plan.heads,
@@ -325,11 +326,11 @@ def _default(q: torch.Tensor, v: torch.Tensor) -> dict:
 
 
 def plan_sparse_attention_fwd(
-    out, lse, q, k, v, code, plan, bias, sinks, scale, softcap, silu, norm, functions=None
+    out, lse, q, k, v, code, plan, bias, sinks, tables, scale, softcap, silu, norm, functions=None
 ) -> Launch:  # fmt: skip
     """The launch, from shapes, strides and dtypes; functions: the mask's (params, mask), else read from code."""
     blocks = blocks_of("sparse_attention_fwd", q, v, plan, _default(q, v))
-    args = common_args(q, k, v, code, plan, bias, scale, softcap, silu, norm, functions, blocks, (out,))
+    args = common_args(q, k, v, code, plan, bias, tables, scale, softcap, silu, norm, functions, blocks, (out,))
     args |= dict(
         out_ptr=out, lse_ptr=lse, sinks_ptr=sinks, ptr_ptr=plan.ptr, runs_ptr=plan.runs,
         plan_tiles=triton.cdiv(q.shape[2], plan.block[0]), **strides("out", out, "bhlp"),
@@ -340,8 +341,11 @@ def plan_sparse_attention_fwd(
 
 
 def sparse_attention_fwd(*args) -> None:
-    """fill(out, lse, q, k, v, code, plan, bias, sinks, scale, softcap, silu, norm)"""
-    plan_sparse_attention_fwd(*args).run()
+    """fill(out, lse, q, k, v, code, plan, bias, sinks, *tables, scale, softcap, silu, norm)
+
+    tables: position_table, q_pos, k_pos, time_table, q_time, k_time, edges.
+    """
+    plan_sparse_attention_fwd(*args[:9], tables_of(*args[9:16]), *args[16:]).run()
 
 
 # --- what tests compile -----------------------------------------------------------------------------------------------
@@ -350,10 +354,10 @@ def sparse_attention_fwd(*args) -> None:
 def sample(dtype: torch.dtype, options: str) -> dict:
     """The arguments of a typical call on meta tensors, by name, causal & (window | sink) of 8 heads in 2 groups.
 
-    options: words among "d128", "bias", "silu", "softcap", "sinks", "heads" (two structures), "odd" (P = 80), "wide".
+    options: words among "d128", "bias", "silu", "softcap", "sinks", "heads" (two structures), "tables", "wide".
     """
     options = options.split()
-    P, length = 128 if "d128" in options else 80 if "odd" in options else 64, 2**20 if "wide" in options else 4096
+    P, length = 128 if "d128" in options else 64, 2**20 if "wide" in options else 4096
     q = meta(4, length, 8, 4 * P if "wide" in options else P, dtype=dtype)[..., :P].transpose(1, 2)
     k = meta(4, length, 2, 8 * P if "wide" in options else P, dtype=dtype)[..., :P].transpose(1, 2)
     real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -365,7 +369,8 @@ def sample(dtype: torch.dtype, options: str) -> dict:
     return dict(
         q=q, k=k, v=k, code=meta(64, dtype=torch.int32), plan=plan,
         bias=meta(1, 8, length, length, dtype=dtype) if "bias" in options else None,
-        sinks=meta(8, dtype=real) if "sinks" in options else None, scale=P**-0.5,
+        sinks=meta(8, dtype=real) if "sinks" in options else None,
+        tables=sample_tables(8, length, real) if "tables" in options else None, scale=P**-0.5,
         softcap=30.0 if "softcap" in options else None, silu="silu" in options, norm=1.0,
         functions=functions_of(structures),
     ), meta(4, 8, length, dtype=real)  # fmt: skip

@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bias_tables import bias_of, tables_of
 from .common import Launch, compile_spec, index, strides
 from .mask_device import functions_of, structures_of
 from .sparse_attention import (
@@ -50,6 +51,7 @@ from .sparse_attention import (
     tiles_of,
 )  # fmt: skip
 from .sparse_attention_dbias import plan_dbias
+from .sparse_attention_dtables import fill_dtables
 from .sparse_attention_dq import default, load_statistics, plan_dq, plan_rows, slopes
 
 EVERY_DV: tl.constexpr = tl.constexpr(3)  # a careful walk for dv; EVERY is one for dk: both accumulators would spill
@@ -57,10 +59,10 @@ EVERY_DV: tl.constexpr = tl.constexpr(3)  # a careful walk for dv; EVERY is one 
 
 @triton.jit
 def _dkv_walk(
-    acc_dk, acc_dv, k, v, at_k, queries, gradients, statistics, biases, code_ptr, numbers_, b, h, runs_ptr, runs, ends,
-    scale, softcap, MASK: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
-    SILU: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_PV: tl.constexpr,
+    acc_dk, acc_dv, k, v, at_k, queries, gradients, statistics, biases, tables, code_ptr, numbers_, b, h, runs_ptr,
+    runs, ends, scale, softcap, MASK: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr,
+    PV: tl.constexpr, SILU: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
     query_ptr, stride_q_l, stride_q_p, Lq = queries
     dout_ptr, stride_dout_l, stride_dout_p = gradients
@@ -77,10 +79,11 @@ def _dkv_walk(
             lse, delta = load_statistics(rows_ptr, size, at_q, in_q)
             none = tl.zeros([k.shape[0], BLOCK_Q], acc_dk.dtype)
             kq, dw = dot(k, tl.trans(q), none), dot(v, tl.trans(dout), none)  # [BLOCK_K, BLOCK_Q]
-            bias, allowed = None, None
-            if bias_ptr is not None:
-                pointers = bias_ptr + row[None, :] * stride_bias_q + index(at_k, INT64)[:, None] * stride_bias_k
-                bias = tl.load(pointers, mask=in_q[None, :] & (at_k < Lk)[:, None], other=0.0)
+            bias = bias_of(
+                bias_ptr, stride_bias_q, stride_bias_k, tables, h, at_q[None, :], at_k[:, None], in_q[None, :],
+                (at_k < Lk)[:, None], INT64,
+            )  # fmt: skip
+            allowed = None
             if KIND != FULL:
                 # Queries beyond Lq have lse = Inf and are zeros: they add nothing, allowed or not.
                 allowed = MASK(code_ptr, numbers_, b, h, at_q[None, :], at_k[:, None])
@@ -99,8 +102,8 @@ def _dkv_walk(
 
 @triton.jit
 def _dkv_group(
-    k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale, softcap, Hq,
-    group, Lq, Lk, b, key_head, tile, plan_tiles, plan_batches, plan_heads, q_strides, dout_strides, bias_strides_,
+    k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, tables, code_ptr, col_ptr_ptr, col_runs_ptr, scale, softcap,
+    Hq, group, Lq, Lk, b, key_head, tile, plan_tiles, plan_batches, plan_heads, q_strides, dout_strides, bias_strides_,
     PARAMS: tl.constexpr, MASK: tl.constexpr, PASS: tl.constexpr, STEP_Q: tl.constexpr, P: tl.constexpr,
     PV: tl.constexpr, SILU: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
@@ -124,8 +127,8 @@ def _dkv_group(
         runs = list_of(col_ptr_ptr, b, h, plan_batches, plan_heads, tile, plan_tiles)
         for KIND in tl.static_range(PASS, PASS + 1 if PASS >= EVERY else 2):
             acc_dk, acc_dv = _dkv_walk(
-                acc_dk, acc_dv, k, v, at_k, queries, gradients, statistics, biases, code_ptr, numbers_, b, h,
-                col_runs_ptr, runs, (whole, tl.cdiv(Lq, BLOCK_Q)), scale, softcap, MASK, KIND, STEP_Q, P, PV, SILU,
+                acc_dk, acc_dv, k, v, at_k, queries, gradients, statistics, biases, tables, code_ptr, numbers_, b,
+                h, col_runs_ptr, runs, (whole, tl.cdiv(Lq, BLOCK_Q)), scale, softcap, MASK, KIND, STEP_Q, P, PV, SILU,
                 SOFTCAP, INT64, BLOCK_Q, BLOCK_P, BLOCK_PV,
             )  # fmt: skip
     return acc_dk, acc_dv
@@ -133,7 +136,7 @@ def _dkv_group(
 
 @triton.jit
 def _sparse_attention_dkv_kernel(
-    dk_ptr, dv_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr,
+    dk_ptr, dv_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, tables, code_ptr, col_ptr_ptr, col_runs_ptr,
     scalars_ptr, scale, softcap, norm, size, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
     stride_dk_b, stride_dk_h, stride_dk_l, stride_dk_p, stride_dv_b, stride_dv_h, stride_dv_l, stride_dv_p,
     stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p,
@@ -158,20 +161,21 @@ def _sparse_attention_dkv_kernel(
     dout_strides = (stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p)
     bias_strides_ = (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k)
     acc_dk, acc_dv = _dkv_group(
-        k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale, softcap,
-        Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides, dout_strides,
-        bias_strides_, PARAMS, MASK, FULL, STEP_Q, P, PV, SILU, SOFTCAP, INT64, BLOCK_Q, BLOCK_P, BLOCK_PV,
+        k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, tables, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
+        softcap, Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides,
+        dout_strides, bias_strides_, PARAMS, MASK, FULL, STEP_Q, P, PV, SILU, SOFTCAP, INT64, BLOCK_Q, BLOCK_P,
+        BLOCK_PV,
     )  # fmt: skip
     if broken(acc_dk, in_k[:, None]):
         acc_dk, _ = _dkv_group(
-            k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
+            k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, tables, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
             softcap, Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides,
             dout_strides, bias_strides_, PARAMS, MASK, EVERY, STEP_Q * BLOCK_Q // CAREFUL, P, PV, SILU, SOFTCAP, INT64,
             CAREFUL, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
     if broken(acc_dv, in_k[:, None]):
         _, acc_dv = _dkv_group(
-            k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
+            k, v, at_k, q_ptr, dout_ptr, rows_ptr, size, bias_ptr, tables, code_ptr, col_ptr_ptr, col_runs_ptr, scale,
             softcap, Hq, group, Lq, Lk, b, key_head, tile // STEP_K, plan_tiles, plan_batches, plan_heads, q_strides,
             dout_strides, bias_strides_, PARAMS, MASK, EVERY_DV, STEP_Q * BLOCK_Q // CAREFUL, P, PV, SILU, SOFTCAP,
             INT64, CAREFUL, BLOCK_P, BLOCK_PV,
@@ -201,14 +205,16 @@ def plan_dkv(dk, dv, dout, rows, call: dict) -> Launch:
 
 
 def sparse_attention_bwd(
-    dq, dk, dv, dbias, dsinks, dout, dlse, out, lse, q, k, v, code, plan, bias, sinks, scale, softcap, silu, norm
+    dq, dk, dv, dbias, dsinks, dposition_table, dtime_table, dout, dlse, out, lse, q, k, v, code, plan, bias, sinks,
+    position_table, q_pos, k_pos, time_table, q_time, k_time, edges, scale, softcap, silu, norm,
 ) -> None:  # fmt: skip
-    """Fills dq, dk, dv, dbias and dsinks; those that are None (dk and dv together) are left out."""
+    """Fills dq, dk, dv, dbias, dsinks and the tables'; those that are None (dk and dv together) are left out."""
     rows = lse.new_empty(2, *lse.shape)
     plan_rows(rows, dout, dlse, out, lse).run()
     call = dict(
-        q=q, k=k, v=v, code=code, plan=plan, bias=bias, scale=scale, softcap=softcap, silu=silu, norm=norm,
-        functions=functions_of(structures_of(code)),
+        q=q, k=k, v=v, code=code, plan=plan, bias=bias,
+        tables=tables_of(position_table, q_pos, k_pos, time_table, q_time, k_time, edges), scale=scale,
+        softcap=softcap, silu=silu, norm=norm, functions=functions_of(structures_of(code)),
     )  # fmt: skip
     if dq is not None:
         plan_dq(dq, dout, rows, call).run()
@@ -216,6 +222,8 @@ def sparse_attention_bwd(
         plan_dkv(dk, dv, dout, rows, call).run()
     if dbias is not None:
         plan_dbias(dbias, dout, rows, call).run()
+    if dposition_table is not None or dtime_table is not None:
+        fill_dtables(dposition_table, dtime_table, dout, rows, call)
     if dsinks is not None:
         weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()  # NaN where sink and lse are -Inf: no weight
         dsinks.copy_(-(weight.where(lse > -torch.inf, 0) * rows[1]).sum((0, 2)))

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bias_tables import bias_of
 from .common import Launch, compile_spec, index, strides
 from .sparse_attention import (
     bias_strides,
@@ -44,7 +45,7 @@ def _visited(runs_ptr, begin, end, tile):
 
 @triton.jit
 def _sparse_attention_dbias_kernel(
-    dbias_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
+    dbias_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, tables, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
     scale, softcap, norm, size, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads, bias_heads, sharing_batches,
     sharing_heads, stride_dbias_b, stride_dbias_h, stride_dbias_q, stride_dbias_k,
     stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p,
@@ -83,7 +84,11 @@ def _sparse_attention_dbias_kernel(
             qk, dw = dot(q, tl.trans(k), none), dot(dout, tl.trans(v), none)
             numbers_ = PARAMS(code_ptr, program_of(code_ptr, h))
             allowed = MASK(code_ptr, numbers_, b, h, at_q[:, None], at_k[None, :]) & inside
-            _, ds, _ = slopes(qk, dw, bias, lse[:, None], delta[:, None], allowed, scale, softcap, SILU, SOFTCAP, True)
+            added = bias
+            if tables is not None:
+                at = (at_q[:, None], at_k[None, :], in_q[:, None], in_k[None, :])
+                added = bias.to(acc.dtype) + bias_of(None, 0, 0, tables, h, at[0], at[1], at[2], at[3], INT64)
+            _, ds, _ = slopes(qk, dw, added, lse[:, None], delta[:, None], allowed, scale, softcap, SILU, SOFTCAP, True)
             acc += ds
     if SILU:
         acc *= norm
@@ -93,7 +98,7 @@ def _sparse_attention_dbias_kernel(
 
 
 def plan_dbias(dbias, dout, rows, call: dict) -> Launch:
-    """call: q, k, v, code, plan, bias, scale, softcap, silu, norm, functions."""
+    """call: q, k, v, code, plan, bias, tables, scale, softcap, silu, norm, functions."""
     q, v, plan, bias = (call[name] for name in ("q", "v", "plan", "bias"))
     wide_tile = q.element_size() == 2 and q.shape[3] <= 128 and v.shape[3] <= 128
     default = {"BLOCK_Q": 64 if wide_tile else 32, "BLOCK_K": 64 if wide_tile else 32, "num_warps": 4, "num_stages": 1}

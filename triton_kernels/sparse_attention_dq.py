@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bias_tables import bias_of
 from .common import LOG2E, Launch, compile_spec, index, sigmoid, silu_slope, strides, wide
 from .sparse_attention import (
     CAREFUL,
@@ -94,8 +95,8 @@ def load_statistics(rows_ptr, size, at, inside):
 
 @triton.jit
 def _dq_walk(
-    acc, q, dout, lse, delta, at_q, keys, values, biases, code_ptr, numbers_, b, h, runs_ptr, runs, ends, scale,
-    softcap, MASK: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
+    acc, q, dout, lse, delta, at_q, keys, values, biases, tables, code_ptr, numbers_, b, h, runs_ptr, runs, ends,
+    scale, softcap, MASK: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
     SILU: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
@@ -112,10 +113,11 @@ def _dq_walk(
             v = load_rows(value_ptr, stride_v_l, stride_v_p, column, pv, in_k, PV, KIND != FULL)  # [BLOCK_K, BLOCK_PV]
             none = tl.zeros([q.shape[0], BLOCK_K], acc.dtype)
             qk, dw = dot(q, tl.trans(k), none), dot(dout, tl.trans(v), none)  # [BLOCK_Q, BLOCK_K]
-            bias, allowed = None, None
-            if bias_ptr is not None:
-                pointers = bias_ptr + index(at_q, INT64)[:, None] * stride_bias_q + column[None, :] * stride_bias_k
-                bias = tl.load(pointers, mask=(at_q < Lq)[:, None] & in_k[None, :], other=0.0)
+            bias = bias_of(
+                bias_ptr, stride_bias_q, stride_bias_k, tables, h, at_q[:, None], at_k[None, :], (at_q < Lq)[:, None],
+                in_k[None, :], INT64,
+            )  # fmt: skip
+            allowed = None
             if KIND != FULL:
                 allowed = MASK(code_ptr, numbers_, b, h, at_q[:, None], at_k[None, :]) & in_k[None, :]
             _, _, ds = slopes(
@@ -130,7 +132,7 @@ def _dq_walk(
 
 @triton.jit
 def _sparse_attention_dq_kernel(
-    dq_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
+    dq_ptr, dout_ptr, rows_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, tables, code_ptr, ptr_ptr, runs_ptr, scalars_ptr,
     scale, softcap, norm, size, Hq, group, Lq, Lk, plan_tiles, plan_batches, plan_heads,
     stride_dq_b, stride_dq_h, stride_dq_l, stride_dq_p, stride_dout_b, stride_dout_h, stride_dout_l, stride_dout_p,
     stride_q_b, stride_q_h, stride_q_l, stride_q_p, stride_k_b, stride_k_h, stride_k_l, stride_k_p,
@@ -164,12 +166,12 @@ def _sparse_attention_dq_kernel(
     acc = none
     for KIND in tl.static_range(0, 2):
         acc = _dq_walk(
-            acc, q, dout, lse, delta, at_q, keys, values, biases, code_ptr, numbers_, b, h, runs_ptr, runs, ends, scale,
-            softcap, MASK, KIND, STEP_K, P, PV, SILU, SOFTCAP, INT64, BLOCK_K, BLOCK_P, BLOCK_PV,
+            acc, q, dout, lse, delta, at_q, keys, values, biases, tables, code_ptr, numbers_, b, h, runs_ptr, runs,
+            ends, scale, softcap, MASK, KIND, STEP_K, P, PV, SILU, SOFTCAP, INT64, BLOCK_K, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
     if broken(acc, in_q[:, None]):
         acc = _dq_walk(
-            none, q, dout, lse, delta, at_q, keys, values, biases, code_ptr, numbers_, b, h, runs_ptr, runs,
+            none, q, dout, lse, delta, at_q, keys, values, biases, tables, code_ptr, numbers_, b, h, runs_ptr, runs,
             (0, tl.cdiv(Lk, CAREFUL)), scale, softcap, MASK, EVERY, STEP_K * BLOCK_K // CAREFUL, P, PV, SILU, SOFTCAP,
             INT64, CAREFUL, BLOCK_P, BLOCK_PV,
         )  # fmt: skip
@@ -208,7 +210,7 @@ def default(kernel: str, q: torch.Tensor, v: torch.Tensor) -> dict:
 
 
 def plan_dq(dq, dout, rows, call: dict) -> Launch:
-    """call: q, k, v, code, plan, bias, scale, softcap, silu, norm, functions."""
+    """call: q, k, v, code, plan, bias, tables, scale, softcap, silu, norm, functions."""
     q, v, plan = call["q"], call["v"], call["plan"]
     blocks = blocks_of("sparse_attention_dq", q, v, plan, default("dq", q, v))
     args = common_args(**call, blocks=blocks, tensors=(dq, dout)) | dict(
