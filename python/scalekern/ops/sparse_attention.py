@@ -302,7 +302,7 @@ def _fwd(kernel, tiles):
     def fill(out, lse, q, k, v, mask, cu_seqlens, cu_seqlens_k, *rest):
         *given, scale, softcap, silu, norm = rest  # bias, sinks, tables
         found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
-        kernel(out, lse, q, k, v, *found, *given[:2], scale_of(q, scale), softcap, silu, norm)
+        kernel(out, lse, q, k, v, *found, *given, scale_of(q, scale), softcap, silu, norm)
 
     return _like(kernel, _resolved(fill, 5, -1))
 
@@ -320,17 +320,13 @@ def _bwd(kernel, tiles):
         sums = dbias.to(_wide(dbias)) if need_dbias else None
         others = [None if x is None else d for d, x in zip((dsinks, dposition, dtime), (given[1], given[2], given[5]))]
         kernel(
-            dq, dk, dv, sums, *others[:1], dout, dlse, out, lse, q, k, v, *found, *given[:2], scale_of(q, scale), softcap,
-            silu, norm,
+            dq, dk, dv, sums, *others, dout, dlse, out, lse, q, k, v, *found, *given, scale_of(q, scale), softcap, silu,
+            norm,
         )  # fmt: skip
         if need_dbias and sums is not dbias:
             dbias.copy_(sums)
 
     return _like(kernel, _resolved(fill, 12, -2))
-
-
-def _no_tables(*args):
-    return None if args[8] is None and args[11] is None else "tables are not implemented"
 
 
 def _like(kernel, fill):
@@ -350,8 +346,8 @@ sparse_attention_fwd = _library.define(
     NAME,
     f"sparse_attention_fwd({_FORWARD}, {_OPTIONS}) -> (Tensor, Tensor)",
     backends=(
-        Backend("triton", filling(_allocate_fwd, _fwd(triton(NAME, "sparse_attention_fwd"), _triton_tiles)), _no_tables),
-        Backend("cpu", filling(_allocate_fwd, _fwd(native("sparse_attention_fwd", "cpu"), _cpu_tiles)), _no_tables),
+        Backend("triton", filling(_allocate_fwd, _fwd(triton(NAME, "sparse_attention_fwd"), _triton_tiles))),
+        Backend("cpu", filling(_allocate_fwd, _fwd(native("sparse_attention_fwd", "cpu"), _cpu_tiles))),
         Backend("reference", _resolved(reference_fwd, 3, -1)),
     ),
     fake=_allocate_fwd,
@@ -366,8 +362,8 @@ sparse_attention_bwd = _library.define(
     f"sparse_attention_bwd(Tensor dout, Tensor? dlse, {_FORWARD}, Tensor out, Tensor lse, {_OPTIONS}, "
     "bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        Backend("triton", filling(_allocate_bwd, _bwd(triton(f"{NAME}_bwd", "sparse_attention_bwd"), _triton_tiles)), lambda g, h, *a: _no_tables(*a)),
-        Backend("cpu", filling(_allocate_bwd, _bwd(native("sparse_attention_bwd", "cpu"), _cpu_tiles)), lambda g, h, *a: _no_tables(*a)),
+        Backend("triton", filling(_allocate_bwd, _bwd(triton(f"{NAME}_bwd", "sparse_attention_bwd"), _triton_tiles))),
+        Backend("cpu", filling(_allocate_bwd, _bwd(native("sparse_attention_bwd", "cpu"), _cpu_tiles))),
         Backend("reference", _resolved(reference_bwd, 5, -2)),
     ),
     fake=_allocate_bwd,
