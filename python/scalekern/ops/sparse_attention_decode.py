@@ -6,7 +6,7 @@ Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, S slots of 
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import Backend, filling, native
 from scalekern.reference.sparse_attention_decode import sparse_attention_decode_op as reference_decode
 
 NAME = "sparse_attention_decode"
@@ -127,7 +127,10 @@ sparse_attention_decode_op = _library.define(
     "sparse_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? budgets, "
     "Tensor? head_offsets, Tensor? block_table, Tensor? sinks, int sink, bool circular, float scale, float softcap) "
     "-> (Tensor, Tensor)",
-    backends=(Backend("reference", reference_decode),),
+    backends=(
+        Backend("cpu", filling(_allocate, native("sparse_attention_decode", "cpu"))),
+        Backend("reference", reference_decode),
+    ),
     fake=_allocate,
     empty=_empty,
 )
