@@ -21,10 +21,20 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import _env
 from .common import LN2, LOG2E, Launch, compile_spec, index, meta, strides, wide
 from .tuning import config
 
+INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())
 PROCESSORS = 132  # of an H100: how many programs are worth starting is no matter of a few more
+
+
+@triton.jit
+def _product(a, b, real: tl.constexpr):
+    """a b, exactly summed; the interpreter would multiply bfloat16 as the integers that it holds."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee", out_dtype=real)
 
 
 @triton.jit
@@ -35,7 +45,7 @@ def _sparse_attention_decode_kernel(
     stride_v_b, stride_v_h, stride_v_s, stride_v_p, stride_lengths_b, stride_budgets_h, stride_offsets_h,
     stride_table_b, stride_table_j,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
-    PAGE: tl.constexpr, CIRCULAR: tl.constexpr, SOFTCAP: tl.constexpr, INT64: tl.constexpr,
+    PAGE: tl.constexpr, CIRCULAR: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, INT64: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
     real: tl.constexpr = acc_ptr.dtype.element_ty
@@ -76,7 +86,7 @@ def _sparse_attention_decode_kernel(
     end = tl.minimum(begin + each, count)
     # from where to where every row sees every key
     clear_from = tl.max(tl.where(in_r, own - window + 1, 0), 0) - low + head
-    clear_to = head + n - T + 1 - low
+    clear_to = n - T + 1 - low + head
 
     p, pv = index(tl.arange(0, BLOCK_P), INT64), index(tl.arange(0, BLOCK_PV), INT64)
     in_p, in_pv = p < P, pv < PV
@@ -108,7 +118,7 @@ def _sparse_attention_decode_kernel(
             at_k = slot * stride_k_s
             at_v = slot * stride_v_s
         k = tl.load(k_ptr + at_k[None, :] + p[:, None] * stride_k_p, mask=in_n[None, :] & in_p[:, None], other=0.0)
-        s = tl.dot(q, k, input_precision="ieee", out_dtype=real) * scale  # [BLOCK_R, BLOCK_N]
+        s = _product(q, k, real) * scale  # [BLOCK_R, BLOCK_N]
         if SOFTCAP:
             s = softcap * (1 - 2 / (1 + tl.exp(2 * (s / softcap))))
         seen = (position[None, :] <= own[:, None]) & in_n[None, :] & in_r[:, None]
@@ -121,15 +131,17 @@ def _sparse_attention_decode_kernel(
         most, total = found, total * fade + tl.sum(weights, 1)
         v = tl.load(v_ptr + at_v[:, None] + pv[None, :] * stride_v_p, mask=in_n[:, None] & in_pv[None, :], other=0.0)
         acc = acc * fade[:, None]
-        if (start >= clear_from) & (tl.minimum(start + BLOCK_N, end) <= clear_to):
-            acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee", out_dtype=real)
+        if EVEN:
+            acc += _product(weights.to(v.dtype), v, real)
+        elif (start >= clear_from) & (tl.minimum(start + BLOCK_N, end) <= clear_to):
+            acc += _product(weights.to(v.dtype), v, real)
         else:
             # A row's weight of a key that it does not see is 0, and 0 NaN would be NaN: what is not finite goes to
             # the rows that see it alone.
-            finite = v * 0 == 0
-            sound = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0), input_precision="ieee", out_dtype=real)
-            every = tl.dot(weights.to(v.dtype), v, input_precision="ieee", out_dtype=real)
-            touched = tl.dot(seen.to(v.dtype), tl.where(finite, 0.0, 1.0).to(v.dtype), input_precision="ieee")
+            finite = v.to(real) * 0 == 0
+            sound = _product(weights.to(v.dtype), tl.where(finite, v, 0.0).to(v.dtype), real)
+            every = _product(weights.to(v.dtype), v, real)
+            touched = _product(seen.to(v.dtype), tl.where(finite, 0.0, 1.0).to(v.dtype), real)
             acc += tl.where(touched > 0, every, sound)
     row = ((b * splits_of_all + first + split) * rows_of_all + r).to(tl.int64)
     tl.store(state_ptr + 2 * row, most, mask=in_r)
@@ -205,7 +217,10 @@ def _splits(batch, key_heads, group, tokens, slots, sink, budgets, chunk) -> tup
 def plan_sparse_attention_decode(
     out, lse, q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale, softcap
 ):  # fmt: skip
-    """The two launches, from shapes, strides, dtypes and the budgets that are on the CPU."""
+    """The two launches, from shapes, strides, dtypes and the budgets that are on the CPU.
+
+    EVEN: all rows of a group see the same keys, so that none has to be kept from what another one sees.
+    """
     batch, heads, tokens, dim = q.shape
     value_dim, paged, ragged = v_cache.shape[-1], block_table is not None, head_offsets is not None
     key_heads = head_offsets.shape[0] - 1 if ragged else k_cache.shape[1]
@@ -223,6 +238,7 @@ def plan_sparse_attention_decode(
         known = tuple(budgets.tolist())
         budgets = _on_device(known, q.device)
     splits = _splits(batch, key_heads, group, tokens, slots, sink, known, blocks["CHUNK"])
+    same = budgets is None or group == 1 or (known and all(known[h] == known[h // group * group] for h in range(heads)))
     work, count = _work(splits, q.device), sum(splits)
     real = lse.dtype
     acc = torch.empty(batch, count, rows, value_dim, dtype=real, device=q.device)
@@ -237,7 +253,7 @@ def plan_sparse_attention_decode(
         **strides("k", k_cache, cache_axes), **strides("v", v_cache, cache_axes), **no_heads,
         **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
         **strides("offsets", head_offsets, "h"), **strides("table", block_table, "bj"), KEY_HEADS=key_heads,
-        GROUP=group, T=tokens, P=dim, PV=value_dim, PAGE=page, CIRCULAR=bool(circular), SOFTCAP=softcap != 0,
+        GROUP=group, T=tokens, P=dim, PV=value_dim, PAGE=page, CIRCULAR=bool(circular), SOFTCAP=softcap != 0, EVEN=tokens == 1 and same,
         INT64=wide(q, k_cache, v_cache, block_table), BLOCK_R=block_r, BLOCK_N=blocks["BLOCK_N"], BLOCK_P=block_p,
         BLOCK_PV=block_pv,
     )  # fmt: skip

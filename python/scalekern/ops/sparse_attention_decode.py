@@ -6,7 +6,7 @@ Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, S slots of 
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend, filling, native
+from scalekern._dispatch import Backend, filling, native, triton
 from scalekern.reference.sparse_attention_decode import sparse_attention_decode_op as reference_decode
 
 NAME = "sparse_attention_decode"
@@ -128,6 +128,7 @@ sparse_attention_decode_op = _library.define(
     "Tensor? head_offsets, Tensor? block_table, Tensor? sinks, int sink, bool circular, float scale, float softcap) "
     "-> (Tensor, Tensor)",
     backends=(
+        Backend("triton", filling(_allocate, triton("sparse_attention_decode", "sparse_attention_decode"))),
         Backend("cpu", filling(_allocate, native("sparse_attention_decode", "cpu"))),
         Backend("reference", reference_decode),
     ),
