@@ -12,7 +12,7 @@ from scalekern import masks, reference
 from scalekern.testing import assert_close
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
-SINK, BUDGETS = 2, (5, 9, 16, 4)  # of four query heads, two to a key head
+SINK, BUDGETS = 2, (5, 8, 10, 4)  # of four query heads, two to a key head
 WHOLE = (40,) * 4
 pytestmark = pytest.mark.usefixtures("any_backend")
 
@@ -92,12 +92,12 @@ CACHES = {"contiguous": contiguous, "circular": circular, "ragged": ragged, "pag
 @pytest.mark.parametrize("layout", CACHES)
 def test_step_by_step_as_the_rows_of_attention(layout, budgets, tokens):
     """A ragged batch, from its first token on, over caches of NaN: what a step may not see reaches nothing."""
-    lead, write, told = CACHES[layout](2, L := 21, budgets, tokens)
+    lead, write, told = CACHES[layout](2, L := 13, budgets, tokens)
     q, k, v = sequence(L=L)
     caches = [torch.full((*lead, x.shape[-1]), float("nan")) for x in (k, v)]
     limits = {} if budgets is WHOLE else {"budgets": torch.tensor(budgets, dtype=torch.int32)}
-    behind = (0, 4)  # the second row of the batch starts so many tokens later
-    checked = range(tokens, L + 1, tokens * (10 if INTERPRET else 1))
+    behind = (0, 3)  # the second row of the batch starts so many tokens later
+    checked = range(tokens, L + 1, tokens * (6 if INTERPRET else 2))
     wanted, wanted_lse = rows(q, k, v, budgets, SINK, L)
     for end in range(tokens, L + 1, tokens):
         ends = [max(end - late, 0) for late in behind]
@@ -182,8 +182,9 @@ def test_merged_splits_are_the_whole():
         for a, e in zip(bounds, bounds[1:])
     ]
     parts[1][0].fill_(float("nan"))
-    got = scalekern.merge_attention(*zip(*parts))
-    step = scalekern.merge_attention(*zip(scalekern.merge_attention(*zip(*parts[:2])), parts[2]))
+    with scalekern.backend("reference"):  # no kernel: it is made of torch's ops on every backend that it has
+        got = scalekern.merge_attention(*zip(*parts))
+        step = scalekern.merge_attention(*zip(scalekern.merge_attention(*zip(*parts[:2])), parts[2]))
     for g, s, w in zip(got, step, wanted):
         assert_close(g, w, tolerance=2e-6)
         assert_close(s, w, tolerance=2e-6)
@@ -195,7 +196,8 @@ def test_gradients_of_a_merge_with_parts_that_saw_nothing():
     q, k, v = (x.double().requires_grad_() for x in sequence(L=12))
     early, late = masks.sink(4), ~masks.sink(4)
     halves = [reference.sparse_attention(q, k, v, masks.causal & m, return_lse=True) for m in (early, late)]
-    out, lse = scalekern.merge_attention(*zip(*halves))
+    with scalekern.backend("reference"):
+        out, lse = scalekern.merge_attention(*zip(*halves))
     assert (halves[1][1][:, :, :4] == float("-inf")).all()
     whole, whole_lse = reference.sparse_attention(q, k, v, masks.causal, return_lse=True)
     weights = normal(*out.shape, seed=9).double(), normal(*lse.shape, seed=10).double()
@@ -206,7 +208,8 @@ def test_gradients_of_a_merge_with_parts_that_saw_nothing():
         assert_close(g, w, tolerance=1e-12)
     outs = torch.full((2, 3, 4), float("nan"), requires_grad=True)
     lses = torch.full((2, 3), float("-inf"), requires_grad=True)
-    out, lse = scalekern.merge_attention(outs, lses)
+    with scalekern.backend("reference"):
+        out, lse = scalekern.merge_attention(outs, lses)
     assert not out.any() and (lse == float("-inf")).all()
     for g in torch.autograd.grad(out.sum() + lse.sum(), (outs, lses)):
         assert torch.isfinite(g).all() and not g.any()

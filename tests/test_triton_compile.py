@@ -28,13 +28,14 @@ from scalekern.triton_kernels import (  # noqa: E402
     selective_scan,
     selective_scan_bwd,
     selective_state_update,
+    sparse_attention_decode,
     tuning,
 )
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
     causal_conv1d, causal_conv1d_update, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
-    selective_state_update,
+    selective_state_update, sparse_attention_decode,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.
@@ -42,6 +43,7 @@ REGISTER_SLACK, STACK_SLACK = 8, 32
 MAIN = (
     "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "selective_scan_fwd", "selective_scan_bwd",
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
+    "sparse_attention_decode", "sparse_attention_decode_merge",
 )  # fmt: skip
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN if not name.startswith("fft_conv")}
