@@ -42,7 +42,7 @@ test-interpret:
 	  echo "Triton kernels through the interpreter:"; \
 	  TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py tests/test_selective_scan.py \
 	    tests/test_selective_state_update.py tests/test_causal_conv1d.py tests/test_triton_interpret.py \
-	    tests/test_triton_fft_conv.py; \
+	    tests/test_triton_fft_conv.py tests/test_sparse_attention_decode.py; \
 	else echo "scalekern: Triton is not installed; its kernels were not tested"; fi
 
 bench: build

@@ -266,7 +266,7 @@ FORWARD = {
         "first token of the sink forgotten": given(sink=lambda n: n - 1 if n else 1),
         "cap left out": given(softcap=lambda c: 0.0 if c else 1e-2),
         **ignored("sinks"),
-        **flipped("circular"),
+        "slots off by one": given(k_cache=shifted(-2)),
     },
     "merge_attention_fwd": {
         "two parts swapped": given(lses=swapped(0)),

@@ -229,8 +229,9 @@ def plan_sparse_attention_decode(
     slots = block_table.shape[1] * page if paged else k_cache.shape[-2]
     block_pv = max(triton.next_power_of_2(value_dim), 16)
     block_p = max(triton.next_power_of_2(dim), 16)
-    wide_blocks = max(block_p, block_pv) * q.element_size() > 256
-    default = {"BLOCK_N": 32 if wide_blocks else 64, "CHUNK": 128, "num_warps": 4}
+    row = max(block_p, block_pv) * q.element_size()  # bytes: three stages of two blocks of rows have to fit
+    # Without matrix units (float32) a thread holds its part of the products' operands: 4 warps spill 352 bytes.
+    default = {"BLOCK_N": 64 if row <= 256 else 32 if row <= 1024 else 16, "CHUNK": 128, "num_warps": 4 if row <= 256 else 8}
     key = f"{str(q.dtype)[6:]}-P{block_p}-R{triton.next_power_of_2(rows)}"
     blocks = config("sparse_attention_decode", key, q.device, default)
     known = None
@@ -245,7 +246,7 @@ def plan_sparse_attention_decode(
     state = torch.empty(batch, count, rows, 2, dtype=real, device=q.device)
     cache_axes = "bsp" if ragged else "bhsp"
     no_heads = {"stride_k_h": 0, "stride_v_h": 0} if ragged else {}
-    block_r = min(max(triton.next_power_of_2(rows), 16), 64)
+    block_r = min(max(triton.next_power_of_2(rows), 16), 64 if row <= 512 else 16)
     args = dict(
         acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=lengths, budgets_ptr=budgets,
         offsets_ptr=head_offsets, table_ptr=block_table, plan_ptr=work, scale=float(scale), softcap=float(softcap),
