@@ -172,7 +172,7 @@ def decode(device, dtype=torch.float32, *, budgets=None, B=1, H, G=None, L, P, s
     q, k, v = randn(B, H, 1, P).to(dtype), randn(B, G, L, P).to(dtype), randn(B, G, L, P).to(dtype)
     lengths = torch.full((B,), L, dtype=torch.int32, device=device)
     spans = [L] * G if budgets is None else [L // budgets[g % len(budgets)] for g in range(G)]
-    limits = {} if budgets is None else {"sink": sinks, "budgets": torch.tensor([s for s in spans for _ in range(step)])}
+    limits = {} if budgets is None else {"sink": sinks, "budgets": torch.tensor(spans).repeat_interleave(step)}
     grouped = G != H
 
     def oracle():
@@ -219,7 +219,8 @@ def merge(device, dtype=torch.float32, *, N, B=1, H, L, P) -> Work:
     randn = normal(device, 0)
     outs, lses = randn(N, B, H, L, P).to(dtype), randn(N, B, H, L)
     return Work(
-        run=lambda: scalekern.merge_attention(outs, lses), oracle=lambda: reference.merge_attention(upcast(outs), upcast(lses)),
+        run=lambda: scalekern.merge_attention(outs, lses),
+        oracle=lambda: reference.merge_attention(upcast(outs), upcast(lses)),
         tolerance=TOLERANCE[dtype], bytes_moved=(N + 1) * B * H * L * (P * dtype.itemsize + 4), flops=2 * outs.numel(),
         exponentials=lses.numel(),
     )  # fmt: skip

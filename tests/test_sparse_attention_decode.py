@@ -25,7 +25,8 @@ def _on(any_backend):
 
 def normal(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype).to(torch.empty(0).device)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.empty(0).device, dtype)
 
 
 def sequence(B=2, L=21, P=8, Pv=5, dtype=torch.float32):
@@ -165,10 +166,12 @@ def test_budgets_on_either_device_and_forgotten_pages():
     table = torch.tensor([[0, -7, 10**6, 3, 4, 5]], dtype=torch.int32)
     args = dict(sink=2, budgets=budgets)
     wanted = scalekern.sparse_attention_decode(q[:, :, -1:], k, v, torch.tensor([24]), **args)
-    got = scalekern.sparse_attention_decode(q[:, :, -1:], pages(k), pages(v), torch.tensor([24]), block_table=table, **args)
+    cut = pages(k), pages(v), torch.tensor([24])
+    got = scalekern.sparse_attention_decode(q[:, :, -1:], *cut, block_table=table, **args)
     assert torch.equal(got, wanted) and wanted.any()
     args["budgets"] = budgets.cpu()
-    assert_close(scalekern.sparse_attention_decode(q[:, :, -1:], k, v, torch.tensor([24]), **args), wanted, tolerance=1e-6)
+    got = scalekern.sparse_attention_decode(q[:, :, -1:], k, v, torch.tensor([24]), **args)
+    assert_close(got, wanted, tolerance=1e-6)
 
 
 def test_merged_splits_are_the_whole():

@@ -1,16 +1,17 @@
 """Attention of a few queries over a cache, split over the keys and merged.
 
-Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, R rows (a group's query heads x T), P, Pv head dims.
+Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, R rows (a group's query heads x T), P, Pv head
+dims.
 
 Not measured on a GPU yet.
 
-What bounds it on an H100/H200: HBM bytes of the cache; 4 R flops a pair of numbers read, 2 bytes each in half precision,
-stay below the matrix units' rate up to some hundred rows.
+What bounds it on an H100/H200: HBM bytes of the cache; 4 R flops a pair of numbers read, 2 bytes each in half
+precision, stay below the matrix units' rate up to some hundred rows.
 
 How the work is split: the keys that some row of a key head sees make a list (the first ones, then the newest), cut into
 splits; a program takes one split of one head and batch row for up to 64 rows of the group, so that a key is read once.
-How many splits a head gets follows its budget: the list of (head, split) is flattened and no program starts for keys
-that no budget reaches. Budgets that are on the GPU cannot be read without a synchronization: then every head gets splits
+How many splits a head gets follows its budget: the list of (head, split) is flattened and no program starts for
+keys that no budget reaches. Budgets that are on the GPU cannot be read without a synchronization: then every head gets splits
 for the whole cache and divides what it finds among them. A second kernel adds the splits of a row in their order.
 """
 
@@ -231,7 +232,9 @@ def plan_sparse_attention_decode(
     block_p = max(triton.next_power_of_2(dim), 16)
     row = max(block_p, block_pv) * q.element_size()  # bytes: three stages of two blocks of rows have to fit
     # Without matrix units (float32) a thread holds its part of the products' operands: 4 warps spill 352 bytes.
-    default = {"BLOCK_N": 64 if row <= 256 else 32 if row <= 1024 else 16, "CHUNK": 128, "num_warps": 4 if row <= 256 else 8}
+    default = {"BLOCK_N": 64 if row <= 256 else 32 if row <= 1024 else 16, "CHUNK": 128, "num_warps": 4}
+    if row > 256:
+        default["num_warps"] = 8
     key = f"{str(q.dtype)[6:]}-P{block_p}-R{triton.next_power_of_2(rows)}"
     blocks = config("sparse_attention_decode", key, q.device, default)
     known = None
@@ -239,7 +242,8 @@ def plan_sparse_attention_decode(
         known = tuple(budgets.tolist())
         budgets = _on_device(known, q.device)
     splits = _splits(batch, key_heads, group, tokens, slots, sink, known, blocks["CHUNK"])
-    same = budgets is None or group == 1 or (known and all(known[h] == known[h // group * group] for h in range(heads)))
+    alike = known is not None and all(known[h] == known[h // group * group] for h in range(heads))
+    same = budgets is None or group == 1 or alike
     work, count = _work(splits, q.device), sum(splits)
     real = lse.dtype
     acc = torch.empty(batch, count, rows, value_dim, dtype=real, device=q.device)
@@ -284,8 +288,8 @@ def _spec(dtype, part, *, tokens=1, paged=False, ragged=False, budgets=False, so
     cache = meta(*lead, dim, dtype=dtype)
     integers = lambda *shape: meta(*shape, dtype=torch.int32)
     args = (
-        q, meta(batch, heads, tokens, dtype=real), q, cache, cache, integers(batch), integers(heads) if budgets else None,
-        integers(key_heads + 1) if ragged else None, integers(batch, 64) if paged else None,
+        q, meta(batch, heads, tokens, dtype=real), q, cache, cache, integers(batch),
+        integers(heads) if budgets else None, integers(key_heads + 1) if ragged else None, integers(batch, 64) if paged else None,
         meta(heads, dtype=real) if part else None, 4, ragged, dim**-0.5, softcap,
     )  # fmt: skip
     return plan_sparse_attention_decode(*args)[part]

@@ -33,8 +33,8 @@ void check_pages(const DecodeArgs& a, int64_t b, int64_t from, int64_t to, int64
   for (int64_t j = from / a.page; from < to && j <= (to - 1) / a.page; ++j) {
     const int64_t page = page_of(a, b, j);
     STD_TORCH_CHECK(
-        page >= 0 && page < pages, "sparse_attention_decode: block_table[", b, ", ", j, "] must be a page below ", pages,
-        ", got ", page);
+        page >= 0 && page < pages, "sparse_attention_decode: block_table[", b, ", ", j, "] must be a page below ",
+        pages, ", got ", page);
   }
 }
 
@@ -53,8 +53,10 @@ void sparse_attention_decode(
   a.out = data(out), a.lse = data(lse), a.q = data(q), a.k = data(k), a.v = data(v), a.sinks = data(sinks);
   a.table = data(block_table), a.table_is_int64 = paged && dtype_of(*block_table) == Dtype::i64;
   a.q_b = stride(q, 0), a.q_h = stride(q, 1), a.q_t = stride(q, 2), a.q_p = stride(q, 3);
-  a.k_b = stride(k, 0), a.k_h = ragged ? 0 : stride(k, 1), a.k_s = stride(k, slots_axis), a.k_p = stride(k, slots_axis + 1);
-  a.v_b = stride(v, 0), a.v_h = ragged ? 0 : stride(v, 1), a.v_s = stride(v, slots_axis), a.v_p = stride(v, slots_axis + 1);
+  a.k_b = stride(k, 0), a.k_h = ragged ? 0 : stride(k, 1);
+  a.v_b = stride(v, 0), a.v_h = ragged ? 0 : stride(v, 1);
+  a.k_s = stride(k, slots_axis), a.k_p = stride(k, slots_axis + 1);
+  a.v_s = stride(v, slots_axis), a.v_p = stride(v, slots_axis + 1);
   a.sinks_h = stride(sinks, 0);
   if (paged) a.table_b = stride(block_table, 0), a.table_j = stride(block_table, 1);
 
@@ -73,7 +75,8 @@ void sparse_attention_decode(
     DecodeHead& head = heads[i];
     head.length = std::max<int64_t>(length[b], 0);
     head.base = ragged ? Indices(*head_offsets)[g] : 0;
-    head.capacity = ragged ? Indices(*head_offsets)[g + 1] - head.base : paged ? block_table->size(1) * a.page : k.size(2);
+    head.capacity = paged ? block_table->size(1) * a.page : k.size(slots_axis);
+    if (ragged) head.capacity = Indices(*head_offsets)[g + 1] - head.base;
     STD_TORCH_CHECK(
         !ragged || (head.base >= 0 && head.capacity >= 0 && head.base + head.capacity <= k.size(1)),
         "sparse_attention_decode: head_offsets must rise from 0 to at most ", k.size(1), ", got ", head.base, " and ",

@@ -89,7 +89,8 @@ static inline void dots(const F* q, int64_t dim, const S* const* keys, F* s, int
 
 // acc[r * dim + c] += sum_j p[r * pitch + j] v_j[c], columns c and the C - 1 vectors behind.
 template <int R, int C, class F, class S>
-static inline void weigh(const F* p, int64_t pitch, const S* const* values, int64_t begin, int64_t end, F* acc, int64_t dim) {
+static inline void weigh(
+    const F* p, int64_t pitch, const S* const* values, int64_t begin, int64_t end, F* acc, int64_t dim) {
   constexpr int W = kLanes<F>;
   Vec<F> sum[R][C];
 #pragma GCC unroll 4
@@ -205,7 +206,8 @@ class Worker {
     return (stride != 1 && dim > 1) || dim % W || (sizeof(T) == 2 && rows_ > kRowBlock<F>);
   }
 
-  const F** widened(const void* cache, const int64_t* offsets, int64_t count, int64_t stride, int64_t dim, int64_t pitch) {
+  const F** widened(
+      const void* cache, const int64_t* offsets, int64_t count, int64_t stride, int64_t dim, int64_t pitch) {
     for (int64_t i = 0; i < kTile; ++i) tile_rows_[i] = tile_ + (i < count ? i : 0) * pitch;
     for (int64_t i = 0; i < count; ++i) {
       widen(tile_ + i * pitch, at<T>(cache, offsets[i]), stride, dim);
@@ -243,7 +245,8 @@ class Worker {
       } else if (size == 2) {
         for (int64_t i = 0; i < count; i += W / 2) dots<2>(q, dim_, keys + i, s + i, kDecodeSplit);
       } else {
-        for (int64_t i = 0; i < count; i += W / kRowBlock<F>) dots<kRowBlock<F>>(q, dim_, keys + i, s + i, kDecodeSplit);
+        constexpr int R = kRowBlock<F>;
+        for (int64_t i = 0; i < count; i += W / R) dots<R>(q, dim_, keys + i, s + i, kDecodeSplit);
       }
     });
   }
@@ -254,11 +257,13 @@ class Worker {
     const Seen& own = seen_[r];
     const int64_t padded = round_up(split.count, W);
     const auto hide = [&](int64_t from, int64_t to) {
-      for (int64_t j = clamp(from - split.first, 0, padded); j < clamp(to - split.first, 0, padded); ++j) s[j] = F(-kInfinity);
+      const int64_t end = clamp(to - split.first, 0, padded);
+      for (int64_t j = clamp(from - split.first, 0, padded); j < end; ++j) s[j] = F(-kInfinity);
     };
     if (a_.softcap != 0)
       for (int64_t j = 0; j < padded; j += W) store(s + j, F(a_.softcap) * tanhv(load(s + j) / F(a_.softcap)));
-    hide(own.sink, own.low), hide(own.high, split.first + padded), hide(split.first + split.count, split.first + padded);
+    hide(own.sink, own.low), hide(own.high, split.first + padded);
+    hide(split.first + split.count, split.first + padded);
     Vec<F> most = splat(F(0)) - F(kInfinity);
     VecInt<F> strange = {};
     for (int64_t j = 0; j < padded; j += W) {
@@ -290,8 +295,9 @@ class Worker {
       if (size > 2) return weigh_rows<kRowBlock<F>>(p, kDecodeSplit, values, 0, count, acc, value_dim_);
       if (size == 2) return weigh_rows<2>(p, kDecodeSplit, values, 0, count, acc, value_dim_);
       const Seen& s = seen_[r];
+      const int64_t low = clamp(s.low - begin, 0, count), high = clamp(s.high - begin, 0, count);
       weigh_rows<1>(p, kDecodeSplit, values, 0, clamp(s.sink - begin, 0, count), acc, value_dim_);
-      weigh_rows<1>(p, kDecodeSplit, values, clamp(s.low - begin, 0, count), clamp(s.high - begin, 0, count), acc, value_dim_);
+      weigh_rows<1>(p, kDecodeSplit, values, low, high, acc, value_dim_);
     });
   }
 

@@ -17,7 +17,8 @@ struct DecodeSplit {
   int64_t head, first, count;
 };
 
-// Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, P head dim, Pv of the values. Strides in elements.
+// Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, P head dim, Pv of the values. Strides in
+// elements.
 struct DecodeArgs {
   int64_t batch, key_heads, group, tokens, dim, value_dim;
   int64_t page;  // slots of one, 0: not paged

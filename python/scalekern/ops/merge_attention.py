@@ -49,7 +49,8 @@ def _stacked(name, parts):
     if isinstance(parts, (list, tuple)):
         for part in parts:
             if not isinstance(part, torch.Tensor):
-                raise TypeError(f"{NAME}: {name} must be a torch.Tensor, got {type(parts).__name__} of {type(part).__name__}")
+                got = f"{type(parts).__name__} of {type(part).__name__}"
+                raise TypeError(f"{NAME}: {name} must be a torch.Tensor, got {got}")
         if not parts:
             raise ValueError(f"{NAME}: {name} must have at least one part, got none")
         for part in parts[1:]:

@@ -66,8 +66,9 @@ def sparse_attention_decode(
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     out, lse = sparse_attention_decode_op(
-        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale, float(softcap or 0.0)
-    )
+        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale,
+        float(softcap or 0.0),
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
