@@ -166,21 +166,20 @@ CUDA = [
 WHOLE, GATHERED = "scaled_dot_product_attention, whole cache", "gathered windows + scaled_dot_product_attention"
 
 
-def decode(device, dtype=torch.float32, *, budgets=None, B=1, H, G=None, L, P, sinks=4) -> Work:
-    """budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache."""
-    randn, G, step = normal(device, 0), G or H, H // (G or H)
+def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sinks=4) -> Work:
+    """G key heads, R query heads to each. budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache."""
+    randn, H = normal(device, 0), G * R
     q, k, v = randn(B, H, 1, P).to(dtype), randn(B, G, L, P).to(dtype), randn(B, G, L, P).to(dtype)
     lengths = torch.full((B,), L, dtype=torch.int32, device=device)
     spans = [L] * G if budgets is None else [L // budgets[g % len(budgets)] for g in range(G)]
-    limits = {} if budgets is None else {"sink": sinks, "budgets": torch.tensor(spans).repeat_interleave(step)}
-    grouped = G != H
+    limits = {} if budgets is None else {"sink": sinks, "budgets": torch.tensor(spans).repeat_interleave(R)}
 
     def oracle():
         exact = (upcast(x) for x in (q, k, v))
         return (reference.sparse_attention_decode(*exact, lengths, **limits),)
 
     def whole():
-        run = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        run = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=R > 1)
         return peers.torch_peer(run if budgets is None else lambda: (run(), None)[1])
 
     def gathered():
@@ -190,7 +189,7 @@ def decode(device, dtype=torch.float32, *, budgets=None, B=1, H, G=None, L, P, s
         def run():
             outs = [
                 F.scaled_dot_product_attention(
-                    q[:, g * step : (g + 1) * step], k[:, g, rows][:, None], v[:, g, rows][:, None], enable_gqa=step > 1
+                    q[:, g * R : (g + 1) * R], k[:, g, rows][:, None], v[:, g, rows][:, None], enable_gqa=R > 1
                 )
                 for g, rows in enumerate(kept)
             ]
@@ -202,7 +201,7 @@ def decode(device, dtype=torch.float32, *, budgets=None, B=1, H, G=None, L, P, s
     return Work(
         run=lambda: (scalekern.sparse_attention_decode(q, k, v, lengths, **limits),), oracle=oracle,
         tolerance=TOLERANCE[dtype], bytes_moved=dtype.itemsize * (2 * keys * P + 2 * B * H * P),
-        flops=4 * keys * step * P, exponentials=keys * step,
+        flops=4 * keys * R * P, exponentials=keys * R,
         peers={WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered},
     )  # fmt: skip
 
@@ -233,13 +232,13 @@ def merging(device, priority, shape, dtype):
 
 _SPANS, _FP32, _BF16 = (1, 2, 4, 8), torch.float32, torch.bfloat16
 DECODE = [
-    decoding("cpu", 97, {"B": 1, "H": 8, "L": 4096, "P": 128}, _FP32, **{WHOLE: 1}),
-    decoding("cpu", 98, {"B": 1, "H": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5}),
-    decoding("cpu", 99, {"B": 1, "H": 32, "G": 8, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5}),
+    decoding("cpu", 97, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, **{WHOLE: 1}),
+    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5}),
+    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5}),
     merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
-    decoding("cuda", 50, {"B": 16, "H": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
-    decoding("cuda", 51, {"B": 16, "H": 32, "G": 8, "L": 8192, "P": 128}, _BF16, limit=0.8),
-    decoding("cuda", 52, {"B": 1, "H": 32, "G": 8, "L": 65536, "P": 128}, _BF16, limit=0.8),
+    decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
+    decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),
+    decoding("cuda", 52, {"B": 1, "G": 8, "R": 4, "L": 65536, "P": 128}, _BF16, limit=0.8),
     merging("cuda", 53, {"N": 4, "H": 32, "L": 8192, "P": 128}, _BF16),
 ]
 CASES = [*CPU, *CUDA, *DECODE]
