@@ -161,4 +161,86 @@ CUDA = [
     for row in cases("cuda", mask, 30 + 2 * i, {**_GPU, "P": P}, torch.bfloat16, rivals=(DENSE, FLEX), forward={FLEX: 1.2},
                      backward={FLEX: 1.2})
 ]  # fmt: skip
-CASES = [*CPU, *CUDA]
+
+
+# ---- sparse_attention_decode ---------------------------------------------------------------------------------------
+
+WHOLE, GATHERED = "scaled_dot_product_attention, whole cache", "gathered windows + scaled_dot_product_attention"
+
+
+def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sinks=4) -> Work:
+    """G key heads, R query heads to each. budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache."""
+    randn, H = normal(device, 0), G * R
+    q, k, v = randn(B, H, 1, P).to(dtype), randn(B, G, L, P).to(dtype), randn(B, G, L, P).to(dtype)
+    lengths = torch.full((B,), L, dtype=torch.int32, device=device)
+    spans = [L] * G if budgets is None else [L // budgets[g % len(budgets)] for g in range(G)]
+    limits = {} if budgets is None else {"sink": sinks, "budgets": torch.tensor(spans).repeat_interleave(R)}
+
+    def oracle():
+        exact = (upcast(x) for x in (q, k, v))
+        return (reference.sparse_attention_decode(*exact, lengths, **limits),)
+
+    def whole():
+        run = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=R > 1)
+        return peers.torch_peer(run if budgets is None else lambda: (run(), None)[1])
+
+    def gathered():
+        kept = [[*range(sinks), *range(L - s + sinks, L)] for s in spans]
+        kept = [torch.tensor(rows, device=device) for rows in kept]
+
+        def run():
+            outs = [
+                F.scaled_dot_product_attention(
+                    q[:, g * R : (g + 1) * R], k[:, g, rows][:, None], v[:, g, rows][:, None], enable_gqa=R > 1
+                )
+                for g, rows in enumerate(kept)
+            ]
+            return (torch.cat(outs, 1),)
+
+        return peers.torch_peer(run)
+
+    keys = B * sum(spans)
+    return Work(
+        run=lambda: (scalekern.sparse_attention_decode(q, k, v, lengths, **limits),), oracle=oracle,
+        tolerance=TOLERANCE[dtype], bytes_moved=dtype.itemsize * (2 * keys * P + 2 * B * H * P),
+        flops=4 * keys * R * P, exponentials=keys * R,
+        peers={WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered},
+    )  # fmt: skip
+
+
+def decoding(device, priority, shape, dtype, note="", budgets=None, **targets):
+    return case("decode", functools.partial(decode, budgets=budgets), ("sparse_attention_decode",), "step", device, priority,
+                shape, dtype, note=note, backends=("triton", "cpu"), targets=targets)  # fmt: skip
+
+
+# ---- merge_attention -----------------------------------------------------------------------------------------------
+
+
+def merge(device, dtype=torch.float32, *, N, B=1, H, L, P) -> Work:
+    randn = normal(device, 0)
+    outs, lses = randn(N, B, H, L, P).to(dtype), randn(N, B, H, L)
+    return Work(
+        run=lambda: scalekern.merge_attention(outs, lses),
+        oracle=lambda: reference.merge_attention(upcast(outs), upcast(lses)),
+        tolerance=TOLERANCE[dtype], bytes_moved=(N + 1) * B * H * L * (P * dtype.itemsize + 4), flops=2 * outs.numel(),
+        exponentials=lses.numel(),
+    )  # fmt: skip
+
+
+def merging(device, priority, shape, dtype):
+    return case("merge", merge, ("merge_attention_fwd",), "fwd", device, priority, shape, dtype,
+                backends=("cuda", "cpu"))  # fmt: skip
+
+
+_SPANS, _FP32, _BF16 = (1, 2, 4, 8), torch.float32, torch.bfloat16
+DECODE = [
+    decoding("cpu", 97, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, **{WHOLE: 1}),
+    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5}),
+    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5}),
+    merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
+    decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
+    decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),
+    decoding("cuda", 52, {"B": 1, "G": 8, "R": 4, "L": 65536, "P": 128}, _BF16, limit=0.8),
+    merging("cuda", 53, {"N": 4, "H": 32, "L": 8192, "P": 128}, _BF16),
+]
+CASES = [*CPU, *CUDA, *DECODE]

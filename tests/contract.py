@@ -22,7 +22,7 @@ CASES = [
     for sample in spec.samples
     if not INTERPRET or has_backend(op, "triton")
 ]
-TRAINABLE = [(op, sample) for op, sample in CASES if not testing.specs()[op].inplace]
+TRAINABLE = [(op, sample) for op, sample in CASES if testing.specs()[op].trainable]
 IDS = [f"{op}-{sample.name}" for op, sample in CASES]
 TRAINABLE_IDS = [f"{op}-{sample.name}" for op, sample in TRAINABLE]
 
@@ -154,7 +154,7 @@ def captured_calls(op, args, kwargs):
             return func(*a, **(k or {}))
 
     with Capture():
-        if testing.specs()[op].inplace:
+        if not testing.specs()[op].trainable:
             getattr(scalekern, op)(*clones(args, kwargs)[0], **clones(args, kwargs)[1])
         else:
             gradients(getattr(scalekern, op), args, kwargs)

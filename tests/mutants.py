@@ -261,6 +261,26 @@ FORWARD = {
         "cap left out": given(softcap=lambda c: 0.0 if c else 1e-2),
         **flipped("silu"),
     },
+    "sparse_attention_decode": {
+        "two heads swapped": output(0, swapped(1)),
+        "last token not computed": output(0, zeroed(2, -1)),
+        "last channel not computed": output(0, zeroed(3, -1)),
+        "lse of another head": output(1, swapped(1)),
+        "newest token not seen": given(lengths=lambda n: n - 1),
+        "two rows' lengths swapped": given(lengths=swapped(0)),
+        "budgets of other heads": given(budgets=swapped(0)),
+        "windows one too long": given(budgets=lambda b: b + 1),
+        "two pages swapped": given(block_table=swapped(1)),
+        "first token of the sink forgotten": given(sink=lambda n: n - 1 if n else 1),
+        "cap left out": given(softcap=lambda c: 0.0 if c else 1e-2),
+        **ignored("sinks"),
+        "slots off by one": given(k_cache=shifted(-2)),
+    },
+    "merge_attention_fwd": {
+        "two parts swapped": given(lses=swapped(0)),
+        "last part dropped": given(outs=zeroed(0, -1)),
+        "lse of another row": output(1, swapped(0)),
+    },
     "mamba_inner_fwd": {
         "two rows swapped": output(0, swapped(0)),
         "last token not computed": output(0, zeroed(1, -1)),
@@ -314,6 +334,11 @@ GRADIENTS = {
         **ignored("dlse", "bias"),
         "slope of the cap left out": given(softcap=lambda c: c * 1e3),
         **flipped("silu"),
+    },
+    "merge_attention_bwd": {
+        "two parts of douts swapped": output(0, swapped(0)),
+        "half of dlses' terms lost": output(1, halved),
+        **ignored("dlse"),
     },
     "toeplitz_conv_bwd": {
         "two channels of du swapped": output(0, swapped(1)),

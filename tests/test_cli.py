@@ -45,7 +45,7 @@ def test_doctor_checks_every_public_op_on_every_backend_that_is_here(examined):
     for row in examined["checks"]:
         if row["status"] == "ok":
             assert 0 <= row["error"] <= 1e-5 and row["samples"] > 0
-            assert (row["gradient_error"] is None) == bool(testing.specs()[row["op"]].inplace)
+            assert (row["gradient_error"] is None) == (not testing.specs()[row["op"]].trainable)
 
 
 def test_doctor_knows_versions_and_build(examined):
@@ -235,7 +235,8 @@ def test_support_table_asks_every_op_and_backend(monkeypatch):
     for op, device, backend, dtypes, gradient, _, here in (r[:7] for r in rows):
         if backend == "reference":
             assert (device, dtypes, here) == ("any", "fp32, bf16", "yes")
-            assert gradient == ("none (in place)" if testing.specs()[op].inplace else "yes")
+            spec = testing.specs()[op]
+            assert gradient == ("none (in place)" if spec.inplace else "none (inference)" if spec.inference else "yes")
         if backend in ("cuda", "triton"):
             assert here == "no"
 

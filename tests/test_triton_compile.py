@@ -33,6 +33,7 @@ from scalekern.triton_kernels import (  # noqa: E402
     sparse_attention_bwd,
     sparse_attention_dbias,
     sparse_attention_dq,
+    sparse_attention_decode,
     toeplitz_conv,
     tuning,
 )
@@ -40,8 +41,8 @@ from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
     causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
-    selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_dq,
-    toeplitz_conv,
+    selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_decode,
+    sparse_attention_dq, toeplitz_conv,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.
@@ -51,13 +52,14 @@ MAIN = (
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
     "sparse_attention_fwd", "sparse_attention_rows", "sparse_attention_dq", "sparse_attention_dkv",
     "sparse_attention_dbias", "toeplitz_conv_fwd", "toeplitz_conv_bwd", "powers_sum", "moments",
+    "sparse_attention_decode", "sparse_attention_decode_merge",
 )  # fmt: skip
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u,
 # and those of diag_ssm_kernel compute in float32 where it is not float64.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN[:6]}
 DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
 DTYPES |= {"toeplitz_conv_fwd": ("float32", "float64"), "toeplitz_conv_bwd": ("float32",), "moments": ("float64",)}
-DTYPES |= {"sparse_attention_dq": ("float32",)}
+DTYPES |= {"sparse_attention_dq": ("float32",), "sparse_attention_decode": ("float32",)}
 DTYPES |= {f"sparse_attention_{name}": ("float32", "float64") for name in ("fwd", "dkv")}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 

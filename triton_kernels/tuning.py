@@ -77,6 +77,7 @@ CANDIDATES = {
     "causal_conv1d_fwd": _CONV,
     "causal_conv1d_bwd": _CONV,
     "causal_conv1d_update": _grid(BLOCK_D=(32, 64, 128, 256), num_warps=(1, 2, 4)),
+    "sparse_attention_decode": _grid(BLOCK_N=(32, 64, 128), CHUNK=(128, 256, 512), num_warps=(2, 4, 8)),
     "fft_conv_fwd": _grid(R=(1, 2, 4, 8), num_warps=(4, 8, 16)),
     "fft_conv_bwd": _grid(R=(1, 2, 4, 8), num_warps=(4, 8, 16)),
     "sparse_attention_fwd": [c for c in _TILES if c["BLOCK_Q"] >= 64],

@@ -12,9 +12,11 @@ from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, 
 from scalekern.ops.hstu_attention import hstu_attention
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
+from scalekern.ops.merge_attention import merge_attention
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 from scalekern.ops.sparse_attention import sparse_attention
+from scalekern.ops.sparse_attention_decode import sparse_attention_decode
 from scalekern.ops.toeplitz_conv import toeplitz_conv
 
 __version__ = "0.1.0"
@@ -39,10 +41,12 @@ __all__ = [
     "mamba_inner",
     "mamba_update",
     "masks",
+    "merge_attention",
     "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",
+    "sparse_attention_decode",
     "toeplitz_conv",
     "truncate_C",
 ]

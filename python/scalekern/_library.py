@@ -11,6 +11,7 @@ from scalekern import _dispatch
 
 _lib = torch.library.Library("scalekern", "DEF")  # noqa: TOR901 (lives as long as the process)
 OPS: dict[str, "Op"] = {}
+NO_GRADIENT = "this decoding op has no gradient; train with its sequence form"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,10 @@ def _on_the_same_backend(setup_context: Callable, backward: Callable) -> tuple[C
 
 
 def _no_gradient(name: str) -> Callable:
+    why = "second-order gradients are not implemented" if name.endswith("_bwd") else NO_GRADIENT
+
     def backward(ctx, *grads):
-        raise NotImplementedError(f"{name}: second-order gradients are not implemented")
+        raise NotImplementedError(f"{name}: {why}")
 
     return backward
 
@@ -188,7 +191,7 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise NotImplementedError(f"{ctx.op}: this in-place decoding op has no gradient; train with its sequence form")
+        raise NotImplementedError(f"{ctx.op}: {NO_GRADIENT}")
 
 
 def detached(tensors):

@@ -218,8 +218,9 @@ def support() -> str:
             probe = ran if device != "GPU" else asked
             served, gradient, refused = probe(op, backend, selfcheck, testing)
             here = "yes" if probe is ran and served else "no"
-            grad = "none (in place)" if testing.specs()[op].inplace else "yes" if gradient else "no"
-            grad = grad if served else ""
+            spec = testing.specs()[op]
+            none = "none (in place)" if spec.inplace else "none (inference)" if spec.inference else None
+            grad = (none or ("yes" if gradient else "no")) if served else ""
             lines.append(line(op, device, backend, ", ".join(served), grad, cell(refused), here))
     return "\n".join(lines)
 

@@ -47,11 +47,11 @@ def check(op: str, sample, backend: str, device: str, dtype=torch.float32) -> Ou
     """Run the op and its gradient on one backend and compare both with the oracle in float64."""
     outcome = Outcome(op, sample.name, backend, device, dtype, "ok")
     args, kwargs = sample.make(device=device, dtype=dtype)
-    inplace = testing.specs()[op].inplace
+    spec = testing.specs()[op]
     try:
         with warnings.catch_warnings(), scalekern.backend(backend):
             warnings.simplefilter("ignore")
-            got, got_grads = evaluate(getattr(scalekern, op), args, kwargs, inplace)
+            got, got_grads = evaluate(getattr(scalekern, op), args, kwargs, spec)
     except _dispatch.BackendError as error:
         return dataclasses.replace(outcome, status="unsupported", reason=_why(str(error), backend))
     except Exception as error:  # a broken backend is what this is here to find
@@ -75,7 +75,7 @@ def oracle(op: str, sample, device: str, dtype) -> tuple[tuple, tuple | None]:
     """What every backend is compared with: the same inputs in float64."""
     args, kwargs = sample.make(device=device, dtype=dtype)
     wide = [testing.upcast(a) for a in args], {k: testing.upcast(v) for k, v in kwargs.items()}
-    return evaluate(getattr(reference, op), *wide, testing.specs()[op].inplace)
+    return evaluate(getattr(reference, op), *wide, testing.specs()[op])
 
 
 def _worst(got: tuple, want: tuple) -> float:
@@ -86,13 +86,14 @@ def _worst(got: tuple, want: tuple) -> float:
         return float("inf")
 
 
-def evaluate(function, args, kwargs, inplace: tuple[int, ...]) -> tuple[tuple, tuple | None]:
-    """(outputs, gradients of all floating inputs for fixed output gradients); an in-place op has no gradients."""
-    args, kwargs = [_leaf(a, not inplace) for a in args], {k: _leaf(v, not inplace) for k, v in kwargs.items()}
+def evaluate(function, args, kwargs, spec: testing.Spec) -> tuple[tuple, tuple | None]:
+    """(outputs, gradients of all floating inputs for fixed output gradients); a decoding op has no gradients."""
+    args = [_leaf(a, spec.trainable) for a in args]
+    kwargs = {k: _leaf(v, spec.trainable) for k, v in kwargs.items()}
     outputs = function(*args, **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    if inplace:
-        return (*outputs, *(args[i] for i in inplace)), None
+    if not spec.trainable:
+        return (*outputs, *(args[i] for i in spec.inplace)), None
     leaves = [t for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.requires_grad]
     weights = [_fixed_like(o, i) for i, o in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
@@ -134,7 +135,7 @@ def captured(op: str, sample, dtype=torch.float32) -> list[tuple[str, tuple]]:
     calls: list = []
     with warnings.catch_warnings(), _Capture(calls), scalekern.backend("reference"):
         warnings.simplefilter("ignore")
-        evaluate(getattr(scalekern, op), args, kwargs, testing.specs()[op].inplace)
+        evaluate(getattr(scalekern, op), args, kwargs, testing.specs()[op])
     return calls
 
 

@@ -13,9 +13,11 @@ from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spec
 from scalekern.reference.hstu_attention import hstu_attention
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
+from scalekern.reference.merge_attention import merge_attention
 from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
 from scalekern.reference.sparse_attention import sparse_attention
+from scalekern.reference.sparse_attention_decode import sparse_attention_decode
 
 __all__ = [
     "causal_conv1d",
@@ -35,10 +37,12 @@ __all__ = [
     "hstu_attention",
     "mamba_inner",
     "mamba_update",
+    "merge_attention",
     "merge_dilated_branches",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",
+    "sparse_attention_decode",
     "toeplitz_conv",
     "truncate_C",
 ]

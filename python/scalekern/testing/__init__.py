@@ -66,6 +66,7 @@ class Spec:
     """A public op as the contract sees it.
 
     inplace          positions of the arguments that it changes (then: no gradient)
+    inference        a decoding step: it changes nothing, and has no gradient either
     gradient_factor  times TOLERANCE for gradients, which pass through twice the rounded values of the forward; a
                      composition, which rounds between its parts as they do when called one by one, has more
     dense_oracle     the oracle is a product with matrices, in which a NaN reaches every output
@@ -78,11 +79,16 @@ class Spec:
 
     samples: tuple[Sample, ...]
     inplace: tuple[int, ...] = ()
+    inference: bool = False
     gradient_factor: float = 2
     dense_oracle: bool = False
     operand_error: float = 0.0
     rounding_of_saved: float = 0.0
     parameters_only: bool = False
+
+    @property
+    def trainable(self) -> bool:
+        return not (self.inplace or self.inference)
 
 
 def specs() -> dict[str, Spec]:

@@ -73,3 +73,48 @@ SPECS = {
         rounding_of_saved=0.5,
     ),
 }  # fmt: skip
+
+
+def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, sinks=False, **plain):
+    """S: slots of a contiguous cache. capacities: those of each key head of a ragged one. pages: (pages, page, table)."""
+
+    def build(f):
+        kwargs = dict(plain)
+        if budgets is not None:
+            kwargs["budgets"] = f.integers(budgets)
+        if capacities is not None:
+            bounds = [sum(capacities[:g]) for g in range(Hkv + 1)]
+            kwargs["head_offsets"], lead = f.integers(bounds), (B, bounds[-1])
+        elif pages is not None:
+            count, page, table = pages
+            kwargs["block_table"], lead = f.integers(table), (count, Hkv, page)
+        else:
+            lead = (B, Hkv, S)
+        if sinks:
+            kwargs["sinks"] = f.param(Hq)
+        caches = f.io(*lead, P), f.io(*lead, P if Pv is None else Pv)
+        return (f.io(B, Hq, T, P), *caches, f.integers(lengths)), kwargs
+
+    return build
+
+
+def _parts(*lead, Pv):
+    return lambda f: ((f.io(*lead, Pv), f.param(*lead)), {})
+
+
+SPECS["sparse_attention_decode"] = Spec(
+    (
+        Sample("budgets", _decode(3, 4, 2, 1, 16, [37, 0, 5], S=41, budgets=[9, 37, 5, 6], sink=2, return_lse=True)),
+        Sample("everything", _decode(2, 6, 2, 3, 8, [19, 2], S=19, Pv=5, sinks=True, softcap=3.0, scale=0.7)),
+        Sample("circular", _decode(2, 2, 1, 2, 12, [45, 7], S=11, budgets=[10, 6], sink=3, circular=True)),
+        Sample("ragged", _decode(2, 4, 2, 1, 8, [70, 11], capacities=(6, 20), budgets=[6, 4, 12, 20], sink=1,
+                                 circular=True, return_lse=True)),
+        Sample("paged", _decode(2, 4, 2, 2, 20, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
+                                budgets=[6, 9, 16, 4], sink=1)),
+        Sample("one", _decode(1, 1, 1, 1, 1, [1], S=1, sinks=True)),
+    ),
+    inference=True,
+)  # fmt: skip
+SPECS["merge_attention"] = Spec(
+    (Sample("three", _parts(3, 2, 4, 5, Pv=8)), Sample("one", _parts(1, 1, Pv=1)), Sample("rows", _parts(2, 7, Pv=19)))
+)

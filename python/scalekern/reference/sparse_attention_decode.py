@@ -1,0 +1,81 @@
+"""The oracle of decoding over a cache: for every slot the position that it holds, then attention under a dense mask.
+
+Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, S slots of a cache, P head dim, Pv of the values.
+"""
+
+import torch
+
+from scalekern.reference.sparse_attention import attend
+
+
+def sparse_attention_decode(
+    q, k_cache, v_cache, lengths, *, budgets=None, sink=0, circular=False, head_offsets=None, block_table=None,
+    scale=None, softcap=None, sinks=None, return_lse=False,
+):  # fmt: skip
+    out, lse = sparse_attention_decode_op(
+        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale, softcap or 0.0
+    )
+    return (out, lse) if return_lse else out
+
+
+def sparse_attention_decode_op(
+    q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale, softcap
+):  # fmt: skip
+    slots, capacity = slots_of(k_cache, head_offsets, block_table)
+    k, v = rows_of(k_cache, slots, block_table), rows_of(v_cache, slots, block_table)
+    check_lengths(lengths, capacity, circular)
+    held = positions(lengths, capacity.to(q.device), k.shape[2], sink, circular)[:, :, None]  # (B, Hkv, 1, S)
+    tokens = q.shape[2]
+    own = (lengths.long()[:, None] - tokens + torch.arange(tokens, device=q.device))[:, None, :, None]
+    visible = ((held >= 0) & (held <= own)).repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
+    if budgets is not None:
+        window = (budgets.to(q.device).long() - sink).clamp(min=0)[:, None, None]
+        held = held.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
+        visible = visible & ((held < sink) | (held > own - window))
+    return attend(q, k, v, visible, None, sinks, scale, softcap, False, 1.0)
+
+
+def slots_of(cache, head_offsets, block_table):
+    """(where each key head's slots lie in a ragged cache or None, how many there are: (Hkv,) on the CPU)"""
+    if block_table is not None:
+        pages, heads, page, _ = cache.shape
+        return None, torch.full((heads,), block_table.shape[1] * page if pages else 0)
+    if head_offsets is None:
+        return None, torch.full((cache.shape[1],), cache.shape[2])
+    offsets = head_offsets.cpu().long()
+    capacity = offsets.diff()
+    most = int(capacity.max()) if len(capacity) and cache.shape[1] else 0
+    index = torch.minimum(torch.arange(most), capacity[:, None] - 1) + offsets[:-1, None]
+    return index.clamp(0, max(cache.shape[1] - 1, 0)), capacity
+
+
+def rows_of(cache, slots, block_table):
+    """(B, Hkv, slots, channels) of a contiguous, ragged or paged cache."""
+    if slots is not None:
+        return cache[:, slots.to(cache.device)]
+    if block_table is None:
+        return cache
+    pages = block_table.long().clamp(0, max(cache.shape[0] - 1, 0))[:, : block_table.shape[1] if cache.shape[0] else 0]
+    return cache[pages].transpose(1, 2).flatten(2, 3)
+
+
+def positions(lengths, capacity, slots, sink, circular):
+    """(B, Hkv, slots): the position that a slot holds, -1: none."""
+    n, capacity = lengths.long()[:, None, None], capacity[:, None]
+    slot = torch.arange(slots, device=lengths.device)
+    held = slot
+    if circular:  # the newest position of those that share the slot
+        newest = n - 1 - (n - 1 - slot) % (capacity - sink).clamp(min=1)
+        held = torch.where(slot < sink, slot, torch.where(newest < sink, -1, newest))
+    return torch.where((slot < capacity) & (held < n), held, -1)
+
+
+def check_lengths(lengths, capacity, circular):
+    """On a GPU this would be a synchronization."""
+    if circular or lengths.device.type != "cpu" or lengths.numel() == 0 or capacity.numel() == 0:
+        return
+    if lengths.max() > capacity.min():
+        raise ValueError(
+            f"sparse_attention_decode: lengths must be at most {int(capacity.min())}, the slots of a head, "
+            f"got {int(lengths.max())}"
+        )
