@@ -11,6 +11,7 @@ and 3.2.
 """
 
 import dataclasses
+import itertools
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from scalekern import _checks, masks
 from scalekern.nn._attention import angles, check_heads, merge, rotate, split
 from scalekern.ops.sparse_attention import sparse_attention
+from scalekern.ops.sparse_attention_decode import sparse_attention_decode
 
 NAME = "nn.MoAAttention"
 KEPT = 64  # masks of a layer, each with its code and plans
@@ -149,18 +151,10 @@ class MoAAttention(nn.Module):
         cache.position = last
 
     def _decode(self, q, cache):
-        """The token written last, over the caches: what a sparse_attention_decode with budgets is to take over.
-
-        All slots are the keys of one head, of which a query head sees its own: the tiles of others are not visited.
-        """
-        now, begin = cache.position - 1, 0
-        seen = torch.zeros(q.shape[1], 1, cache.k.shape[1], dtype=torch.bool)
-        for g, slots in enumerate(cache.slots):
-            slot = torch.arange(slots)
-            token = now - (now - slot) % (slots - self.sink)  # the last one written to a slot of the ring
-            for h in range(g * self.group, (g + 1) * self.group):
-                inside = (token >= self.sink) & (token > now - (cache.spans[h] - self.sink))
-                seen[h, 0, begin : begin + slots] = torch.where(slot < self.sink, slot <= now, inside)
-            begin += slots
-        out = sparse_attention(q.to(cache.k.dtype), cache.k[:, None], cache.v[:, None], masks.dense(seen[None]))
+        """The token written last, over the caches."""
+        offsets = torch.tensor([0, *itertools.accumulate(cache.slots)], device=q.device)
+        out = sparse_attention_decode(
+            q.to(cache.k.dtype), cache.k, cache.v, offsets.new_full((len(q),), cache.position),
+            budgets=torch.tensor(cache.spans), sink=self.sink, circular=True, head_offsets=offsets,
+        )  # fmt: skip
         return out.to(q.dtype)
