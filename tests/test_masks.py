@@ -393,3 +393,16 @@ def test_command_line(tmp_path, capsys):
     assert "masks: parse: name must be one of" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["masks", "causal", "--block", "0"])
+
+
+def test_the_default_device_has_no_say():
+    """torch.set_default_device("cuda") is common; "meta" stands for it, which refuses to be read."""
+    expected = masks.causal & masks.segments(cu_seqlens=[0, 3, 7]) & masks.tiles([(0, 0)], (4, 8)) | masks.blocks([2, 5])
+    wanted = expected.to_dense(7, 7)
+    with torch.device("meta"):
+        made = masks.causal & masks.segments(cu_seqlens=[0, 3, 7]) & masks.tiles([(0, 0)], (4, 8)) | masks.blocks([2, 5])
+        dense, plan, row = made.to_dense(7, 7), made.plan(7, 7, 4), made.row(3, 7)
+        found = made.density(7, 7), made.waste(7, 7), made.empty_rows(7, 7), made.show(7, 7), hash(made), made.tile(0, 2, 0, 2)
+    assert torch.equal(dense, wanted) and torch.equal(plan.runs, expected.plan(7, 7, 4).runs)
+    assert row == expected.row(3, 7) and found[0] == expected.density(7, 7) and made == expected
+    assert torch.equal(found[2], expected.empty_rows(7, 7))

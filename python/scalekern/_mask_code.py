@@ -8,6 +8,7 @@ and y = (swap ? q : k) + dy.
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -17,9 +18,21 @@ WORDS = 12  # int32 an instruction
 INT_MAX = 2**31 - 1
 
 
+def on_cpu(function):
+    """`function` with the CPU as default device, whatever the caller's is: masks are made and planned there."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
+
+
 # ---- lowering ----
 
 
+@on_cpu
 def lower(mask) -> torch.Tensor:
     """The code of a mask, on the CPU."""
     heads = mask.heads

@@ -7,6 +7,8 @@ import zlib
 
 import torch
 
+from scalekern._mask_code import on_cpu
+
 EMPTY, PARTIAL, FULL, GAP = range(4)
 CHARACTERS = {EMPTY: ".", PARTIAL: "+", FULL: "#"}
 ANSI = {EMPTY: 250, PARTIAL: 110, FULL: 25}  # of 256 colours: grey, pale blue, dark blue
@@ -14,6 +16,7 @@ PALETTE = bytes.fromhex("efefef9db7d51f4e8cffffff")
 _PANEL = 512  # pixels across, about
 
 
+@on_cpu
 def grid(mask, q_len: int, kv_len: int, block) -> torch.Tensor:
     """uint8 (Bp, Hp, query tiles, key tiles): EMPTY, PARTIAL or FULL, as the plan has it."""
     plan = mask.plan(q_len, kv_len, block)

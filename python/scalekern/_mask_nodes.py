@@ -140,6 +140,7 @@ class Mask:
 
     # ---- dense, code, plan ----
 
+    @_mask_code.on_cpu
     def to_dense(self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None) -> torch.Tensor:
         """The mask as a tensor; quadratic in memory, for tests and small lengths.
 
@@ -183,6 +184,7 @@ class Mask:
         """ "empty", "full" or "partial": the pairs of queries [q0, q1) and keys [k0, k1), in all batches and heads."""
         return _mask_plan.tile(self.code(), q0, q1, k0, k1)
 
+    @_mask_code.on_cpu
     def row(self, q: int, kv_len: int, batch: int = 0, head: int = 0) -> list[tuple[int, int]]:
         """The keys that query q may see, as ascending intervals [start, end)."""
         at = [torch.tensor(i) for i in (q, batch, head)]
@@ -240,6 +242,7 @@ class Mask:
         _mask_draw.save_png(self, path, q_len, kv_len, block=block)
 
 
+@_mask_code.on_cpu
 def _digest(table: torch.Tensor) -> tuple:
     flat = table.flatten().long()
     return tuple(table.shape), int((flat * (torch.arange(flat.numel()) * 2654435761 + 97)).sum())

@@ -9,7 +9,7 @@ import collections
 import torch
 
 from scalekern._mask_code import (
-    ALL, AND, BELOW, BLOCKS, CAUSAL, DENSE, DILATED, NEIGHBOR, NOT, OR, PREFIX, ROWS, SAME, WINDOW, WORDS, read,
+    ALL, AND, BELOW, BLOCKS, CAUSAL, DENSE, DILATED, NEIGHBOR, NOT, OR, PREFIX, ROWS, SAME, WINDOW, WORDS, on_cpu, read,
 )  # fmt: skip
 from scalekern._mask_plan import host_of, remember_host
 
@@ -38,7 +38,7 @@ def packed(code: torch.Tensor, cu_seqlens, cu_seqlens_k, q_len: int, kv_len: int
     key = (id(code), bounds, bounds_k, q_len, kv_len)
     found = _packed.get(key)
     if found is None or found[0] is not code:
-        host = _pack(host_of(code), Side(bounds), Side(bounds_k))
+        host = _pack(host_of(code), bounds, bounds_k)
         found = code, remember_host(host.to(code.device), host)
         _packed[key] = found
         if len(_packed) > _KEPT:
@@ -46,7 +46,9 @@ def packed(code: torch.Tensor, cu_seqlens, cu_seqlens_k, q_len: int, kv_len: int
     return found[1]
 
 
-def _pack(code, queries, keys):
+@on_cpu
+def _pack(code, bounds, bounds_k):
+    queries, keys = Side(bounds), Side(bounds_k)
     programs, _ = read(code)
     moved = not torch.equal(queries.starts, keys.starts)
     tables, known = _Tables(), {}

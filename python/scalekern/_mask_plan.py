@@ -125,6 +125,7 @@ def plan_of(code: torch.Tensor, q_len: int, kv_len: int, block=(128, 128)) -> Pl
 # ---- deciding tiles ----
 
 
+@_mask_code.on_cpu
 def _build(code, q_len, kv_len, block) -> Plan:
     programs, batches = _mask_code.read(code)
     sizes = [-(-n // size) for n, size in zip((q_len, kv_len), block)]
@@ -249,6 +250,7 @@ def _runs(g, i, j, side, kind, groups, n_i, n_j):
 # ---- questions ----
 
 
+@_mask_code.on_cpu
 def tile(code, q0, q1, k0, k1) -> str:
     """See Mask.tile."""
     if not (0 <= q0 < q1 and 0 <= k0 < k1):
@@ -272,6 +274,7 @@ def _listed(plan: Plan):
     return row // max(n_q, 1), row % max(n_q, 1), *plan.runs.long().T
 
 
+@_mask_code.on_cpu
 def visited_pairs(plan: Plan) -> int:
     """Pairs in range of the tiles that are not empty."""
     _, i, j, n, _ = _listed(plan)
@@ -299,6 +302,7 @@ def _partial_tiles(code, plan, wanted=None):
             yield part, allowed
 
 
+@_mask_code.on_cpu
 def allowed_pairs(code, q_len, kv_len) -> int:
     """Allowed pairs over all batches and heads that the mask tells apart."""
     plan = plan_of(code, q_len, kv_len, (64, 64))
@@ -307,6 +311,7 @@ def allowed_pairs(code, q_len, kv_len) -> int:
     return int(full[kind == FULL].sum()) + sum(int(a.count_nonzero()) for _, a in _partial_tiles(code, plan))
 
 
+@_mask_code.on_cpu
 def empty_rows(code, q_len, kv_len) -> torch.Tensor:
     """See Mask.empty_rows."""
     plan = plan_of(code, q_len, kv_len, (64, 64))

@@ -17,6 +17,7 @@ import ast
 import torch
 
 from scalekern import _mask_leaves as leaves
+from scalekern._mask_code import on_cpu
 from scalekern._mask_nodes import Mask, PerHead, integer
 from scalekern._mask_plan import Plan, plan_of
 
@@ -198,6 +199,7 @@ def dense(allowed) -> Mask:
     return leaves.Dense(allowed.view(1, 1, *allowed.shape) if allowed.dim() == 2 else allowed)
 
 
+@on_cpu
 def tiles(pairs, block) -> Mask:
     """Whole tiles: (q, k) is allowed where (q // block rows, k // block columns) is listed.
 
@@ -322,6 +324,7 @@ def _short(values: list) -> str:
     return f"{values[:6]}{'...' if len(values) > 6 else ''}".replace("]...", ", ...]")
 
 
+@on_cpu
 def _tensor(name, argument, value, dims, kind) -> torch.Tensor:
     """A contiguous copy on the CPU."""
     try:
@@ -353,6 +356,7 @@ def _bool(name, argument, value, dims) -> torch.Tensor:
     return value
 
 
+@on_cpu
 def _table(name, argument, value, dtype) -> torch.Tensor:
     """(B | 1, T) of int32 or bool; no position at all is one that matches nothing."""
     check = _integers if dtype == torch.int32 else lambda *a: _tensor(*a, "bool")
@@ -363,6 +367,7 @@ def _table(name, argument, value, dtype) -> torch.Tensor:
     return value if value.shape[1] else torch.full((value.shape[0], 1), nothing, dtype=dtype)
 
 
+@on_cpu
 def _ids_of(argument, cu_seqlens) -> torch.Tensor:
     bounds = _integers("segments", argument, cu_seqlens, (1,))
     rising = len(bounds) > 0 and int(bounds[0]) == 0 and bool((bounds.diff() >= 0).all())

@@ -96,6 +96,7 @@ def fold(x):
     return x.flatten(0, 1).unsqueeze(0)
 
 
+@_mask_code.on_cpu
 def mask_of(block_mask, batch, heads, q_len, kv_len):
     """(mask, whether it is for q, k and v with the batch folded into the heads)"""
     if not isinstance(block_mask, BlockMask):

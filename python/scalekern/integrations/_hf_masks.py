@@ -14,6 +14,7 @@ import functools
 import torch
 
 from scalekern import masks
+from scalekern._mask_code import on_cpu
 
 INF = 1 << 29
 _KNOWN = 64  # masks kept, the most recent: the same value is the same object, whose code and plans exist already
@@ -90,6 +91,7 @@ def intern(mask):
 
 
 @torch.compiler.disable  # reads positions and padding
+@on_cpu
 def attention_mask(
     batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
     allow_is_causal_skip=True, device="cpu", **kwargs,

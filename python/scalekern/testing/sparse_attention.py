@@ -28,7 +28,7 @@ def _attention(B, Hq, Lq, P, mask=None, *, Hkv=None, Lk=None, Pv=None, bias=None
 
 def _hidden(heads, queries, keys):
     """A mask without structure, whose second row sees nothing."""
-    table = torch.rand(1, heads, queries, keys, generator=torch.Generator().manual_seed(5)) < 0.5
+    table = torch.rand(1, heads, queries, keys, generator=torch.Generator().manual_seed(5), device="cpu") < 0.5
     table[:, :, 1] = False
     return masks.dense(table)
 
