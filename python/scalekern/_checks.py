@@ -60,3 +60,17 @@ def choice(op: str, name: str, value, allowed: Sequence) -> None:
 def at_least(op: str, name: str, value, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def bounds(op: str, name: str, value: torch.Tensor, length) -> None:
+    """Of packed sequences: (S + 1,), and, where reading them costs no synchronization, rising from 0 to `length`."""
+    tensor(op, name, value, dims=1, dtypes=(torch.int32, torch.int64))
+    if value.shape[0] < 1:
+        raise ValueError(f"{op}: {name} must have shape (S + 1,), got (0,)")
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if type(value) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:  # a fake
+        return
+    found = value.tolist()
+    if found[0] != 0 or found[-1] != length or any(b > e for b, e in zip(found, found[1:])):
+        raise ValueError(f"{op}: {name} must rise from 0 to {length}, got {found[:6]}{'...' if len(found) > 6 else ''}")

@@ -27,21 +27,21 @@ def segments(length: int, batch: int, cu_seqlens: torch.Tensor | None) -> list[t
     return [(slice(s, s + 1), slice(0, 1), b, e) for s, (b, e) in enumerate(zip(bounds, bounds[1:]))]
 
 
-def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor | None, batch, length, name: str = "cu_seqlens") -> None:
+def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor | None, batch, length) -> None:
     """Shape and dtype; and, where reading them costs no synchronization, the values."""
     if cu_seqlens is None:
         return
-    _checks.tensor(op, name, cu_seqlens, dims=1, dtypes=(torch.int32, torch.int64))
+    _checks.tensor(op, "cu_seqlens", cu_seqlens, dims=1, dtypes=(torch.int32, torch.int64))
     if cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: {name} must have shape (S + 1,), got (0,)")
+        raise ValueError(f"{op}: cu_seqlens must have shape (S + 1,), got (0,)")
     if batch != 1:
-        raise ValueError(f"{op}: packed sequences ({name}) need a batch of 1, got {batch}")
+        raise ValueError(f"{op}: packed sequences (cu_seqlens) need a batch of 1, got {batch}")
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(b > e for b, e in zip(bounds, bounds[1:])):
         raise ValueError(
-            f"{op}: {name} must rise from 0 to {length}, got {bounds[:6]}{'...' if len(bounds) > 6 else ''}"
+            f"{op}: cu_seqlens must rise from 0 to {length}, got {bounds[:6]}{'...' if len(bounds) > 6 else ''}"
         )
 
 

@@ -6,7 +6,6 @@ Shape letters: B sequences, H heads, P head dim, Pv of the values, T positions, 
 import torch
 
 from scalekern import _checks
-from scalekern._packing import check_cu_seqlens
 from scalekern.ops import _hstu
 from scalekern.ops.sparse_attention import sparse_attention_fwd
 from scalekern.reference.hstu_attention import NORMALIZE, bucket_edges
@@ -93,7 +92,7 @@ def _check(q, k, v, offsets, num_targets, time, time_table, position_table, norm
     total, heads, dim = k.shape
     _checks.shape(NAME, "q", q, (None, heads, dim))
     _checks.shape(NAME, "v", v, (total, heads, None))
-    check_cu_seqlens(NAME, offsets, 1, total, "offsets")
+    _checks.bounds(NAME, "offsets", offsets, total)
     sequences = offsets.shape[0] - 1
     if q.shape[0] != total and (sequences == 0 or q.shape[0] % sequences):
         raise ValueError(f"{NAME}: q must have {total} rows, or equally many of each of {sequences} sequences, got {q.shape[0]}")

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._mask_packed import packed
-from scalekern._packing import check_cu_seqlens
 from scalekern.ops._hstu import places
 from scalekern.reference.sparse_attention import SCORES, image_bias, scale_of, unit
 from scalekern.reference.sparse_attention import sparse_attention_bwd as reference_bwd
@@ -150,11 +149,11 @@ def _sizes_of(mask):
 def _check_packed(q, k, v, cu_seqlens, cu_seqlens_k, empty_rows):
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(NAME, name, x, dims=3, dtypes=_checks.FLOATING)
-    check_cu_seqlens(NAME, cu_seqlens, 1, q.shape[0])
+    _checks.bounds(NAME, "cu_seqlens", cu_seqlens, q.shape[0])
     if cu_seqlens_k is not None:
         _checks.tensor(NAME, "cu_seqlens_k", cu_seqlens_k, dims=1)
         _checks.shape(NAME, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape))
-    check_cu_seqlens(NAME, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, 1, k.shape[0], "cu_seqlens_k")
+    _checks.bounds(NAME, "cu_seqlens_k", cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k.shape[0])
     if empty_rows != "zero":
         raise ValueError(f"{NAME}: empty_rows must be 'zero' for packed sequences, got {empty_rows!r}")
     _checks.same_device(NAME, "q", q, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
