@@ -23,6 +23,8 @@ CSRC = ROOT / "csrc"
 # What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
 FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops._")
 HOST_ONLY = CSRC / "common" / "emulator.h"  # runs CUDA kernels in tests: nothing of it reaches a GPU
+# How a kernel is launched, and the candidates that `tune` tries: rails too.
+NOT_FOLLOWED = ("scalekern.triton_kernels.launch", "scalekern.triton_kernels.tuning")
 NATIVE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 
 
@@ -95,7 +97,7 @@ def _python(module: str) -> set[pathlib.Path]:
     found, open_, seen = set(), [module], set()
     while open_:
         name = open_.pop()
-        if name in seen or not name.startswith(FOLLOWED):
+        if name in seen or not name.startswith(FOLLOWED) or name in NOT_FOLLOWED:
             continue
         seen.add(name)
         try:

@@ -315,7 +315,7 @@ CASES = {
         dict(silu=True, norm=0.2),
     ),
     "tables without order": (
-        dict(B=2, position=("shared", 15), time=("own", 300), ordered=False, sinks=True, bias=(2, 1)), LOCAL,
+        dict(B=2, Lq=20, Lk=40, position=("shared", 15), time=("own", 80), ordered=False, sinks=True, bias=(2, 1)), LOCAL,
         dict(softcap=2.0),
     ),
     "position table of one": (dict(dtype=F64, position=("own", 1), Lq=20, Lk=20), causal, {}),

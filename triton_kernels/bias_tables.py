@@ -59,6 +59,18 @@ def bucket_of(tables, q, k, in_q, in_k):
 
 
 @triton.jit
+def _gathered(tables, h, q, k, in_q, in_k):
+    value = None
+    if tables[POSITION] is not None:
+        entry = entry_of(tables, distance_of(tables, q, k, in_q, in_k))
+        value = tl.load(tables[POSITION] + h * tables[STRIDE_POSITION] + entry)
+    if tables[TIME] is not None:
+        more = tl.load(tables[TIME] + h * tables[STRIDE_TIME] + bucket_of(tables, q, k, in_q, in_k))
+        value = more if value is None else value + more
+    return value
+
+
+@triton.jit
 def bias_of(bias_ptr, stride_q, stride_k, tables, h, q, k, in_q, in_k, INT64: tl.constexpr):
     """What is added to the scores of q [X, 1] and k [1, Y], either way round: a dense bias, tables, or None."""
     bias = None
@@ -66,14 +78,11 @@ def bias_of(bias_ptr, stride_q, stride_k, tables, h, q, k, in_q, in_k, INT64: tl
         pointers = bias_ptr + index(q, INT64) * stride_q + index(k, INT64) * stride_k
         bias = tl.load(pointers, mask=in_q & in_k, other=0.0)
     if tables is not None:
-        if tables[POSITION] is not None:
-            entry = entry_of(tables, distance_of(tables, q, k, in_q, in_k))
-            value = tl.load(tables[POSITION] + h * tables[STRIDE_POSITION] + entry)
-            bias = value if bias is None else bias.to(value.dtype) + value
-        if tables[TIME] is not None:
-            bucket = bucket_of(tables, q, k, in_q, in_k)
-            value = tl.load(tables[TIME] + h * tables[STRIDE_TIME] + bucket)
-            bias = value if bias is None else bias.to(value.dtype) + value
+        shape: tl.constexpr = (q + k).shape
+        added = tl.zeros(shape, (tables[TIME] if tables[POSITION] is None else tables[POSITION]).dtype.element_ty)
+        if h >= 0:  # always; the compiler would pipeline the gathers too, tiles of them through shared memory
+            added = _gathered(tables, h, q, k, in_q, in_k)
+        bias = added if bias is None else bias.to(added.dtype) + added
     return bias
 
 

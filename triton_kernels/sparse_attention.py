@@ -281,10 +281,11 @@ def padded(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def blocks_of(kernel: str, q: torch.Tensor, v: torch.Tensor, plan, default: dict) -> dict:
+def blocks_of(kernel: str, q: torch.Tensor, v: torch.Tensor, plan, default: dict, tables: tuple | None) -> dict:
     """A kernel's tiles (they divide the plan's), warps and stages."""
     width = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    blocks = dict(config(kernel, f"{str(q.dtype)[6:]}-P{width}", q.device, default))
+    key = f"{str(q.dtype)[6:]}-P{width}" + ("" if tables is None else "-tables")
+    blocks = dict(config(kernel, key, q.device, default))
     for axis, most in zip("QK", plan.block):
         blocks[f"BLOCK_{axis}"] = min(blocks[f"BLOCK_{axis}"], most)
     return blocks
@@ -329,7 +330,10 @@ def plan_sparse_attention_fwd(
     out, lse, q, k, v, code, plan, bias, sinks, tables, scale, softcap, silu, norm, functions=None
 ) -> Launch:  # fmt: skip
     """The launch, from shapes, strides and dtypes; functions: the mask's (params, mask), else read from code."""
-    blocks = blocks_of("sparse_attention_fwd", q, v, plan, _default(q, v))
+    default = _default(q, v)
+    if tables is not None:  # a tile of indices beside that of scores
+        default["num_warps"] = 8
+    blocks = blocks_of("sparse_attention_fwd", q, v, plan, default, tables)
     args = common_args(q, k, v, code, plan, bias, tables, scale, softcap, silu, norm, functions, blocks, (out,))
     args |= dict(
         out_ptr=out, lse_ptr=lse, sinks_ptr=sinks, ptr_ptr=plan.ptr, runs_ptr=plan.runs,
@@ -354,12 +358,11 @@ def sparse_attention_fwd(*args) -> None:
 def sample(dtype: torch.dtype, options: str) -> dict:
     """The arguments of a typical call on meta tensors, by name, causal & (window | sink) of 8 heads in 2 groups.
 
-    options: words among "d128", "bias", "silu", "softcap", "sinks", "heads" (two structures), "tables", "wide".
+    options: words among "d128", "bias", "silu", "softcap", "sinks", "heads" (two structures), "tables".
     """
     options = options.split()
-    P, length = 128 if "d128" in options else 64, 2**20 if "wide" in options else 4096
-    q = meta(4, length, 8, 4 * P if "wide" in options else P, dtype=dtype)[..., :P].transpose(1, 2)
-    k = meta(4, length, 2, 8 * P if "wide" in options else P, dtype=dtype)[..., :P].transpose(1, 2)
+    P, length = 128 if "d128" in options else 64, 4096
+    q, k = (meta(4, length, heads, P, dtype=dtype).transpose(1, 2) for heads in (8, 2))
     real = torch.float64 if dtype == torch.float64 else torch.float32
     block, runs = block_of(q, k), meta(64, 3, dtype=torch.int32)
     lists = meta(triton.cdiv(length, block[0]) + 1, dtype=torch.int32)
@@ -381,5 +384,5 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_sparse_attention_fwd(call["q"], lse, **call)
 
 
-for _options in ("", "d128", "d128 bias sinks softcap heads", "silu"):
+for _options in ("", "d128 bias softcap tables"):
     compile_spec("_".join(["sparse_attention_fwd", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))

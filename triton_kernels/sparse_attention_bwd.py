@@ -194,7 +194,7 @@ def _sparse_attention_dkv_kernel(
 
 def plan_dkv(dk, dv, dout, rows, call: dict) -> Launch:
     q, k, v, plan = (call[name] for name in ("q", "k", "v", "plan"))
-    blocks = blocks_of("sparse_attention_dkv", q, v, plan, default("dkv", q, v))
+    blocks = blocks_of("sparse_attention_dkv", q, v, plan, default("dkv", q, v), call["tables"])
     args = common_args(**call, blocks=blocks, tensors=(dk, dv, dout)) | dict(
         dk_ptr=dk, dv_ptr=dv, dout_ptr=dout, rows_ptr=rows, size=rows[0].numel(), col_ptr_ptr=plan.col_ptr,
         col_runs_ptr=plan.col_runs, plan_tiles=triton.cdiv(k.shape[2], plan.block[1]), **strides("dk", dk, "bhlp"),
@@ -235,5 +235,5 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_dkv(call["k"], call["k"], call["q"], lse.new_empty(2, *lse.shape), call)
 
 
-for _options in ("", "d128", "d128 bias softcap heads", "silu", "wide"):
+for _options in ("", "silu tables"):
     compile_spec("_".join(["sparse_attention_dkv", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))

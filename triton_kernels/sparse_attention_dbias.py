@@ -102,7 +102,7 @@ def plan_dbias(dbias, dout, rows, call: dict) -> Launch:
     q, v, plan, bias = (call[name] for name in ("q", "v", "plan", "bias"))
     wide_tile = q.element_size() == 2 and q.shape[3] <= 128 and v.shape[3] <= 128
     default = {"BLOCK_Q": 64 if wide_tile else 32, "BLOCK_K": 64 if wide_tile else 32, "num_warps": 4, "num_stages": 1}
-    blocks = blocks_of("sparse_attention_dbias", q, v, plan, default)
+    blocks = blocks_of("sparse_attention_dbias", q, v, plan, default, call["tables"])
     args = common_args(**call, blocks=blocks, tensors=(dbias, dout)) | dict(
         dbias_ptr=dbias, dout_ptr=dout, rows_ptr=rows, size=rows[0].numel(), ptr_ptr=plan.ptr, runs_ptr=plan.runs,
         plan_tiles=triton.cdiv(q.shape[2], plan.block[0]), bias_heads=bias.shape[1],

@@ -212,7 +212,7 @@ def default(kernel: str, q: torch.Tensor, v: torch.Tensor) -> dict:
 def plan_dq(dq, dout, rows, call: dict) -> Launch:
     """call: q, k, v, code, plan, bias, tables, scale, softcap, silu, norm, functions."""
     q, v, plan = call["q"], call["v"], call["plan"]
-    blocks = blocks_of("sparse_attention_dq", q, v, plan, default("dq", q, v))
+    blocks = blocks_of("sparse_attention_dq", q, v, plan, default("dq", q, v), call["tables"])
     args = common_args(**call, blocks=blocks, tensors=(dq, dout)) | dict(
         dq_ptr=dq, dout_ptr=dout, rows_ptr=rows, size=rows[0].numel(), ptr_ptr=plan.ptr, runs_ptr=plan.runs,
         plan_tiles=triton.cdiv(q.shape[2], plan.block[0]), **strides("dq", dq, "bhlp"), **strides("dout", dout, "bhlp"),
@@ -233,5 +233,4 @@ def _rows_spec(dtype: torch.dtype) -> Launch:
     return plan_rows(lse.new_empty(2, *lse.shape), call["q"], lse, call["q"], lse)
 
 
-for _options in ("", "d128 bias softcap"):
-    compile_spec("_".join(["sparse_attention_dq", *_options.split()]))(lambda dtype, o=_options: _spec(dtype, o))
+compile_spec("sparse_attention_dq")(lambda dtype: _spec(dtype, ""))

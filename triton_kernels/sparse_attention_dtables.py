@@ -6,7 +6,7 @@ is atomic: a gradient repeats bit for bit. S keeps programs near PROGRAMS and pa
 
 Positions: where a row's distances run as its keys do, k_pos[k] - k the same for every key that it sees, as within a
 sequence, the tile is written to a scratch of the program's own and read back with each row shifted by its distance, so
-that equal distances are in one column: 64 x 64 stores, 64 x 128 loads, one column sum, for up to 127 distances.
+that equal distances are in one column: 64 x 64 stores, twice as many loads, two column sums, for up to 127 distances.
 
 Buckets, and positions of any other kind: one masked sum over the tile for each entry from the least to the largest of
 its pairs. Times apart by a ratio of 1.35 share HSTU's bucket, so a tile off the diagonal meets few; each costs about
@@ -74,16 +74,16 @@ def _add_by_distance(part_ptr, scratch_ptr, tables, distance, ds, some, BLOCK_Q:
     else:
         tl.store(scratch_ptr + line + column, tl.where(some, ds, 0.0))
         tl.debug_barrier()
-        reach, lane, ends = tables[REACH], tl.arange(0, 2 * BLOCK_K), tl.arange(0, 2)
+        reach, lane, ends = tables[REACH], tl.arange(0, BLOCK_K), tl.arange(0, 2)
         first, last = tl.min(low, axis=0), tl.max(high, axis=0) + BLOCK_K
-        for base in range(first, last, 2 * BLOCK_K):
+        for base in range(first, last, BLOCK_K):
             far = base + lane
             k = far[None, :] - low[:, None]  # beyond the tile for a row that sees nothing
             shifted = tl.load(scratch_ptr + line + k, mask=(k >= 0) & (k < BLOCK_K), other=0.0)
             sums = tl.sum(shifted, axis=0)
             inside = (far >= -reach) & (far <= reach)
             _add(part_ptr + far + reach, sums, inside)
-            if (base < -reach) | (base + 2 * BLOCK_K > reach):
+            if (base < -reach) | (base + BLOCK_K > reach):
                 below = tl.sum(tl.where(far < -reach, sums, 0.0), axis=0)
                 above = tl.sum(tl.where(far > reach, sums, 0.0), axis=0)
                 both = tl.where(ends == 0, below + tl.where(reach == 0, above, 0.0), above)
@@ -152,7 +152,7 @@ def _sparse_attention_dtables_kernel(
 def plan_dtables(positions, times, dout, rows, call: dict) -> Launch:
     """positions, times: (Hq, programs a head, entries), zeros, or None. call: as plan_dbias takes it."""
     q, v, plan = call["q"], call["v"], call["plan"]
-    blocks = blocks_of("sparse_attention_dtables", q, v, plan, _default(q, v))
+    blocks = blocks_of("sparse_attention_dtables", q, v, plan, _default(q, v), call["tables"])
     slots = (positions if times is None else times).shape[1]
     sizes = {f"{name}": 0 if part is None else part.shape[2] for name, part in (("T", positions), ("N", times))}
     scratch = rows.new_empty(q.shape[1] * slots, blocks["BLOCK_Q"] * blocks["BLOCK_K"])
@@ -182,7 +182,7 @@ def fill_dtables(dposition_table, dtime_table, dout, rows, call: dict) -> None:
 
 def _default(q: torch.Tensor, v: torch.Tensor) -> dict:
     block = 64 if q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= 128 else 32
-    return {"BLOCK_Q": block, "BLOCK_K": block, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_Q": block, "BLOCK_K": block, "num_warps": 8 if block == 64 else 4, "num_stages": 1}
 
 
 @compile_spec("sparse_attention_dtables")
