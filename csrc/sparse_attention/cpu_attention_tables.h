@@ -4,10 +4,12 @@
 //   its ends are repeated a panel's width, so that clamping the first of them is enough. Gradients of a tile are sums
 //   along its diagonals.
 // Times: buckets rise with the difference, so that extremes of a panel's and a tile's times bound the buckets of all
-//   their pairs, sorted or not. Far from the diagonal of sorted times that is one bucket or two: a pair's bucket takes a
-//   comparison for each edge between, of the key's time and bounds that a query has. Where there are many edges between
+//   their pairs, sorted or not. Far from the diagonal of sorted times that is one bucket or two: a pair's bucket takes
+//   a comparison for each edge between, of the key's time and bounds that a query has. Where many edges are between
 //   (times in any order), the leading bits of the difference as a float index where to search.
 // All comparisons are of integers and exact, for times within 2^62.
+// Both tables, B1 H4 N4096 P64, causal silu, float, two cores of a Zen 3: 1.05 to 1.25 times the time without, forward
+//   and backward, for sorted times; 1.55 to 1.8 for times in random order, whose lookups are gathers.
 #pragma once
 #include "sparse_attention/cpu_attention_tiles.h"
 
