@@ -120,8 +120,8 @@ void attention_bwd(
     OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k,
     Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q, int64_t block_k, OptionalTensor bias,
     OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos,
-    OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale, double softcap, bool silu,
-    double norm) {
+    OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
+    double softcap, bool silu, double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
   expect_writes(dq), expect_writes(dk), expect_writes(dv);
