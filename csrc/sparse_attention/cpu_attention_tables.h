@@ -8,8 +8,9 @@
 //   a comparison for each edge between, of the key's time and bounds that a query has. Where many edges are between
 //   (times in any order), the leading bits of the difference as a float index where to search.
 // All comparisons are of integers and exact, for times within 2^62.
-// Both tables, B1 H4 N4096 P64, causal silu, float, two cores of a Zen 3: 1.05 to 1.25 times the time without, forward
-//   and backward, for sorted times; 1.55 to 1.8 for times in random order, whose lookups are gathers.
+// Both tables, B1 H4 N4096 P64, causal silu, float, two cores of a Zen 3, medians of three noisy runs over the time
+//   without: sorted times in seconds 1.04 to 1.19 forward and 1.03 to 1.22 backward, in milliseconds 1.23 to 1.34 and
+//   1.21 to 1.34; times in random order, whose lookups are gathers, 1.55 to 1.79 and 1.60 to 1.82.
 #pragma once
 #include "sparse_attention/cpu_attention_tiles.h"
 
