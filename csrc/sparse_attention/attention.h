@@ -39,8 +39,8 @@ struct AttnArgs {
   int64_t dsinks_stride;
   const AttnSplit* splits;
   int64_t split_count, partial_rows;  // rows of all partials of one (b, kv head)
-  // Items of the backward along B and Hkv: as many, or fewer where dbias or tables are summed. Summed over B by several items,
-  // dbias has a partial sum for each.
+  // Items of the backward along B and Hkv: as many, or fewer where dbias or tables are summed. Summed over B by several
+  // items, dbias has a partial sum for each.
   int64_t batch_groups, head_groups;
   bool partial_dbias;
   int64_t bias_heads;  // 1 or Hq

@@ -117,11 +117,11 @@ std::vector<AttnSplit> make_splits(const AttnArgs& a, int64_t count) {
 
 void attention_bwd(
     Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks, OptionalTensor dposition_table,
-    OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q,
-    int64_t block_k, OptionalTensor bias, OptionalTensor sinks,
-    OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos, OptionalTensor time_table,
-    OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale, double softcap, bool silu,
-    double norm) {
+    OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k,
+    Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q, int64_t block_k, OptionalTensor bias,
+    OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos,
+    OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
+    double softcap, bool silu, double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
   expect_writes(dq), expect_writes(dk), expect_writes(dv);
@@ -169,8 +169,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "float softcap, bool silu, float norm) -> ()");
   m.def(
       "sparse_attention_bwd_cpu(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks, "
-      "Tensor(f!)? dposition_table, Tensor(g!)? dtime_table, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, "
-      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, Tensor? position_table, "
+      "Tensor(f!)? dposition_table, Tensor(g!)? dtime_table, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
+      "Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int block_q, int block_k, Tensor? bias, "
+      "Tensor? sinks, Tensor? position_table, "
       "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
       "float softcap, bool silu, float norm) -> ()");
   m.def("mask_bits_cpu(Tensor(a!) out, Tensor code) -> ()");

@@ -178,7 +178,8 @@ struct Backward {
           }
       add_rows<F>(k, range, a.dim, ds, ldp, m.dq + i * a.dim, bits, i, finite);
     }
-    if (sums.position || sums.time) add_table_gradients(m.slopes ? m.slopes : m.ds, m.ranges, at, sums, k0, keys, times);
+    if (sums.position || sums.time)
+      add_table_gradients(m.slopes ? m.slopes : m.ds, m.ranges, at, sums, k0, keys, times);
     F *dk = sums.dk + k0 * sums.ldk, *dv = sums.dv + k0 * sums.ldv;
     if (at.careful) {
       add_keys_carefully(m.p, m.do_rows, ldv, a.value_dim, bits, keys, at.rows, dv, sums.ldv);
@@ -243,8 +244,9 @@ struct Backward {
   // One split of one (b, kv head), all of its query heads.
   void part(const Buffers& m, int64_t index, int64_t b, int64_t kv, F* dk, F* dv, Sums sums, F* dsinks) const {
     const scalekern::AttnSplit& split = a.splits[index];
-    if (in_place) sums.dk = ::at<F>(a.dk, b, kv), sums.dv = ::at<F>(a.dv, b, kv), sums.ldk = a.dk.s[2], sums.ldv = a.dv.s[2];
-    else sums.dk = dk - split.first * ldk, sums.dv = dv - split.first * ldv, sums.ldk = ldk, sums.ldv = ldv;
+    sums.ldk = in_place ? a.dk.s[2] : ldk, sums.ldv = in_place ? a.dv.s[2] : ldv;
+    sums.dk = in_place ? ::at<F>(a.dk, b, kv) : dk - split.first * ldk;
+    sums.dv = in_place ? ::at<F>(a.dv, b, kv) : dv - split.first * ldv;
     for (int64_t k = in_place ? 0 : split.first; k < (in_place ? a.kv_len : split.last); ++k) {
       __builtin_memset(sums.dk + k * sums.ldk, 0, size_t(ldk) * sizeof(F));
       __builtin_memset(sums.dv + k * sums.ldv, 0, size_t(ldv) * sizeof(F));
@@ -324,7 +326,8 @@ struct Backward {
     const int64_t position_size = a.dposition ? table_heads(a.position_heads) * a.positions : 0;
     const int64_t time_size = a.dtime ? table_heads(a.time_heads) * logits.tables.time_entries() * W : 0;
     Scratch partials(
-        (rows * (ldk + ldv) + biases * bias_size + sinks + items * (position_size + time_size)) * int64_t(sizeof(F)) + 512);
+        (rows * (ldk + ldv) + biases * bias_size + sinks + items * (position_size + time_size)) * int64_t(sizeof(F)) +
+        512);
     F *dk = partials.take<F>(rows * ldk), *dv = partials.take<F>(rows * ldv), *dsinks = partials.take<F>(sinks);
     F* dbias = partials.take<F>(biases * bias_size);
     scalekern::expect_writes(dk, rows * (ldk + ldv) * int64_t(sizeof(F)));
@@ -339,8 +342,10 @@ struct Backward {
       AttnTensor bias = a.dbias;
       if (biases) bias = {dbias + i * bias_size, {0, a.bias_heads == 1 ? 0 : a.q_len * a.kv_len, a.kv_len, 1}};
       Sums sums{nullptr, nullptr, 0, 0, bias, nullptr, nullptr};
-      if (a.dposition) sums.position = zeroed(dposition + index * position_size, position_size) - j * item_heads * position_stride;
-      if (a.dtime) sums.time = zeroed(dtime + index * time_size, time_size) - j * item_heads * time_stride;
+      const int64_t first = j * item_heads;
+      if (a.dposition)
+        sums.position = zeroed(dposition + index * position_size, position_size) - first * position_stride;
+      if (a.dtime) sums.time = zeroed(dtime + index * time_size, time_size) - first * time_stride;
       const int64_t last_b = a.batch * (i + 1) / a.batch_groups, last_kv = a.kv_heads * (j + 1) / a.head_groups;
       for (int64_t b = a.batch * i / a.batch_groups; b < last_b; ++b)
         for (int64_t kv = a.kv_heads * j / a.head_groups; kv < last_kv; ++kv) {

@@ -45,8 +45,8 @@ struct Logits {
         plain(!args.bias && !args.position && !args.time && args.softcap == 0) {}
   double factor() const { return a.softcap ? a.scale / a.softcap : a.silu ? a.scale : a.scale * kLog2e; }
 
-  // Rows `range` of s, W queries from q on, of which `queries` exist; `times` of the tile's keys. slopes gets 1 - tanh^2
-  // when there is a softcap.
+  // Rows `range` of s, W queries from q on, of which `queries` exist; `times` of the tile's keys. slopes gets
+  // 1 - tanh^2 when there is a softcap.
   void finish(F* s, int64_t ld, KeyRange range, int64_t b, int64_t h, int64_t q, int64_t queries, int64_t k0,
               TimeSpan times, F* slopes) const {
     constexpr int V = kLanes<F>;

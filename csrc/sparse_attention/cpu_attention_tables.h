@@ -4,14 +4,32 @@
 //   its ends are repeated a panel's width, so that clamping the first of them is enough. Gradients of a tile are sums
 //   along its diagonals.
 // Times: buckets rise with the difference, so that extremes of a panel's and a tile's times bound the buckets of all
-//   their pairs, sorted or not. Far from the diagonal of sorted times that is one bucket or two: a pair's bucket takes a
-//   comparison for each edge between, of the key's time and bounds that a query has. Where there are many edges between
+//   their pairs, sorted or not. Far from the diagonal of sorted times that is one bucket or two: a pair's bucket takes
+//   a comparison for each edge between, of the key's time and bounds that a query has. Where many edges are between
 //   (times in any order), the leading bits of the difference as a float index where to search.
 // All comparisons are of integers and exact, for times within 2^62.
+// Both tables, B1 H4 N4096 P64, causal silu, float, two cores of a Zen 3, medians of three noisy runs over the time
+//   without: sorted times in seconds 1.04 to 1.19 forward and 1.03 to 1.22 backward, in milliseconds 1.23 to 1.34 and
+//   1.21 to 1.34; times in random order, whose lookups are gathers, 1.55 to 1.79 and 1.60 to 1.82.
 #pragma once
 #include "sparse_attention/cpu_attention_tiles.h"
 
 namespace {
+
+// base[i] of kLanes<T> indices.
+template <class T>
+static inline Vec<T> gather(const T* base, VecI i) {
+  static_assert(sizeof(T) == 4);
+#if defined(__AVX512F__)
+  return (Vec<T>)_mm512_i32gather_epi32((__m512i)i, base, 4);
+#elif defined(__AVX2__)
+  return (Vec<T>)_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), (__m256i)i, 4);
+#else
+  Vec<T> x;
+  for (int j = 0; j < kLanes<T>; ++j) x[j] = base[i[j]];
+  return x;
+#endif
+}
 
 struct TimeSpan {
   int64_t min = 0, max = 0;
@@ -90,9 +108,13 @@ class Tables {
     const int64_t* times = m.k_time + k0;
     if (!panel.chained) {
       return search(panel, times, range, [&](int64_t k, const int32_t* found) {
-        alignas(64) F lanes[W];
-        for (int i = 0; i < W; ++i) lanes[i] = table[found[i]];
-        for (int v = 0; v < 2; ++v) store(s + k * ld + v * V, load(s + k * ld + v * V) + load(lanes + v * V));
+        for (int v = 0; v < 2; ++v) {
+          Vec<F> x;
+          if constexpr (sizeof(F) == 4) x = gather(table, load(found + v * V));
+          else
+            for (int i = 0; i < V; ++i) x[i] = table[found[v * V + i]];
+          store(s + k * ld + v * V, load(s + k * ld + v * V) + x);
+        }
       });
     }
     table += panel.low;
@@ -199,29 +221,28 @@ class Tables {
   // body(key, the entries of W queries) for each key.
   template <class Body>
   void search(const Panel& panel, const int64_t* times, KeyRange range, const Body& body) const {
-    if (panel.narrow) search_as<int32_t>(panel, panel.base, m.narrow_edges, times, range, body);
-    else search_as<int64_t>(panel, 0, m.edges, times, range, body);
-  }
-  template <class N, class Body>
-  void search_as(const Panel& panel, int64_t base, const N* edges, const int64_t* times, KeyRange range,
-                 const Body& body) const {
-    alignas(64) N q[W], apart[W];
-    alignas(64) int32_t found[W];
-    for (int i = 0; i < W; ++i) q[i] = N(panel.q[i] - base);
+    constexpr int L = kLanes<int32_t>;
+    alignas(64) int32_t q[W], found[W];
+    for (int i = 0; i < W; ++i) q[i] = int32_t(panel.q[i] - panel.base);
     for (int64_t k = range.first; k < range.last; ++k) {
-      const N key = N(times[k] - base);
-      for (int i = 0; i < W; ++i) apart[i] = q[i] < key ? key - q[i] : q[i] - key;
-      for (int i = 0; i < W; ++i) found[i] = m.index[leading(apart[i])];
-      for (int32_t step = 1 << steps >> 1; step; step >>= 1)
-        for (int i = 0; i < W; ++i) found[i] += edges[found[i] + step - 1] <= apart[i] ? step : 0;
+      const int32_t key = int32_t(times[k] - panel.base);
+      for (int i = 0; panel.narrow && i < W; i += L) {
+        const VecI difference = load(q + i) - key, apart = difference < 0 ? -difference : difference;
+        const VecF x = __builtin_convertvector(apart < 1 ? apart + 1 : apart, VecF);
+        VecI at = gather(m.index, ((VecI)x - 0x3f800000) >> shift);
+        for (int32_t step = 1 << steps >> 1; step; step >>= 1)
+          at += gather(m.narrow_edges, at + (step - 1)) <= apart ? splat(step) : VecI{};
+        store(found + i, at);
+      }
+      for (int i = 0; !panel.narrow && i < W; ++i)
+        found[i] = int32_t(entry(panel.q[i] < times[k] ? times[k] - panel.q[i] : panel.q[i] - times[k]));
       body(k, found);
     }
   }
 
   // Exponent and first bits of the mantissa of a difference: rises with it.
-  template <class N>
-  int32_t leading(N apart) const {
-    const float x = float(apart < 1 ? N(1) : apart);
+  int32_t leading(int64_t apart) const {
+    const float x = float(most(apart, 1));
     int32_t bits;
     __builtin_memcpy(&bits, &x, 4);
     return (bits - 0x3f800000) >> shift;
