@@ -186,7 +186,7 @@ def _sparse_attention_decode_merge_kernel(
         acc += tl.sum(weight[:, None] * value, 0)
     acc = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
     lse = tl.where(total == 0, float("-inf"), (most + tl.log2(tl.where(total == 0, 1.0, total))) * LN2)
-    lse = tl.where(most == float("inf"), float("inf"), lse)
+    lse = tl.where(most == float("inf"), float("nan"), lse)  # as the output
     at_out = out_ptr + b * stride_out_b + h.to(tl.int64) * stride_out_h + t * stride_out_t + pv * stride_out_p
     tl.store(at_out, acc.to(out_ptr.dtype.element_ty), mask=pv < PV)
     tl.store(lse_ptr + b * stride_lse_b + h.to(tl.int64) * stride_lse_h + t * stride_lse_t, lse)

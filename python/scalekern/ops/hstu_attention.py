@@ -3,11 +3,13 @@
 Shape letters: B sequences, H heads, P head dim, Pv of the values, T positions, K time buckets.
 """
 
+import functools
+
 import torch
 
 from scalekern import _checks
 from scalekern.ops import _hstu
-from scalekern.ops.sparse_attention import sparse_attention_fwd
+from scalekern.ops.sparse_attention import plain, sparse_attention_fwd
 from scalekern.reference.hstu_attention import NORMALIZE, bucket_edges
 
 NAME = "hstu_attention"
@@ -80,9 +82,15 @@ def _tables(q, k, offsets, time, time_table, position_table):
         positions = rows(position_table), place.int(), _hstu.places(offsets, k.shape[0])[1].int()
     if time_table is not None:
         following = time[torch.minimum(row + 1, offsets[1:][sequence] - 1)]
-        edges = bucket_edges(time_table.shape[-1] - 1).to(time.device)
-        times = rows(time_table), following.long(), time.long(), edges
+        times = rows(time_table), following.long(), time.long(), _edges(time_table.shape[-1] - 1, time.device)
     return *positions, *times
+
+
+@functools.cache
+def _edges(K, device):
+    """One tensor for all calls: kernels read its values back once."""
+    with plain():
+        return bucket_edges(K).to(device)
 
 
 def _check(q, k, v, offsets, num_targets, time, time_table, position_table, normalize):

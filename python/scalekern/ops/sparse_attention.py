@@ -6,11 +6,10 @@ The registered ops take the mask as its code, one int32 tensor, or, in a compile
 asks for the plan of that code, the lists of tiles that it has to visit, which is made once for a code and two lengths.
 """
 
+import contextlib
 import functools
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
@@ -109,22 +108,38 @@ def _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide):
     return table.to(wide), *positions, *(None,) * 4
 
 
+def _constant(function):
+    """What torch.compiler.assume_constant_result does, which imports the compiler, and with it Triton."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@contextlib.contextmanager
+def plain():
+    """Outside of fake tensors and transforms."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), temporarily_clear_interpreter_stack():
+        yield
+
+
 def _code_of(mask, lengths, device):
     """The mask's code; with lengths, that of the mask whose empty rows see everything.
 
     It is kept, so it has to be a plain tensor, whatever mode or transform the call is in.
     """
-    with unset_fake_temporarily(), temporarily_clear_interpreter_stack():
+    with plain():
         return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _text_of(mask, lengths):
     """What a graph holds of a mask: its expression, or a name in this process for one with large tables.
 
     A tensor would be a constant, of which dynamo takes one a function that made it.
     """
-    with unset_fake_temporarily(), temporarily_clear_interpreter_stack():
+    with plain():
         mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
         text = repr(mask)
         if "torch." in text or len(text) > 2000:
@@ -141,7 +156,7 @@ def _mask_of(text):
     return _named[text] if text.startswith("#") else masks.parse(text)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _sizes_of(mask):
     return mask.heads, mask.batches
 
