@@ -338,7 +338,10 @@ void merge(const DecodeArgs& a, int64_t number, int64_t r, F* sum) {
   }
   for (int64_t c = 0; c < a.value_dim; ++c) sum[c] /= total;
   narrow(at<T>(a.out, row * a.value_dim), 1, sum, a.value_dim);
-  *at<F>(a.lse, row) = most == F(-kInfinity) || most == F(kInfinity) ? most : most + log_of(total);
+  // An infinite score makes the output NaN, and its lse likewise.
+  *at<F>(a.lse, row) = most == F(-kInfinity)  ? most
+                       : most == F(kInfinity) ? F(__builtin_nan(""))
+                                              : most + log_of(total);
 }
 
 template <class T>
