@@ -60,6 +60,26 @@ def test_agrees_with_the_oracle(options):
         assert_close(a, e, tolerance=1e-12)
 
 
+LONG = {
+    "contextual": {"contextual_len": 70},
+    "few_contextual": {"contextual_len": 3, "max_attn_len": 100},
+    "full_tail": {"max_attn_len": 20, "min_full_attn_len": 90},
+    "full_tail_not_causal": {"max_attn_len": 20, "min_full_attn_len": 90, "causal": False},
+    "all": {"contextual_len": 70, "max_attn_len": 40, "min_full_attn_len": 100, "num_targets": torch.tensor([30, 0, 80])},
+    "targets_not_causal": {"num_targets": torch.tensor([100, 0, 150]), "causal": False, "max_attn_len": 30},
+}
+
+
+@pytest.mark.parametrize("options", LONG.values(), ids=LONG)
+def test_sequences_of_many_tiles(options):
+    """What a row sees rises and falls from row to row: no tile of 64 may be taken for empty, or full, that is not."""
+    offsets = torch.tensor([0, 300, 301, 500])
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(500, 2, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    found = scalekern.hstu_attention(q, k, v, offsets, max_len=300, **options)
+    assert_close(found, reference.hstu_attention(q, k, v, offsets, max_len=300, **options), tolerance=1e-12)
+
+
 def padded(q, k, v, offsets, max_len, alpha, num_targets, max_attn_len, contextual_len):
     """The equations over padded sequences, as the paper's figures have them."""
     n, count = int((offsets[1:] - offsets[:-1]).max()), len(offsets) - 1

@@ -48,8 +48,8 @@ class Bounds:
             n = self.code[p0 + code_of.one(b, p1)]
             return (y1 >= 0) & (y0 < n) & (n > 0), (y0 >= 0) & (y1 < n)
         if opcode == code_of.BLOCKS:
-            ends = [self.code[p0 + at.clamp(0, p1 - 1)] for at in x]
-            return (x1 >= 0) & (y1 >= 0) & (y0 < ends[1]), (x0 >= 0) & (y0 >= 0) & (y1 < ends[0])
+            least, most = self._range(p0, 1, p1, b, [at.clamp(0, p1 - 1) for at in x])  # limits rise and fall
+            return (x1 >= 0) & (y1 >= 0) & (y0 < most), (x0 >= 0) & (y0 >= 0) & (y1 < least)
         if opcode == code_of.SAME:
             x_low, x_high = self._range(p0, p4, p1, b, x)
             y_low, y_high = self._range(p2, p4, p3, b, y)
