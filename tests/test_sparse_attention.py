@@ -120,11 +120,12 @@ PACKED = {
 
 
 @pytest.mark.skipif(INTERPRET, reason="packing is the same for all kernels")
+@pytest.mark.parametrize("times", [1, 11], ids=["in_a_tile", "over_many"])
 @pytest.mark.parametrize("same_lengths", [True, False])
 @pytest.mark.parametrize("mask", PACKED.values(), ids=PACKED)
-def test_packed_sequences_are_sequences(mask, same_lengths):
-    lengths = [9, 0, 17, 4]
-    key_lengths = lengths if same_lengths else [3, 5, 11, 8]
+def test_packed_sequences_are_sequences(mask, same_lengths, times):
+    lengths = [times * n for n in (9, 0, 17, 4)]
+    key_lengths = lengths if same_lengths else [times * n for n in (3, 5, 11, 8)]
     g = torch.Generator().manual_seed(3)
     randn = lambda n: torch.randn(n, HEADS, 4, generator=g, dtype=torch.float64)
     bounds = lambda sizes: torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
