@@ -251,6 +251,8 @@ FORWARD = {
     "sparse_attention_fwd": {
         "two heads swapped": output(0, swapped(1)),
         "last row not computed": output(0, zeroed(2, -1)),
+        "last row of a tile not computed": output(0, zeroed(2, 63)),
+        "first row of a tile not computed": output(0, zeroed(2, 64)),
         "last channel not computed": output(0, zeroed(3, -1)),
         "lse of another head": output(1, swapped(1)),
         "two keys swapped": given(k=swapped(2)),
@@ -264,6 +266,8 @@ FORWARD = {
     "sparse_attention_decode": {
         "two heads swapped": output(0, swapped(1)),
         "last token not computed": output(0, zeroed(2, -1)),
+        "last row of a tile not computed": output(0, zeroed(2, 63)),
+        "first row of a tile not computed": output(0, zeroed(2, 64)),
         "last channel not computed": output(0, zeroed(3, -1)),
         "lse of another head": output(1, swapped(1)),
         "newest token not seen": given(lengths=lambda n: n - 1),
@@ -326,6 +330,7 @@ GRADIENTS = {
         "two heads of dq swapped": output(0, swapped(1)),
         "last row of dq not computed": output(0, zeroed(2, -1)),
         "half of dk's terms lost": output(1, halved),
+        "last row of a tile of dk not computed": output(1, zeroed(2, 63)),
         "last row of dv not computed": output(2, zeroed(2, -1)),
         "half of dbias's terms lost": output(3, halved),
         "half of dsinks's terms lost": output(4, halved),

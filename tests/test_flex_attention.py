@@ -46,7 +46,7 @@ CASES = {  # mask_mod, B, H, Lq, Lk, what its mask is made of
     "random": (lambda b, h, q, k: RANDOM[q, k], None, None, 140, 290, "dense"),
     "random per batch": (lambda b, h, q, k: RANDOM[q, k + b], B, None, 140, 290, "dense"),
     "empty rows": (lambda b, h, q, k: (k < q) & (q % 3 > 0) & (q < 140), None, None, 150, 150, "limits"),
-    "falling": (lambda b, h, q, k: k + q < 150, None, None, 150, 150, "dense"),
+    "falling": (lambda b, h, q, k: k + q < 150, None, None, 150, 150, "limits"),
     "everything": (lambda b, h, q, k: q >= 0, None, None, 129, 127, "window(-1, -1)"),
     "nothing": (lambda b, h, q, k: q < 0, None, None, 130, 127, "~everything"),
     "one pair": (lambda b, h, q, k: k <= q, None, None, 1, 1, "window(-1, -1)"),

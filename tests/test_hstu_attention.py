@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import INTERPRET, kernel_places
 
 import scalekern
 from scalekern import reference
@@ -42,19 +43,27 @@ OPTIONS = {
     "by_scaling_len": {"normalize": "scaling_len", "scaling_len": 11, "alpha": 0.7},
 }
 
+TRIED = ("contextual_window", "window_not_causal") if INTERPRET else tuple(OPTIONS)
+if INTERPRET:
+    pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_agrees_with_the_oracle(options):
+
+@pytest.mark.parametrize("place", kernel_places())
+@pytest.mark.parametrize("options", [OPTIONS[o] for o in TRIED], ids=TRIED)
+def test_agrees_with_the_oracle(options, place):
     args, tables = inputs()
     leaves = [*args[:3], tables["time_table"], tables["position_table"]]
     found = []
+    weight = torch.randn(args[2].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for package in (scalekern, reference):
-        mine = [x.clone().requires_grad_() for x in leaves]
-        out = package.hstu_attention(
-            *mine[:3], args[3], max_len=20, time=tables["time"], time_table=mine[3], position_table=mine[4], **options
-        )
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        found.append([out, *torch.autograd.grad((out * weight).sum(), mine)])
+        moved = lambda x: x.to(place[0]) if isinstance(x, torch.Tensor) else x
+        mine = [moved(x).clone().requires_grad_() for x in leaves]
+        with scalekern.backend(place[1]):
+            out = package.hstu_attention(
+                *mine[:3], moved(args[3]), max_len=20, time=moved(tables["time"]), time_table=mine[3],
+                position_table=mine[4], **{n: moved(x) for n, x in options.items()},
+            )  # fmt: skip
+            found.append([out, *torch.autograd.grad((out * moved(weight)).sum(), mine)])
     assert found[1][0].norm() > 0.1
     for a, e in zip(*found):
         assert_close(a, e, tolerance=1e-12)
@@ -75,9 +84,18 @@ def test_sequences_of_many_tiles(options):
     """What a row sees rises and falls from row to row: no tile of 64 may be taken for empty, or full, that is not."""
     offsets = torch.tensor([0, 300, 301, 500])
     g = torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn(500, 2, 4, generator=g, dtype=torch.float64) for _ in range(3))
-    found = scalekern.hstu_attention(q, k, v, offsets, max_len=300, **options)
-    assert_close(found, reference.hstu_attention(q, k, v, offsets, max_len=300, **options), tolerance=1e-12)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    leaves = [*(randn(500, 2, 4) for _ in range(3)), randn(2, 31), randn(41)]
+    time = torch.randint(0, 10**6, (500,), generator=g)
+    found = []
+    for package in (scalekern, reference):
+        q, k, v, *tables = mine = [x.clone().requires_grad_() for x in leaves]
+        out = package.hstu_attention(
+            q, k, v, offsets, max_len=300, time=time, time_table=tables[0], position_table=tables[1], **options
+        )
+        found.append([out, *torch.autograd.grad((out * out).sum(), mine)])
+    for a, e in zip(*found):
+        assert_close(a, e, tolerance=1e-12)
 
 
 def padded(q, k, v, offsets, max_len, alpha, num_targets, max_attn_len, contextual_len):

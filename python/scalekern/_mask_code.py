@@ -159,6 +159,7 @@ LEAVES = {
     "Sink": lambda node, tables: (BELOW, node.n),
     "Prefix": lambda n, tables: (PREFIX, tables(n, "lengths", lambda: torch.tensor(n.lengths)), len(n.lengths)),
     "Blocks": lambda node, tables: (BLOCKS, tables(node, "ends", lambda: _block_ends(node)), node.ends[-1] + 1),
+    "Limits": lambda n, tables: (BLOCKS, tables(n, "limits", lambda: n.limits), len(n.limits)),
     "Segments": _segments,
     "Window2d": _window2d,
     "Dilated": lambda node, tables: (DILATED, node.step),

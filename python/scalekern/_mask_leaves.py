@@ -73,6 +73,16 @@ class Blocks(Mask):
 
 
 @node()
+class Limits(Mask):
+    """0 <= k < limits[q]; beyond the table the last."""
+
+    limits: torch.Tensor  # int32 (Lq,)
+
+    def _at(self, x, y, b, h):
+        return (x >= 0) & (y >= 0) & (y < self.limits[x.clamp(0, len(self.limits) - 1)])
+
+
+@node()
 class Segments(Mask):
     ids: torch.Tensor  # int32 (B | 1, T)
     kv_ids: torch.Tensor

@@ -15,7 +15,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
 
 from scalekern import _mask_code, masks
-from scalekern._mask_nodes import node
+from scalekern._mask_leaves import Limits
 from scalekern.ops.sparse_attention import sparse_attention
 
 NAME = "flex_attention"
@@ -137,11 +137,10 @@ def _members(block_mask):
     row, start, end = _merge(*torch.cat(found, 1), kv_len)
     count = torch.bincount(row, minlength=B * H * q_len)
     place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
-    for slot in (count[row] - 1 - place, place):  # the last interval of a row first: before it, sinks come and stay
-        if int(count.max() if len(count) else 0) <= MOST:
-            tables = _tables(row, slot, start, end, B * H, q_len)
-            if tables is not None:
-                return [[_member(*tables, b * H + h, kv_len) for h in range(H)] for b in range(B)]
+    if int(count.max() if len(count) else 0) <= MOST:
+        # The last interval of a row first: before it, sinks come and stay.
+        tables = _tables(row, count[row] - 1 - place, start, end, B * H, q_len)
+        return [[_member(*tables, b * H + h, kv_len) for h in range(H)] for b in range(B)]
     allowed = torch.zeros(B * H * q_len, kv_len + 1, dtype=torch.int8)
     allowed[row, start] += 1  # intervals of a row do not touch: no place is a start or an end twice
     allowed[row, end] -= 1
@@ -196,37 +195,17 @@ def _merge(row, start, end, length):
 
 
 def _tables(row, slot, start, end, groups, q_len):
-    """Limits (slots, G, Lq) below and above, and whether a row has the interval; None where limits fall.
-
-    Planning takes it for granted that limits rise from query to query.
-    """
+    """Limits (slots, G, Lq) below and above, and whether a row has the interval; rows without it take earlier ones."""
     slots = int(slot.max()) + 1 if len(slot) else 1
     low, high = torch.full((2, slots, groups * q_len), -1)
     low[slot, row], high[slot, row] = start, end
     low, high = (x.view(slots, groups, q_len) for x in (low, high))
     some = low >= 0
     low, high = (torch.where(some, x, x.clamp(min=0).cummax(2)[0]) for x in (low, high))
-    return (low, high, some) if all(bool((x.diff() >= 0).all()) for x in (low, high)) else None
+    return low, high, some
 
 
 # ---- intervals to masks ----
-
-
-@node()
-class Limits(masks.Mask):
-    """0 <= k < limits[q]: a limit, rising from query to query; beyond the table the last."""
-
-    limits: torch.Tensor  # int32 (Lq,)
-
-    def _at(self, x, y, b, h):
-        return (x >= 0) & (y >= 0) & (y < self.limits[x.clamp(0, len(self.limits) - 1)])
-
-
-def _lower(limits, tables):
-    return _mask_code.BLOCKS, tables(limits, "limits", lambda: limits.limits), len(limits.limits)
-
-
-_mask_code.LEAVES["Limits"] = _lower
 
 
 def _member(low, high, some, group, kv_len):

@@ -142,10 +142,18 @@ def _text_of(mask, lengths):
     with plain():
         mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
         text = repr(mask)
-        if "torch." in text or len(text) > 2000:
+        if not _means(text, mask):
             text = f"#{len(_named)}"
             _named[text] = mask
         return text
+
+
+def _means(text, mask):
+    """Whether the mask can be told from its text, which one with large tables or limits cannot."""
+    try:
+        return len(text) < 2000 and masks.parse(text) == mask
+    except (TypeError, ValueError):
+        return False
 
 
 _named: dict[str, masks.Mask] = {}  # as long as graphs, which nobody counts, may ask for them
