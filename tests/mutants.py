@@ -266,8 +266,6 @@ FORWARD = {
     "sparse_attention_decode": {
         "two heads swapped": output(0, swapped(1)),
         "last token not computed": output(0, zeroed(2, -1)),
-        "last row of a tile not computed": output(0, zeroed(2, 63)),
-        "first row of a tile not computed": output(0, zeroed(2, 64)),
         "last channel not computed": output(0, zeroed(3, -1)),
         "lse of another head": output(1, swapped(1)),
         "newest token not seen": given(lengths=lambda n: n - 1),

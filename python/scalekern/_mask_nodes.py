@@ -169,6 +169,10 @@ class Mask:
         """
         return self._code(torch.device(device))
 
+    def known_code(self, device: torch.device) -> torch.Tensor | None:
+        """What `code` gave for this device, if it was asked before."""
+        return self.__dict__.get("_memory", {}).get(("_code", device))
+
     @remembered
     def _code(self, device):
         host = _mask_code.lower(self) if device.type == "cpu" else self.code()
