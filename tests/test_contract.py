@@ -154,6 +154,8 @@ def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
 
 @some_trainable
 def test_gradcheck(op, sample, on):
+    if sample.name in testing.specs()[op].straight_through:
+        pytest.skip("passed by a rounding, no derivative; compared with autograd of the oracle")
     args, kwargs = sample.make(device=on.device, dtype=torch.float64, seed=3)
     args, kwargs = clones(args, kwargs)
     leaves = floating(tensors_of(args, kwargs))
@@ -250,9 +252,12 @@ def test_opcheck(op, sample):
         call_args = tree_map_only(torch.Tensor, lambda a: a.detach().clone(), call_args)
         differentiable = overload._schema.name.endswith("_fwd")
         for a in tree_leaves(call_args) if differentiable else ():
-            if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex()):
+            if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex()) and a.itemsize > 1:
                 a.requires_grad_()
-        torch.library.opcheck(overload, call_args, test_utils=OPCHECKS if sample in traced else OPCHECKS[:3])
+        checks = OPCHECKS if sample in traced else OPCHECKS[:3]
+        if any(isinstance(a, torch.Tensor) and a.is_floating_point() and a.itemsize == 1 for a in tree_leaves(call_args)):
+            checks = checks[1:]  # the first compares its arguments by allclose, which torch has not for float8
+        torch.library.opcheck(overload, call_args, test_utils=checks)
 
 
 needs_compiler = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="inductor needs g++")
@@ -278,7 +283,7 @@ def test_compiles_without_a_graph_break_and_for_new_sizes(op, compiler):
     with compiling() as never_again:
         _compare_compiled(op, compiled, args, kwargs)
         with never_again:
-            _compare_compiled(op, compiled, *(_longer if spec.trainable else _more_rows)(args, kwargs))
+            _compare_compiled(op, compiled, *(_more_rows if spec.free_rank or not spec.trainable else _longer)(args, kwargs))
 
 
 def _compare_compiled(op, compiled, args, kwargs):
@@ -497,11 +502,12 @@ def _wrong_dtype(value):
     return torch.bool if value.is_floating_point() or value.is_complex() else torch.float32
 
 
-def _bad_calls(args, kwargs):
+def _bad_calls(op, args, kwargs):
     """{argument: calls that must all fail}, with that argument spoiled: three axes too many, a wrong dtype."""
     for name, value in tensors_of(args, kwargs).items():
-        for bad in (value[None, None, None], value.to(_wrong_dtype(value))):
-            yield with_tensors(args, kwargs, {name: bad})
+        yield with_tensors(args, kwargs, {name: value.to(_wrong_dtype(value))})
+        if not (testing.specs()[op].free_rank and name == "0"):
+            yield with_tensors(args, kwargs, {name: value[None, None, None]})
 
 
 def _resized_calls(args, kwargs):
@@ -535,7 +541,7 @@ def _refusal(op, args, kwargs, fake):
 def test_bad_input_is_named(op, sample, fake):
     """The op, an argument and what was expected and got are in the message; the fake says the same."""
     args, kwargs = sample.make(seed=11)
-    messages = [_refusal(op, *call, fake) for call in _bad_calls(args, kwargs)]
+    messages = [_refusal(op, *call, fake) for call in _bad_calls(op, args, kwargs)]
     for name, calls in _resized_calls(args, kwargs):
         refusals = [m for m in (_refusal(op, *call, fake) for call in calls) if m is not None]
         assert refusals or len(tensors_of(args, kwargs)) == 1, f"argument {name} may have any size at all"

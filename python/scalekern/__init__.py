@@ -1,6 +1,6 @@
 """scalekern: kernels for the cores that decide how far a sequence model scales."""
 
-from scalekern import masks
+from scalekern import masks, quant
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
@@ -13,6 +13,7 @@ from scalekern.ops.hstu_attention import hstu_attention
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.merge_attention import merge_attention
+from scalekern.ops.quant_matmul import quant_matmul
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 from scalekern.ops.sparse_attention import sparse_attention
@@ -43,6 +44,8 @@ __all__ = [
     "masks",
     "merge_attention",
     "merge_dilated_branches",
+    "quant",
+    "quant_matmul",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",

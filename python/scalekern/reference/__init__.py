@@ -14,6 +14,7 @@ from scalekern.reference.hstu_attention import hstu_attention
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.merge_attention import merge_attention
+from scalekern.reference.quant_matmul import quant_matmul
 from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
 from scalekern.reference.sparse_attention import sparse_attention
@@ -39,6 +40,7 @@ __all__ = [
     "mamba_update",
     "merge_attention",
     "merge_dilated_branches",
+    "quant_matmul",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",

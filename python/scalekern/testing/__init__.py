@@ -75,6 +75,8 @@ class Spec:
     rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
                      of the dtype's eps
     parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
+    free_rank        the first argument has any number of axes before the last; new sizes are new rows
+    straight_through   names of samples whose gradient is none of the function, but passes by a rounding
     """
 
     samples: tuple[Sample, ...]
@@ -85,6 +87,8 @@ class Spec:
     operand_error: float = 0.0
     rounding_of_saved: float = 0.0
     parameters_only: bool = False
+    free_rank: bool = False
+    straight_through: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> bool:
@@ -95,9 +99,9 @@ def specs() -> dict[str, Spec]:
     """Every registered public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import fft_conv, selective_scan, sparse_attention
+    from scalekern.testing import fft_conv, quant_matmul, selective_scan, sparse_attention
 
-    families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS}
+    families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS, **quant_matmul.SPECS}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
     return {op: spec for op, spec in families.items() if op in registered}
 

@@ -1,0 +1,123 @@
+"""Matrix product with a low-bit weight: public function, checks, schemas, backends, fakes and gradient.
+
+Shape letters: M tokens, N outputs, K inputs, G groups.
+"""
+
+import torch
+
+from scalekern import _checks, _library
+from scalekern._dispatch import composed, filling
+from scalekern.ops import _quant_matmul
+from scalekern.quant import QuantizedTensor
+from scalekern.reference.quant_matmul import ACTIVATION_MAX
+from scalekern.reference.quant_matmul import quant_matmul_bwd as reference_bwd
+from scalekern.reference.quant_matmul import quant_matmul_fwd as reference_fwd
+
+NAME = "quant_matmul"
+ACTIVATIONS = (None, *ACTIVATION_MAX)
+
+
+def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None):
+    """x @ dequantize(w).T + bias, with the weight read as it is stored. Differentiable for x, bias and w's scales.
+
+    With an activation kind, each token of x is first rounded to it, so that the product is one of integers (or of
+    float8): exact but for the scales, and straight-through for the gradient of x.
+
+    Args:
+        x: (..., K), float64, float32, float16 or bfloat16, any strides.
+        w: QuantizedTensor (N, K) of any format and group size; a view of a larger one too.
+        bias: (N,) floating or None.
+        activation: None (weight-only), "int8", "int4" or "fp8" (e4m3): how x is rounded, x / scale to the nearest
+            number, halves to even, with the scale max |x| / 127 (7, 448) of a token, all in float32.
+        activation_scale: float above 0, a static scale in place of the tokens' own.
+        out_dtype: of the result; None for x's dtype (under autocast, the autocast dtype).
+
+    Returns:
+        (..., N) in out_dtype, accumulated in float32, float64 for float64 x, and in int32 within a group where both
+        sides are integers. w's scales, zeros, offsets and outer get gradients where they require them.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: Frantar et al., GPTQ, 2023 (weight-only, groups); Dettmers et al., LLM.int8(), 2022, section 2.1 (a scale a
+    token and a row).
+    """
+    _checks.tensor(NAME, "x", x, dims=range(1, 65), dtypes=_checks.FLOATING)
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(f"{NAME}: w must be a scalekern.quant.QuantizedTensor, got {type(w).__name__}")
+    w.check(NAME)
+    if len(w.shape) != 2:
+        raise ValueError(f"{NAME}: w must have 2 dimensions, got shape {tuple(w.shape)}")
+    N, K = w.shape
+    _checks.shape(NAME, "x", x, (*x.shape[:-1], K))
+    if bias is not None:
+        _checks.tensor(NAME, "bias", bias, dims=1, dtypes=_checks.FLOATING)
+        _checks.shape(NAME, "bias", bias, (N,))
+    _checks.choice(NAME, "activation", activation, ACTIVATIONS)
+    if activation_scale is not None and (activation is None or not activation_scale > 0):
+        got = f"{activation_scale!r} and {activation!r}"
+        raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
+    if out_dtype is not None:
+        _checks.choice(NAME, "out_dtype", out_dtype, _checks.FLOATING)
+    _checks.same_device(NAME, "x", x, bias=bias, **w.tensors())
+    if w.perm is not None:
+        x = x.index_select(-1, w.perm)
+    rows = x if x.dim() > 1 else x[None]
+    out = quant_matmul_fwd(
+        rows, w.data, w.scales, w.zeros, w.offsets, w.outer, bias,
+        w.format, w.group_size, activation or "", activation_scale, out_dtype,
+    )  # fmt: skip
+    return out if x.dim() > 1 else out[0]
+
+
+def _allocate_fwd(x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, scale, out_dtype):
+    """The output, uninitialized: what the fake returns and what the backends fill."""
+    return x.new_empty((*x.shape[:-1], data.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def _allocate_bwd(
+    dout, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, scale, weight_grads
+):
+    def like(part, wanted):
+        return torch.empty_like(part, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+
+    parts = [like(p, _quant_matmul.trained(p, weight_grads)) for p in (scales, zeros, offsets, outer)]
+    return x.new_empty(x.shape), *parts, like(bias, bias is not None)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.format, ctx.group_size, ctx.activation, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dout):
+    tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
+    grads = quant_matmul_bwd(
+        dout, *tensors, ctx.format, ctx.group_size, ctx.activation, ctx.scale, any(needed[2:6])
+    )
+    parts = [g if n and g.numel() else None for g, n in zip(grads[1:], needed[2:])]
+    return grads[0] if needed[0] else None, None, *parts, None, None, None, None, None
+
+
+_PARTS = "Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor? outer, Tensor? bias"
+_OPTIONS = "str format, int group_size, str activation, float? activation_scale"
+
+quant_matmul_fwd = _library.define(
+    NAME,
+    f"quant_matmul_fwd(Tensor x, {_PARTS}, {_OPTIONS}, ScalarType? out_dtype) -> Tensor",
+    backends=composed(filling(_allocate_fwd, _quant_matmul.forward), reference_fwd),
+    fake=_allocate_fwd,
+    empty=lambda x, data, *rest: x.numel() == 0 or data.shape[0] == 0,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=("x",),
+)
+
+quant_matmul_bwd = _library.define(
+    NAME,
+    f"quant_matmul_bwd(Tensor dout, Tensor x, {_PARTS}, {_OPTIONS}, bool weight_grads)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backends=composed(filling(_allocate_bwd, _library.without_autocast(_quant_matmul.backward)), reference_bwd),
+    fake=_allocate_bwd,
+    empty=lambda dout, x, data, *rest: x.numel() == 0 or data.shape[0] == 0,
+)

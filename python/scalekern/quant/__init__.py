@@ -1,0 +1,7 @@
+"""Low-bit weights: formats, their packed container, and how a float tensor becomes one and back."""
+
+from scalekern.quant._formats import FORMATS, Format
+from scalekern.quant._quantize import dequantize, quantize
+from scalekern.quant.tensor import QuantizedTensor
+
+__all__ = ["FORMATS", "Format", "QuantizedTensor", "dequantize", "quantize"]

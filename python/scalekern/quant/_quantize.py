@@ -1,0 +1,227 @@
+"""Rounding a float tensor to a low-bit format, and the exact way back."""
+
+import math
+
+import torch
+
+from scalekern.quant._formats import BLOCK_FORMATS, FORMATS, Format
+from scalekern.quant._pack import pack, unpack
+from scalekern.quant.tensor import QuantizedTensor
+
+NAME = "quantize"
+
+
+def dequantize(w: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(..., N, K) the numbers that a quantized tensor stands for, computed in float32 (float64 for dtype float64).
+
+    Args:
+        w: any QuantizedTensor.
+        dtype: of the result; None for w.dtype.
+
+    Returns:
+        (..., N, K), differentiable for scales, zeros, offsets and outer.
+
+    Raises:
+        TypeError, ValueError: parts that do not fit each other.
+
+    Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+    2018, equation 1; tables and block scales as the formats define them (OCP Microscaling Formats, 2023).
+    """
+    w.check("dequantize")
+    dtype = dtype or w.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = _values(w, wide)
+    by_group = lambda part: part.to(wide).repeat_interleave(w.group_size, -1)[..., : w.columns]  # noqa: E731
+    if w.zeros is not None:
+        values = values - by_group(w.zeros)
+    values = values * by_group(w.scales)
+    if w.offsets is not None:
+        values = values + by_group(w.offsets)
+    if w.outer is not None:
+        values = values * w.outer.to(wide)
+    if w.perm is not None:
+        values = values[..., torch.argsort(w.perm)]
+    return values.to(dtype)
+
+
+def _values(w: QuantizedTensor, dtype) -> torch.Tensor:
+    fmt = FORMATS[w.format]
+    codes = unpack(w.data, fmt.bits, w.columns)
+    if not fmt.is_integer:
+        return fmt.values(dtype, w.device)[codes.long()]
+    return codes.to(dtype) if w.zeros is not None else codes.to(dtype) - fmt.zero
+
+
+def quantize(
+    w: torch.Tensor,
+    format: str,
+    *,
+    group_size: int | str | None = 128,
+    symmetric: bool = True,
+    axis: int = -1,
+    method: str = "absmax",
+    scale_dtype: torch.dtype | None = None,
+) -> QuantizedTensor:
+    """Round a matrix to a low-bit format.
+
+    Args:
+        w: (..., N, K) floating. It is computed with in float32 (float64 for float64).
+        format: int1 (binary, with scale and mean), ternary, int2 .. int8, fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3,
+            fp4_e2m1, nf4, fp4_bnb; or a block format, which brings its group size and scales: mxfp8_e4m3, mxfp8_e5m2,
+            mxfp6_e3m2, mxfp6_e2m3, mxfp4 (32, powers of two), nvfp4 (16, float8_e4m3 and one float32 for the tensor).
+        group_size: columns that share a scale, from 1, dividing nothing in particular; None for a row, "tensor" for
+            all of it. Block formats ignore it.
+        symmetric: False gives integer formats zeros, in codes, and scales from the range of each group.
+        axis: what is summed over in the product: -1, or -2 for a (..., K, N) that is to be stored transposed.
+        method: "absmax" (the largest element meets the largest code), or "least_squares" (the scale, and with
+            symmetric=False the zero, of the least squared error).
+        scale_dtype: of the scales; None for float32, or what the block format says.
+
+    Returns:
+        QuantizedTensor of (..., N, K), whose dtype is w's. A group of zeros stays zeros.
+
+    Raises:
+        TypeError, ValueError: w no floating matrix, an unknown format or method, zeros for a format that has none.
+
+    Source: absmax and range, Jacob et al., 2018; ternary by the mean magnitude, Ma et al., The Era of 1-bit LLMs, 2024;
+    binary by mean and mean magnitude, Rastegari et al., XNOR-Net, 2016; MX scales, OCP Microscaling Formats, 2023, 6.3.
+    """
+    element, group, scale_dtype = _resolve(w, format, group_size, symmetric, axis, method, scale_dtype)
+    fmt = FORMATS[element]
+    w = w.detach()
+    w, dtype = (w.mT if axis % w.dim() == w.dim() - 2 else w), w.dtype
+    wide = w.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    whole = group == "tensor"
+    K = w.shape[-1]
+    size = max(1, K if group in (None, "tensor") else group)
+    groups = _grouped(wide, size)  # (..., N, G, size), NaN beyond the last column
+    scales, zeros, offsets = _parameters(groups, fmt, symmetric, whole)
+    outer = None
+    if format == "nvfp4":
+        outer = _outer(scales)
+        scales = _safe_div(scales, outer).clamp(max=448.0)
+    scales = _stored(scales, fmt, format, scale_dtype)
+    if method == "least_squares" and element != "int1":  # whose mean and magnitude are that already
+        from scalekern.quant._least_squares import refine
+
+        scales, zeros = refine(groups, fmt, scales, zeros, outer, whole)
+    codes = _codes(groups, fmt, scales, zeros, offsets, outer)
+    flat = lambda part: None if part is None else part.squeeze(-1)  # noqa: E731
+    return QuantizedTensor(
+        pack(codes.flatten(-2)[..., :K], fmt.bits), flat(scales), flat(zeros), flat(offsets), flat(outer),
+        format=element, columns=K, group_size=size, dtype=dtype,
+    ).check(NAME)  # fmt: skip
+
+
+def _resolve(w, format, group_size, symmetric, axis, method, scale_dtype):
+    """(element format, group size, dtype of the scales), everything checked."""
+    if not isinstance(w, torch.Tensor) or not w.is_floating_point():
+        raise TypeError(f"{NAME}: w must be a floating torch.Tensor, got {getattr(w, 'dtype', type(w).__name__)}")
+    if w.dim() < 2 or axis % w.dim() < w.dim() - 2:
+        got = f"{tuple(w.shape)} and {axis}"
+        raise ValueError(f"{NAME}: w must have at least 2 dimensions and axis be one of the last two, got {got}")
+    if format not in FORMATS and format not in BLOCK_FORMATS:
+        raise ValueError(f"{NAME}: format must be one of {', '.join([*FORMATS, *BLOCK_FORMATS])}, got {format!r}")
+    if method not in ("absmax", "least_squares"):
+        raise ValueError(f"{NAME}: method must be 'absmax' or 'least_squares', got {method!r}")
+    element, block, block_scales = BLOCK_FORMATS.get(format, (format, group_size, scale_dtype or torch.float32))
+    if not symmetric and not (FORMATS[element].is_integer and element != "ternary"):
+        raise ValueError(f"{NAME}: symmetric=False needs one of int2 to int8, got {format}")
+    if block not in (None, "tensor") and (not isinstance(block, int) or block < 1):
+        raise ValueError(f"{NAME}: group_size must be None, 'tensor' or an integer of at least 1, got {group_size!r}")
+    return element, block, block_scales
+
+
+def _grouped(w: torch.Tensor, size: int) -> torch.Tensor:
+    K = w.shape[-1]
+    padded = torch.nn.functional.pad(w, (0, -K % size), value=math.nan)
+    return padded.unflatten(-1, (-1, size)) if K else w.new_empty((*w.shape[:-1], 0, size))
+
+
+def _over(groups: torch.Tensor, reduce, whole: bool) -> torch.Tensor:
+    """(..., N, G, 1), or (..., 1, G, 1) with one value for the tensor: `reduce` skips what lies beyond the columns."""
+    if groups.numel() == 0:
+        return groups.new_ones((*groups.shape[:-3], 1 if whole else groups.shape[-3], groups.shape[-2], 1))
+    if not whole:
+        return reduce(groups, -1)
+    return reduce(groups.flatten(-3), -1)[..., None, None]
+
+
+def _amax(x, dim):
+    return x.nan_to_num(-math.inf, math.inf, -math.inf).amax(dim, keepdim=True)
+
+
+def _mean(x, dim):
+    return x.nanmean(dim, keepdim=True)
+
+
+def _parameters(groups, fmt: Format, symmetric: bool, whole: bool):
+    """(scales, zeros, offsets), each (..., N or 1, G, 1) or None, in the dtype of the groups."""
+    if fmt.name == "int1":
+        mean = _over(groups, _mean, whole)
+        return _over((groups - mean).abs(), _mean, whole), None, mean
+    if fmt.name == "ternary":
+        return _over(groups.abs(), _mean, whole), None, None
+    if symmetric:
+        return _over(groups.abs(), _amax, whole) / fmt.largest, None, None
+    top = _over(groups, _amax, whole).clamp(min=0)  # the range holds 0, which has a code of its own
+    bottom = -_over(-groups, _amax, whole).clamp(min=0)
+    scales = (top - bottom) / (fmt.levels - 1)
+    zeros = _safe_div(-bottom, scales).round().clamp(0, fmt.levels - 1)
+    return scales, zeros, None
+
+
+def _outer(scales):
+    """NVFP4's scale of the tensor: the largest block scale becomes 448."""
+    largest = scales.amax((-3, -2), keepdim=True) if scales.numel() else scales.new_zeros((*scales.shape[:-3], 1, 1, 1))
+    outer = largest / 448.0
+    return torch.where(outer > 0, outer, 1.0).squeeze(-1).to(torch.float32)[..., None]
+
+
+def _stored(scales, fmt: Format, format: str, dtype: torch.dtype):
+    """The scales as their dtype holds them. E8M0 has powers of two: that below, so that the block fits (OCP, 6.3)."""
+    if dtype != torch.float8_e8m0fnu:
+        return scales.to(dtype)
+    largest_power = math.floor(math.log2(fmt.largest))
+    exponent = torch.frexp(scales * fmt.largest).exponent - 1 - largest_power
+    exponent = torch.where(scales > 0, exponent, -127).clamp(-127, 127)
+    return (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _safe_div(a, b):
+    """a / b, and 0 where b is 0."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def _codes(groups, fmt: Format, scales, zeros, offsets, outer):
+    """(..., N, G, size) the nearest codes, halves to even."""
+    step = scales.to(groups.dtype) if outer is None else scales.to(groups.dtype) * outer.to(groups.dtype)
+    centred = groups if offsets is None else groups - offsets
+    x = _safe_div(centred, step.expand_as(centred[..., :1])).nan_to_num(0.0)
+    if fmt.is_integer:
+        zero = fmt.zero if zeros is None else zeros.to(x.dtype)
+        return (x + zero).round().clamp(0, fmt.levels - 1) if zeros is not None else (
+            x.round().clamp(-zero, fmt.levels - 1 - zero) + zero
+        )
+    return nearest_codes(x, fmt)
+
+
+def nearest_codes(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The code of the nearest value of a table, beyond the largest its; a tie goes to the even code."""
+    table = fmt.values(x.dtype, x.device)
+    finite = table.isfinite().nonzero()[:, 0]
+    if len(table) > 2 and table[0] == 0:  # sign and magnitude: the order of magnitudes is that of the codes' positions
+        half = len(table) // 2
+        order = table[:half][table[:half].isfinite()].sort()
+        index = _nearest(x.abs(), order.values)
+        code = finite[finite < half][order.indices][index]
+        return code + torch.where(torch.signbit(x), half, 0)
+    order = table[finite].sort()
+    return finite[order.indices][_nearest(x, order.values)]
+
+
+def _nearest(x, rising):
+    """The index of the nearest of rising values, between two the even one."""
+    middles = (rising[1:] + rising[:-1]) / 2
+    below, above = torch.bucketize(x, middles), torch.bucketize(x, middles, right=True)
+    return torch.where(below % 2 == 0, below, above)

@@ -1,0 +1,197 @@
+"""QuantizedTensor: a matrix of low-bit codes with what turns them back into numbers.
+
+Shape letters: N rows (output channels), K columns (input channels), G groups of columns.
+"""
+
+import dataclasses
+import json
+
+import torch
+from torch.utils import _pytree
+
+from scalekern.quant._formats import FORMATS
+from scalekern.quant._pack import row_bytes
+
+# The parts that are tensors, in the order of the ops' arguments; all but `data` and `scales` may be absent.
+PARTS = ("data", "scales", "zeros", "offsets", "outer", "perm")
+SCALE_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8, torch.uint8,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """w[n, k] = outer[n] * (scales[n, g] * (code[n, k] - zeros[n, g]) + offsets[n, g]), g = k // group_size.
+
+    A format with a table (nf4, the small floats, int1) has table[code] for code - zero. With `perm`, column k of these
+    is column perm[k] of the matrix (act-order). A plain container of tensors: it moves with `to`, is a pytree, and
+    lies in a module as parameters or buffers of the names of PARTS (scalekern.nn.QuantLinear).
+
+    Attributes:
+        data: (..., N, ceil(K bits / 8)) uint8, the codes as a stream of bits along K, lowest bits first; what follows
+            the last code in its byte is undefined.
+        scales: (..., N or 1, G) floating, float8 or 8-bit integers, one row for all rows or a row each.
+        zeros: like scales, floating or uint8, in units of codes; None for the format's own (2^(bits-1)).
+        offsets: like scales, floating, in units of scaled values (GGUF's minima, a binary weight's mean); None for 0.
+        outer: (..., N or 1, 1) float32, the second level of two-level scales; None for 1.
+        perm: (K,) int32 or int64; None for the identity.
+        format: a name in scalekern.quant.FORMATS.
+        columns: K.
+        group_size: columns of a group, from 1; the last group may be short.
+        dtype: what `dequantize` returns.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    outer: torch.Tensor | None = None
+    perm: torch.Tensor | None = None
+    format: str = "int4"
+    columns: int = 0
+    group_size: int = 128
+    dtype: torch.dtype = torch.float32
+
+    def check(self, op: str = "QuantizedTensor") -> "QuantizedTensor":
+        """Itself, if its parts fit each other; else a ValueError or TypeError that names the part."""
+        if self.format not in FORMATS:
+            raise ValueError(f"{op}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+        if self.group_size < 1:
+            raise ValueError(f"{op}: group_size must be at least 1, got {self.group_size}")
+        if self.data.dtype != torch.uint8:
+            raise TypeError(f"{op}: data must have dtype uint8, got {str(self.data.dtype).removeprefix('torch.')}")
+        *lead, N, _ = self.data.shape
+        _part(op, "data", self.data, [(*lead, N, row_bytes(self.columns, self.bits))])
+        groups = -(-self.columns // self.group_size)
+        for name in ("scales", "zeros", "offsets"):
+            if (part := getattr(self, name)) is not None:
+                _part(op, name, part, [(*lead, N, groups), (*lead, 1, groups)])
+        if self.scales.dtype not in SCALE_DTYPES:
+            raise TypeError(f"{op}: scales must be floating or 8-bit integers, got {self.scales.dtype}")
+        if self.outer is not None:
+            _part(op, "outer", self.outer, [(*lead, N, 1), (*lead, 1, 1)])
+        if self.perm is not None:
+            _part(op, "perm", self.perm, [(self.columns,)])
+        return self
+
+    @property
+    def bits(self) -> int:
+        return FORMATS[self.format].bits
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.data.shape[:-1], self.columns))
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts, as stored."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parts that are there, by name."""
+        return {name: t for name in PARTS if (t := getattr(self, name)) is not None}
+
+    def metadata(self) -> str:
+        """What is not a tensor, as JSON: beside the parts in a safetensors file."""
+        fields = {"format": self.format, "columns": self.columns, "group_size": self.group_size}
+        return json.dumps({**fields, "dtype": str(self.dtype).removeprefix("torch.")})
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], metadata: str) -> "QuantizedTensor":
+        """The inverse of `tensors` and `metadata`."""
+        fields = json.loads(metadata)
+        return cls(**tensors, **{**fields, "dtype": getattr(torch, fields["dtype"])}).check()
+
+    def replace(self, **changes) -> "QuantizedTensor":
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device=None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "QuantizedTensor":
+        """Its parts on another device; `dtype` is that of `dequantize` and changes no part."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()} if device else {}
+        return self.replace(**moved, dtype=dtype or self.dtype)
+
+    def cpu(self) -> "QuantizedTensor":
+        return self.to("cpu")
+
+    def cuda(self, device="cuda") -> "QuantizedTensor":
+        return self.to(device)
+
+    def detach(self) -> "QuantizedTensor":
+        return self.replace(**{name: t.detach() for name, t in self.tensors().items()})
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        from scalekern.quant._quantize import dequantize
+
+        return dequantize(self, dtype)
+
+    def __getitem__(self, index) -> "QuantizedTensor":
+        """w[rows, columns], or w[expert] of a stack: views. Columns are cut where a byte and a group begin."""
+        index = index if isinstance(index, tuple) else (index,)
+        lead = self.data.dim() - 2
+        if len(index) > self.data.dim():
+            raise IndexError(f"QuantizedTensor: too many indices for shape {tuple(self.shape)}")
+        rows, columns = (*index, slice(None), slice(None))[lead : lead + 2] if len(index) > lead else (slice(None),) * 2
+        front = index[:lead]
+        for i in (rows, columns):
+            if not isinstance(i, slice) or i.step not in (None, 1):
+                raise IndexError(f"QuantizedTensor: rows and columns are cut by slices of step 1, got {i!r}")
+        start, stop, _ = columns.indices(self.columns)
+        stop = max(start, stop)
+        whole = start == 0 and stop == self.columns
+        if self.perm is not None and not whole:
+            raise IndexError("QuantizedTensor: columns in act-order cannot be cut; dequantize and quantize again")
+        if start * self.bits % 8 or start % self.group_size:
+            raise IndexError(
+                f"QuantizedTensor: columns must start at a multiple of group_size ({self.group_size}) and of a byte, "
+                f"got {start}"
+            )
+        first, groups = start // self.group_size, slice(start // self.group_size, -(-stop // self.group_size))
+        groups = slice(first, max(first, groups.stop))
+        bytes_ = slice(start * self.bits // 8, start * self.bits // 8 + row_bytes(stop - start, self.bits))
+        cuts = {"data": bytes_, "scales": groups, "zeros": groups, "offsets": groups, "outer": slice(None)}
+        # One group of a whole row stays one group of a shorter one; its size goes on being that of the full rows.
+        parts = {name: _cut(getattr(self, name), front, rows, cut) for name, cut in cuts.items()}
+        return self.replace(**parts, columns=stop - start)
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, group_size={self.group_size}, "
+            f"scales={str(self.scales.dtype).removeprefix('torch.')}, {8 * self.nbytes / max(1, self.shape.numel()):.2f} "
+            f"bits a weight, device={str(self.device)!r})"
+        )
+
+
+def _cut(part, front, rows, columns):
+    if part is None:
+        return None
+    part = part[front] if front else part
+    return (part if part.shape[-2] == 1 and not _is_whole(rows) else part[..., rows, :])[..., columns]
+
+
+def _is_whole(rows: slice) -> bool:
+    return rows == slice(None)
+
+
+def _part(op: str, name: str, part: torch.Tensor, shapes) -> None:
+    if tuple(part.shape) not in shapes:
+        wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(part.shape)}")
+
+
+def _flatten(w: QuantizedTensor):
+    rest = {f.name: getattr(w, f.name) for f in dataclasses.fields(w) if f.name not in PARTS}
+    return [getattr(w, name) for name in PARTS], tuple(rest.items())
+
+
+def _unflatten(parts, rest) -> QuantizedTensor:
+    return QuantizedTensor(**dict(zip(PARTS, parts)), **dict(rest))
+
+
+_pytree.register_pytree_node(QuantizedTensor, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedTensor")
