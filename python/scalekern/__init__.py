@@ -18,6 +18,7 @@ from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 from scalekern.ops.sparse_attention import sparse_attention
 from scalekern.ops.sparse_attention_decode import sparse_attention_decode
+from scalekern.ops.ssd_scan import ssd_scan
 from scalekern.ops.toeplitz_conv import toeplitz_conv
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "selective_state_update",
     "sparse_attention",
     "sparse_attention_decode",
+    "ssd_scan",
     "toeplitz_conv",
     "truncate_C",
 ]

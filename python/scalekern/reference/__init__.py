@@ -19,6 +19,7 @@ from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
 from scalekern.reference.sparse_attention import sparse_attention
 from scalekern.reference.sparse_attention_decode import sparse_attention_decode
+from scalekern.reference.ssd_scan import ssd_scan
 
 __all__ = [
     "causal_conv1d",
@@ -45,6 +46,7 @@ __all__ = [
     "selective_state_update",
     "sparse_attention",
     "sparse_attention_decode",
+    "ssd_scan",
     "toeplitz_conv",
     "truncate_C",
 ]

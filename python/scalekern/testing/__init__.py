@@ -75,7 +75,9 @@ class Spec:
     rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
                      of the dtype's eps
     parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
-    free_rank        the first argument has any number of axes before the last; new sizes are new rows
+    reorders         sums run in another order than the oracle's: of what is not finite, Inf or NaN may arrive
+    free_rank        the first argument has any number of axes before the last
+    grows_by_rows    a compiled function is called for more rows; without it, for a longer last axis
     straight_through   names of samples whose gradient is none of the function, but passes by a rounding
     """
 
@@ -87,7 +89,9 @@ class Spec:
     operand_error: float = 0.0
     rounding_of_saved: float = 0.0
     parameters_only: bool = False
+    reorders: bool = False
     free_rank: bool = False
+    grows_by_rows: bool = False
     straight_through: tuple[str, ...] = ()
 
     @property
@@ -99,9 +103,10 @@ def specs() -> dict[str, Spec]:
     """Every registered public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import fft_conv, quant_matmul, selective_scan, sparse_attention
+    from scalekern.testing import fft_conv, quant_matmul, selective_scan, sparse_attention, ssd_scan
 
     families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS, **quant_matmul.SPECS}
+    families |= ssd_scan.SPECS
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
     return {op: spec for op, spec in families.items() if op in registered}
 
