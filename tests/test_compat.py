@@ -418,7 +418,7 @@ def test_a_fresh_process(order):
         logging.getLogger("transformers").addHandler(logging.StreamHandler(heard))
         ids = torch.arange(1, 9).view(1, 8)
         for config, model in ((MambaConfig, MambaForCausalLM), (FalconMambaConfig, FalconMambaForCausalLM)):
-            m = model(config(vocab_size=16, hidden_size=8, state_size=2, num_hidden_layers=1))
+            m = model(config(vocab_size=16, hidden_size=8, state_size=2, num_hidden_layers=1, eos_token_id=None))
             m.train()(ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
             m.eval().generate(ids, max_new_tokens=2, do_sample=False)
         assert "falling back" not in heard.getvalue(), heard.getvalue()
