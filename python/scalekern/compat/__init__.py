@@ -110,7 +110,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.partition(".")[0] in self.packages and name in MODULES:
             package = any(other.startswith(name + ".") for other in MODULES)
             return importlib.machinery.ModuleSpec(name, self, origin="scalekern.compat", is_package=package)
-        if name in _transformers.MIXERS and self.packages:
+        if _transformers.concerns(name) and self.packages:
             return _transformers.patched_spec(name, path)
         return None
 
