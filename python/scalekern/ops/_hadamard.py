@@ -1,0 +1,44 @@
+"""The Hadamard transform on the CPU: the arguments of the native kernels from those of the registered ops."""
+
+import functools
+
+import torch
+
+from scalekern._dispatch import native
+from scalekern.reference.hadamard_transform import base_matrix, factor
+
+_AXES = 9  # the kernel's own limit, for x whose axes cannot be joined
+
+_transform = native("hadamard_transform", "cpu")
+_quantize = native("fused_hadamard_quantize", "cpu")
+
+
+@functools.cache
+def _signs(m: int, matrices: str, transposed: bool) -> torch.Tensor | None:
+    """(m,) int64: bit l of word i is set where H_m[i, l] is -1. None for m = 1."""
+    if m == 1:
+        return None
+    h = base_matrix(m, matrices)
+    negative = ((h.mT if transposed else h) < 0).to(torch.int64)
+    return (negative << torch.arange(m)).sum(1)
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() <= _AXES else x.contiguous()
+
+
+def transform(out, x, scale, order, matrices, transposed) -> None:
+    """fill(out, *op arguments)"""
+    m, k = factor(x.shape[-1], order)
+    _transform(out, _readable(x), _signs(m, matrices, transposed), k, scale)
+
+
+def quantize(q, scales, x, scale, bits, group_size, order, matrices) -> None:
+    """fill(q, scales, *op arguments)"""
+    m, k = factor(x.shape[-1], order)
+    group, most = group_size or x.shape[-1], 2 ** (bits - 1) - 1
+    _quantize(q, scales, _readable(x), _signs(m, matrices, False), k, scale, group, most)
+
+
+transform.native_op = _transform.native_op
+quantize.native_op = _quantize.native_op
