@@ -38,6 +38,7 @@ struct Transform {
   Transform(const Transform&) = delete;
   ~Transform() { __builtin_free(buffer); }
 
+  bool packed() const { return a.stride_n == 1 && (a.axes == 0 || (a.axes == 1 && a.stride[0] == a.n)); }
   bool tiled() const { return a.m > 1 && a.k < w; }  // runs shorter than a vector: then lanes are rows
 
   template <class T>
@@ -53,12 +54,12 @@ struct Transform {
   // One pass at the top of a run of 2^k points; returns the bits that are left.
   template <class T>
   static int top_pass(F* to, int64_t extra, const T* from, int k) {
-    const int rest = k - w - kStages, passes = (rest + kStages - 1) / kStages, bits = (rest + passes - 1) / passes;
+    const int rest = k - w - kStages, passes = (rest + kMostStages - 1) / kMostStages, bits = (rest + passes - 1) / passes;
     const int64_t apart = int64_t(1) << (k - bits);
     if (bits == 1) pass<F, 1>(to, apart + extra, from, apart);
     else if (bits == 2) pass<F, 2>(to, apart + extra, from, apart);
     else if (bits == 3) pass<F, 3>(to, apart + extra, from, apart);
-    else if constexpr (kStages > 3) pass<F, 4>(to, apart + extra, from, apart);
+    else pass<F, 4>(to, apart + extra, from, apart);
     return k - bits;
   }
 
@@ -125,11 +126,11 @@ struct Transform {
 
   const S* row_of_x(int64_t i) const {
     int64_t offset = 0;
-    for (int axis = a.axes - 1; axis >= 0; --axis) {
+    for (int axis = a.axes - 1; axis > 0; --axis) {
       offset += i % a.size[axis] * a.stride[axis];
       i /= a.size[axis];
     }
-    return static_cast<const S*>(a.x) + offset;
+    return static_cast<const S*>(a.x) + offset + (a.axes ? i * a.stride[0] : 0);
   }
 
   void gather(int64_t i, F* to) const {
@@ -147,6 +148,8 @@ struct Transform {
 
   void rows(int64_t begin, int64_t end) const {
     const bool whole = padded == a.n, read = whole && a.stride_n == 1, written = whole && a.out;
+    if (read && written && a.m == 1 && a.k <= w + kStages && packed())
+      return last(static_cast<S*>(a.out) + begin * a.n, row_of_x(begin), (end - begin) * a.n, int(a.k));
     for (int64_t i = begin; i < end; ++i) {
       S* out = static_cast<S*>(a.out) + i * a.n;
       if (!read) gather(i, line);
@@ -162,7 +165,7 @@ struct Transform {
   void narrow_rows(int64_t begin, int64_t end) const {
     const int k = int(a.k);
     int64_t i = begin;
-    if (padded == a.n && a.out && a.stride_n == 1 && (a.axes == 0 || (a.axes == 1 && a.stride[0] == a.n))) {
+    if (padded == a.n && a.out && packed()) {
       const int64_t points = (end - begin) / (W / padded) * W;
       narrow(static_cast<S*>(a.out) + i * a.n, row_of_x(i), points, k);
       i += points / padded;

@@ -8,14 +8,37 @@ namespace {
 
 // Stages in registers a pass: 2^3 vectors of 16 registers leave room for a sum and a difference, 2^4 of 32 likewise.
 #if defined(__AVX512F__)
-constexpr int kStages = 4;
+constexpr int kStages = 4, kMostStages = 4;
 #else
-constexpr int kStages = 3;
+constexpr int kStages = 3, kMostStages = 4;  // of passes without lanes to mix: 16 vectors spill one or two
 #endif
 
 constexpr int log2_of(int64_t x) { return x > 1 ? 1 + log2_of(x / 2) : 0; }
 template <class F>
 constexpr int kLaneBits = log2_of(kLanes<F>);
+
+// 2 kLanes<F> points to a storage type, rounded to nearest even. bf16 in fewer operations than store_as has, since a
+// pass that does little else would feel them: a NaN becomes the one of all ones.
+template <class F, class S>
+static inline void store_two(S* p, Vec<F> a, Vec<F> b) {
+#if defined(__AVX2__)
+  if constexpr (__is_same(S, bf16) && sizeof(F) == 4) {
+    const auto rounded = [](Vec<F> v) {
+      const Words bits = Words(v);
+      return ((bits + (bits >> 16 & 1) + 0x7fff) | Words(v != v)) >> 16;
+    };
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)rounded(a)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + kLanes<F>), _mm512_cvtepi32_epi16((__m512i)rounded(b)));
+#else
+    const __m256i packed = _mm256_packus_epi32((__m256i)rounded(a), (__m256i)rounded(b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+#endif
+    return;
+  }
+#endif
+  store_as<F>(p, a), store_as<F>(p + kLanes<F>, b);
+}
 
 // All stages of `count` vectors.
 template <int count, class V>
@@ -67,8 +90,9 @@ static void last_pass(D* to, const S* from, int64_t size, F scale) {
 #pragma GCC unroll 16
     for (int j = 0; j < count; ++j) v[j] = lane_stages<F, lane_bits>(load_as<F>(from + i + j * W));
     butterflies<count>(v);
-#pragma GCC unroll 16
-    for (int j = 0; j < count; ++j) store_as<F>(to + i + j * W, v[j] * scale);
+    if constexpr (count == 1) store_as<F>(to + i, v[0] * scale);
+#pragma GCC unroll 8
+    for (int j = 0; j + 1 < count; j += 2) store_two<F>(to + i + j * W, v[j] * scale, v[j + 1] * scale);
   }
 }
 

@@ -9,6 +9,8 @@ from scalekern.reference.hadamard_transform import base_matrix, factor
 
 _AXES = 9  # the kernel's own limit, for x whose axes cannot be joined
 
+_TILE_BITS = {1: 14, 12: 10, 20: 9, 28: 9, 40: 8}  # k of the longest row that a Triton program holds
+
 _transform = native("hadamard_transform", "cpu")
 _quantize = native("fused_hadamard_quantize", "cpu")
 
@@ -38,6 +40,14 @@ def quantize(q, scales, x, scale, bits, group_size, order, matrices) -> None:
     m, k = factor(x.shape[-1], order)
     group, most = group_size or x.shape[-1], 2 ** (bits - 1) - 1
     _quantize(q, scales, _readable(x), _signs(m, matrices, False), k, scale, group, most)
+
+
+def triton_refuses_to_quantize(x, scale, bits, group_size, order, matrices) -> str | None:
+    """Why a call is not for the Triton kernels, which hold a token in one program, or None."""
+    m, k = factor(x.shape[-1], order)
+    if group_size not in (0, x.shape[-1]) and (group_size & (group_size - 1) or (1 << k) % group_size):
+        return "group_size is no power of two that divides the runs of x"
+    return "a token is longer than one program holds" if k > _TILE_BITS[m] else None
 
 
 transform.native_op = _transform.native_op

@@ -113,9 +113,9 @@ def _backward(ctx, dout):
     return hadamard_transform_fwd(dout, scale, order, matrices, not transposed), None, None, None, None
 
 
-def _backends(allocate, function, fill, reference):
+def _backends(allocate, function, fill, reference, supports=lambda *args: None):
     return (
-        Backend("triton", filling(allocate, triton("hadamard_transform", function))),
+        Backend("triton", filling(allocate, triton("hadamard_transform", function)), supports),
         Backend("cpu", filling(allocate, fill)),
         Backend("reference", reference),
     )
@@ -137,7 +137,8 @@ _fused_hadamard_quantize = _library.define(
     QUANTIZE,
     "fused_hadamard_quantize(Tensor x, float scale, int bits, int group_size, int order, str matrices) "
     "-> (Tensor, Tensor)",
-    backends=_backends(_allocate_quantize, "fused_hadamard_quantize", _hadamard.quantize, reference_quantize),
+    backends=_backends(_allocate_quantize, "fused_hadamard_quantize", _hadamard.quantize, reference_quantize,
+                       _hadamard.triton_refuses_to_quantize),
     fake=_allocate_quantize,
     empty=lambda x, *rest: x.numel() == 0,
     no_gradient="this quantizing op has no gradient; train with hadamard_transform and fake quantization",
