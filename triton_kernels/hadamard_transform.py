@@ -5,7 +5,7 @@ tile, A parts of a row, R rows of a tile.
 
     H = H_m (x) H_2^k. With j = p B + b the transform is two products whose matrices are signs:
 
-    few points (m = 1, k <= 10)     y_a = x_a H_B        [R, B] @ [B, B], a = 0 .. A - 1 < 8, then butterflies of the y_a
+    few points (m = 1, k <= 9)      y_a = x_a H_B        [R, B] @ [B, B], a = 0 .. A - 1 < 4, then butterflies of the y_a
     more                            Y = (H_m (x) H_A) X H_B        [P, P] @ ([P, B] @ [B, B]), P = A times m's next 2^i
 
 A sign is the parity of b & b', so no table is read for Sylvester's matrices; H_m comes as bytes, padded by zeros.
@@ -16,7 +16,7 @@ doubles them at half that rate, against twice the bytes.
 
 How the work is split: a program owns whole rows and walks over tiles, so that its matrices are made once. A row never
 shares a product's sum with another one: what is not finite stays in its own row. Beyond 2^14 points (or what P = 128
-takes) it is two launches, of runs of 2^13 and across them, with float32 between.
+takes; less where points are wider) it is two launches, of runs of 2^13 and across them, with float32 between.
 
 Exactness: signs are exact in every type. Half precision x meets H_B as it is; what comes out is float32, and goes into
 the second product rounded once more for bfloat16 (one of two roundings of the same size), else in two bfloat16 parts,
@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from .. import _env
+from ..ops._hadamard import tile
 from ..reference.hadamard_transform import base_matrix, factor
 from .common import Launch, compile_spec, index, meta
 from .toeplitz_conv import _operand
@@ -66,23 +67,25 @@ def _times(x, h, acc: tl.constexpr):
     """x @ h of signs h. x float32: in two tf32 parts; half precision and float64 as they are."""
     if x.dtype == tl.float32:
         y = tl.dot(_high(x), h, input_precision="tf32", out_dtype=acc)
-        return tl.dot(x - _high(x), h, y, input_precision="tf32", out_dtype=acc)
+        y = tl.dot(x - _high(x), h, y, input_precision="tf32", out_dtype=acc)
     else:
-        return tl.dot(_operand(x, x.dtype), h, input_precision="ieee", out_dtype=acc)
+        y = tl.dot(_operand(x, x.dtype), h, input_precision="ieee", out_dtype=acc)
+    return y
 
 
 @triton.jit
 def _of_signs(h, x, PARTS: tl.constexpr, acc: tl.constexpr):
     """h @ x of signs h and a float32 or float64 x; PARTS bfloat16 parts of x, 0: none of bfloat16."""
-    if PARTS == 0:
-        if acc == tl.float64:
-            return tl.dot(h, x, input_precision="ieee", out_dtype=acc)
+    if acc == tl.float64:
+        y = tl.dot(h, x, input_precision="ieee", out_dtype=acc)
+    elif PARTS == 0:
         y = tl.dot(h, _high(x), input_precision="tf32", out_dtype=acc)
-        return tl.dot(h, x - _high(x), y, input_precision="tf32", out_dtype=acc)
-    high = _operand(x, tl.bfloat16)
-    y = tl.dot(h, high, out_dtype=acc)
-    if PARTS == 2:
-        y = tl.dot(h, _operand(x - high.to(tl.float32), tl.bfloat16), y, out_dtype=acc)
+        y = tl.dot(h, x - _high(x), y, input_precision="tf32", out_dtype=acc)
+    else:
+        high = _operand(x, tl.bfloat16)
+        y = tl.dot(h, high, out_dtype=acc)
+        if PARTS == 2:
+            y = tl.dot(h, _operand(x - high.to(tl.float32), tl.bfloat16), y, out_dtype=acc)
     return y
 
 
@@ -140,7 +143,7 @@ def _hadamard_rows_kernel(
             j = a * B + b[None, :]
             x = tl.load(x_ptr + at + index(j, INT64) * stride_x_n, mask=in_rows & (j < n), other=0.0)  # [R, B]
             y = y + (_times(x, h, acc),)
-        for bit in tl.static_range(3):
+        for bit in tl.static_range(2):
             if (1 << bit) < A:
                 z = ()
                 for a in tl.static_range(A):
@@ -221,8 +224,8 @@ def _hadamard_tile_kernel(
 
 # --- launchers ------------------------------------------------------------------------------------------------------
 
-PROGRAMS = 8 * 132  # that walk over the rows; eight a multiprocessor of an H100/H200
-RUN_BITS = 13  # of what the first of two launches transforms
+PROGRAMS = 8 * 132  # that walk over the rows; eight a multiprocessor of an H100/H200, more of one warp
+RUN_BITS = {4: 13, 8: 12}  # of what the first of two launches transforms, by the bytes of a point
 
 
 @functools.cache
@@ -250,18 +253,10 @@ def _folded(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
     return x, [size for size, _ in axes], [stride for _, stride in axes]
 
 
-def _is_small(m: int, k: int, group: int, n: int) -> bool:
-    return m == 1 and k <= 10 and (group in (0, n) or group <= min(128, 1 << k))
-
-
-def _tile(m: int, k: int) -> tuple[int, int, int] | None:
-    """(A, B, P); None where a row is too long for one tile."""
-    width = triton.next_power_of_2(m)
-    for most in (64, 128):
-        parts = max(1, min(most // width, 1 << max(0, k - 4)))
-        if width <= most and (1 << k) // parts <= 128:
-            return parts, max(16, (1 << k) // parts), max(16, width * parts)
-    return None
+def _is_small(x: torch.Tensor, m: int, k: int, group: int = 0) -> bool:
+    """Whether the sums of all parts of 16 rows fit the registers of a program."""
+    most = {8: 7, 4: 8}.get(x.dtype.itemsize, 9)
+    return m == 1 and k <= most and (group in (0, x.shape[-1]) or group <= min(128, 1 << k))
 
 
 def _common(x: torch.Tensor, n: int, scale: float, group: int, most: int) -> dict:
@@ -283,9 +278,8 @@ def plan_hadamard_rows(out, scales, x, k, scale, group=0, most=0) -> Launch:
     n = x.shape[-1]
     B = max(16, min(128, 1 << k))
     A = max(1, (1 << k) // B)
-    default = {"R": {1: 64, 2: 64, 4: 32, 8: 16}[A], "num_warps": 4}
-    default["R"] = max(16, default["R"] // (1 if x.dtype.itemsize < 4 else 2))
-    blocks = config("hadamard_rows", _key(x, n), x.device, default)
+    rows = max(16, 128 // A // x.dtype.itemsize)
+    blocks = config("hadamard_rows", _key(x, n), x.device, {"R": rows, "num_warps": 8 if x.dtype.itemsize == 4 else 4})
     args = _common(x, n, scale, group, most)
     tiles = triton.cdiv(args["rows"], blocks["R"])
     args |= dict(out_ptr=out, scales_ptr=scales, tiles=tiles, A=A, B=B, R=blocks["R"])
@@ -295,8 +289,9 @@ def plan_hadamard_rows(out, scales, x, k, scale, group=0, most=0) -> Launch:
 def plan_hadamard_tile(out, scales, x, m, k, scale, matrices, transposed, group=0, most=0) -> Launch:
     """The launch of a row a tile."""
     n = x.shape[-1]
-    A, B, P = _tile(m, k)
-    warps = max(1, min(8, P * B // 2048))
+    A, B, P = tile(m, k, x.dtype.itemsize)
+    # Two stages of loads where three would not leave the shared memory of an A100 to two operands of 128 x 128.
+    warps, stages = max(1, P * B // (1024 if x.dtype.itemsize > 2 or group else 2048)), 2 if P * B > 8192 else 3
     blocks = config("hadamard_tile", _key(x, n), x.device, {"num_warps": warps})
     half = x.dtype in (torch.float16, torch.bfloat16)
     parts = 0 if not half else 1 if x.dtype == torch.bfloat16 and not group else 2
@@ -305,13 +300,14 @@ def plan_hadamard_tile(out, scales, x, m, k, scale, matrices, transposed, group=
         out_ptr=out, scales_ptr=scales, table_ptr=_table(m, matrices, transposed, x.device), run=1 << k,
         M=m, PARTS=parts, A=A, B=B, P=P,
     )  # fmt: skip
-    return Launch(_hadamard_tile_kernel, (min(args["rows"], PROGRAMS),), args, blocks["num_warps"])
+    programs = min(args["rows"], PROGRAMS * (4 if warps == 1 else 1))
+    return Launch(_hadamard_tile_kernel, (programs,), args, blocks["num_warps"], stages)
 
 
 def _transform(out, x, m, k, scale, matrices, transposed) -> None:
-    if _is_small(m, k, 0, x.shape[-1]):
+    if _is_small(x, m, k):
         plan_hadamard_rows(out, None, x, k, scale).run()
-    elif _tile(m, k):
+    elif tile(m, k, x.dtype.itemsize):
         plan_hadamard_tile(out, None, x, m, k, scale, matrices, transposed).run()
     else:
         _in_two(out, x, m, k, scale, matrices, transposed)
@@ -319,13 +315,13 @@ def _transform(out, x, m, k, scale, matrices, transposed) -> None:
 
 def _in_two(out, x, m, k, scale, matrices, transposed) -> None:
     """Runs of 2^RUN_BITS points, then across them, in float32 (float64) between the two."""
-    n, run = x.shape[-1], 1 << RUN_BITS
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    padded = torch.nn.functional.pad(x.to(real), (0, (m << k) - n)).unflatten(-1, (-1, run))
+    n, real = x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    bits = RUN_BITS[real.itemsize]
+    padded = torch.nn.functional.pad(x.to(real), (0, (m << k) - n)).unflatten(-1, (-1, 1 << bits))
     between = torch.empty_like(padded, memory_format=torch.contiguous_format)
-    _transform(between, padded, 1, RUN_BITS, 1.0, matrices, False)
+    _transform(between, padded, 1, bits, 1.0, matrices, False)
     across = between.mT.new_empty(between.mT.shape)
-    _transform(across, between.mT, m, k - RUN_BITS, scale, matrices, transposed)
+    _transform(across, between.mT, m, k - bits, scale, matrices, transposed)
     out.copy_(across.mT.flatten(-2)[..., :n])
 
 
@@ -340,7 +336,7 @@ def fused_hadamard_quantize(q, scales, x, scale, bits, group_size, order, matric
     n = x.shape[-1]
     m, k = factor(n, order)
     group, most = group_size or n, 2 ** (bits - 1) - 1
-    if _is_small(m, k, group, n):
+    if _is_small(x, m, k, group):
         plan_hadamard_rows(q, scales, x, k, scale, group, most).run()
     else:
         plan_hadamard_tile(q, scales, x, m, k, scale, matrices, False, group, most).run()
@@ -351,16 +347,16 @@ def _spec(dtype: torch.dtype, m: int, k: int, bits: int = 0, group: int = 0) -> 
     out = meta(4096, m << k, dtype=torch.int8 if bits else dtype)
     scales = meta(4096, max(1, (m << k) // group if group else 1)) if bits else None
     group, most = (group or m << k, 2 ** (bits - 1) - 1) if bits else (0, 0)
-    if _is_small(m, k, group, m << k):
+    if _is_small(x, m, k, group):
         return plan_hadamard_rows(out, scales, x, k, 1.0, group, most)
     return plan_hadamard_tile(out, scales, x, m, k, 1.0, "fast_hadamard_transform", False, group, most)
 
 
-compile_spec("hadamard_rows")(lambda dtype: _spec(dtype, 1, 10))
-compile_spec("hadamard_tile")(lambda dtype: _spec(dtype, 1, 13))
+compile_spec("hadamard_rows")(lambda dtype: _spec(dtype, 1, {8: 7, 4: 8}.get(dtype.itemsize, 9)))
+compile_spec("hadamard_tile")(lambda dtype: _spec(dtype, 1, 12 if dtype.itemsize == 8 else 13))
 compile_spec("hadamard_rows_128")(lambda dtype: _spec(dtype, 1, 7))
 compile_spec("hadamard_tile_16384")(lambda dtype: _spec(dtype, 1, 14))
 compile_spec("hadamard_tile_14336")(lambda dtype: _spec(dtype, 28, 9))
-compile_spec("hadamard_rows_quantize")(lambda dtype: _spec(dtype, 1, 10, 8))
+compile_spec("hadamard_rows_quantize")(lambda dtype: _spec(dtype, 1, 9, 8))
 compile_spec("hadamard_tile_quantize")(lambda dtype: _spec(dtype, 1, 12, 8))
 compile_spec("hadamard_tile_quantize_groups")(lambda dtype: _spec(dtype, 28, 9, 4, 128))

@@ -1,4 +1,4 @@
-"""The Hadamard transform on the CPU: the arguments of the native kernels from those of the registered ops."""
+"""What stands between the registered Hadamard ops and their kernels: the native ones' arguments, Triton's limits."""
 
 import functools
 
@@ -8,8 +8,6 @@ from scalekern._dispatch import native
 from scalekern.reference.hadamard_transform import base_matrix, factor
 
 _AXES = 9  # the kernel's own limit, for x whose axes cannot be joined
-
-_TILE_BITS = {1: 14, 12: 10, 20: 9, 28: 9, 40: 8}  # k of the longest row that a Triton program holds
 
 _transform = native("hadamard_transform", "cpu")
 _quantize = native("fused_hadamard_quantize", "cpu")
@@ -47,7 +45,19 @@ def triton_refuses_to_quantize(x, scale, bits, group_size, order, matrices) -> s
     m, k = factor(x.shape[-1], order)
     if group_size not in (0, x.shape[-1]) and (group_size & (group_size - 1) or (1 << k) % group_size):
         return "group_size is no power of two that divides the runs of x"
-    return "a token is longer than one program holds" if k > _TILE_BITS[m] else None
+    return None if tile(m, k, x.dtype.itemsize) else "a token is longer than one program holds"
+
+
+def tile(m, k, itemsize) -> tuple[int, int, int] | None:
+    """(A, B, P): how the Triton kernels lay the m 2^k points of a row out, P = A times m's next power of two rows of B.
+
+    None where two matrices, P x P and B x B, and the row leave no room in a multiprocessor."""
+    width, widest = 1 << (m - 1).bit_length(), 64 if itemsize == 8 else 128
+    for most in (64, 128) if itemsize == 2 else (64,):
+        parts = min(most // width, 1 << max(0, k - 4))
+        if width <= most and (1 << k) // parts <= widest:
+            return parts, max(16, (1 << k) // parts), max(16, width * parts)
+    return None
 
 
 transform.native_op = _transform.native_op

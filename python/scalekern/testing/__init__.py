@@ -75,6 +75,10 @@ class Spec:
     rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
                      of the dtype's eps
     parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
+    any_rank         the first argument may have any number of leading axes
+    linear           the op is linear in its one tensor, and its own backward: gradients of every order work
+    integers_off     of an integer output, the share that may be off by one: where a value is a half of a step away from
+                     two integers, the last bit of a float decides, and kernels add in orders of their own
     """
 
     samples: tuple[Sample, ...]
@@ -85,6 +89,9 @@ class Spec:
     operand_error: float = 0.0
     rounding_of_saved: float = 0.0
     parameters_only: bool = False
+    any_rank: bool = False
+    linear: bool = False
+    integers_off: float = 0.0
 
     @property
     def trainable(self) -> bool:
@@ -95,9 +102,9 @@ def specs() -> dict[str, Spec]:
     """Every registered public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import fft_conv, selective_scan, sparse_attention
+    from scalekern.testing import fft_conv, hadamard, selective_scan, sparse_attention
 
-    families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS}
+    families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS, **hadamard.SPECS}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
     return {op: spec for op, spec in families.items() if op in registered}
 
@@ -136,6 +143,14 @@ def assert_close(actual, expected, *, tolerance: float, what: str = "output") ->
         f"{what}: relative L2 error {value:.2e} is above {tolerance:.1e}; worst at {place}: "
         f"{actual[place].item() if gap.numel() else None} instead of {expected[place].item() if gap.numel() else None}"
     )
+
+
+def assert_integers_close(actual, expected, *, off: float, what: str = "output") -> None:
+    """Integers within one of each other, at most the share `off` of them (and one more) not equal."""
+    gap = (actual.detach().cpu().long() - expected.detach().cpu().long()).abs()
+    wrong = int((gap > 0).sum())
+    assert int(gap.amax()) <= 1 if gap.numel() else True, f"{what}: integers are off by {int(gap.amax())}"
+    assert wrong <= 1 + off * gap.numel(), f"{what}: {wrong} of {gap.numel()} integers are off by one"
 
 
 def upcast(value, dtype=torch.float64):
