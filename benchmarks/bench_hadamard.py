@@ -3,6 +3,8 @@
 Shape letters: M rows, K points of a row.
 """
 
+import itertools
+
 import torch
 
 import scalekern
@@ -35,7 +37,7 @@ def dense(x, scale) -> peers.Peer:
     n = x.shape[-1]
     if n * n * x.element_size() > DENSE_BYTES:
         raise peers.Absent(f"the matrix of {n} points has more than {DENSE_BYTES >> 20} MiB")
-    H = (hadamard_matrix(n).to(x.device, torch.float32) * scale).to(x.dtype)
+    H = (hadamard_matrix(n)[:n, :n].to(x.device, torch.float32) * scale).to(x.dtype)
     return peers.torch_peer(lambda: x @ H.mT)
 
 
@@ -85,12 +87,11 @@ _WITHIN = {"copy": 0.5}
 
 def _cases(device: str, points: int, sizes, dtypes, priority: int, targets: dict) -> list:
     """Of `points` in all, so that no cache of a CPU or a GPU holds them."""
-    found = []
-    for i, (n, dtype) in enumerate((n, dtype) for n in sizes for dtype in dtypes):
-        shape = {"M": points // n, "K": n}
-        found.append(case("hadamard", transform, _OPS, "fwd", device, priority + i, shape, dtype, backends=_FAST,
-                          targets=targets))
-    return found  # fmt: skip
+    return [
+        case("hadamard", transform, _OPS, "fwd", device, priority + i, {"M": points // n, "K": n}, dtype,
+             backends=_FAST, targets=targets)
+        for i, (n, dtype) in enumerate(itertools.product(sizes, dtypes))
+    ]  # fmt: skip
 
 
 CPU = [
@@ -98,7 +99,7 @@ CPU = [
     case("hadamard_quantize", quantize, _QUANTIZE, "fwd", "cpu", 75, {"M": 4096, "K": 4096}, BF16, backends=_FAST),
 ]
 CUDA = [
-    *_cases("cuda", 2**27, (128, 1024, 4096, 8192, 14336), (BF16, FP32), 60, {"limit": 0.85}),
+    *_cases("cuda", 2**27, (256, 1024, 4096, 8192, 14336), (BF16, FP32), 60, {"limit": 0.85}),
     case("hadamard_quantize", quantize, _QUANTIZE, "fwd", "cuda", 75, {"M": 32768, "K": 4096}, BF16, backends=_FAST),
 ]
 CASES = [*CPU, *CUDA]

@@ -291,7 +291,8 @@ def plan_hadamard_tile(out, scales, x, m, k, scale, matrices, transposed, group=
     n = x.shape[-1]
     A, B, P = tile(m, k, x.dtype.itemsize)
     # Loads ahead only where they leave the registers, and an A100's shared memory, to the products.
-    warps, stages = max(1, P * B // 2048), 1 if x.dtype.itemsize > 2 or group else 2 if P * B > 8192 else 3
+    stages = 1 if x.dtype.itemsize > 2 or group else 2 if P * B > 8192 else 3
+    warps = max(1, P * B // (512 if x.dtype.itemsize > 4 else 2048))
     blocks = config("hadamard_tile", _key(x, n), x.device, {"num_warps": warps})
     half = x.dtype in (torch.float16, torch.bfloat16)
     parts = 0 if not half else 1 if x.dtype == torch.bfloat16 and not group else 2
