@@ -161,7 +161,7 @@ def test_bad_options_are_named(call):
 @compiled_only
 @pytest.mark.skipif(importlib.util.find_spec("fast_hadamard_transform") is not None, reason="the package is installed")
 def test_fast_hadamard_transform_is_served():
-    """Upstream's functions, what they pad included; its backward, wrong for matrices that are not symmetric, is right."""
+    """Upstream's functions, what they pad included; the backward is right for matrices that are not symmetric, too."""
     compat.install()
     try:
         import fast_hadamard_transform as shim

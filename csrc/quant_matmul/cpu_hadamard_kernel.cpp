@@ -25,6 +25,7 @@ struct Transform {
   const int64_t padded = a.m << a.k;
   const F scale = F(a.scale);
   int32_t offsets[40 * 10];
+  mutable const char* ahead = nullptr;  // of the next row
   F *buffer, *line;  // the row between passes; the row before the first one, where x is not read by it
 
   explicit Transform(const HadamardArgs& args) : a(args) {
@@ -85,26 +86,26 @@ struct Transform {
   template <class T, class D>
   void last(D* to, const T* from, int64_t size, int k) const {
     switch (k - w) {
-      case 0: return last_pass<F, w, 0>(to, from, size, scale);
-      case 1: return last_pass<F, w, 1>(to, from, size, scale);
-      case 2: return last_pass<F, w, 2>(to, from, size, scale);
-      case 3: return last_pass<F, w, 3>(to, from, size, scale);
+      case 0: return last_pass<F, w, 0>(to, from, size, scale, ahead);
+      case 1: return last_pass<F, w, 1>(to, from, size, scale, ahead);
+      case 2: return last_pass<F, w, 2>(to, from, size, scale, ahead);
+      case 3: return last_pass<F, w, 3>(to, from, size, scale, ahead);
     }
     if constexpr (kStages > 3)
-      if (k - w == 4) return last_pass<F, w, 4>(to, from, size, scale);
+      if (k - w == 4) return last_pass<F, w, 4>(to, from, size, scale, ahead);
     narrow(to, from, size, k);
   }
 
   // Rows shorter than a vector, one after the other.
   template <class T, class D>
   void narrow(D* to, const T* from, int64_t size, int k) const {
-    if (k == 0) return last_pass<F, 0, 0>(to, from, size, scale);
+    if (k == 0) return last_pass<F, 0, 0>(to, from, size, scale, ahead);
     if constexpr (w > 1)
-      if (k == 1) return last_pass<F, 1, 0>(to, from, size, scale);
+      if (k == 1) return last_pass<F, 1, 0>(to, from, size, scale, ahead);
     if constexpr (w > 2)
-      if (k == 2) return last_pass<F, 2, 0>(to, from, size, scale);
+      if (k == 2) return last_pass<F, 2, 0>(to, from, size, scale, ahead);
     if constexpr (w > 3)
-      if (k == 3) return last_pass<F, 3, 0>(to, from, size, scale);
+      if (k == 3) return last_pass<F, 3, 0>(to, from, size, scale, ahead);
   }
 
   // A row of m 2^k points, 2^k at least a vector.
@@ -153,6 +154,8 @@ struct Transform {
     for (int64_t i = begin; i < end; ++i) {
       S* out = static_cast<S*>(a.out) + i * a.n;
       if (!read) gather(i, line);
+      else if (written && i + 1 < end) ahead = reinterpret_cast<const char*>(row_of_x(i + 1));
+      else ahead = nullptr;
       if (read && written) row(out, row_of_x(i));
       else if (read) row(line, row_of_x(i));
       else if (written) row(out, static_cast<const F*>(line));
@@ -196,10 +199,10 @@ struct Transform {
       }
       __builtin_memset(line + a.n * W, 0, sizeof(F) * size_t((padded - a.n) * W));
       base(buffer, run, static_cast<const F*>(line), run);
-      if (a.k == 0) last_pass<F, 0, 0>(line, buffer, padded * W, scale);
-      else if (a.k == 1) last_pass<F, 0, 1>(line, buffer, padded * W, scale);
-      else if (a.k == 2) last_pass<F, 0, 2>(line, buffer, padded * W, scale);
-      else last_pass<F, 0, 3>(line, buffer, padded * W, scale);
+      if (a.k == 0) last_pass<F, 0, 0>(line, buffer, padded * W, scale, ahead);
+      else if (a.k == 1) last_pass<F, 0, 1>(line, buffer, padded * W, scale, ahead);
+      else if (a.k == 2) last_pass<F, 0, 2>(line, buffer, padded * W, scale, ahead);
+      else last_pass<F, 0, 3>(line, buffer, padded * W, scale, ahead);
       if (a.out) {
         store_tile(static_cast<S*>(a.out) + i * a.n, a.n, 1, lanes, a.n, line);
         continue;

@@ -82,10 +82,17 @@ static inline Vec<F> lane_stages(Vec<F> v) {
 }
 
 // `size` points in blocks of 2^vec_bits vectors: the lanes' stages below 2^lane_bits and those of the block, scaled.
+// `ahead`: what will be read next, as many bytes as are written; nothing else asks for it while a row is computed. Moved
+// on; may be null.
 template <class F, int lane_bits, int vec_bits, class S, class D>
-static void last_pass(D* to, const S* from, int64_t size, F scale) {
+static void last_pass(D* to, const S* from, int64_t size, F scale, const char*& ahead) {
   constexpr int W = kLanes<F>, count = 1 << vec_bits;
   for (int64_t i = 0; i < size; i += W * count) {
+    if (ahead) {
+#pragma GCC unroll 16
+      for (int byte = 0; byte < int(sizeof(D)) * W * count; byte += 64) __builtin_prefetch(ahead + byte);
+      ahead += int(sizeof(D)) * W * count;
+    }
     Vec<F> v[count];
 #pragma GCC unroll 16
     for (int j = 0; j < count; ++j) v[j] = lane_stages<F, lane_bits>(load_as<F>(from + i + j * W));
