@@ -5,7 +5,7 @@ tile, A parts of a row, R rows of a tile.
 
     H = H_m (x) H_2^k. With j = p B + b the transform is two products whose matrices are signs:
 
-    few points (m = 1, k <= 9)      y_a = x_a H_B        [R, B] @ [B, B], a = 0 .. A - 1 < 4, then butterflies of the y_a
+    few points (m = 1, k <= 9)      y_a = x_a H_B        [R, B] @ [B, B], a < A <= 4, then butterflies of the y_a
     more                            Y = (H_m (x) H_A) X H_B        [P, P] @ ([P, B] @ [B, B]), P = A times m's next 2^i
 
 A sign is the parity of b & b', so no table is read for Sylvester's matrices; H_m comes as bytes, padded by zeros.
@@ -264,8 +264,8 @@ def _common(x: torch.Tensor, n: int, scale: float, group: int, most: int) -> dic
     wide = (n - 1) * abs(x.stride(-1)) >= 2**31 - 2**16
     return dict(
         x_ptr=x, rows=sizes[0] * sizes[1] * sizes[2], n=n, scale=scale, size_1=sizes[1], size_2=sizes[2],
-        stride_x_0=steps[0], stride_x_1=steps[1], stride_x_2=steps[2], stride_x_n=x.stride(-1), GROUP=-1 if group == n else group, MOST=most,
-        INT64=wide or _env.force_int64(),
+        stride_x_0=steps[0], stride_x_1=steps[1], stride_x_2=steps[2], stride_x_n=x.stride(-1),
+        GROUP=-1 if group == n else group, MOST=most, INT64=wide or _env.force_int64(),
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@
 
 `flex_attention` here is torch's, for code that has a BlockMask: it is called by name, nothing is replaced.
 
-`mamba_ssm`, `causal_conv1d`, `flashfftconv`, `fast_hadamard_transform`, and H3's extension `fftconv`, which carries its src/ops/fftconv.py (that
+`mamba_ssm`, `causal_conv1d`, `flashfftconv`, `fast_hadamard_transform`, and H3's extension
+`fftconv`, which carries its src/ops/fftconv.py (that
 module is here too, for code that has no such file of its own).
 
 Installed packages of these names are left alone, unless install(force=True). transformers may be imported before or

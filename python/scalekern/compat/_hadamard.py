@@ -10,7 +10,7 @@ def _function(name: str, order: int):
         return scalekern.hadamard_transform(x, float(scale), order=order)
 
     transform.__name__ = transform.__qualname__ = name
-    transform.__doc__ = f"x (..., n), n padded with zeros to the next {order} 2^k, times H, n points of it, times scale."
+    transform.__doc__ = f"x (..., n), padded with zeros to the next {order} 2^k points, times H and scale; n points."
     return counted(name)(transform)
 
 

@@ -49,7 +49,7 @@ def hadamard_transform(x, scale=1.0, *, order=None, matrices="fast_hadamard_tran
 def fused_hadamard_quantize(
     x, scale=1.0, *, bits=8, group_size=None, order=None, matrices="fast_hadamard_transform"
 ):  # fmt: skip
-    """(q, scales) of y = hadamard_transform(x, scale), y = q * scales within half a step: symmetric, per token or group.
+    """(q, scales) of y = hadamard_transform(x, scale): symmetric integers, one scale a token or group of points.
 
         scales = max |y| / (2^(bits - 1) - 1)        q = y / scales, rounded half to even
 
