@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from scalekern import _dispatch, _library
+from scalekern.reference.hadamard_transform import MATRICES
 
 
 class NotHere(Exception):
@@ -130,6 +131,14 @@ def halved(x):
 
 def shifted(axis, by=1):
     return lambda x: x.roll(by, axis)
+
+
+def groups_left_out(run, args):
+    """One scale for a whole row."""
+    if not args["group_size"]:
+        raise NotHere
+    q, scales = run({**args, "group_size": 0})
+    return q, scales.expand(*q.shape[:-1], q.shape[-1] // args["group_size"]).contiguous()
 
 
 def no_gate(z):
@@ -278,6 +287,23 @@ FORWARD = {
         **ignored("sinks"),
         "slots off by one": given(k_cache=shifted(-2)),
     },
+    "hadamard_transform_fwd": {
+        "two rows swapped": output(0, swapped(0)),
+        "last point not computed": output(0, zeroed(-1, -1)),
+        "last point not read": given(x=zeroed(-1, -1)),
+        "Sylvester's matrix in H_m's place": given(order=lambda m: 1),
+        "the other package's matrices": given(matrices=lambda name: "quarot" if name[0] == "f" else MATRICES[0]),
+        "scale left out": given(scale=lambda s: 1.0),
+        **flipped("transposed"),
+    },
+    "fused_hadamard_quantize": {
+        "two rows swapped": output(0, swapped(0)),
+        "last point not read": given(x=zeroed(-1, -1)),
+        "scales of the other row": output(1, swapped(0)),
+        "one bit more": given(bits=lambda b: b + 1),
+        "truncated instead of rounded": output(0, lambda q: q - q.sign()),
+        "groups left out": groups_left_out,
+    },
     "merge_attention_fwd": {
         "two parts swapped": given(lses=swapped(0)),
         "last part dropped": given(outs=zeroed(0, -1)),
@@ -323,6 +349,10 @@ FORWARD = {
 }
 
 GRADIENTS = {
+    "hadamard_transform_fwd": {
+        "H in its transpose's place": given(transposed=lambda value: False),
+        "last point of dx not computed": output(0, zeroed(-1, -1)),
+    },
     "selective_scan_fwd": {"a checkpoint not saved": output(2, zeroed(1, 1))},
     "selective_scan_bwd": {
         "two channels of du swapped": output(0, swapped(1)),

@@ -24,7 +24,7 @@ FAMILIES = {
     "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
     "falcon_mamba": (transformers.FalconMambaConfig, transformers.FalconMambaForCausalLM),
 }
-SHIMS = ("mamba_ssm", "causal_conv1d", "flashfftconv", "fftconv")
+SHIMS = ("mamba_ssm", "causal_conv1d", "flashfftconv", "fftconv", "fast_hadamard_transform")
 pytestmark.append(
     pytest.mark.skipif(
         any(importlib.util.find_spec(p) for p in SHIMS), reason="a package that the shims stand for is installed"

@@ -9,6 +9,7 @@ from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel, truncate_C
 from scalekern.ops.dwt2d import dwt2d, idwt2d
 from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step
+from scalekern.ops.hadamard_transform import fused_hadamard_quantize, hadamard_transform
 from scalekern.ops.hstu_attention import hstu_attention
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
@@ -39,6 +40,8 @@ __all__ = [
     "fft_conv_chunk",
     "fft_conv_spectrum",
     "fft_conv_step",
+    "fused_hadamard_quantize",
+    "hadamard_transform",
     "hstu_attention",
     "mamba_inner",
     "mamba_update",

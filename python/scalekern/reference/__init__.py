@@ -10,6 +10,7 @@ from scalekern.reference.diag_ssm import diag_ssm, diag_ssm_discretize, diag_ssm
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel, truncate_C
 from scalekern.reference.dwt2d import dwt2d, idwt2d
 from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step, toeplitz_conv
+from scalekern.reference.hadamard_transform import fused_hadamard_quantize, hadamard_transform
 from scalekern.reference.hstu_attention import hstu_attention
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
@@ -36,6 +37,8 @@ __all__ = [
     "fft_conv_chunk",
     "fft_conv_spectrum",
     "fft_conv_step",
+    "fused_hadamard_quantize",
+    "hadamard_transform",
     "hstu_attention",
     "mamba_inner",
     "mamba_update",
