@@ -161,7 +161,7 @@ def _parameters(groups, fmt: Format, format: str, symmetric: bool, whole: bool, 
     largest = _over(groups.abs(), _amax, whole)
     offsets = bottom = None
     if fmt.name == "int1":
-        offsets = _over(groups, _mean, whole).to(side)
+        offsets = nearest_scales(_over(groups, _mean, whole), side)
         spread = _over((groups - offsets).abs(), _mean, whole)
     elif fmt.name == "ternary":
         spread = _over(groups.abs(), _mean, whole)
@@ -173,6 +173,8 @@ def _parameters(groups, fmt: Format, format: str, symmetric: bool, whole: bool, 
         spread = top / (fmt.levels - 1) - bottom / (fmt.levels - 1)  # of each: the sum may be beyond all numbers
     spread = torch.where(largest.isinf(), math.nan, spread)
     scales, outer = _stored(spread, largest, fmt, format, dtype)
+    if outer is not None and offsets is not None:
+        offsets = offsets / outer  # which multiplies both
     zeros = None
     if bottom is not None:
         zeros = _safe_div(-bottom, _step(scales, outer, groups.dtype)).round().clamp(0, fmt.levels - 1)
@@ -184,7 +186,8 @@ def _stored(spread, largest, fmt: Format, format: str, dtype: torch.dtype):
     """(scales, outer) for the exact scales `spread` and the largest magnitudes.
 
     MX: the power of two below the largest magnitude over that below the largest element, beyond which all is clipped
-    (OCP, 6.3). NVFP4: the nearest, the tensor's largest becoming 448. All others are rounded up.
+    (OCP, 6.3). NVFP4: the nearest, the tensor's largest becoming 448. Of other formats, largest magnitudes are rounded
+    up, since what is above the largest code is clipped, and means to nearest.
     """
     if format in BLOCK_FORMATS and dtype == torch.float8_e8m0fnu:
         exponent = torch.frexp(largest).exponent - 1 - math.floor(math.log2(fmt.largest))
@@ -195,16 +198,17 @@ def _stored(spread, largest, fmt: Format, format: str, dtype: torch.dtype):
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal
         scales = torch.where(spread == 0, 0.0, (spread / outer).clamp(min=least))
         return nearest_scales(scales, dtype), outer
+    mean = fmt.name in ("int1", "ternary")
     if dtype in (torch.int8, torch.uint8):
         outer = _amax_of(spread, (-2,)) / torch.iinfo(dtype).max
         outer = torch.where(outer == 0, 1.0, outer).float()
-        whole = (spread / outer).ceil().nan_to_num(1.0).clamp(max=torch.iinfo(dtype).max)
-        return whole.to(dtype), outer
+        whole = (spread / outer).nan_to_num(1.0)
+        return nearest_scales(whole if mean else whole.ceil(), dtype), outer
     if dtype == torch.float8_e8m0fnu:
         mantissa, exponent = torch.frexp(spread)
         return _power_of_two(torch.where(mantissa == 0.5, exponent - 1, exponent), spread), None
-    if dtype == torch.float64:
-        return spread.to(dtype), None
+    if dtype == torch.float64 or mean:
+        return nearest_scales(spread, dtype), None
     near = nearest_scales(spread, dtype)
     bits = near.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize])
     below = near.to(spread.dtype) < spread.clamp(max=torch.finfo(dtype).max)
@@ -223,10 +227,10 @@ def _power_of_two(exponent, spread):
 
 
 def nearest_scales(x, dtype: torch.dtype):
-    """x in a dtype of scales, as near as can be, never infinite."""
+    """x in a dtype of scales (or offsets), as near as can be, never infinite."""
     if dtype in (torch.int8, torch.uint8):
         return x.round().clamp(max=torch.iinfo(dtype).max).to(dtype)
-    return x.clamp(max=torch.finfo(dtype).max).to(dtype)
+    return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 
 
 def _step(scales, outer, dtype):
@@ -241,7 +245,7 @@ def _safe_div(a, b):
 def _codes(groups, fmt: Format, scales, zeros, offsets, outer):
     """(..., N, G, size) the nearest codes, halves to even."""
     step = _step(scales, outer, groups.dtype)
-    centred = groups if offsets is None else groups - offsets.to(groups.dtype)
+    centred = groups if offsets is None else groups - _step(offsets, outer, groups.dtype)
     x = _safe_div(centred, step.expand_as(centred[..., :1])).nan_to_num(0.0)
     if not fmt.is_integer:
         return nearest_codes(x, fmt)
@@ -267,5 +271,6 @@ def nearest_codes(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 def _nearest(x, rising):
     """The index of the nearest of rising values, between two the even one."""
     middles = (rising[1:] + rising[:-1]) / 2
-    below, above = torch.bucketize(x, middles), torch.bucketize(x, middles, right=True)
-    return torch.where(below % 2 == 0, below, above)
+    below = torch.bucketize(x, middles)  # the number of middles that are less
+    tie = x == torch.nn.functional.pad(middles, (0, 1), value=math.nan)[below]
+    return below + (tie & (below % 2 == 1))
