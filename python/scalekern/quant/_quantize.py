@@ -193,11 +193,11 @@ def _stored(spread, largest, fmt: Format, format: str, dtype: torch.dtype):
         exponent = torch.frexp(largest).exponent - 1 - math.floor(math.log2(fmt.largest))
         return _power_of_two(exponent, spread), None
     if format in BLOCK_FORMATS:
-        outer = _amax_of(spread, (-3, -2)) / torch.finfo(dtype).max
+        outer = _amax_of(largest, (-3, -2)) / (fmt.largest * torch.finfo(dtype).max)
         outer = torch.where(outer == 0, 1.0, outer).float()
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal
         scales = torch.where(spread == 0, 0.0, (spread / outer).clamp(min=least))
-        return nearest_scales(scales, dtype), outer
+        return nearest_scales(torch.where(spread.isnan(), math.nan, scales), dtype), outer
     mean = fmt.name in ("int1", "ternary")
     if dtype in (torch.int8, torch.uint8):
         outer = _amax_of(spread, (-2,)) / torch.iinfo(dtype).max
