@@ -135,6 +135,11 @@ def _names(dtypes) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in every)
 
 
+def as_bytes(words):
+    """(..., n) integers -> (..., 4 n) uint8. A copy: contiguous() may leave odd strides to axes of length 1."""
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def prefixes(tensors, suffix: str) -> list[str]:
     """What stands before the suffix of each name that has it."""
     return [name[: -len(suffix)] for name in tensors if name.endswith(suffix)]

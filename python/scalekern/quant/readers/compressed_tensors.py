@@ -7,7 +7,7 @@ import torch
 
 from scalekern.quant._formats import FORMATS
 from scalekern.quant._pack import pack, row_bytes, unpack
-from scalekern.quant.readers._source import FLOATS, Layer, prefixes, rest
+from scalekern.quant.readers._source import FLOATS, Layer, as_bytes, prefixes, rest
 from scalekern.quant.tensor import QuantizedTensor
 
 METHOD = "compressed-tensors"
@@ -36,7 +36,7 @@ def _words(columns: int, bits: int) -> tuple[int, int]:
 
 def _unpack(words, bits: int, columns: int):
     """(R, W) int32 -> (R, columns) uint8 codes."""
-    data = words.contiguous().view(torch.uint8)
+    data = as_bytes(words)
     if words.shape[-1] == _words(columns, bits)[0]:
         return unpack(data, bits, columns)
     codes = words[..., None] >> torch.arange(0, 32 - bits + 1, bits, dtype=torch.int32) & (1 << bits) - 1
@@ -76,7 +76,7 @@ def _read_layer(layer, name, widths, sizes) -> QuantizedTensor:
             torch.uint8
         )
     codes_of = lambda: _unpack(packed, bits, K)  # noqa: E731
-    data = packed.contiguous().view(torch.uint8)[:, : row_bytes(K, bits)].contiguous()
+    data = as_bytes(packed)[:, : row_bytes(K, bits)].contiguous()
     if packed.shape[1] != _words(K, bits)[0]:
         data = pack(codes_of(), bits)
     perm = None

@@ -7,7 +7,7 @@ import torch
 
 from scalekern.quant._formats import FORMATS
 from scalekern.quant._pack import pack, row_bytes, unpack
-from scalekern.quant.readers._source import FLOATS, Layer, prefixes, rest
+from scalekern.quant.readers._source import FLOATS, Layer, as_bytes, prefixes, rest
 from scalekern.quant.tensor import QuantizedTensor
 
 METHOD = "gptq"
@@ -56,10 +56,10 @@ def _read_layer(layer, prefix, config, plus_one) -> QuantizedTensor:
     if G != -(-K // size):
         layer.fail(f"{prefix}.scales", f"must have {-(-K // size)} rows (groups of {size} in {K}), got {G}")
     qzeros = layer.get(f"{prefix}.qzeros", torch.int32, (G, -(-N * bits // 32)))
-    zeros = unpack(qzeros.contiguous().view(torch.uint8), bits, N).mT.contiguous()
+    zeros = unpack(as_bytes(qzeros), bits, N).mT.contiguous()
     if plus_one:
         zeros = zeros + 1 & (1 << bits) - 1  # v1 stores one less, modulo 2^bits
-    data = words.mT.contiguous().view(torch.uint8)[:, : row_bytes(K, bits)]
+    data = as_bytes(words.mT)[:, : row_bytes(K, bits)]
     perm = None
     if g_idx is not None and len(g_idx) and not torch.equal(g_idx.long(), torch.arange(K) // size):
         perm = torch.argsort(g_idx.long(), stable=True)
@@ -124,14 +124,14 @@ def _write_layer(name, w: QuantizedTensor, version: int) -> dict[str, torch.Tens
         codes, g_idx = codes[:, back], groups[back]
     scales = w.scales.expand(N, -1)
     zeros = torch.full_like(scales, fmt.zero, dtype=torch.uint8) if w.zeros is None else w.zeros.expand(N, -1)
-    whole = zeros.to(torch.int32)
-    if not torch.equal(whole.to(zeros.dtype), zeros) or whole.min() < (version == 1) or whole.max() >= fmt.levels:
-        fail(name, f"must have whole zeros of {int(version == 1)} to {fmt.levels - 1}")
+    whole, less = zeros.to(torch.int32), int(version == 1)
+    if not torch.equal(whole.to(zeros.dtype), zeros) or whole.min() < less or whole.max() >= fmt.levels:
+        fail(name, f"must have whole zeros of {less} to {fmt.levels - 1}")
     words = lambda codes: pack(codes, fmt.bits).view(torch.int32)  # noqa: E731
     stem = name.removesuffix("weight")
     return {
         stem + "qweight": words(codes).mT.contiguous(),
-        stem + "qzeros": words((whole - (version == 1)).mT),
+        stem + "qzeros": words((whole - less).mT),
         stem + "scales": scales.mT.contiguous(),
         stem + "g_idx": g_idx.to(torch.int32),
     }
