@@ -2,6 +2,10 @@
 
 from scalekern.quant._formats import FORMATS, Format
 from scalekern.quant._quantize import dequantize, quantize
+from scalekern.quant.readers import load_quantized, read_checkpoint, save_quantized
 from scalekern.quant.tensor import QuantizedTensor
 
-__all__ = ["FORMATS", "Format", "QuantizedTensor", "dequantize", "quantize"]
+__all__ = [
+    "FORMATS", "Format", "QuantizedTensor", "dequantize", "load_quantized", "quantize", "read_checkpoint",
+    "save_quantized",
+]  # fmt: skip
