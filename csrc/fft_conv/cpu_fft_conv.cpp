@@ -142,14 +142,35 @@ void fft_conv_fwd(
   SCALEKERN_CALL(fft_conv_fwd, (a));
 }
 
+// The gradients of what is absent are None, whatever tensors stand for them in the op's result.
+void fft_conv_bwd(
+    Tensor du, Tensor dk, OptionalTensor dk_reverse, OptionalTensor dskip, OptionalTensor dbias,
+    OptionalTensor dpregate, OptionalTensor dpostgate, Tensor bad, Tensor dout, Tensor u, Tensor k,
+    OptionalTensor k_reverse, OptionalTensor skip, OptionalTensor bias, OptionalTensor pregate, OptionalTensor postgate,
+    OptionalTensor mask, int64_t offset) {
+  FftConvArgs a = arguments(u, k, k_reverse, skip, bias, pregate, postgate, mask, offset, dout.size(2));
+  const auto plan = plan_of(transform_size(a));
+  a.plan = plan.get(), a.dout = rows(dout), a.bad = {bad.data_ptr(), bad.stride(0), bad.stride(1), 0};
+  a.du = rows(du), a.dk = rows(dk), a.dk_reverse = rows(dk_reverse), a.dskip = rows(dskip), a.dbias = rows(dbias);
+  a.dpregate = rows(dpregate), a.dpostgate = rows(dpostgate);
+  expect_writes(du), expect_writes(dk);
+  SCALEKERN_CALL(fft_conv_bwd, (a));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "fft_conv_fwd_cpu(Tensor(a!) out, Tensor(b!) bad, Tensor u, Tensor k, Tensor? k_reverse, Tensor? skip, "
       "Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, int offset) -> ()");
+  m.def(
+      "fft_conv_bwd_cpu(Tensor(a!) du, Tensor(b!) dk, Tensor(c!)? dk_reverse, Tensor(d!)? dskip, Tensor(e!)? dbias, "
+      "Tensor(f!)? dpregate, Tensor(g!)? dpostgate, Tensor(h!) bad, Tensor dout, Tensor u, Tensor k, "
+      "Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, int offset) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
   m.impl("fft_conv_fwd_cpu", TORCH_BOX(&fft_conv_fwd));
+  m.impl("fft_conv_bwd_cpu", TORCH_BOX(&fft_conv_bwd));
 }

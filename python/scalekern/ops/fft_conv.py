@@ -8,6 +8,7 @@ import torch
 from scalekern import _checks, _library
 from scalekern._dispatch import Backend, filling, triton
 from scalekern.ops import _fft_conv as blocks
+from scalekern.ops import _fft_conv_cpu as kernels
 from scalekern.reference.fft_conv import MODES, FFTConvSpectrum
 from scalekern.reference.fft_conv import fft_conv_bwd as reference_bwd
 from scalekern.reference.fft_conv import fft_conv_fwd as reference_fwd
@@ -286,13 +287,15 @@ def _allocate_spectrum(k, k_reverse, length, mode):
     return k.new_empty(*lead, ring.size if whole else ring.size // 2 + 1, dtype=kind)
 
 
-# The blocks are one composition of torch's FFT for every device; on a GPU they take what the Triton kernels decline.
+# The blocks are one composition of torch's FFT for every device; they take what the kernels decline: on a GPU the Triton
+# ones, on a CPU the library's own FFTs.
 fft_conv_fwd = _library.define(
     NAME,
     f"fft_conv_fwd({_TENSORS}) -> Tensor",
     backends=(
         Backend("triton", filling(_allocate_fwd, _triton("fft_conv_fwd")), _triton_supports),
         Backend("cuda", filling(_allocate_fwd, blocks.forward), composed=True),
+        Backend("cpu", filling(_allocate_fwd, kernels.forward), kernels.supports_fwd),
         Backend("cpu", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("reference", reference_fwd),
     ),
@@ -309,6 +312,7 @@ fft_conv_bwd = _library.define(
     backends=(
         Backend("triton", filling(_allocate_bwd, _triton("fft_conv_bwd")), lambda dout, *a: _triton_supports(*a)),
         Backend("cuda", filling(_allocate_bwd, blocks.backward), composed=True),
+        Backend("cpu", filling(_allocate_bwd, kernels.backward), kernels.supports_bwd),
         Backend("cpu", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("reference", reference_bwd),
     ),
