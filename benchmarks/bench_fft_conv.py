@@ -91,7 +91,7 @@ def cached(device, dtype=FP32, *, B, D, L) -> Work:
     return Work(
         run=lambda: scalekern.fft_conv(u, spectrum),
         oracle=lambda: exact(u, k, {}, u, lambda f, at, d: f), tolerance=TOLERANCE[dtype],
-        bytes_moved=2 * B * D * L * dtype.itemsize + D * spectrum.values.shape[-1] * 8,
+        bytes_moved=2 * B * D * L * dtype.itemsize + spectrum.values.nbytes,
         flops=int(2 * B * D * 2.5 * 2 * L * math.log2(2 * L)), peers={"without a spectrum": plain},
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The CPU kernel of fft_conv: every kind of size, level of instructions, stride, number of threads, and NaN in a row."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import pytest
 import torch
 from conftest import child_environment
 
-from scalekern import _dispatch, _library, _native, fft_conv, reference, testing
+import scalekern
+from scalekern import _dispatch, _library, _native, fft_conv, fft_conv_spectrum, reference, testing
+from scalekern.ops import _fft_conv as blocks
 from scalekern.ops import _fft_conv_cpu as kernels
 from scalekern.testing import TOLERANCE, error, upcast
 
@@ -184,3 +187,35 @@ def test_samples_by_fft():
         (u, k), kwargs = sample.make(dtype=torch.float32)
         if kwargs["mode"] != "circular":
             agree(run(u, k, **kwargs, method="fft"), exact(u, k, **kwargs), 3e-6)
+
+
+@pytest.mark.parametrize("mode, length, taps", [("causal", 128, 128), ("same", 150, 200), ("full", 90, 40)])
+def test_a_spectrum_of_the_kernel(mode, length, taps):
+    """The same bits as with the filters; its values are read, forward and backward; others work without them."""
+    reverse = None if mode == "full" else randn(2, 3, 20, seed=2)
+    u, k = randn(2, 3, length).requires_grad_(), randn(3, taps, seed=1).requires_grad_()
+    spectrum = fft_conv_spectrum(k, length, mode, k_reverse=reverse)
+    assert spectrum.values.dtype == torch.float32 and torch.isfinite(spectrum.values).all()
+
+    def both(filters, **more):
+        out = fft_conv(u, filters, mode=mode, **more)
+        return out, *torch.autograd.grad(out.square().sum(), (u, k))
+
+    plain = both(k, k_reverse=reverse)
+    assert all(torch.equal(a, b) for a, b in zip(both(spectrum), plain))
+    assert error(fft_conv(u.bfloat16(), spectrum, mode=mode), plain[0]) < 1e-2
+    assert error(fft_conv(u, spectrum, mode=mode, method="toeplitz"), plain[0]) < 1e-6
+    with scalekern.backend("reference"):
+        assert error(fft_conv(u, spectrum, mode=mode), plain[0]) < 1e-6
+    out = torch.empty_like(plain[0])
+    blocks.forward(out, u.detach(), k.detach(), reverse, *[None] * 5, mode, "fft", None, spectrum.values)
+    assert error(out, plain[0]) < 1e-6
+    empty = dataclasses.replace(spectrum, values=torch.zeros_like(spectrum.values))
+    out, du, dk = both(empty, method="fft")
+    assert out.norm() == 0 and du.norm() == 0
+
+
+def test_a_spectrum_of_torch_is_passed_over():
+    u, k = randn(2, 3, 128), randn(3, 128, seed=1)
+    made = fft_conv_spectrum(k.double(), 128)
+    assert made.values.is_complex() and error(fft_conv(u, made), fft_conv(u, k)) < 1e-6

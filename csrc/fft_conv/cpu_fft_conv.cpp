@@ -1,4 +1,4 @@
-// scalekern_native::fft_conv_fwd_cpu and fft_conv_bwd_cpu: plans of transforms, tensors to pointers, then the kernels of
+// scalekern_native::fft_conv_fwd_cpu, fft_conv_bwd_cpu and fft_conv_spectrum_cpu: plans of transforms, tensors to pointers, then the kernels of
 // this machine's ISA.
 #include <cmath>
 #include <list>
@@ -109,13 +109,15 @@ Rows rows_of_mask(const OptionalTensor& t) {
   return {t->data_ptr(), t->stride(0), 0, t->stride(1)};
 }
 
+int64_t taps_of(const OptionalTensor& k) { return k.has_value() ? k->size(k->dim() - 1) : 0; }
+
 FftConvArgs arguments(
     const Tensor& u, const Tensor& k, const OptionalTensor& k_reverse, const OptionalTensor& skip,
     const OptionalTensor& bias, const OptionalTensor& pregate, const OptionalTensor& postgate,
-    const OptionalTensor& mask, int64_t offset, int64_t count) {
+    const OptionalTensor& mask, const OptionalTensor& spectrum, int64_t offset, int64_t count) {
   FftConvArgs a{};
   a.batch = u.size(0), a.channels = u.size(1), a.length = u.size(2), a.count = count, a.offset = offset;
-  a.taps = k.size(k.dim() - 1), a.reverse_taps = k_reverse.has_value() ? k_reverse->size(k_reverse->dim() - 1) : 0;
+  a.taps = taps_of(k), a.reverse_taps = taps_of(k_reverse), a.spectrum = rows(spectrum);
   a.per_sample = k.dim() == 3 || (k_reverse.has_value() && k_reverse->dim() == 3);
   const Dtype io = dtype_of(u);
   a.io = io == Dtype::f32 ? Io::f32 : io == Dtype::f16 ? Io::f16 : Io::bf16;
@@ -132,10 +134,32 @@ int64_t transform_size(const FftConvArgs& a) {
   return good_size((least + 1) / 2, lanes * lanes);
 }
 
+FftConvArgs geometry(int64_t length, int64_t count, int64_t taps, int64_t reverse_taps, int64_t offset) {
+  FftConvArgs a{};
+  a.length = length, a.count = count, a.taps = taps, a.reverse_taps = reverse_taps, a.offset = offset;
+  return a;
+}
+
+// How many floats a spectrum takes.
+int64_t spectrum_size(int64_t length, int64_t count, int64_t taps, int64_t reverse_taps, int64_t offset) {
+  return plan_of(transform_size(geometry(length, count, taps, reverse_taps, offset)))->floats();
+}
+
+void fft_conv_spectrum(
+    Tensor spectrum, Tensor k, OptionalTensor k_reverse, int64_t length, int64_t count, int64_t offset) {
+  FftConvArgs a = geometry(length, count, taps_of(k), taps_of(k_reverse), offset);
+  const int64_t dims = spectrum.dim();
+  a.batch = dims == 3 ? spectrum.size(0) : 1, a.channels = spectrum.size(dims - 2);
+  const auto plan = plan_of(transform_size(a));
+  a.plan = plan.get(), a.k = rows(k), a.k_reverse = rows(k_reverse), a.spectrum = rows(spectrum);
+  expect_writes(spectrum);
+  SCALEKERN_CALL(fft_conv_spectrum, (a));
+}
+
 void fft_conv_fwd(
     Tensor out, Tensor bad, Tensor u, Tensor k, OptionalTensor k_reverse, OptionalTensor skip, OptionalTensor bias,
-    OptionalTensor pregate, OptionalTensor postgate, OptionalTensor mask, int64_t offset) {
-  FftConvArgs a = arguments(u, k, k_reverse, skip, bias, pregate, postgate, mask, offset, out.size(2));
+    OptionalTensor pregate, OptionalTensor postgate, OptionalTensor mask, OptionalTensor spectrum, int64_t offset) {
+  FftConvArgs a = arguments(u, k, k_reverse, skip, bias, pregate, postgate, mask, spectrum, offset, out.size(2));
   const auto plan = plan_of(transform_size(a));
   a.plan = plan.get(), a.out = rows(out), a.bad = {bad.data_ptr(), bad.stride(0), bad.stride(1), 0};
   expect_writes(out);
@@ -147,8 +171,8 @@ void fft_conv_bwd(
     Tensor du, Tensor dk, OptionalTensor dk_reverse, OptionalTensor dskip, OptionalTensor dbias,
     OptionalTensor dpregate, OptionalTensor dpostgate, Tensor bad, Tensor dout, Tensor u, Tensor k,
     OptionalTensor k_reverse, OptionalTensor skip, OptionalTensor bias, OptionalTensor pregate, OptionalTensor postgate,
-    OptionalTensor mask, int64_t offset) {
-  FftConvArgs a = arguments(u, k, k_reverse, skip, bias, pregate, postgate, mask, offset, dout.size(2));
+    OptionalTensor mask, OptionalTensor spectrum, int64_t offset) {
+  FftConvArgs a = arguments(u, k, k_reverse, skip, bias, pregate, postgate, mask, spectrum, offset, dout.size(2));
   const auto plan = plan_of(transform_size(a));
   a.plan = plan.get(), a.dout = rows(dout), a.bad = {bad.data_ptr(), bad.stride(0), bad.stride(1), 0};
   a.du = rows(du), a.dk = rows(dk), a.dk_reverse = rows(dk_reverse), a.dskip = rows(dskip), a.dbias = rows(dbias);
@@ -161,16 +185,26 @@ void fft_conv_bwd(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
+      "fft_conv_spectrum_size(int length, int count, int taps, int reverse_taps, int offset) -> int");
+  m.def(
+      "fft_conv_spectrum_cpu(Tensor(a!) spectrum, Tensor k, Tensor? k_reverse, int length, int count, int offset) "
+      "-> ()");
+  m.def(
       "fft_conv_fwd_cpu(Tensor(a!) out, Tensor(b!) bad, Tensor u, Tensor k, Tensor? k_reverse, Tensor? skip, "
-      "Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, int offset) -> ()");
+      "Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, Tensor? spectrum, int offset) -> ()");
   m.def(
       "fft_conv_bwd_cpu(Tensor(a!) du, Tensor(b!) dk, Tensor(c!)? dk_reverse, Tensor(d!)? dskip, Tensor(e!)? dbias, "
       "Tensor(f!)? dpregate, Tensor(g!)? dpostgate, Tensor(h!) bad, Tensor dout, Tensor u, Tensor k, "
-      "Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, int offset) "
+      "Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, Tensor? spectrum, int offset) "
       "-> ()");
 }
 
+STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CompositeExplicitAutograd, m) {
+  m.impl("fft_conv_spectrum_size", TORCH_BOX(&spectrum_size));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
+  m.impl("fft_conv_spectrum_cpu", TORCH_BOX(&fft_conv_spectrum));
   m.impl("fft_conv_fwd_cpu", TORCH_BOX(&fft_conv_fwd));
   m.impl("fft_conv_bwd_cpu", TORCH_BOX(&fft_conv_bwd));
 }

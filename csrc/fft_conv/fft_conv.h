@@ -41,6 +41,7 @@ struct FftConvArgs {
   const FftPlan* plan;
   Rows u, pregate, postgate, mask;  // absent: data is null; mask is bytes
   Rows k, k_reverse, skip, bias;
+  Rows spectrum;                    // of the filters, made before; written by fft_conv_spectrum
   Rows out, bad;                    // forward; bad: bytes (B, D), whether a row of y is not finite
   Rows dout, du, dpregate, dpostgate, dk, dk_reverse, dskip, dbias;  // backward
 };
@@ -48,5 +49,6 @@ struct FftConvArgs {
 }  // namespace scalekern
 
 SCALEKERN_DECLARE(int, fft_lanes, ())
+SCALEKERN_DECLARE(void, fft_conv_spectrum, (const scalekern::FftConvArgs&))
 SCALEKERN_DECLARE(void, fft_conv_fwd, (const scalekern::FftConvArgs&))
 SCALEKERN_DECLARE(void, fft_conv_bwd, (const scalekern::FftConvArgs&))

@@ -1,15 +1,18 @@
 """The long convolution by the library's own FFTs on a CPU; csrc/fft_conv/cpu_fft_conv_kernel.cpp says how.
 
 What is not finite spreads over its row there: such rows are done again by the composed backend.
+A spectrum of filters that was made here is float32 and lies as the kernel reads it; one of torch's FFT is complex.
 """
 
 import torch
 
+from scalekern import _dispatch, _native
 from scalekern._dispatch import native
 from scalekern.ops import _fft_conv as blocks
 
 _forward = native("fft_conv_fwd", "cpu")
 _backward = native("fft_conv_bwd", "cpu")
+_spectrum = native("fft_conv_spectrum", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -29,7 +32,7 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method,
 def supports_fwd(*args):
     """As well for "auto", however few the taps: on two cores of an AMD EPYC, B2 D256 float32, L 512 / 2,048 / 8,192, one
     tap takes 0.36 / 1.8 / 5.7 ms, torch's grouped convolution 0.54 / 2.0 / 6.1, and with 64 taps 0.6 / 2.0 / 7.1 and
-    1.4 / 4.4 / 18 (the least of twelve). A spectrum for torch's FFT is of no use here; transforming k takes less time.
+    1.4 / 4.4 / 18 (the least of twelve).
     """
     method = args[-3]
     return f"method {method!r} was asked for" if method in ("direct", "toeplitz") else supports(*args)
@@ -39,13 +42,49 @@ def supports_bwd(dout, *args):
     return supports(*args) if dout.dtype == args[0].dtype else f"dout must be {args[0].dtype} like u"
 
 
+def supports_spectrum(k, k_reverse, length, mode):
+    """None, or why a spectrum is made by torch's FFT; those that it made are of no use to this backend."""
+    return supports(k, k, k_reverse, *[None] * 5, mode, "fft", None, None)
+
+
+def makes_spectrum(k, k_reverse, length, mode):
+    """What the dispatcher will say, for the fake."""
+    here = k.device.type == "cpu" and _dispatch.forced() in (None, "cpu") and _native.load("cpu") is None
+    return here and supports_spectrum(k, k_reverse, length, mode) is None
+
+
+def allocate_spectrum(k, k_reverse, length, mode):
+    reverse_taps, lead = 0, k.shape[:-1]
+    if k_reverse is not None:
+        reverse_taps, lead = k_reverse.shape[-1], torch.broadcast_shapes(lead, k_reverse.shape[:-1])
+    size = torch.ops.scalekern_native.fft_conv_spectrum_size(
+        int(length), _count(k, length, mode), int(k.shape[-1]), int(reverse_taps), _offset(k, mode)
+    )
+    return k.new_empty(*lead, size)
+
+
+def spectrum(values, k, k_reverse, length, mode):
+    _spectrum(values, k, k_reverse, length, _count(k, length, mode), _offset(k, mode))
+
+
+def _usable(spectrum):
+    if spectrum is None or spectrum.is_complex():
+        return None
+    return spectrum if spectrum.stride(-1) == 1 else spectrum.contiguous()
+
+
+def _count(k, length, mode):
+    return int(length + k.shape[-1] - 1 if mode == "full" else length)
+
+
 def _offset(k, mode):
-    return (k.shape[-1] - 1) // 2 if mode == "same" else 0
+    return int(k.shape[-1] - 1) // 2 if mode == "same" else 0
 
 
 def forward(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum):
     bad = torch.empty(u.shape[:2], dtype=torch.bool, device=u.device)
-    _forward(out, bad, u, k, k_reverse, skip, bias, pregate, postgate, mask, _offset(k, mode))
+    spectrum = _usable(spectrum)
+    _forward(out, bad, u, k, k_reverse, skip, bias, pregate, postgate, mask, spectrum, _offset(k, mode))
     if bool(bad.any()):
         out[bad] = _again(bad, out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode)
 
@@ -58,14 +97,16 @@ def backward(
     bad = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
     _backward(
         du, dk, present(dk_reverse, k_reverse), present(dskip, skip), present(dbias, bias), present(dpregate, pregate),
-        present(dpostgate, postgate), bad, dout, u, k, k_reverse, skip, bias, pregate, postgate, mask, _offset(k, mode),
+        present(dpostgate, postgate), bad, dout, u, k, k_reverse, skip, bias, pregate, postgate, mask,
+        _usable(spectrum), _offset(k, mode),
     )  # fmt: skip
     if bool(bad.any()):
         y = _again(bad, dout, u, k, k_reverse, skip, bias, pregate, None, mask, mode)
         dpostgate[bad] = (dout[bad].to(y.dtype) * y).to(dpostgate.dtype)
 
 
-forward.native_op, backward.native_op = _forward.native_op, _backward.native_op
+for _fill, _native_op in ((forward, _forward), (backward, _backward), (spectrum, _spectrum)):
+    _fill.native_op = _native_op.native_op
 
 
 def _again(bad, like, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode):
