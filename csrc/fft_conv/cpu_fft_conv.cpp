@@ -23,11 +23,10 @@ struct Plan : FftPlan {
       if (parts % odd == 0) found.push_back(odd), parts /= odd;
     int exponent = 0;
     while (parts > 1) parts /= 2, ++exponent;
-    if (exponent % 2) {
-      found.push_back(exponent == 1 ? 2 : 8);
-      exponent -= exponent == 1 ? 1 : 3;
-    }
-    for (; exponent; exponent -= 2) found.push_back(4);
+    int fours = exponent % 3 == 2 ? 1 : exponent % 3 == 1 && exponent > 1 ? 2 : 0;
+    if (exponent == 1) found.push_back(2), exponent = 0;
+    for (exponent -= 2 * fours; exponent > 0; exponent -= 3) found.push_back(8);
+    for (; fours; --fours) found.push_back(4);
     return found;
   }
 
@@ -41,7 +40,7 @@ struct Plan : FftPlan {
       const double angle = 2 * std::numbers::pi * turns;
       numbers.push_back(float(std::cos(angle))), numbers.push_back(float(std::sin(angle)));
     };
-    size_t starts[kMost + 2];
+    size_t starts[kMost + 1];
     std::vector<double> fractions{0.25};  // f of the blocks of a level
     for (int level = 0; level < levels; ++level) {
       starts[level] = numbers.size();
@@ -55,17 +54,14 @@ struct Plan : FftPlan {
     starts[levels] = numbers.size();
     for (double f : fractions) {
       for (int m = 1; m < lanes; ++m) put(f * m / lanes);
-      for (int m = 1; m < lanes; ++m) put(f * m / double(leaf));
+      for (int p = 1; p < lanes; ++p)
+        for (int part = 0; part < 2; ++part)
+          for (int j = 0; j < lanes; ++j) {
+            const double angle = 2 * std::numbers::pi * p * (f + j) / double(leaf);
+            numbers.push_back(float(part ? std::sin(angle) : std::cos(angle)));
+          }
     }
-    starts[levels + 1] = numbers.size();
-    for (int p = 1; p < lanes; ++p)
-      for (int part = 0; part < 2; ++part)
-        for (int j = 0; j < lanes; ++j) {
-          const double angle = 2 * std::numbers::pi * p * j / double(leaf);
-          numbers.push_back(float(part ? std::sin(angle) : std::cos(angle)));
-        }
     for (int level = 0; level <= levels; ++level) twiddles[level] = numbers.data() + starts[level];
-    lane_twiddles = numbers.data() + starts[levels + 1];
   }
 };
 
@@ -80,7 +76,7 @@ int64_t good_size(int64_t least, int64_t leaf) {
   return best;
 }
 
-// Plans of the last sizes that were asked for; one is a quarter of a spectrum's memory.
+// Plans of the last sizes that were asked for; one takes a little more memory than a spectrum.
 std::shared_ptr<const Plan> plan_of(int64_t n) {
   static std::mutex mutex;
   static std::list<std::shared_ptr<const Plan>> plans;

@@ -50,11 +50,11 @@ struct BackwardJob : Job {
     children([&](int64_t j) {
       child<true, false>(plan, j, v.data, [&](int64_t at, int64_t block) {
         Leaf z;
-        z.load_from(v.data + at), z.forward(plan, block), z.store_to(v.data + at);
+        z.forward(plan, block, v.data + at), z.store_to(v.data + at);
       });
       child<true, true>(plan, j, x.data, [&](int64_t at, int64_t block) {
         Leaf z;
-        z.load_from(x.data + at), z.forward(plan, block);
+        z.forward(plan, block, x.data + at);
 #pragma GCC unroll 16
         for (int m = 0; m < kW; ++m) {
           const int64_t here = at + 2 * kW * m;
@@ -103,7 +103,7 @@ struct BackwardJob : Job {
     children([&](int64_t j) {
       child<false, true>(plan, j, sum.data, [&](int64_t at, int64_t block) {
         Leaf z;
-        z.load_from(sum.data + at), z.inverse(plan, block), z.store_to(sum.data + at);
+        z.load_from(sum.data + at), z.inverse(plan, block, sum.data + at);
       });
     });
     const auto is_added = [&](const Rows& dk) { return a.per_sample && b > 0 && dk.stride_b == 0; };

@@ -143,7 +143,7 @@ struct Job {
     children([&](int64_t j) {
       child<true, false>(plan, j, to, [&](int64_t at, int64_t block) {
         Leaf z;
-        z.load_from(to + at), z.forward(plan, block), z.store_to(to + at);
+        z.forward(plan, block, to + at), z.store_to(to + at);
       });
     });
   }
@@ -179,7 +179,7 @@ struct Job {
       const Cx w = load_cx(g + at + 2 * kW * m);
       z.x[m] = kConj ? times_conj(z.x[m], w.re, w.im) : times(z.x[m], w.re, w.im);
     }
-    z.inverse(plan, block), z.store_to(to + at);
+    z.inverse(plan, block, to + at);
   }
 
   void forward_row(int64_t b, int64_t d) {
@@ -188,7 +188,7 @@ struct Job {
     children([&](int64_t j) {
       child<true, true>(plan, j, x.data, [&](int64_t at, int64_t block) {
         Leaf z;
-        z.load_from(x.data + at), z.forward(plan, block);
+        z.forward(plan, block, x.data + at);
         filtered<false>(z, at, block, x.data);
       });
     });

@@ -36,6 +36,27 @@ static inline Cx turned(Cx a) {
 static inline Cx load_cx(const float* p) { return {load(p), load(p + kW)}; }
 static inline void store_cx(float* p, Cx x) { store(p, x.re), store(p + kW, x.im); }
 
+template <int R, int kSign>
+static inline __attribute__((always_inline)) void dft(Cx* x);
+
+// dft<8> of get(m) to put(j): taken when wanted, given when known, so that 16 registers do for most of it.
+template <int kSign, class Get, class Put>
+static inline __attribute__((always_inline)) void dft8(const Get& get, const Put& put) {
+  Cx even[4], odd[4];
+  even[0] = get(0), even[2] = get(4), even[1] = get(2), even[3] = get(6);
+  dft<4, kSign>(even);
+  odd[0] = get(1), odd[2] = get(5), odd[1] = get(3), odd[3] = get(7);
+  dft<4, kSign>(odd);
+  put(0, even[0] + odd[0]), put(4, even[0] - odd[0]);
+  const Cx t2 = turned<kSign>(odd[2]);
+  put(2, even[2] + t2), put(6, even[2] - t2);
+  const float h = 0.707106781186547524f;
+  const Cx s1 = odd[1] + turned<kSign>(odd[1]), t1 = {h * s1.re, h * s1.im};
+  put(1, even[1] + t1), put(5, even[1] - t1);
+  const Cx s3 = turned<kSign>(odd[3]) - odd[3], t3 = {h * s3.re, h * s3.im};
+  put(3, even[3] + t3), put(7, even[3] - t3);
+}
+
 // x[j] = sum_m x[m] e^(kSign 2 pi i j m / R)
 template <int R, int kSign>
 static inline __attribute__((always_inline)) void dft(Cx* x) {
@@ -60,13 +81,7 @@ static inline __attribute__((always_inline)) void dft(Cx* x) {
     const Cx t2 = turned<kSign>({s2 * c.re - s1 * d.re, s2 * c.im - s1 * d.im});
     x[0] = x[0] + (a + b), x[1] = m1 + t1, x[2] = m2 + t2, x[3] = m2 - t2, x[4] = m1 - t1;
   } else if constexpr (R == 8) {
-    Cx even[4] = {x[0], x[2], x[4], x[6]}, odd[4] = {x[1], x[3], x[5], x[7]};
-    dft<4, kSign>(even), dft<4, kSign>(odd);
-    const float h = 0.707106781186547524f;
-    const Cx t1 = odd[1] + turned<kSign>(odd[1]), t3 = turned<kSign>(odd[3]) - odd[3];
-    odd[1] = {h * t1.re, h * t1.im}, odd[2] = turned<kSign>(odd[2]), odd[3] = {h * t3.re, h * t3.im};
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) x[j] = even[j] + odd[j], x[j + 4] = even[j] - odd[j];
+    dft8<kSign>([&](int m) { return x[m]; }, [&](int m, Cx y) { x[m] = y; });
   } else {
     static_assert(R == 16);
     const float c = 0.923879532511286756f, s = 0.382683432365089772f, h = 0.707106781186547524f;
@@ -123,11 +138,50 @@ static inline __attribute__((always_inline)) void transpose_lanes(Cx* x) {
   for (int i = 0; i < kW; ++i) x[i] = {re[i], im[i]};
 }
 
+// The same for any R.
+template <int R, int kSign, class Get, class Put>
+static inline __attribute__((always_inline)) void dft_of(const Get& get, const Put& put) {
+  if constexpr (R == 8) return dft8<kSign>(get, put);
+  Cx x[R];
+#pragma GCC unroll 16
+  for (int m = 0; m < R; ++m) x[m] = get(m);
+  dft<R, kSign>(x);
+#pragma GCC unroll 16
+  for (int m = 0; m < R; ++m) put(m, x[m]);
+}
+
 // --- leaves: W^2 numbers, block number `block` ---
 
 struct Leaf {
   Cx x[kW];
 
+  inline __attribute__((always_inline)) void forward(const FftPlan& plan, int64_t block, const float* p) {
+    const float* across = plan.twiddles[plan.levels] + block * 2 * (kW - 1) * (kW + 1);
+    const float* within = across + 2 * (kW - 1);
+    dft_of<kW, 1>([&](int m) {
+      const Cx y = load_cx(p + 2 * kW * m);
+      return m ? times(y, across[2 * m - 2], across[2 * m - 1]) : y;
+    }, [&](int m, Cx y) { x[m] = y; });
+    transpose_lanes(x);
+    dft_of<kW, 1>([&](int m) {
+      if (m == 0) return x[0];
+      const Cx w = load_cx(within + 2 * kW * (m - 1));
+      return times(x[m], w.re, w.im);
+    }, [&](int m, Cx y) { x[m] = y; });
+  }
+  inline __attribute__((always_inline)) void inverse(const FftPlan& plan, int64_t block, float* p) {
+    const float* across = plan.twiddles[plan.levels] + block * 2 * (kW - 1) * (kW + 1);
+    const float* within = across + 2 * (kW - 1);
+    dft_of<kW, -1>([&](int m) { return x[m]; }, [&](int m, Cx y) {
+      if (m == 0) return void(x[0] = y);
+      const Cx w = load_cx(within + 2 * kW * (m - 1));
+      x[m] = times_conj(y, w.re, w.im);
+    });
+    transpose_lanes(x);
+    dft_of<kW, -1>([&](int m) { return x[m]; }, [&](int m, Cx y) {
+      store_cx(p + 2 * kW * m, m ? times_conj(y, across[2 * m - 2], across[2 * m - 1]) : y);
+    });
+  }
   inline __attribute__((always_inline)) void load_from(const float* p) {
 #pragma GCC unroll 16
     for (int m = 0; m < kW; ++m) x[m] = load_cx(p + 2 * kW * m);
@@ -135,34 +189,6 @@ struct Leaf {
   inline __attribute__((always_inline)) void store_to(float* p) const {
 #pragma GCC unroll 16
     for (int m = 0; m < kW; ++m) store_cx(p + 2 * kW * m, x[m]);
-  }
-  inline __attribute__((always_inline)) void forward(const FftPlan& plan, int64_t block) {
-    const float* across = plan.twiddles[plan.levels] + block * 4 * (kW - 1);
-    const float *within = across + 2 * (kW - 1), *lanes = plan.lane_twiddles;
-#pragma GCC unroll 16
-    for (int m = 1; m < kW; ++m) x[m] = times(x[m], across[2 * m - 2], across[2 * m - 1]);
-    dft<kW, 1>(x);
-    transpose_lanes(x);
-#pragma GCC unroll 16
-    for (int m = 1; m < kW; ++m) {
-      const Cx lane = load_cx(lanes + 2 * kW * (m - 1)), w = times(lane, within[2 * m - 2], within[2 * m - 1]);
-      x[m] = times(x[m], w.re, w.im);
-    }
-    dft<kW, 1>(x);
-  }
-  inline __attribute__((always_inline)) void inverse(const FftPlan& plan, int64_t block) {
-    const float* across = plan.twiddles[plan.levels] + block * 4 * (kW - 1);
-    const float *within = across + 2 * (kW - 1), *lanes = plan.lane_twiddles;
-    dft<kW, -1>(x);
-#pragma GCC unroll 16
-    for (int m = 1; m < kW; ++m) {
-      const Cx lane = load_cx(lanes + 2 * kW * (m - 1)), w = times(lane, within[2 * m - 2], within[2 * m - 1]);
-      x[m] = times_conj(x[m], w.re, w.im);
-    }
-    transpose_lanes(x);
-    dft<kW, -1>(x);
-#pragma GCC unroll 16
-    for (int m = 1; m < kW; ++m) x[m] = times_conj(x[m], across[2 * m - 2], across[2 * m - 1]);
   }
 };
 
@@ -172,18 +198,17 @@ struct Leaf {
 template <int R, bool kForward>
 static inline void pass(float* x, int64_t part, const float* twiddles) {
   for (int64_t t = 0; t < 2 * part; t += 2 * kW) {
-    Cx v[R];
-#pragma GCC unroll 8
-    for (int m = 0; m < R; ++m) v[m] = load_cx(x + 2 * part * m + t);
-    if constexpr (!kForward) dft<R, -1>(v);
-#pragma GCC unroll 8
-    for (int m = 1; m < R; ++m) {
+    const auto turn = [&](int m, Cx y) {
+      if (m == 0) return y;
       const float re = twiddles[2 * m - 2], im = twiddles[2 * m - 1];
-      v[m] = kForward ? times(v[m], re, im) : times_conj(v[m], re, im);
-    }
-    if constexpr (kForward) dft<R, 1>(v);
-#pragma GCC unroll 8
-    for (int m = 0; m < R; ++m) store_cx(x + 2 * part * m + t, v[m]);
+      return kForward ? times(y, re, im) : times_conj(y, re, im);
+    };
+    dft_of<R, kForward ? 1 : -1>(
+        [&](int m) {
+          const Cx y = load_cx(x + 2 * part * m + t);
+          return kForward ? turn(m, y) : y;
+        },
+        [&](int m, Cx y) { store_cx(x + 2 * part * m + t, kForward ? y : turn(m, y)); });
   }
 }
 
@@ -194,21 +219,17 @@ static void first_pass(const FftPlan& plan, const float* low, const float* high,
   const int64_t part = plan.child();
   const float* twiddles = plan.twiddles[0];
   for (int64_t t = begin * kW; t < end * kW; t += kW) {
-    Cx v[R];
-#pragma GCC unroll 8
-    for (int m = 0; m < R; ++m) {
-      const VecF a = load(low + part * m + t);
-      const float re = m ? twiddles[2 * m - 2] : 1, im = m ? twiddles[2 * m - 1] : 0;
-      if constexpr (kHigh) {
-        v[m] = {a, load(high + part * m + t)};
-        if (m) v[m] = times(v[m], re, im);
-      } else {
-        v[m] = m ? Cx{a * re, a * im} : Cx{a, VecF{}};
-      }
-    }
-    dft<R, 1>(v);
-#pragma GCC unroll 8
-    for (int m = 0; m < R; ++m) store_cx(x + 2 * (plan.pitch * m + t), v[m]);
+    dft_of<R, 1>(
+        [&](int m) {
+          const VecF a = load(low + part * m + t);
+          if constexpr (kHigh) {
+            const Cx y = {a, load(high + part * m + t)};
+            return m ? times(y, twiddles[2 * m - 2], twiddles[2 * m - 1]) : y;
+          } else {
+            return m ? Cx{a * twiddles[2 * m - 2], a * twiddles[2 * m - 1]} : Cx{a, VecF{}};
+          }
+        },
+        [&](int m, Cx y) { store_cx(x + 2 * (plan.pitch * m + t), y); });
   }
 }
 
@@ -221,15 +242,12 @@ static void last_pass(const FftPlan& plan, const float* x, float* low, float* hi
   float re[R], im[R];
   for (int m = 0; m < R; ++m) re[m] = m ? twiddles[2 * m - 2] * scale : scale, im[m] = m ? twiddles[2 * m - 1] * scale : 0;
   for (int64_t t = begin * kW; t < end * kW; t += kW) {
-    Cx v[R];
-#pragma GCC unroll 8
-    for (int m = 0; m < R; ++m) v[m] = load_cx(x + 2 * (plan.pitch * m + t));
-    dft<R, -1>(v);
-#pragma GCC unroll 8
-    for (int m = 0; m < R; ++m) {
-      store(low + part * m + t, m ? v[m].re * re[m] + v[m].im * im[m] : v[m].re * re[m]);
-      if constexpr (kHigh) store(high + part * m + t, m ? v[m].im * re[m] - v[m].re * im[m] : v[m].im * re[m]);
-    }
+    dft_of<R, -1>(
+        [&](int m) { return load_cx(x + 2 * (plan.pitch * m + t)); },
+        [&](int m, Cx y) {
+          store(low + part * m + t, m ? y.re * re[m] + y.im * im[m] : y.re * re[m]);
+          if constexpr (kHigh) store(high + part * m + t, m ? y.im * re[m] - y.re * im[m] : y.im * re[m]);
+        });
   }
 }
 

@@ -10,15 +10,15 @@ namespace scalekern {
 //
 // n = radix[0] radix[1] .. W^2, W the lanes of a vector. Block number `b` of a level is a polynomial modulo
 // x^size - e^(2 pi i f), f = f_b; `twiddles[level]` holds e^(2 pi i f m / radix), m = 1 .. radix - 1, block by block;
-// the leaves' hold z^(W m), then z^m, m = 1 .. W - 1, z = e^(2 pi i f / W^2). `lane_twiddles`: e^(2 pi i p j / W^2) as
-// vectors over j, real and imaginary, p = 1 .. W - 1. Complex numbers are (re, im) pairs.
+// the leaves' hold z^(W m), z = e^(2 pi i f / W^2), m = 1 .. W - 1, in (re, im) pairs, and then e^(2 pi i (f + j) m / W^2)
+// as vectors over j, real parts and imaginary parts.
 struct FftPlan {
   static constexpr int kMost = 24;
   int64_t size;   // n
   int64_t pitch;  // between the blocks of the first level, in complex numbers: more than their size, so that lines of
                   // all of them do not fall into one set of a cache
   int levels, radix[kMost];
-  const float *twiddles[kMost + 1], *lane_twiddles;
+  const float* twiddles[kMost + 1];
 
   int64_t child() const { return size / radix[0]; }
   int64_t floats() const { return 2 * pitch * radix[0]; }  // of a spectrum in memory
