@@ -6,7 +6,8 @@
 //   and the activations were laid out in that order. Other widths, and groups that cut blocks, are unpacked first, each
 //   group to a multiple of a block.
 // Groups of at most kLaneGroup codes keep 8 sums, which float32 holds exactly; longer ones are added up in int64. The
-//   order is scale (sum code x - zero sum x) + offset sum x, added over groups, times the token's scale, plus bias.
+//   order is scale (sum code x - middle sum x), added over groups, then what zeros and offsets differ from that, times
+//   the token's scale, plus bias; in a long group zeros are subtracted exactly.
 #include "quant_matmul/cpu_quant_tokens.h"
 
 namespace {
@@ -23,6 +24,7 @@ struct Layout {
   int64_t group_blocks;  // of a full group
   int64_t blocks;        // of a row
   int64_t pairs;         // blocks between two widenings of the int16 sums
+  float middle;          // of the codes: what zeros are near to
 
   explicit Layout(const QuantWeight& w) {
 #if defined(__AVX2__)
@@ -33,6 +35,7 @@ struct Layout {
     planes = 1, direct = false;
 #endif
     unit = w.bits == 8 ? 16 : kLaneBytes * planes;
+    middle = float(1 << w.bits >> 1);
     group_blocks = pieces(least(w.group, w.columns), unit);
     const int64_t last = w.columns - (w.groups - 1) * w.group;
     blocks = (w.groups - 1) * group_blocks + pieces(last, unit);
@@ -48,14 +51,15 @@ template <class X>
 struct Whole {
   int64_t pitch, groups;
   Buffer<X> x;
-  Buffer<float> scale, sum;
+  Buffer<float> scale, sum, middle;  // middle: times sum
   Buffer<int64_t> exact_sum;
 
   Whole(const QuantMatmulArgs& a, const Layout& layout)
       : pitch(layout.blocks * layout.unit), groups(a.w.groups), x(a.tokens * pitch), scale(a.tokens),
-        sum(a.tokens * groups), exact_sum(a.tokens * groups) {
+        sum(a.tokens * groups + 8), middle(a.tokens * groups), exact_sum(a.tokens * groups) {
     const QuantWeight& w = a.w;
     const int64_t K = w.columns;
+    zero(sum + a.tokens * groups, 8);
     parallel_if(a.tokens * K >= kParallelWork, a.tokens, [&](int64_t begin, int64_t end) {
       const Buffer<float> own(K);
       const Buffer<X> plain(K);
@@ -73,6 +77,7 @@ struct Whole {
           int64_t total = 0;
           for (int64_t k = first; k < first + count; ++k) total += plain[k];
           exact_sum[m * groups + g] = total, sum[m * groups + g] = float(total);
+          middle[m * groups + g] = float(total) * layout.middle;
           place(dst + layout.begin(g) * layout.unit, plain + first, count, layout);
         }
       }
@@ -80,12 +85,20 @@ struct Whole {
   }
 
   static void place(X* dst, const X* src, int64_t count, const Layout& layout) {
-    const int planes = layout.planes;
-    if (planes == 1) return void(__builtin_memcpy(dst, src, size_t(count) * sizeof(X)));
-    for (int64_t k = 0; k < count; k += layout.unit)
-      for (int p = 0; p < planes; ++p)
-        for (int64_t i = 0; i < kLaneBytes && k + i * planes + p < count; ++i)
-          dst[k + p * kLaneBytes + i] = src[k + i * planes + p];
+    switch (layout.planes) {
+      case 1: return void(__builtin_memcpy(dst, src, size_t(count) * sizeof(X)));
+      case 2: return place<2>(dst, src, count);
+      case 4: return place<4>(dst, src, count);
+      case 8: return place<8>(dst, src, count);
+    }
+  }
+  template <int P>
+  static void place(X* dst, const X* src, int64_t count) {
+    int64_t k = 0;
+    for (; k + P * kLaneBytes <= count; k += P * kLaneBytes)
+      for (int p = 0; p < P; ++p)
+        for (int i = 0; i < kLaneBytes; ++i) dst[k + p * kLaneBytes + i] = src[k + i * P + p];
+    for (int64_t i = k; i < count; ++i) dst[k + (i - k) % P * kLaneBytes + (i - k) / P] = src[i];
   }
 };
 
@@ -124,6 +137,20 @@ class CodeRows {
   int64_t first_ = 0;
 };
 
+// A row's parts, and what they leave beside scale (sum - middle sum x): rest sum x, eight groups at a time.
+struct RowParts : GroupParts {
+  float* rest;
+
+  static int64_t floats(int64_t groups) { return GroupParts::floats(groups) + round_up(groups, 8); }
+  RowParts() = default;
+  RowParts(const QuantWeight& w, int64_t row, float middle, float* memory)
+      : GroupParts(memory, w.groups), rest(memory + GroupParts::floats(w.groups)) {
+    load(w, row);
+    ::zero(rest, round_up(w.groups, 8));
+    for (int64_t g = 0; g < w.groups; ++g) rest[g] = offset[g] - scale[g] * (zero[g] - middle);
+  }
+};
+
 // The parts of a product of R rows and T tokens that do not depend on how its integers are multiplied.
 template <class X>
 struct Problem {
@@ -159,31 +186,39 @@ static inline __m256i load_256(const T* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-// sums[r][t] += codes of row r times token t, blocks begin .. end. P planes.
+// acc[r][t] += codes of row r times token t, one block of P planes, pairs added up in int16.
+template <int P, int R, int T>
+static inline __attribute__((always_inline)) void add_block(
+    const uint8_t* const* rows, const int8_t* x, int64_t pitch, int64_t b, __m256i (&acc)[R][T]) {
+  constexpr int B = 8 / P;
+  const __m256i mask = _mm256_set1_epi8(char((1 << B) - 1));
+  const int8_t* token = x + b * P * kLaneBytes;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const __m256i bytes = load_256(rows[r] + b * kLaneBytes);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const __m256i code = P == 1 ? bytes : _mm256_and_si256(p ? _mm256_srli_epi16(bytes, p * B) : bytes, mask);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t)
+        acc[r][t] =
+            _mm256_add_epi16(acc[r][t], _mm256_maddubs_epi16(code, load_256(token + t * pitch + p * kLaneBytes)));
+    }
+  }
+}
+template <int P, int R, int T>
+static inline void add_block(const uint8_t* const*, const int16_t*, int64_t, int64_t, __m256i (&)[R][T]) {}
+
+// sums[r][t] += codes of row r times token t, blocks begin .. end.
 template <int P, int R, int T>
 static inline void multiply(
     const uint8_t* const* rows, const int8_t* x, int64_t pitch, int64_t begin, int64_t end, int64_t pairs,
     __m256i (&sums)[R][T]) {
-  constexpr int B = 8 / P;
-  const __m256i mask = _mm256_set1_epi8(char((1 << B) - 1)), ones = _mm256_set1_epi16(1);
+  const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t b = begin; b < end;) {
     const int64_t stop = least(end, b + pairs);
     __m256i acc[R][T] = {};
-    for (; b < stop; ++b) {
-      const int8_t* token = x + b * P * kLaneBytes;
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const __m256i bytes = load_256(rows[r] + b * kLaneBytes);
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-          const __m256i code = P == 1 ? bytes : _mm256_and_si256(p ? _mm256_srli_epi16(bytes, p * B) : bytes, mask);
-#pragma GCC unroll 4
-          for (int t = 0; t < T; ++t)
-            acc[r][t] = _mm256_add_epi16(
-                acc[r][t], _mm256_maddubs_epi16(code, load_256(token + t * pitch + p * kLaneBytes)));
-        }
-      }
-    }
+    for (; b < stop; ++b) add_block<P, R, T>(rows, x, pitch, b, acc);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -206,7 +241,7 @@ static inline void multiply(
 
 template <int P, int R, int T, class X>
 static __attribute__((noinline)) void tile(
-    const Problem<X>& p, const uint8_t* const* rows, const GroupParts* parts, int64_t m, float* c, int64_t ldc) {
+    const Problem<X>& p, const uint8_t* const* rows, const RowParts* parts, int64_t m, float* c, int64_t ldc) {
   const X* x = p.tokens.x + m * p.tokens.pitch;
   const int64_t pitch = p.tokens.pitch, groups = p.w.groups;
   if (p.w.group > kLaneGroup || groups == 1) {
@@ -227,29 +262,50 @@ static __attribute__((noinline)) void tile(
     return;
   }
   __m256 total[R][T] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    __m256i sums[R][T] = {};
-    multiply<P, R, T>(rows, x, pitch, p.layout.begin(g), p.layout.end(p.w, g), p.layout.pairs, sums);
+  const auto add_group = [&](int64_t g, const __m256i (&sums)[R][T]) {
+    __m256 scale[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) scale[r] = _mm256_broadcast_ss(parts[r].scale + g);
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const __m256 sum = _mm256_zextps128_ps256(_mm_load_ss(p.tokens.sum + (m + t) * groups + g));
+      const __m256 middle = _mm256_zextps128_ps256(_mm_load_ss(p.tokens.middle + (m + t) * groups + g));
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const __m256 difference =
-            _mm256_fnmadd_ps(_mm256_broadcast_ss(parts[r].zero + g), sum, _mm256_cvtepi32_ps(sums[r][t]));
-        total[r][t] = _mm256_fmadd_ps(_mm256_broadcast_ss(parts[r].scale + g), difference, total[r][t]);
-        if (p.w.offsets.data)
-          total[r][t] = _mm256_fmadd_ps(_mm256_broadcast_ss(parts[r].offset + g), sum, total[r][t]);
-      }
+      for (int r = 0; r < R; ++r)
+        total[r][t] = _mm256_fmadd_ps(scale[r], _mm256_sub_ps(_mm256_cvtepi32_ps(sums[r][t]), middle), total[r][t]);
+    }
+  };
+  if (sizeof(X) == 1 && p.layout.group_blocks <= p.layout.pairs) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t g = 0; g < groups; ++g) {
+      __m256i sums[R][T] = {};
+      const int64_t end = p.layout.end(p.w, g);
+      for (int64_t b = p.layout.begin(g); b < end; ++b) add_block<P, R, T>(rows, x, pitch, b, sums);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) sums[r][t] = _mm256_madd_epi16(sums[r][t], ones);
+      add_group(g, sums);
+    }
+  } else {
+    for (int64_t g = 0; g < groups; ++g) {
+      __m256i sums[R][T] = {};
+      multiply<P, R, T>(rows, x, pitch, p.layout.begin(g), p.layout.end(p.w, g), p.layout.pairs, sums);
+      add_group(g, sums);
     }
   }
+  if (p.w.zeros.data || p.w.offsets.data || p.w.zero != p.layout.middle)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t)
+        for (int64_t g = 0; g < groups; g += 8)  // `rest` is 0 past the groups, where the sums are those of the next token or 0
+          total[r][t] = _mm256_fmadd_ps(_mm256_loadu_ps(parts[r].rest + g),
+                                        _mm256_loadu_ps(p.tokens.sum + (m + t) * groups + g), total[r][t]);
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) c[t * ldc + r] = sum_of_lanes(total[r][t]);
 }
 #else
 template <int P, int R, int T, class X>
 static void tile(
-    const Problem<X>& p, const uint8_t* const* rows, const GroupParts* parts, int64_t m, float* c, int64_t ldc) {
+    const Problem<X>& p, const uint8_t* const* rows, const RowParts* parts, int64_t m, float* c, int64_t ldc) {
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) {
       const X* x = p.tokens.x + (m + t) * p.tokens.pitch;
@@ -271,7 +327,7 @@ static void tile(
 
 template <int P, int R, int T, class X>
 static void strip(
-    const Problem<X>& p, int64_t rows, const uint8_t* const* codes, const GroupParts* parts, int64_t m, float* c,
+    const Problem<X>& p, int64_t rows, const uint8_t* const* codes, const RowParts* parts, int64_t m, float* c,
     int64_t ldc) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) tile<P, R, T>(p, codes + r, parts + r, m, c + r, ldc);
@@ -280,7 +336,7 @@ static void strip(
 
 template <int P, class X>
 static void block(
-    const Problem<X>& p, int64_t rows, int64_t tokens, const uint8_t* const* codes, const GroupParts* parts, float* c,
+    const Problem<X>& p, int64_t rows, int64_t tokens, const uint8_t* const* codes, const RowParts* parts, float* c,
     int64_t ldc) {
   int64_t m = 0;
   for (; m + 4 <= tokens; m += 4) strip<P, 2, 4>(p, rows, codes, parts, m, c + m * ldc, ldc);
@@ -300,16 +356,15 @@ static void product(const QuantMatmulArgs& a, const Layout& layout) {
   const Problem<X> problem{w, layout, tokens};
   parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, block_rows), [&](int64_t begin, int64_t end) {
     CodeRows rows(w, layout, block_rows);
-    const Buffer<float> c(block_rows * a.tokens), memory(block_rows * GroupParts::floats(w.groups));
+    const Buffer<float> c(block_rows * a.tokens), memory(block_rows * RowParts::floats(w.groups));
     float bias[kMostRows];
     const uint8_t* codes[kMostRows];
     for (int64_t first = begin * block_rows; first < least(end * block_rows, w.rows); first += block_rows) {
       const int64_t count = least(block_rows, w.rows - first);
       rows.load(first, count);
-      GroupParts parts[kMostRows];
+      RowParts parts[kMostRows];
       for (int64_t r = 0; r < count; ++r) {
-        parts[r] = GroupParts(memory + r * GroupParts::floats(w.groups), w.groups);
-        parts[r].load(w, first + r);
+        parts[r] = RowParts(w, first + r, layout.middle, memory + r * RowParts::floats(w.groups));
         codes[r] = rows[r];
       }
       block<P>(problem, count, a.tokens, codes, parts, c, block_rows);
