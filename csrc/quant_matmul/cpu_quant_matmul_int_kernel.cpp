@@ -146,6 +146,7 @@ struct RowParts : GroupParts {
   RowParts(const QuantWeight& w, int64_t row, float middle, float* memory)
       : GroupParts(memory, w.groups), rest(memory + GroupParts::floats(w.groups)) {
     load(w, row);
+    if (!w.has_rest(middle)) return;
     ::zero(rest, round_up(w.groups, 8));
     for (int64_t g = 0; g < w.groups; ++g) rest[g] = offset[g] - scale[g] * (zero[g] - middle);
   }
@@ -293,7 +294,7 @@ static __attribute__((noinline)) void tile(
       add_group(g, sums);
     }
   }
-  if (p.w.zeros.data || p.w.offsets.data || p.w.zero != p.layout.middle)
+  if (p.w.has_rest(p.layout.middle))
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t)
         for (int64_t g = 0; g < groups; g += 8)  // `rest` is 0 past the groups, where the sums are those of the next token or 0

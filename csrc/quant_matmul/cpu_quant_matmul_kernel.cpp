@@ -137,7 +137,8 @@ struct InWords {
   };
 
   template <int R, int T>
-  static inline void multiply(const uint8_t* const* words, int64_t offset, const float* x, int64_t pitch, VecF (&acc)[R][T]) {
+  static inline void multiply(
+      const uint8_t* const* words, int64_t offset, const float* x, int64_t pitch, VecF (&acc)[R][T]) {
     Words code[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) __builtin_memcpy(&code[r], words[r] + offset, sizeof(Words));
@@ -167,11 +168,13 @@ struct InWords {
       const QuantWeight& w, int64_t first, const Laid& laid, float* memory, float* sums, int64_t pitch) {
     const uint8_t *row[R], *tail[R];
     uint8_t tails[R][kBytes] = {};
+    GroupParts part[R];
     const int64_t whole = w.row_bytes() / kBytes, left = w.row_bytes() % kBytes;
     for (int r = 0; r < R; ++r) {
       row[r] = w.data + (first + r) * w.pitch, tail[r] = tails[r];
       __builtin_memcpy(tails[r], row[r] + whole * kBytes, size_t(left));
-      GroupParts(memory + r * 3 * w.groups, w.groups).load(w, first + r);
+      part[r] = GroupParts(memory + r * GroupParts::floats(w.groups), w.groups);
+      part[r].load(w, first + r);
     }
     VecF total[R][T] = {};
     for (int64_t g = 0; g < w.groups; ++g) {
@@ -180,15 +183,17 @@ struct InWords {
       int64_t b = g * w.group / kColumns;
       for (; b < end; ++b) multiply<R, T>(row, b * kBytes, laid.x + b * kColumns, laid.pitch, acc);
       if (g + 1 == w.groups && left) multiply<R, T>(tail, 0, laid.x + whole * kColumns, laid.pitch, acc);
-      for (int r = 0; r < R; ++r) {
-        const GroupParts part(memory + r * 3 * w.groups, w.groups);
-        for (int t = 0; t < T; ++t) {
-          const VecF sum = load(laid.sums + (t * w.groups + g) * W);
-          total[r][t] += part.scale[g] * (acc[r][t] - (part.zero[g] - kMiddle) * sum);
-          if (w.offsets.data) total[r][t] += part.offset[g] * sum;
-        }
-      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) total[r][t] += part[r].scale[g] * acc[r][t];
     }
+    if (w.has_rest(kMiddle))
+      for (int64_t g = 0; g < w.groups; ++g)
+        for (int r = 0; r < R; ++r) {
+          const float rest = part[r].offset[g] - part[r].scale[g] * (part[r].zero[g] - kMiddle);
+          for (int t = 0; t < T; ++t) total[r][t] += rest * load(laid.sums + (t * w.groups + g) * W);
+        }
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t) sums[t * pitch + r] = sum_of<float>(total[r][t]);
   }
@@ -198,7 +203,7 @@ struct InWords {
     constexpr int64_t kRows = 16;  // of a piece of work
     const QuantWeight& w = a.w;
     parallel_if(T * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
-      const Buffer<float> memory(R * 3 * w.groups);
+      const Buffer<float> memory(R * GroupParts::floats(w.groups));
       float bias[kRows], sums[T * kRows];
       for (int64_t first = begin * kRows; first < least(end * kRows, w.rows); first += kRows) {
         const int64_t count = least(kRows, w.rows - first);

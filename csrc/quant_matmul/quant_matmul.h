@@ -32,6 +32,8 @@ struct QuantWeight {
   float zero;           // where there are no zeros
   QuantPart scales, zeros, offsets, outer;
 
+  // Whether w is more than scale (code - middle).
+  bool has_rest(float middle) const { return zeros.data || offsets.data || (zero - base) / step != middle; }
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
 };
 
