@@ -6,7 +6,7 @@ Shape letters: M tokens, N outputs, K inputs, G groups.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import composed, filling
+from scalekern._dispatch import Backend, composed, filling, triton
 from scalekern.ops import _quant_matmul
 from scalekern.quant import QuantizedTensor
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
@@ -105,7 +105,10 @@ _OPTIONS = "str format, int group_size, str activation, float? activation_scale"
 quant_matmul_fwd = _library.define(
     NAME,
     f"quant_matmul_fwd(Tensor x, {_PARTS}, {_OPTIONS}, ScalarType? out_dtype) -> Tensor",
-    backends=composed(filling(_allocate_fwd, _quant_matmul.forward), reference_fwd),
+    backends=(
+        Backend("triton", filling(_allocate_fwd, triton(NAME, "quant_matmul_fwd"))),
+        *composed(filling(_allocate_fwd, _quant_matmul.forward), reference_fwd),
+    ),
     fake=_allocate_fwd,
     empty=lambda x, data, *rest: x.numel() == 0 or data.shape[0] == 0,
     setup_context=_setup_context,
