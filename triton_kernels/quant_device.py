@@ -124,8 +124,20 @@ def operand(x, TYPE: tl.constexpr):
         x = x.to(tl.float32)
         high = x * 65537.0 - (x * 65537.0 - x)  # eight bits (Dekker's splitting)
         return tl.where(tl.abs(x) < 1e33, high, x)
+    elif TYPE == tl.float64:
+        # Triton lays an operand out for the type that it was loaded in, and has no layout of bytes for DMMA: a sum of
+        # one term ends its search for a load.
+        return tl.sum(x.to(TYPE)[:, :, None], axis=2)
     else:
         return x.to(TYPE)
+
+
+@triton.jit
+def store(ptr, x, mask):
+    """x, rounded to what ptr points to."""
+    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+        x = operand(x, tl.bfloat16)
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -37,8 +37,9 @@ from ..quant._formats import FORMATS
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .quant_device import (
     MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, finish, is_whole, operand, part_strides, parts_args, plain, rows_first,
-    scales_of, table_of, values_of,
+    scales_of, store, table_of, values_of,
 )  # fmt: skip
+from .quant_matmul_dense import dense_fwd, dense_serves
 from .quantize_rows import quantize_rows
 from .tuning import config
 
@@ -145,7 +146,7 @@ def _quant_matmul_fwd_kernel(
     acc = finish(acc, n, m, in_n, in_m, outer_ptr, stride_outer_n, tokens_ptr, bias_ptr, stride_bias_n)
     at = out_ptr + tl.program_id(1).to(tl.int64) * stride_out_s + m.to(tl.int64)[None, :] * stride_out_m
     at += n[:, None] * stride_out_n
-    tl.store(at, operand(acc, out_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
+    store(at, acc, in_n[:, None] & in_m[None, :])
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def _quant_matmul_sum_kernel(
         acc += tl.load(parts_ptr + tl.cast(s, tl.int64) * stride_parts_s + row * stride_parts_m + n, mask=in_n, other=0)
     acc = finish(acc[:, None], n, m, in_n, m == m, outer_ptr, stride_outer_n, tokens_ptr, bias_ptr, stride_bias_n)
     at = out_ptr + row * stride_out_m + n[:, None] * stride_out_n
-    tl.store(at, operand(acc, out_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty), mask=in_n[:, None])
+    store(at, acc, in_n[:, None])
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -279,6 +280,8 @@ def quant_matmul_fwd(
     if activation:
         flat, tokens = quantize_rows(flat, activation, activation_scale)
     weight = rows_first(data), scales, zeros, offsets, outer, bias, format, group_size
+    if not activation and dense_serves(to, flat):
+        return dense_fwd(to, flat, *weight)
     for launch in plan_quant_matmul_fwd(to, flat, tokens, *weight, dtype=x.dtype):
         if launch is not None:
             launch.run()

@@ -120,7 +120,10 @@ quant_matmul_bwd = _library.define(
     NAME,
     f"quant_matmul_bwd(Tensor dout, Tensor x, {_PARTS}, {_OPTIONS}, bool weight_grads)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=composed(filling(_allocate_bwd, _library.without_autocast(_quant_matmul.backward)), reference_bwd),
+    backends=(
+        Backend("triton", filling(_allocate_bwd, triton("quant_matmul_bwd", "quant_matmul_bwd"))),
+        *composed(filling(_allocate_bwd, _library.without_autocast(_quant_matmul.backward)), reference_bwd),
+    ),
     fake=_allocate_bwd,
     empty=lambda dout, x, data, *rest: x.numel() == 0 or data.shape[0] == 0,
 )
