@@ -40,6 +40,7 @@ from .quant_device import (
     scales_of, store, table_of, values_of,
 )  # fmt: skip
 from .quant_matmul_dense import dense_fwd, dense_serves
+from .quant_matmul_gemv import gemv_serves, plan_quant_matmul_gemv
 from .quantize_rows import quantize_rows
 from .tuning import config
 
@@ -236,12 +237,7 @@ def plan_quant_matmul_fwd(
     segments = groups * per_group
     each = triton.cdiv(segments, wanted)
     parts = triton.cdiv(segments, each)
-    outer, bias = plain(outer), plain(bias)
-    ends = dict(
-        outer_ptr=outer, tokens_ptr=tokens, bias_ptr=bias,
-        stride_outer_n=part_strides("outer", outer)["stride_outer_n"],
-        stride_bias_n=0 if bias is None else bias.stride(0),
-    )  # fmt: skip
+    ends = _ends(outer, tokens, bias)
     to = out[None] if parts == 1 else x.new_empty(parts, M, N, dtype=acc)
     args = dict(
         out_ptr=to, x_ptr=x, data_ptr=data, table_ptr=table_of(format, acc, x.device), M=M, N=N, K=K, group=group,
@@ -255,6 +251,16 @@ def plan_quant_matmul_fwd(
     )  # fmt: skip
     launch = Launch(_quant_matmul_fwd_kernel, (programs, parts), args, tiles["num_warps"], tiles["num_stages"])
     return launch, None if parts == 1 else plan_sum(out, to, ends)
+
+
+def _ends(outer, tokens, bias) -> dict:
+    """The arguments of what ends a product."""
+    outer, bias = plain(outer), plain(bias)
+    return dict(
+        outer_ptr=outer, tokens_ptr=tokens, bias_ptr=bias,
+        stride_outer_n=part_strides("outer", outer)["stride_outer_n"],
+        stride_bias_n=0 if bias is None else bias.stride(0),
+    )  # fmt: skip
 
 
 def _without(ends: dict) -> dict:
@@ -279,9 +285,19 @@ def quant_matmul_fwd(
     flat, to, tokens = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), None
     if activation:
         flat, tokens = quantize_rows(flat, activation, activation_scale)
-    weight = rows_first(data), scales, zeros, offsets, outer, bias, format, group_size
+    data, groups = rows_first(data), scales.shape[1]
     if not activation and dense_serves(to, flat):
-        return dense_fwd(to, flat, *weight)
-    for launch in plan_quant_matmul_fwd(to, flat, tokens, *weight, dtype=x.dtype):
-        if launch is not None:
-            launch.run()
+        dense_fwd(to, flat, data, scales, zeros, offsets, outer, bias, format, group_size)
+        return
+    if not activation and gemv_serves(flat, format, group_size, groups):
+        ends = _ends(outer, None, bias)
+        product = plan_quant_matmul_gemv(to, flat, data, scales, zeros, offsets, ends, format, group_size)
+        parts = product.args["out_ptr"]
+        total = plan_sum(to, parts, ends) if len(parts) > 1 else None
+    else:
+        product, total = plan_quant_matmul_fwd(
+            to, flat, tokens, data, scales, zeros, offsets, outer, bias, format, group_size, x.dtype
+        )
+    product.run()
+    if total is not None:
+        total.run()
