@@ -39,18 +39,18 @@ from .tuning import config
 
 
 @triton.jit
-def _of_word(word, table_ptr, p: tl.constexpr, FORMAT: tl.constexpr, ACC: tl.constexpr):
+def _of_word(word, magic, table_ptr, p: tl.constexpr, FORMAT: tl.constexpr, ACC: tl.constexpr):
     """Value p of int32 words [N, U], in ACC."""
     BITS: tl.constexpr = bits_of(FORMAT)
     if is_whole(FORMAT) and ACC == tl.float32:
-        # One bit operation puts a code into the mantissa of 2^23, 2^SHIFT too high. int1 needs one place more, for its 1.
+        # One LOP3 puts a code into the mantissa of 2^23, 2^SHIFT too high. int1 needs one place more, for its 1.
         LOW: tl.constexpr = 1 if FORMAT == "int1" else 0
         SHIFT: tl.constexpr = p * BITS % 16 + LOW
         if p * BITS >= 16:
             word >>= 16 - LOW
         elif LOW > 0:
             word <<= 1
-        bits = (word & (((1 << BITS) - 1) << SHIFT)) | 0x4B000000
+        bits = (word & (((1 << BITS) - 1) << SHIFT)) | magic
         CENTRE: tl.constexpr = 1 if FORMAT == "int1" else centre_of(FORMAT)
         return bits.to(tl.float32, bitcast=True) * 2.0 ** (LOW - SHIFT) - (2.0 ** (23 + LOW - SHIFT) + CENTRE)
     else:
@@ -63,7 +63,7 @@ def _of_word(word, table_ptr, p: tl.constexpr, FORMAT: tl.constexpr, ACC: tl.con
 @triton.jit
 def _quant_matmul_gemv_kernel(
     out_ptr, x_ptr, data_ptr, scales_ptr, zeros_ptr, offsets_ptr, table_ptr, outer_ptr, bias_ptr,
-    M, N, K, units, per_group, steps, stride_out_s, stride_out_m, stride_out_n, stride_x_m, stride_x_k, stride_data_n,
+    magic, M, N, K, units, per_group, steps, stride_out_s, stride_out_m, stride_out_n, stride_x_m, stride_x_k, stride_data_n,
     stride_scales_n, stride_scales_g, stride_zeros_n, stride_zeros_g, stride_offsets_n, stride_offsets_g,
     stride_outer_n, stride_bias_n,
     FORMAT: tl.constexpr, SCALES: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr, ONE_GROUP: tl.constexpr,
@@ -79,10 +79,10 @@ def _quant_matmul_gemv_kernel(
     xs, sums = (), ()
     for m in tl.static_range(TOKENS):
         total = tl.zeros([BLOCK_U], ACC)
-        row_ptr = x_ptr + tl.minimum(m, M - 1).to(tl.int64) * stride_x_m
+        token_ptr = x_ptr + tl.minimum(m, M - 1).to(tl.int64) * stride_x_m
         for p in tl.static_range(P):
             k = unit * P + p
-            x = tl.load(row_ptr + index(k, INT64) * stride_x_k, mask=k < K, other=0.0).to(ACC)  # [U]
+            x = tl.load(token_ptr + index(k, INT64) * stride_x_k, mask=k < K, other=0.0).to(ACC)  # [U]
             xs, total = xs + (x,), total + x
         sums = sums + (total,)
     g = tl.minimum(unit, units - 1) // per_group
@@ -97,7 +97,7 @@ def _quant_matmul_gemv_kernel(
             acc = acc + (tl.zeros([BLOCK_N, BLOCK_U], ACC),)
         for p in tl.static_range(P):
             if WORDS:
-                w = _of_word(word, table_ptr, p, FORMAT, ACC)
+                w = _of_word(word, magic, table_ptr, p, FORMAT, ACC)
             else:
                 w = values_of(codes_of(row_ptr, unit, inside, p, FORMAT, P), table_ptr, FORMAT, ACC).to(ACC)
             more = ()
@@ -115,17 +115,18 @@ def _quant_matmul_gemv_kernel(
             if offsets_ptr is not None:
                 offset = tl.load(offsets_ptr + row * stride_offsets_n + column * stride_offsets_g).to(ACC)
                 part += offset * sums[m][None, :]
-            total = tl.sum(part, axis=1)[:, None]
             at = m + tl.arange(0, 1)
-            total = finish(total, n, at, n < N, at < M, outer_ptr, stride_outer_n, None, bias_ptr, stride_bias_n)
+            result = tl.sum(part, axis=1)[:, None]
+            result = finish(result, n, at, n < N, at < M, outer_ptr, stride_outer_n, None, bias_ptr, stride_bias_n)
             to = out_ptr + tl.program_id(1).to(tl.int64) * stride_out_s + at.to(tl.int64)[None, :] * stride_out_m
-            store(to + n[:, None] * stride_out_n, total, (n < N)[:, None] & (at < M)[None, :])
+            store(to + n[:, None] * stride_out_n, result, (n < N)[:, None] & (at < M)[None, :])
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 GEMV_TOKENS = 4
 WANTED = 8 * 132  # programs, eight a multiprocessor of an H100/H200
+MAGIC = 0x4B000000  # 2^23 as float32. An argument: two constants would be two instructions where one does both.
 NUMBERS = 64  # of x in a thread's registers
 
 
@@ -167,8 +168,8 @@ def plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, g
         ends = {name: None if name.endswith("ptr") else 0 for name in ends}
     warps = blocks.pop("num_warps")
     args = dict(
-        out_ptr=to, x_ptr=x, data_ptr=data, table_ptr=table_of(format, real, x.device), M=M, N=N, K=K, units=units,
-        per_group=units if groups == 1 else group // per, steps=steps, **strides("out", to, "smn"),
+        out_ptr=to, x_ptr=x, data_ptr=data, table_ptr=table_of(format, real, x.device), magic=MAGIC, M=M, N=N, K=K,
+        units=units, per_group=units if groups == 1 else group // per, steps=steps, **strides("out", to, "smn"),
         **strides("x", x, "mk"), stride_data_n=data.stride(0), **parts_args(scales, zeros, offsets), **ends,
         FORMAT=format, P=per, WORDS=words, ONE_GROUP=groups == 1, MASKED=units % blocks["BLOCK_U"] != 0,
         INT64=wide(x), TOKENS=tokens, VECTOR=vector, **blocks,
