@@ -41,7 +41,7 @@ from .quant_device import (
 )  # fmt: skip
 from .quant_matmul_dense import dense_fwd, dense_serves
 from .quant_matmul_gemv import gemv_serves, plan_quant_matmul_gemv
-from .quantize_rows import quantize_rows
+from .quantize_rows import quantize_rows, rounded_type
 from .tuning import config
 
 __all__ = ["quant_matmul_fwd"]
@@ -172,6 +172,7 @@ WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
 LEAST_COLUMNS = 512  # of a part: fewer are not worth a sum
 INT32_COLUMNS = 1 << 15  # 128 x 127 x 2^15 < 2^31
 FLOAT_COLUMNS = 512  # 127 x 255 x 512 < 2^24: integers that a float32 sum of float16 products leaves exact
+PLANE_TOKENS = 16  # up to which x is read as it lies
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -180,34 +181,37 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _operand(dtype, x, format, zeros, group, groups):
-    """The type of the product's operands, for a call of `dtype` with tokens x, rounded or not."""
+def _operand(dtype, rounded, format, zeros, group, groups):
+    """The type of the product's operands, for tokens of `dtype` that were rounded to `rounded`, if to anything."""
     whole = FORMATS[format].is_integer or format == "int1"
     fits = groups == 1 or group > FLOAT_COLUMNS or group % (32 * PER_UNIT[FORMATS[format].bits]) == 0
-    if x.dtype == torch.int8 and whole:
+    if rounded == torch.int8 and whole:
         return tl.int8 if fits else tl.float16  # whose smallest tile is of 16 columns, int8's of 32
     exact = (whole or format in MANTISSA) and (zeros is None or not zeros.is_floating_point())
-    if x.dtype != dtype and (exact or dtype in (torch.float16, torch.bfloat16)):
+    if rounded is not None and (exact or dtype in (torch.float16, torch.bfloat16)):
         return tl.float16
     return TYPES[dtype]
 
 
-def _tiles(kind, M, N, K, bits, groups, group, device) -> dict:
-    """P, BLOCK_U, BLOCK_M, BLOCK_N, num_warps, num_stages."""
-    size, least = {tl.float64: (8, 16), tl.float32: (4, 16), tl.int8: (1, 32)}.get(kind, (2, 16))
-    per = PER_UNIT[bits]
-    if groups > 1 and group % (least * per):
-        per = 1
+def _planes(kind, bits, group, groups) -> int:
+    """P: 1, each code by itself, where the smallest tile of planes holds no whole groups."""
+    least = 32 if kind == tl.int8 else 16
+    return PER_UNIT[bits] if groups == 1 or group % (least * PER_UNIT[bits]) == 0 else 1
+
+
+def _tiles(kind, per, M, N, K, bits, groups, group, device) -> dict:
+    """BLOCK_U, BLOCK_M, BLOCK_N, num_warps, num_stages. Registers of the larger tiles on sm_80: 204 to 255."""
     default = {"BLOCK_M": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 4}
-    if size > 2:
+    if kind in (tl.float32, tl.float64):
         default |= {"BLOCK_M": 32 if M > 16 else 16, "COLUMNS": 32, "num_stages": 2}
     elif M > 64:
-        default |= {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+        default |= {"BLOCK_M": 128, "BLOCK_N": 128, "COLUMNS": 128 if kind == tl.int8 else 64, "num_warps": 8,
+                    "num_stages": 3}  # fmt: skip
     elif M > 16:
-        default |= {"BLOCK_M": max(16, triton.next_power_of_2(M)), "BLOCK_N": 128 if M > 32 else 64}
+        default |= {"BLOCK_M": 32} if M <= 32 else {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8}
     tiles = dict(config("quant_matmul_fwd", f"{kind}-{bits}-M{triton.next_power_of_2(M)}", device, default))
     tiles["BLOCK_N"] = min(tiles["BLOCK_N"], max(16, triton.next_power_of_2(N)))
-    units = triton.cdiv(min(group, K), per)
+    units, least = triton.cdiv(min(group, K), per), 32 if kind == tl.int8 else 16
     block = max(least, min(tiles.pop("COLUMNS") // per, triton.next_power_of_2(units)))
     while groups > 1 and block > least and units % block:
         block //= 2
@@ -215,17 +219,19 @@ def _tiles(kind, M, N, K, bits, groups, group, device) -> dict:
 
 
 def plan_quant_matmul_fwd(
-    out, x, tokens, data, scales, zeros, offsets, outer, bias, format, group_size, dtype=None
+    out, x, tokens, data, scales, zeros, offsets, outer, bias, format, group_size, K, dtype
 ) -> tuple[Launch, Launch | None]:  # fmt: skip
     """The launches, from shapes, strides and dtypes: the product and, where it is split, the sum of its parts.
 
-    out (M, N), x (M, K): what the product is of, int8 or float16 where tokens of `dtype` were rounded to it.
+    out (M, N); x (M, K), or in planes, (M, P, U); x has another dtype than `dtype` where it was rounded, with the
+    scales tokens (M,).
     """
-    (M, K), N, groups, dtype = x.shape, data.shape[0], scales.shape[1], dtype or x.dtype
-    bits, group = FORMATS[format].bits, K if scales.shape[1] == 1 else group_size
-    kind = _operand(dtype, x, format, zeros, group, groups)
-    tiles = _tiles(kind, M, N, K, bits, groups, group, x.device)
-    per, block, acc = tiles["P"], tiles["P"] * tiles["BLOCK_U"], real_of(dtype)
+    M, N, groups = x.shape[0], data.shape[0], scales.shape[1]
+    bits, group = FORMATS[format].bits, K if groups == 1 else group_size
+    kind = _operand(dtype, None if tokens is None else x.dtype, format, zeros, group, groups)
+    per = _planes(kind, bits, group, groups)
+    tiles = _tiles(kind, per, M, N, K, bits, groups, group, x.device)
+    block, acc = per * tiles["BLOCK_U"], real_of(dtype)
     programs = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"])
     wanted = max(1, min(WANTED // programs, triton.cdiv(K, LEAST_COLUMNS)))
     segment = group
@@ -239,11 +245,12 @@ def plan_quant_matmul_fwd(
     parts = triton.cdiv(segments, each)
     ends = _ends(outer, tokens, bias)
     to = out[None] if parts == 1 else x.new_empty(parts, M, N, dtype=acc)
+    stride_u, stride_p = (x.stride(1) * per, x.stride(1)) if x.dim() == 2 else (x.stride(2), x.stride(1))
     args = dict(
         out_ptr=to, x_ptr=x, data_ptr=data, table_ptr=table_of(format, acc, x.device), M=M, N=N, K=K, group=group,
         segment=segment, segments=segments, each=each, **strides("out", to, "smn"), stride_x_m=x.stride(0),
-        stride_x_u=x.stride(1) * per, stride_x_p=x.stride(1), stride_data_n=data.stride(0),
-        **parts_args(scales, zeros, offsets), **(ends if parts == 1 else _without(ends)), FORMAT=format, OPERAND=kind,
+        stride_x_u=stride_u, stride_x_p=stride_p, stride_data_n=data.stride(0),
+        **parts_args(scales, zeros, offsets), **(ends if parts == 1 else without(ends)), FORMAT=format, OPERAND=kind,
         ACC=TYPES[acc], PRECISION="tf32x3" if kind == tl.float32 else "ieee", PER_GROUP=per_group,
         ONE_STEP=segment <= block, MASKED=bool(K % block or segment % block or group % block),
         INT64=wide(x) or K * bits >= 2**31,
@@ -263,7 +270,8 @@ def _ends(outer, tokens, bias) -> dict:
     )  # fmt: skip
 
 
-def _without(ends: dict) -> dict:
+def without(ends: dict) -> dict:
+    """The same arguments for a part, which ends nothing."""
     return {name: None if name.endswith("ptr") else 0 for name in ends}
 
 
@@ -282,22 +290,75 @@ def quant_matmul_fwd(
     out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
 ) -> None:  # fmt: skip
     """fill(out, *op arguments)"""
-    flat, to, tokens = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), None
-    if activation:
-        flat, tokens = quantize_rows(flat, activation, activation_scale)
-    data, groups = rows_first(data), scales.shape[1]
+    flat, to, data = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), rows_first(data)
+    weight = data, scales, zeros, offsets, outer, bias, format, group_size
     if not activation and dense_serves(to, flat):
-        dense_fwd(to, flat, data, scales, zeros, offsets, outer, bias, format, group_size)
-        return
-    if not activation and gemv_serves(flat, format, group_size, groups):
-        ends = _ends(outer, None, bias)
-        product = plan_quant_matmul_gemv(to, flat, data, scales, zeros, offsets, ends, format, group_size)
-        parts = product.args["out_ptr"]
-        total = plan_sum(to, parts, ends) if len(parts) > 1 else None
+        dense_fwd(to, flat, *weight)
+    elif not activation and gemv_serves(flat, format, group_size, scales.shape[1]):
+        _launch(*_gemv(to, flat, *weight))
     else:
-        product, total = plan_quant_matmul_fwd(
-            to, flat, tokens, data, scales, zeros, offsets, outer, bias, format, group_size, x.dtype
-        )
+        planes, tokens = _tokens(flat, scales, zeros, format, group_size, activation, activation_scale)
+        _launch(*plan_quant_matmul_fwd(to, planes, tokens, *weight, flat.shape[1], x.dtype))
+
+
+def _launch(product: Launch, total: Launch | None) -> None:
     product.run()
     if total is not None:
         total.run()
+
+
+def _gemv(out, x, data, scales, zeros, offsets, outer, bias, format, group_size):
+    ends = _ends(outer, None, bias)
+    product = plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, group_size)
+    parts = product.args["out_ptr"]
+    return product, plan_sum(out, parts, ends) if len(parts) > 1 else None
+
+
+def _tokens(x, scales, zeros, format, group_size, activation, activation_scale):
+    """(x, rounded and in planes where that pays, the tokens' scales or None)
+
+    Planes of a row lie P numbers apart, which no asynchronous copy and no wide load takes. A tile of few tokens is read
+    once or twice by each program all the same, which costs less than another launch.
+    """
+    (M, K), groups, bits = x.shape, scales.shape[1], FORMATS[format].bits
+    kind = _operand(x.dtype, rounded_type(activation) if activation else None, format, zeros, group_size, groups)
+    per = _planes(kind, bits, group_size, groups)
+    if activation:
+        return quantize_rows(x, activation, activation_scale, per)
+    if per > 1 and K % per == 0 and M > PLANE_TOKENS:
+        return x.unflatten(1, (-1, per)).transpose(1, 2).contiguous(), None
+    return x, None
+
+
+# --- what tests compile -----------------------------------------------------------------------------------------------
+
+
+def sample(M, dtype, format="int4", group=128, *, zeros=None, offsets=False, N=8192, K=8192, scales=torch.float16):
+    """(out, x, data, scales, zeros, offsets) on meta tensors; zeros: their dtype."""
+    groups = 1 if group is None else triton.cdiv(K, group)
+    part = lambda dtype: meta(N, groups, dtype=dtype)
+    data = meta(N, triton.cdiv(K * FORMATS[format].bits, 8), dtype=torch.uint8)
+    zeros, offsets = part(zeros) if zeros else None, part(torch.float16) if offsets else None
+    return meta(M, N, dtype=dtype), meta(M, K, dtype=dtype), data, part(scales), zeros, offsets
+
+
+def _spec(dtype, M, format="int4", group=128, activation=None, **options) -> tuple[Launch, Launch | None]:
+    out, x, data, scales, zeros, offsets = sample(M, dtype, format, group, **options)
+    group, groups, tokens = group or x.shape[1], scales.shape[1], meta(M) if activation else None
+    rounded = rounded_type(activation) if activation else None
+    per = _planes(_operand(dtype, rounded, format, zeros, group, groups), FORMATS[format].bits, group, groups)
+    if per > 1 and (activation or M > PLANE_TOKENS):
+        x = meta(M, per, x.shape[1] // per, dtype=rounded or dtype)
+    elif activation:
+        x = meta(*x.shape, dtype=rounded)
+    weight = data, scales, zeros, offsets, None, meta(out.shape[1], dtype=dtype), format, group
+    return plan_quant_matmul_fwd(out, x, tokens, *weight, 8192, dtype)
+
+
+for _name, _args in {
+    "": (64,), "_16_zeros": (16, "int4", 128, None), "_int8": (4096, "int8", None, "int8"),
+    "_int4_int8": (4096, "int4", 128, "int8"), "_int3": (256, "int3", 100),
+}.items():  # fmt: skip
+    _options = {"zeros": torch.uint8} if _name in ("_16_zeros", "_int4_int8") else {"offsets": _name == "_int3"}
+    compile_spec(f"quant_matmul_fwd{_name}")(lambda dtype, a=_args, o=_options: _spec(dtype, *a, **o)[0])
+compile_spec("quant_matmul_sum")(lambda dtype: _spec(dtype, 16)[1])

@@ -21,9 +21,9 @@ import triton.language as tl
 
 from ..ops._quant_matmul import _parts_backward, activations
 from ..quant._formats import FORMATS
-from .common import Launch, compile_spec, index, meta, strides, wide
+from .common import Launch, compile_spec, index, strides, wide
 from .quant_device import codes_of, operand, parts_args, plain, rows_first, store, table_of, weights_of
-from .quant_matmul import TYPES, real_of
+from .quant_matmul import TYPES, real_of, sample
 from .quant_matmul_dense import dense_bwd, dense_serves
 from .tuning import config
 
@@ -103,3 +103,12 @@ def quant_matmul_bwd(
             values = activations(x, activation, activation_scale, real).flatten(0, -2)
             grads, parts = (dscales, dzeros, doffsets, douter), (scales, zeros, offsets, outer)
             _parts_backward(grads, flat.to(real), values, data, parts, format, group_size)
+
+
+def _spec(dtype: torch.dtype, format: str, **options) -> Launch:
+    dout, dx, data, scales, zeros, offsets = sample(256, dtype, format, **options)
+    return plan_quant_matmul_bwd(dx, dout, data, scales, zeros, offsets, None, format, 128)
+
+
+compile_spec("quant_matmul_bwd")(lambda dtype: _spec(dtype, "int4"))
+compile_spec("quant_matmul_bwd_float16_int3")(lambda dtype: _spec(torch.float16, "int3", zeros=torch.float16, offsets=True))

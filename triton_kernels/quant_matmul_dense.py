@@ -88,3 +88,10 @@ def dense_bwd(dx, dout, data, scales, zeros, offsets, outer, format, group_size)
         w = dx.new_empty(N, min(step, K - first))
         plan_dequantize(w, data, scales, zeros, offsets, outer, format, group_size, K, first).run()
         torch.mm(dout, w, out=dx[:, first : first + step])
+
+
+@compile_spec("dequantize")
+def _spec(dtype: torch.dtype) -> Launch:
+    data, scales = meta(1024, 4096, dtype=torch.uint8), meta(1024, 64, dtype=torch.float16)
+    w = meta(1024, 8192, dtype=torch.bfloat16)
+    return plan_dequantize(w, data, scales, None, None, None, "int4", 128, 8192)

@@ -175,3 +175,22 @@ def plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, g
         INT64=wide(x), TOKENS=tokens, VECTOR=vector, **blocks,
     )  # fmt: skip
     return Launch(_quant_matmul_gemv_kernel, (triton.cdiv(tiles, steps), parts), args, warps)
+
+
+# --- what tests compile -----------------------------------------------------------------------------------------------
+
+
+def _spec(dtype: torch.dtype, M: int, format: str, group: int | None, zeros=None) -> Launch:
+    N = K = 8192
+    bits, groups = FORMATS[format].bits, 1 if group is None else K // group
+    scales = meta(N, groups, dtype=torch.float16)
+    zeros = meta(N, groups, dtype=zeros) if zeros else None
+    out, x, data = meta(M, N, dtype=dtype), meta(M, K, dtype=dtype), meta(N, K * bits // 8, dtype=torch.uint8)
+    ends = dict(outer_ptr=None, tokens_ptr=None, bias_ptr=None, stride_outer_n=0, stride_bias_n=0)
+    return plan_quant_matmul_gemv(out, x, data, scales, zeros, None, ends, format, group or K)
+
+
+compile_spec("quant_matmul_gemv")(lambda dtype: _spec(dtype, 1, "int4", 128))
+compile_spec("quant_matmul_gemv_4_zeros")(lambda dtype: _spec(dtype, 4, "int4", 128, torch.uint8))
+compile_spec("quant_matmul_gemv_int1")(lambda dtype: _spec(dtype, 1, "int1", None))
+compile_spec("quant_matmul_gemv_int3")(lambda dtype: _spec(dtype, 1, "int3", 128))

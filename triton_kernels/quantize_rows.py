@@ -23,10 +23,10 @@ HUGE: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def _quantize_rows_kernel(
-    q_ptr, tokens_ptr, x_ptr, K, static, stride_q_m, stride_x_m, stride_x_k,
+    q_ptr, tokens_ptr, x_ptr, K, static, stride_q_m, stride_q_p, stride_x_m, stride_x_k, P: tl.constexpr,
     TOP: tl.constexpr, STATIC: tl.constexpr, FLOAT8: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q (M, K) int8, or float16 that holds float8_e4m3; tokens (M,) float32. Grid (M,)."""
+    """q (M, P, U) int8, or float16 that holds float8_e4m3; tokens (M,) float32. Grid (M,)."""
     m = tl.program_id(0).to(tl.int64)
     x_ptr += m * stride_x_m
     q_ptr += m * stride_q_m
@@ -55,31 +55,37 @@ def _quantize_rows_kernel(
             v = tl.where(tl.abs(scaled) <= HUGE, (v + shift) - shift, scaled)
         else:
             v = (tl.where(v == v, v, 0.0) + MAGIC) - MAGIC
-        tl.store(q_ptr + k, v.to(q_ptr.dtype.element_ty), mask=k < K)
+        tl.store(q_ptr + k % P * stride_q_p + k // P, v.to(q_ptr.dtype.element_ty), mask=k < K)
 
 
 def plan_quantize_rows(q, tokens, x, activation, static=None) -> Launch:
-    """x (M, K)."""
+    """x (M, K), q (M, P, U)."""
     block = min(1024, max(16, triton.next_power_of_2(x.shape[1])))
     args = dict(
         q_ptr=q, tokens_ptr=tokens, x_ptr=x, K=x.shape[1], static=float(static or 0.0), stride_q_m=q.stride(0),
-        **strides("x", x, "mk"), TOP=ACTIVATION_MAX[activation], STATIC=static is not None, FLOAT8=activation == "fp8",
-        INT64=wide(x), BLOCK=block,
+        stride_q_p=q.stride(1), **strides("x", x, "mk"), P=q.shape[1], TOP=ACTIVATION_MAX[activation],
+        STATIC=static is not None, FLOAT8=activation == "fp8", INT64=wide(x), BLOCK=block,
     )  # fmt: skip
     return Launch(_quantize_rows_kernel, (x.shape[0],), args, 4)
 
 
-def quantize_rows(x, activation, static=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the rounded numbers (M, K), int8 or, of float8, float16; their scales (M,) float32)"""
-    kind = torch.float16 if activation == "fp8" else torch.int8
-    q, tokens = x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape[0], dtype=torch.float32)
+def rounded_type(activation: str) -> torch.dtype:
+    """What holds the rounded numbers."""
+    return torch.float16 if activation == "fp8" else torch.int8
+
+
+def quantize_rows(x, activation, static=None, planes=1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the rounded numbers (M, P, U) in planes: column u P + p at (p, u); their scales (M,) float32)"""
+    M, K = x.shape
+    q = x.new_empty(M, planes, triton.cdiv(K, planes), dtype=rounded_type(activation))
+    tokens = x.new_empty(M, dtype=torch.float32)
     plan_quantize_rows(q, tokens, x, activation, static).run()
     return q, tokens
 
 
 def _spec(dtype: torch.dtype, activation: str, static=None) -> Launch:
     x, tokens = meta(4096, 8192, dtype=dtype), meta(4096)
-    q = meta(4096, 8192, dtype=torch.float16 if activation == "fp8" else torch.int8)
+    q = meta(4096, 2, 4096, dtype=rounded_type(activation))
     return plan_quantize_rows(q, tokens, x, activation, static)
 
 
