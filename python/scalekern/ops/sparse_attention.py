@@ -15,6 +15,7 @@ from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._mask_packed import packed
 from scalekern.ops._hstu import places
+from scalekern.reference.hstu_attention import bucket_edges
 from scalekern.reference.sparse_attention import SCORES, scale_of, unit
 from scalekern.reference.sparse_attention import sparse_attention_bwd as reference_bwd
 from scalekern.reference.sparse_attention import sparse_attention_fwd as reference_fwd
@@ -118,7 +119,7 @@ def _constant(function):
 
 
 @contextlib.contextmanager
-def plain():
+def _plain():
     """Outside of fake tensors and transforms."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -135,7 +136,7 @@ def _code_of(mask, lengths, device):
     code = mask.known_code(device) if lengths is None else None
     if code is not None:  # a tenth of a small call's time is saved
         return code
-    with plain():
+    with _plain():
         return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
 
 
@@ -145,7 +146,7 @@ def _text_of(mask, lengths):
 
     A tensor would be a constant, of which dynamo takes one a function that made it.
     """
-    with plain():
+    with _plain():
         mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
         text = repr(mask)
         if not _means(text, mask):
@@ -241,7 +242,7 @@ def _check_table(table, heads, queries, keys, packed):
 
 
 def _resolved(function, code: int, text: int):
-    """`function` of the op's arguments less the text, with the code for it."""
+    """`function` of the op's arguments less the text, with the code for it, and the edges of a table of times."""
 
     @functools.wraps(function)
     def run(*args):
@@ -249,9 +250,18 @@ def _resolved(function, code: int, text: int):
         mask = args.pop(text)
         if args[code] is None:
             args[code] = _mask_of(mask).code(args[0].device)
+        times, edges = code + 8, code + 11
+        if args[times] is not None and args[edges] is None:
+            args[edges] = _edges(args[times].shape[1] - 1, args[times].device)
         return function(*args)
 
     return run
+
+
+@functools.cache
+def _edges(K, device):
+    """HSTU's, one tensor for all calls: kernels read its values back once."""
+    return bucket_edges(K).to(device)
 
 
 def _allocate_fwd(q, k, v, *rest):

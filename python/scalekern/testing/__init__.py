@@ -75,6 +75,7 @@ class Spec:
     rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
                      of the dtype's eps
     parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
+    through          the public op whose registered ops do its work, if it has none of its own
     """
 
     samples: tuple[Sample, ...]
@@ -85,6 +86,7 @@ class Spec:
     operand_error: float = 0.0
     rounding_of_saved: float = 0.0
     parameters_only: bool = False
+    through: str = ""
 
     @property
     def trainable(self) -> bool:
@@ -92,14 +94,14 @@ class Spec:
 
 
 def specs() -> dict[str, Spec]:
-    """Every registered public op. Samples may be here before their op is."""
+    """Every public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
     from scalekern.testing import fft_conv, selective_scan, sparse_attention
 
     families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
-    return {op: spec for op, spec in families.items() if op in registered}
+    return {op: spec for op, spec in families.items() if (spec.through or op) in registered}
 
 
 def samples(op: str) -> tuple[Sample, ...]:
