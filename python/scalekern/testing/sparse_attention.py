@@ -143,11 +143,10 @@ def _hstu(lengths, H, P, *, Pv=None, new=None, buckets=None, targets=None, posit
 
 SPECS["hstu_attention"] = Spec(
     (
-        Sample("tables", _hstu([9, 0, 1, 66], 2, 4, buckets=20, positions=11)),
+        Sample("tables", _hstu([9, 0, 1, 12], 2, 4, buckets=20, positions=11)),
         Sample("everything", _hstu([17, 4], 2, 4, Pv=6, buckets=12, positions=7, shared=True, targets=[5, 1], max_attn_len=4,
                                    contextual_len=2, min_full_attn_len=3, normalize="length", alpha=0.7)),
         Sample("newest", _hstu([9, 12], 1, 5, new=3, buckets=20, causal=False, normalize="scaling_len", scaling_len=10)),
-        Sample("one", _hstu([1], 1, 1)),
     ),
     rounding_of_saved=0.5,
     through="sparse_attention",
