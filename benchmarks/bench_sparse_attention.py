@@ -166,6 +166,7 @@ CUDA = [
 # ---- sparse_attention_decode ---------------------------------------------------------------------------------------
 
 WHOLE, GATHERED = "scaled_dot_product_attention, whole cache", "gathered windows + scaled_dot_product_attention"
+SCALED = "the whole cache, by the share of the budgets"  # what time in proportion to their sum would be
 
 
 def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sinks=4) -> Work:
@@ -199,12 +200,16 @@ def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sink
 
         return peers.torch_peer(run)
 
+    def scaled():
+        run = lambda: scalekern.sparse_attention_decode(q, k, v, lengths)
+        return peers.Peer(lambda: (run(), None)[1], "scalekern", sum(spans) / (G * L))
+
     keys = B * sum(spans)
     return Work(
         run=lambda: (scalekern.sparse_attention_decode(q, k, v, lengths, **limits),), oracle=oracle,
         tolerance=TOLERANCE[dtype], bytes_moved=dtype.itemsize * (2 * keys * P + 2 * B * H * P),
         flops=4 * keys * R * P, exponentials=keys * R,
-        peers={WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered},
+        peers={WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
     )  # fmt: skip
 
 
@@ -295,8 +300,8 @@ def hstu_cases(device, priority, shape, dtype):
 _SPANS, _FP32, _BF16 = (1, 2, 4, 8), torch.float32, torch.bfloat16
 DECODE = [
     decoding("cpu", 97, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, **{WHOLE: 1}),
-    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5}),
-    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5}),
+    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5, SCALED: 1 / 1.3}),
+    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5, SCALED: 1 / 1.3}),
     merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
     decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
     decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),

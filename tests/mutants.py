@@ -278,6 +278,8 @@ FORWARD = {
         "budgets of other heads": given(budgets=swapped(0)),
         "windows one too long": given(budgets=lambda b: b + 1),
         "two pages swapped": given(block_table=swapped(1)),
+        "two rows' starts swapped": given(starts=swapped(0)),
+        **ignored("starts"),
         "first token of the sink forgotten": given(sink=lambda n: n - 1 if n else 1),
         "cap left out": given(softcap=lambda c: 0.0 if c else 1e-2),
         **ignored("sinks"),

@@ -76,7 +76,7 @@ SPECS = {
 }  # fmt: skip
 
 
-def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, sinks=False, **plain):
+def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, starts=None, sinks=False, **plain):
     """S: slots of a contiguous cache. capacities: those of each key head of a ragged one. pages: (pages, page, table)."""
 
     def build(f):
@@ -91,6 +91,8 @@ def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacit
             kwargs["block_table"], lead = f.integers(table), (count, Hkv, page)
         else:
             lead = (B, Hkv, S)
+        if starts is not None:
+            kwargs["starts"] = f.integers(starts)
         if sinks:
             kwargs["sinks"] = f.param(Hq)
         caches = f.io(*lead, P), f.io(*lead, P if Pv is None else Pv)
@@ -112,6 +114,7 @@ SPECS["sparse_attention_decode"] = Spec(
                                  circular=True, return_lse=True)),
         Sample("paged", _decode(2, 4, 2, 2, 20, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
                                 budgets=[6, 9, 16, 4], sink=1)),
+        Sample("padded", _decode(3, 4, 2, 2, 8, [30, 7, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
         Sample("one", _decode(1, 1, 1, 1, 1, [1], S=1, sinks=True)),
     ),
     inference=True,
