@@ -27,7 +27,7 @@ def sparse_attention_decode_op(
     check_lengths(lengths, capacity, circular, starts)
     held = positions(lengths, capacity.to(q.device), k.shape[2], sink, circular)  # (B, Hkv, S)
     if starts is not None:
-        held = torch.arange(k.shape[2], device=q.device) - starts.long()[:, None, None]
+        held = (torch.arange(k.shape[2], device=q.device) - starts.long()[:, None, None]).expand(held.shape)
         held = torch.where(held < lengths[:, None, None], held, -1)
     held = held[:, :, None]
     tokens = q.shape[2]
