@@ -10,9 +10,15 @@ from scalekern import _env, _library, reference, testing
 INTERPRET = _env.triton_interpret()
 
 
+def backends_of(op):
+    """Of all registered ops that do the work of a public one."""
+    public = testing.specs()[op].through or op
+    return [b for o in _library.OPS.values() if o.public == public for b in o.backends]
+
+
 def has_backend(op, name):
     """Whether some registered op behind a public one has a backend of this name, be it here or not."""
-    return any(b.name == name for o in _library.OPS.values() if o.public == op for b in o.backends)
+    return name in {b.name for b in backends_of(op)}
 
 
 # The interpreter's process runs what has a Triton kernel.

@@ -24,6 +24,11 @@ class Mutant:
     name: str
     defect: Callable
     seen_by: str = "forward"  # or "gradients"
+    through: str = ""  # the public op whose samples show it, if it is not the registered op's own
+
+    @property
+    def public(self):
+        return self.through or _library.OPS[self.op].public
 
 
 def inject(monkeypatch, mutant: Mutant) -> list:
@@ -282,6 +287,8 @@ FORWARD = {
         "budgets of other heads": given(budgets=swapped(0)),
         "windows one too long": given(budgets=lambda b: b + 1),
         "two pages swapped": given(block_table=swapped(1)),
+        "two rows' starts swapped": given(starts=swapped(0)),
+        **ignored("starts"),
         "first token of the sink forgotten": given(sink=lambda n: n - 1 if n else 1),
         "cap left out": given(softcap=lambda c: 0.0 if c else 1e-2),
         **ignored("sinks"),
@@ -484,9 +491,37 @@ GRADIENTS = {
     },
 }
 
+# What hstu_attention's samples alone reach.
+HSTU_FORWARD = {
+    "sparse_attention_fwd": {
+        **ignored("time_table"),
+        "time tables of other heads": given(time_table=swapped(0)),
+        "buckets shifted": given(time_table=shifted(1)),
+        "times of the next key": given(k_time=shifted(0)),
+        "times of the next query": given(q_time=shifted(0)),
+        "norm left out": given(norm=lambda n: 1.0),
+    },
+}
+
+HSTU_GRADIENTS = {
+    "sparse_attention_bwd": {
+        **ignored("time_table"),
+        "dtime_table not computed": output(6, torch.zeros_like),
+        "half of dtime_table's terms lost": output(6, halved),
+        "buckets of dtime_table shifted": output(6, shifted(1)),
+        "two heads of dtime_table swapped": output(6, swapped(0)),
+        "last bucket of dtime_table not computed": output(6, zeroed(1, -1)),
+    },
+}
+
 MUTANTS = [
-    Mutant(op, name, defect, seen_by)
-    for seen_by, table in (("forward", FORWARD), ("gradients", GRADIENTS))
+    Mutant(op, name, defect, seen_by, through)
+    for seen_by, through, table in (
+        ("forward", "", FORWARD),
+        ("gradients", "", GRADIENTS),
+        ("forward", "hstu_attention", HSTU_FORWARD),
+        ("gradients", "hstu_attention", HSTU_GRADIENTS),
+    )
     for op, defects in table.items()
     for name, defect in defects.items()
 ]

@@ -15,6 +15,7 @@ from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.merge_attention import merge_attention
 from scalekern.ops.quant_matmul import quant_matmul
+from scalekern.ops.relative_position_buckets import relative_position_buckets
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 from scalekern.ops.sparse_attention import sparse_attention
@@ -50,6 +51,7 @@ __all__ = [
     "merge_dilated_branches",
     "quant",
     "quant_matmul",
+    "relative_position_buckets",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",

@@ -82,6 +82,7 @@ class Spec:
     linear           the op is linear in its one tensor, and its own backward: gradients of every order work
     integers_off     of an integer output, the share that may be off by one: where a value is a half of a step away from
                      two integers, the last bit of a float decides, and kernels add in orders of their own
+    through          the public op whose registered ops do its work, if it has none of its own
     """
 
     samples: tuple[Sample, ...]
@@ -98,6 +99,7 @@ class Spec:
     straight_through: tuple[str, ...] = ()
     linear: bool = False
     integers_off: float = 0.0
+    through: str = ""
 
     @property
     def trainable(self) -> bool:
@@ -105,7 +107,7 @@ class Spec:
 
 
 def specs() -> dict[str, Spec]:
-    """Every registered public op. Samples may be here before their op is."""
+    """Every public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
     from scalekern.testing import fft_conv, hadamard, quant_matmul, selective_scan, sparse_attention, ssd_scan
@@ -113,7 +115,7 @@ def specs() -> dict[str, Spec]:
     modules = (selective_scan, ssd_scan, fft_conv, sparse_attention, quant_matmul, hadamard)
     families = {op: spec for module in modules for op, spec in module.SPECS.items()}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
-    return {op: spec for op, spec in families.items() if op in registered}
+    return {op: spec for op, spec in families.items() if (spec.through or op) in registered}
 
 
 def samples(op: str) -> tuple[Sample, ...]:
