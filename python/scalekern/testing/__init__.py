@@ -74,7 +74,7 @@ class Spec:
                      intermediate results in half precision too
     rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
                      of the dtype's eps
-    parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
+    parameters_only  autocast leaves the op alone: it reads a model's parameters and no activations, or is no product
     free_rank        the first argument has any number of axes before the last; new sizes are new rows
     straight_through   names of samples whose gradient is none of the function, but passes by a rounding
     """
@@ -99,9 +99,10 @@ def specs() -> dict[str, Spec]:
     """Every registered public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import fft_conv, quant_matmul, selective_scan, sparse_attention
+    from scalekern.testing import fake_quantize, fft_conv, quant_matmul, selective_scan, sparse_attention
 
-    families = {**selective_scan.SPECS, **fft_conv.SPECS, **sparse_attention.SPECS, **quant_matmul.SPECS}
+    modules = (selective_scan, fft_conv, sparse_attention, quant_matmul, fake_quantize)
+    families = {op: spec for module in modules for op, spec in module.SPECS.items()}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
     return {op: spec for op, spec in families.items() if op in registered}
 
