@@ -34,7 +34,8 @@ def learned_steps(device, dtype=FP32, *, bits, train=False, N, K) -> Work:
         return peers.forward_backward(call, dtype_of(dout), leaves) if train else call
 
     def torch_peer():
-        x, s, zero = weight.detach().requires_grad_(train), scale.flatten().requires_grad_(train), torch.zeros(N, device=device)
+        x, s = (t.detach().requires_grad_(train) for t in (weight, scale.flatten()))
+        zero = torch.zeros(N, device=device)
         low = -(1 << (bits - 1))
         call = lambda: torch._fake_quantize_learnable_per_channel_affine(x, s, zero, 0, low, -low - 1, 1.0)
         if not train:
@@ -54,7 +55,8 @@ def learned_steps(device, dtype=FP32, *, bits, train=False, N, K) -> Work:
 
 
 _SIZES = {"N": 4096, "K": 4096}
+_W4 = functools.partial(learned_steps, bits=4)
 CASES = [
-    case("fake_quantize", functools.partial(learned_steps, bits=4), OPS[:1], "fwd", "cpu", 95, _SIZES, note="w4"),
-    case("fake_quantize", functools.partial(learned_steps, bits=4, train=True), OPS, "fwd+bwd", "cpu", 95, _SIZES, note="w4"),
+    case("fake_quantize", _W4, OPS[:1], "fwd", "cpu", 95, _SIZES, note="w4"),
+    case("fake_quantize", functools.partial(_W4, train=True), OPS, "fwd+bwd", "cpu", 95, _SIZES, note="w4"),
 ]

@@ -1,4 +1,4 @@
-"""fake_quantize: the paper's numbers by hand, the very values that `quantize` stores, and training with learned steps."""
+"""fake_quantize: the paper's numbers by hand, the values that `quantize` stores, and training with learned steps."""
 
 import pytest
 import torch
@@ -61,8 +61,8 @@ def test_errors_name_the_argument():
     for call, message in [
         (lambda: scalekern.fake_quantize(x, s, bits=1), "bits must be an integer of at least 2, got 1"),
         (lambda: scalekern.fake_quantize(x, s, bits=17), "bits must be at most 16, got 17"),
-        (lambda: scalekern.fake_quantize(x, torch.ones(4, 2), group_size=4), r"scale must broadcast to \(4, 3\), got"),
-        (lambda: scalekern.fake_quantize(x, s, torch.ones(4, 2)), r"zero must broadcast to \(4, 10\), got shape \(4, 2\)"),
+        (lambda: scalekern.fake_quantize(x, torch.ones(4, 2), group_size=4), "scale must broadcast to .4, 3., got"),
+        (lambda: scalekern.fake_quantize(x, s, torch.ones(4, 2)), "zero must broadcast to .4, 10., got shape .4, 2."),
         (lambda: scalekern.fake_quantize(x, s, group_size=0), "group_size must be an integer of at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=f"^fake_quantize: {message}"):
@@ -70,7 +70,7 @@ def test_errors_name_the_argument():
 
 
 def test_training_with_learned_steps_beats_rounding():
-    """A 2-bit layer on inputs that depend on each other: fitted and rounded, trained with fixed and with learned steps."""
+    """A 2-bit layer on inputs that depend on each other: rounded, trained with fixed and with learned steps."""
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
     x = randn(256, 6) @ randn(6, 24) + 0.3 * randn(256, 24)

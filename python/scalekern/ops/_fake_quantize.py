@@ -59,8 +59,11 @@ def backward(dout, x, scale, zero, bits, group_size, grad_factor):
     slope = slope.sub_((grouped.to(wide) / s).masked_fill_(~inside, 0.0)).mul_(dout)
     dx = torch.where(inside, dout, 0.0)
     dx = dx if group_size is None else dx.flatten(-2)[..., :K]
-    dzero = x.new_empty(0) if zero is None else _summed((dout * s).neg_().masked_fill_(inside, 0.0), zero, group_size, grad_factor)
-    return dx.to(x.dtype).contiguous(), _summed(slope, scale, group_size, grad_factor), dzero
+    dscale = _summed(slope, scale, group_size, grad_factor)
+    if zero is None:
+        return dx.to(x.dtype).contiguous(), dscale, x.new_empty(0)
+    clipped = (dout * s).neg_().masked_fill_(inside, 0.0)
+    return dx.to(x.dtype).contiguous(), dscale, _summed(clipped, zero, group_size, grad_factor)
 
 
 def _summed(grad, part, group_size, factor):

@@ -3,8 +3,6 @@
 Shape letters: K columns, G groups of columns.
 """
 
-import torch
-
 from scalekern import _checks, _library
 from scalekern._dispatch import composed
 from scalekern.ops import _fake_quantize
@@ -68,7 +66,8 @@ def _allocate_fwd(x, *rest):
 
 
 def _allocate_bwd(dout, x, scale, zero, *options):
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), x.new_empty(0) if zero is None else zero.new_empty(zero.shape)
+    dzero = x.new_empty(0) if zero is None else zero.new_empty(zero.shape)
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), dzero
 
 
 def _setup_context(ctx, inputs, output):

@@ -17,8 +17,8 @@ def by_element(part, K, group_size, dtype):
 
 def round_to_codes(x, scale, zero, bits):
     """(codes, whether x lies inside of their range): found in float32 whatever the dtypes, so that all agree."""
-    scale = scale.float()
-    numbers = torch.where(scale == 0, 0.0, x.detach().float() / scale) + (zero if isinstance(zero, int) else zero.float())
+    scale, zero = scale.float(), zero if isinstance(zero, int) else zero.float()
+    numbers = torch.where(scale == 0, 0.0, x.detach().float() / scale) + zero
     top = (1 << bits) - 1
     return numbers.round().clamp(0, top), (numbers >= 0) & (numbers <= top) & (scale != 0)
 
