@@ -28,9 +28,9 @@ def draw_signs(K: int, rotation: str, seed: int, device=None) -> torch.Tensor | 
     return (2 * drawn - 1).to(torch.int8).to(device)
 
 
-def rotate(x: torch.Tensor, signs: torch.Tensor | None = None) -> torch.Tensor:
+def rotate(x: torch.Tensor, signs: torch.Tensor | None = None, block: int | None = None) -> torch.Tensor:
     """(..., K) to (..., K) in x's dtype, differentiable."""
-    b = block_of(x.shape[-1])
+    b = block or block_of(x.shape[-1])
     x = x if signs is None else x * signs.to(x.dtype)
     return _transform(x.unflatten(-1, (-1, b)), b**-0.5).flatten(-2)
 
