@@ -344,6 +344,14 @@ FORWARD = {
         **ignored("bias", "offsets"),
         **{"outer ignored": given(outer=torch.ones_like)},
     },
+    "fake_quantize_fwd": {
+        "two rows swapped": output(0, swapped(0)),
+        "last column not computed": output(0, zeroed(-1, -1)),
+        "zeros off by one": given(zero=lambda z: z + 1),
+        "steps of two rows swapped": given(scale=swapped(0)),
+        "range a bit too wide": given(bits=lambda bits: bits + 1),
+        "first of the second group in the first": given(group_size=lambda size: size if size is None else size + 1),
+    },
     "mamba_inner_fwd": {
         "two rows swapped": output(0, swapped(0)),
         "last token not computed": output(0, zeroed(1, -1)),
@@ -424,6 +432,14 @@ GRADIENTS = {
         "zeros off by one": given(zeros=lambda z: z + 1),
         **ignored("offsets"),
         **{"outer ignored": given(outer=torch.ones_like)},
+    },
+    "fake_quantize_bwd": {
+        "no range: dx beyond it too": output(0, lambda dx: torch.where(dx == 0, 1.0, dx)),
+        "last column of dx not computed": output(0, zeroed(-1, -1)),
+        "half of dscale's terms lost": output(1, halved),
+        "half of dzero's terms lost": output(2, halved),
+        "gradient factor ignored": given(grad_factor=lambda g: 1.0),
+        "zeros off by one": given(zero=lambda z: z + 1),
     },
     "merge_attention_bwd": {
         "two parts of douts swapped": output(0, swapped(0)),

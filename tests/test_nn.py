@@ -24,13 +24,18 @@ MAKE = {
     "MonarchMixerSequenceMixing": lambda **kw: nn.MonarchMixerSequenceMixing(8, l_max=8, **kw),
     "NBPBlock": lambda **kw: nn.NBPBlock(8, 2, **kw),
     "PrefixLMAttention": lambda **kw: nn.PrefixLMAttention(8, 2, mp_num=1, **kw),
+    "QuantLinear": lambda **kw: nn.QuantLinear(8, 6, format="int1", group_size=4, **kw),
     "S4": lambda **kw: nn.S4(4, d_state=4, l_max=8, n_ssm=2, **kw),
     "S4D": lambda **kw: nn.S4D(4, d_state=4, **kw),
     "UniRepLKNetBlock": lambda **kw: nn.UniRepLKNetBlock(8, 7, **kw),
     "VARBlock": lambda **kw: nn.VARBlock(8, 2, **kw),
     "WaveMixBlock": lambda **kw: nn.WaveMixBlock(final_dim=8, level=2, **kw),
 }
-KEPT_WIDE = {"Mamba": {"A_log", "D"}, "Mamba2": {"A_log", "D"}}  # float32 whatever the dtype, as upstream
+# float32 whatever the dtype: as upstream; as the format's parts are
+KEPT_WIDE = {
+    **dict.fromkeys(("Mamba", "Mamba2"), {"A_log", "D"}),
+    "QuantLinear": {"weight_scales", "weight_offsets"},
+}
 
 
 def test_every_module_is_here():

@@ -8,6 +8,7 @@ from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel, truncate_C
 from scalekern.ops.dwt2d import dwt2d, idwt2d
+from scalekern.ops.fake_quantize import fake_quantize
 from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step
 from scalekern.ops.hadamard_transform import fused_hadamard_quantize, hadamard_transform
 from scalekern.ops.hstu_attention import hstu_attention
@@ -37,6 +38,7 @@ __all__ = [
     "dplr_ssm_kernel",
     "dwt2d",
     "idwt2d",
+    "fake_quantize",
     "fft_conv",
     "fft_conv_chunk",
     "fft_conv_spectrum",

@@ -16,6 +16,7 @@ from scalekern.nn.monarch_mixer import (
 )
 from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
+from scalekern.nn.quant_linear import QuantLinear
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
@@ -42,6 +43,7 @@ __all__ = [
     "MonarchMixerSequenceMixing",
     "NBPBlock",
     "PrefixLMAttention",
+    "QuantLinear",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",

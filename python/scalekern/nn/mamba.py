@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
-from scalekern.ops.causal_conv1d import causal_conv1d
+from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.selective_scan import selective_scan
+from scalekern.ops.selective_state_update import selective_state_update
 
 NAME = "nn.Mamba"
 
@@ -114,7 +115,7 @@ class Mamba(nn.Module):
         return (out, states) if return_final_states else out
 
     def _forward_plain(self, hidden_states):
-        if not self.use_fast_path:
+        if not (self.use_fast_path and self._plain_projections()):
             return self._forward_states(hidden_states, None, None, None)[0]
         return mamba_inner(
             self.in_proj(hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
@@ -160,6 +161,13 @@ class Mamba(nn.Module):
         # The state holds W tokens as upstream's does; the oldest of them is no longer read by anything.
         return self.out_proj(y.transpose(1, 2)), (F.pad(conv_state, (1, 0)), ssm_state)
 
+    def _plain_projections(self):
+        """Whether the fused ops may read the projections' weights: none is quantized, adapted or watched by a hook."""
+        return all(
+            type(p) is nn.Linear and not p._forward_pre_hooks and not p._forward_hooks
+            for p in (self.in_proj, self.x_proj, self.out_proj)
+        )
+
     def _A(self):
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
@@ -167,6 +175,8 @@ class Mamba(nn.Module):
         """One token: hidden_states (B, 1, M); both states change in place. Returns (out, conv_state, ssm_state)."""
         _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "hidden_states", hidden_states, (None, 1, self.d_model))
+        if not self._plain_projections():
+            return self._step_by_parts(hidden_states, conv_state, ssm_state), conv_state, ssm_state
         out = mamba_update(
             hidden_states.squeeze(1), conv_state, ssm_state, self.in_proj.weight, self.conv1d.weight,
             self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight, self.A_log, self.D,
@@ -174,12 +184,22 @@ class Mamba(nn.Module):
         )  # fmt: skip
         return out.unsqueeze(1), conv_state, ssm_state
 
+    def _step_by_parts(self, hidden_states, conv_state, ssm_state):
+        x, z = self.in_proj(hidden_states).squeeze(1).chunk(2, -1)
+        x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
+        y = selective_state_update(
+            ssm_state, x, F.linear(dt, self.dt_proj.weight), self._A(), B, C, self.D, z=z,
+            dt_bias=self.dt_proj.bias, dt_softplus=True,
+        )  # fmt: skip
+        return self.out_proj(y).unsqueeze(1)
+
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """Zero states: conv_state (B, D, W), the last W inputs of the convolution, and ssm_state (B, D, N).
 
         `dtype` is that of both (default: each one's parameters'). The size does not depend on `max_seqlen`.
         """
-        device = self.out_proj.weight.device
+        device = self.conv1d.weight.device
         conv_dtype, ssm_dtype = dtype or self.conv1d.weight.dtype, dtype or self.dt_proj.weight.dtype
         return (
             torch.zeros(batch_size, self.d_inner, self.d_conv, device=device, dtype=conv_dtype),

@@ -9,6 +9,7 @@ from scalekern.reference.depthwise_conv2d import (
 from scalekern.reference.diag_ssm import diag_ssm, diag_ssm_discretize, diag_ssm_kernel
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel, truncate_C
 from scalekern.reference.dwt2d import dwt2d, idwt2d
+from scalekern.reference.fake_quantize import fake_quantize
 from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step, toeplitz_conv
 from scalekern.reference.hadamard_transform import fused_hadamard_quantize, hadamard_transform
 from scalekern.reference.hstu_attention import hstu_attention
@@ -33,6 +34,7 @@ __all__ = [
     "dplr_ssm_kernel",
     "dwt2d",
     "idwt2d",
+    "fake_quantize",
     "fft_conv",
     "fft_conv_chunk",
     "fft_conv_spectrum",

@@ -74,7 +74,7 @@ class Spec:
                      intermediate results in half precision too
     rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
                      of the dtype's eps
-    parameters_only  the op reads a model's parameters and no activations: autocast leaves it alone
+    parameters_only  autocast leaves the op alone: it reads a model's parameters and no activations, or is no product
     reorders         sums run in another order than the oracle's: of what is not finite, Inf or NaN may arrive
     free_rank        the first argument has any number of axes before the last
     grows_by_rows    a compiled function is called for more rows; without it, for a longer last axis
@@ -110,9 +110,11 @@ def specs() -> dict[str, Spec]:
     """Every public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import fft_conv, hadamard, quant_matmul, selective_scan, sparse_attention, ssd_scan
+    from scalekern.testing import (
+        fake_quantize, fft_conv, hadamard, quant_matmul, selective_scan, sparse_attention, ssd_scan,
+    )  # fmt: skip
 
-    modules = (selective_scan, ssd_scan, fft_conv, sparse_attention, quant_matmul, hadamard)
+    modules = (selective_scan, ssd_scan, fft_conv, sparse_attention, quant_matmul, fake_quantize, hadamard)
     families = {op: spec for module in modules for op, spec in module.SPECS.items()}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
     return {op: spec for op, spec in families.items() if (spec.through or op) in registered}

@@ -1,0 +1,194 @@
+"""A linear layer whose weight is stored in a low-bit format and read as it is stored.
+
+Shape letters: N outputs (out_features), K inputs (in_features), G groups of inputs.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from scalekern import _checks
+from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul
+from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
+from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
+from scalekern.quant.tensor import PARTS
+from scalekern.reference.quant_matmul import TRAINED
+
+NAME = "nn.QuantLinear"
+
+
+class QuantLinear(nn.Module):
+    """Maps (..., K) to (..., N): nn.Linear with a quantized weight. Made by `from_linear` or `from_quantized`.
+
+    The parts of the weight are parameters without gradient, named weight_data (N, ceil(K bits / 8)) uint8,
+    weight_scales (N, G), and where the format has them weight_zeros, weight_offsets, weight_outer and weight_perm. So
+    they go where parameters go: state_dict, safetensors, `to(device)`, FSDP2 (which shards N). A change of dtype,
+    `half()` or `to(torch.bfloat16)`, reaches the bias and what `weight` returns, and no part: uint8 stays uint8,
+    float32 scales stay float32. A checkpoint's parts keep the dtypes that they have in it.
+
+    `model.requires_grad_(True)` is refused by torch, since codes have no gradient: `requires_grad_` what shall train.
+
+    Args:
+        in_features: K.   out_features: N.   bias: whether there is one.
+        format, group_size, symmetric, scale_dtype: as for `scalekern.quant.quantize`.
+        activation, activation_scale: as for `scalekern.quant_matmul`.
+        rotation: None, or "hadamard" or "random_hadamard" (with random signs, from `seed`): the weight is stored
+            rotated, and the input is rotated online; the product is the same, the rounding errors are others.
+        train_scales: the floating scales, zeros, offsets and outer scales get gradients.
+        device, dtype: of the bias and, for dtype, of `weight`. The weight starts as nn.Linear's, rounded.
+
+    Raises:
+        ValueError: a format, group size, activation or rotation that there is not.
+
+    Source: Frantar et al., GPTQ, 2023 (weights by groups); Ashkboos et al., QuaRot, 2024 (rotation).
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, format="int4", *, group_size=128, symmetric=True, scale_dtype=None,
+        activation=None, activation_scale=None, rotation=None, seed=0, train_scales=False, device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        options = {"group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
+        if torch.empty(0, device=device).is_meta:
+            weight = _on_meta(quantize(torch.zeros(2, in_features, dtype=dtype), format, **options), out_features)
+        else:
+            dense = torch.empty(out_features, in_features, device=device, dtype=dtype)
+            nn.init.kaiming_uniform_(dense, a=math.sqrt(5)) if dense.numel() else None
+            weight = quantize(dense, format, **options)
+        if bias:
+            bound = in_features**-0.5 if in_features else 0.0
+            bias = torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound)
+        self._set(weight, bias if bias is not False else None, activation, activation_scale, rotation, seed)
+        self.train_scales(train_scales)
+
+    @classmethod
+    def from_quantized(
+        cls, weight, bias=None, *, activation=None, activation_scale=None, rotation=None, seed=0, train_scales=False
+    ):
+        """A layer of these very parts, views included: a weight (N, K), which for a rotation has been rotated."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set(weight, bias, activation, activation_scale, rotation, seed)
+        layer.train_scales(train_scales)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls, linear, format="int4", *, group_size=128, symmetric=True, scale_dtype=None, method="absmax",
+        activation=None, activation_scale=None, rotation=None, seed=0, train_scales=False, inputs=None,
+    ):  # fmt: skip
+        """What rounds an nn.Linear's weight; its bias is shared.
+
+        Args:
+            linear: an nn.Linear, which does not change.
+            method: a name in scalekern.quant.METHODS: "absmax", "least_squares" or "hqq".
+            inputs: (..., K) inputs of the layer, for methods that look at them.
+            The others: as for the class.
+        """
+        _checks.choice(NAME, "method", method, tuple(METHODS))
+        signs = _signs(linear.in_features, rotation, seed, linear.weight.device)
+        weight, turned = linear.weight.detach(), lambda x: x if rotation is None else rotate(x, signs)
+        if rotation is not None:  # in float32, so that half precision is rounded once
+            weight = turned(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        inputs = None if inputs is None else turned(inputs)
+        options = {"group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
+        quantized = METHODS[method](weight, format, inputs=inputs, **options).to(dtype=linear.weight.dtype)
+        return cls.from_quantized(
+            quantized, linear.bias, activation=activation, activation_scale=activation_scale, rotation=rotation,
+            seed=seed, train_scales=train_scales,
+        ).train(linear.training)  # fmt: skip
+
+    def _set(self, weight, bias, activation, activation_scale, rotation, seed):
+        weight.check(NAME)
+        _checks.choice(NAME, "activation", activation, ACTIVATIONS)
+        self.out_features, self.in_features = weight.shape
+        self.format, self.group_size, self.dtype = weight.format, weight.group_size, weight.dtype
+        self.activation, self.activation_scale, self.rotation = activation, activation_scale, rotation
+        for name in PARTS:
+            part = getattr(weight, name)
+            self.register_parameter(f"weight_{name}", None if part is None else nn.Parameter(part, requires_grad=False))
+        signs = _signs(self.in_features, rotation, seed, weight.device)
+        self.rotation_signs = None if signs is None else nn.Parameter(signs, requires_grad=False)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    def train_scales(self, mode: bool = True) -> "QuantLinear":
+        """Whether the floating parts get gradients; those of 8 bits never do."""
+        for name in ("scales", "zeros", "offsets", "outer"):
+            if (part := getattr(self, f"weight_{name}")) is not None and part.dtype in TRAINED:
+                part.requires_grad_(mode)
+        return self
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor:
+        """(N, K), of these parameters; rotated where the layer rotates."""
+        parts = [getattr(self, f"weight_{name}") for name in PARTS]
+        return QuantizedTensor(
+            *parts, format=self.format, columns=self.in_features, group_size=self.group_size, dtype=self.dtype
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(N, K) the dense weight that the layer stands for, made anew: for code that reads `linear.weight`."""
+        if self.rotation is None:
+            return dequantize(self.quantized_weight)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return unrotate(dequantize(self.quantized_weight, wide), self.rotation_signs).to(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rotation is not None:
+            x = rotate(x, self.rotation_signs)
+        return quant_matmul(
+            x, self.quantized_weight, bias=self.bias, activation=self.activation,
+            activation_scale=self.activation_scale,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        bits = 8 * self.quantized_weight.nbytes / max(1, self.in_features * self.out_features)
+        rest = {"activation": self.activation, "rotation": self.rotation}
+        return ", ".join([
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
+            f"format={self.format!r}, group_size={self.group_size}, {bits:.2f} bits a weight",
+            *(f"{name}={value!r}" for name, value in rest.items() if value is not None),
+        ])  # fmt: skip
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """The parameters that are no numbers of the model's dtype."""
+        return {n: p for n, p in self._parameters.items() if p is not None and n != "bias"}
+
+    def _apply(self, fn, recurse=True):
+        """Parts move, and keep their dtypes."""
+        own = {id(t) for p in self._own().values() for t in (p, p.grad) if t is not None}
+
+        def moved(t):
+            changed = fn(t)
+            kept = id(t) not in own or changed.dtype == t.dtype
+            return changed if kept else t.to(changed.device)
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_data.device)).dtype
+        return super()._apply(moved, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A part takes the dtype that it has in a checkpoint, rather than be rounded to this layer's."""
+        for name, part in self._own().items():
+            found = state_dict.get(prefix + name)
+            if isinstance(found, torch.Tensor) and found.dtype != part.dtype and found.shape == part.shape:
+                trained = part.requires_grad and found.dtype in TRAINED
+                self._parameters[name] = nn.Parameter(torch.empty_like(part, dtype=found.dtype), requires_grad=trained)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _signs(K, rotation, seed, device):
+    _checks.choice(NAME, "rotation", rotation, ROTATIONS)
+    if rotation is None:
+        return None
+    if block_of(K) == 1:
+        raise ValueError(f"{NAME}: rotation must be None for {K} columns, of no Hadamard order, got {rotation!r}")
+    return draw_signs(K, rotation, seed, device)
+
+
+def _on_meta(weight: QuantizedTensor, N: int) -> QuantizedTensor:
+    """The shapes of N rows out of those of two."""
+    rows = lambda t: (N if t.shape[-2] == 2 else 1, t.shape[-1])
+    return weight.replace(**{n: t.new_empty(rows(t), device="meta") for n, t in weight.tensors().items()})

@@ -1,0 +1,50 @@
+"""Orthogonal rotations by Hadamard matrices, which spread a row's outliers over its columns before they are rounded.
+
+    rotate(x) = x diag(signs) H^T / sqrt(b),    H a block diagonal of K / b Hadamard matrices of order b
+
+Rotating a weight's rows offline and the input online leaves the product as it is: (x R) (W R)^T = x W^T.
+
+Shape letters: K columns, b columns of a block.
+
+Source: Ashkboos et al., QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, 2024, sections 3 and 4; random signs,
+Tseng et al., QuIP#, 2024, section 3.
+"""
+
+import torch
+
+ROTATIONS = (None, "hadamard", "random_hadamard")
+
+
+def block_of(K: int) -> int:
+    """The largest order of a Hadamard matrix at hand that divides K; 1 where only the identity does."""
+    return K & -K
+
+
+def draw_signs(K: int, rotation: str, seed: int, device=None) -> torch.Tensor | None:
+    """(K,) int8 of -1 and 1 for a random rotation, the same on every device; None for the plain one."""
+    if rotation != "random_hadamard":
+        return None
+    drawn = torch.randint(2, (K,), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return (2 * drawn - 1).to(torch.int8).to(device)
+
+
+def rotate(x: torch.Tensor, signs: torch.Tensor | None = None, block: int | None = None) -> torch.Tensor:
+    """(..., K) to (..., K) in x's dtype, differentiable."""
+    b = block or block_of(x.shape[-1])
+    x = x if signs is None else x * signs.to(x.dtype)
+    return _transform(x.unflatten(-1, (-1, b)), b**-0.5).flatten(-2)
+
+
+def unrotate(x: torch.Tensor, signs: torch.Tensor | None = None) -> torch.Tensor:
+    """rotate's inverse, which is its transpose."""
+    b = block_of(x.shape[-1])
+    x = _transform(x.unflatten(-1, (-1, b)), b**-0.5, transposed=True).flatten(-2)
+    return x if signs is None else x * signs.to(x.dtype)
+
+
+def _transform(x, scale, transposed=False):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    matrix = torch.ones(1, 1, dtype=wide, device=x.device)
+    while matrix.shape[0] < x.shape[-1]:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (x.to(wide) @ (matrix * scale)).to(x.dtype)

@@ -1,0 +1,211 @@
+"""Quantizing the linear layers of a model: which, how, and what it has cost each of them.
+
+Shape letters: N outputs, K inputs of a layer.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from scalekern.quant._fold import FoldedRotation, fold_rotation, tied
+from scalekern.quant._rotation import block_of
+from scalekern.quant.report import LayerReport, QuantReport
+
+NAME = "quantize_model"
+ROWS = 512  # inputs of a layer that are kept to calibrate on
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Which layers become what.
+
+    rules   (pattern, options) pairs: a layer takes the options of the first pattern (fnmatch) that its name matches.
+            options: the arguments of QuantLinear.from_linear as a dict, a format's name alone, or None for a layer
+            that stays as it is, as one does that nothing matches.
+    folds   rotations to fold into pairs of layers first, see FoldedRotation.
+    """
+
+    rules: tuple = (("*", "int4"),)
+    folds: tuple[FoldedRotation, ...] = ()
+
+    @classmethod
+    def of(cls, config) -> "QuantConfig":
+        """From a QuantConfig, a list of rules, or one rule's options for all layers."""
+        if isinstance(config, QuantConfig):
+            return config
+        if isinstance(config, (str, dict)):
+            return cls((("*", config),))
+        return cls(tuple(tuple(rule) for rule in config))
+
+    def options(self, name: str) -> dict | None | str:
+        """A layer's options; or, of one that stays as it is, why."""
+        for pattern, options in self.rules:
+            if fnmatch.fnmatchcase(name, pattern):
+                return _as_dict(options) if options is not None else f"pattern {pattern!r} leaves it out"
+        return "no pattern matches"
+
+
+def quantize_model(
+    model: nn.Module,
+    config,
+    *,
+    inputs: Iterable | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> QuantReport:
+    """Replace linear layers of a model, in place, by scalekern.nn.QuantLinear.
+
+    A model on the meta device becomes a skeleton to load a quantized checkpoint into.
+
+    Args:
+        model: any module that holds nn.Linear layers (not a subclass's, which may mean something else).
+        config: a QuantConfig, or what QuantConfig.of takes: [("*.head", None), ("*.mlp.*", "int2"), ("*", {"format":
+            "int4", "group_size": 64, "method": "hqq", "symmetric": False, "rotation": "hadamard"})], or "int4".
+        inputs: batches to calibrate on and to measure output errors with, each a tensor, a tuple of arguments or a
+            dict of them; the model runs over them once, in float, in eval mode.
+        progress: progress(done, total, name) before each layer and once after the last.
+
+    Returns:
+        QuantReport: each layer's error and SQNR, and the layers that were skipped with the reasons.
+
+    Raises:
+        TypeError, ValueError: a config that cannot be; before anything has changed.
+
+    Source: Dettmers et al., LLM.int8(), 2022 (layer by layer); methods and rotations: see scalekern.quant.METHODS and
+    scalekern.nn.QuantLinear.
+    """
+    config = QuantConfig.of(config)
+    _check(config)
+    before = _bytes(model)
+    for fold in config.folds:
+        fold_rotation(model, fold)
+    chosen, skipped = _select(model, config)
+    seen = _inputs_of(model, {name: linear for name, (linear, _) in chosen.items()}, inputs)
+    layers = []
+    for name, (linear, options) in chosen.items():
+        if progress is not None:
+            progress(len(layers), len(chosen), name)
+        x = seen.pop(name, None)
+        with torch.no_grad():
+            quantized = _quantized(linear, options, x)
+            layers.append(_measured(name, linear, quantized, options, x))
+        for parent in list(model.modules()):
+            for attribute, child in parent._modules.items():
+                if child is linear:
+                    setattr(parent, attribute, quantized)
+    if progress is not None:
+        progress(len(chosen), len(chosen), "")
+    return QuantReport(tuple(layers), skipped, before, _bytes(model))
+
+
+def _as_dict(options) -> dict:
+    return {"format": options} if isinstance(options, str) else options
+
+
+def _check(config: QuantConfig) -> None:
+    """Every rule on a layer of two inputs: what is wrong with it is said before a model has changed."""
+    from scalekern.nn.quant_linear import QuantLinear
+
+    known = set(inspect.signature(QuantLinear.from_linear).parameters) - {"linear", "inputs"}
+    for rule in config.rules:
+        if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], (str, dict, type(None))):
+            raise TypeError(f"{NAME}: a rule must be (pattern, options), got {rule!r}")
+        options = _as_dict(rule[1] or "int4")
+        if unknown := options.keys() - known:
+            raise ValueError(f"{NAME}: options must be among {', '.join(sorted(known))}, got {min(unknown)!r}")
+        layer = nn.utils.skip_init(nn.Linear, 2, 1)  # which draws no random numbers
+        QuantLinear.from_linear(layer.requires_grad_(False).apply(lambda m: m.weight.zero_()), **options)
+
+
+def _select(model, config):
+    """{name: (layer, options)} of what is to be quantized, {name: reason} of the other linear layers."""
+    chosen, skipped, names = {}, {}, {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(module, []).append(name)
+    for linear, own in names.items():
+        name, others = own[0], tied(model, linear.weight, {f"{n}.weight" for n in own})
+        options = config.options(name)
+        if isinstance(options, str):
+            skipped[name] = options
+        elif type(linear) is not nn.Linear:
+            skipped[name] = f"a {type(linear).__name__}, not a plain nn.Linear"
+        elif name == "":
+            skipped[name] = "the model itself, which cannot be replaced in place"
+        elif others:
+            skipped[name] = f"weight tied to {others[0]}"
+        elif linear.weight.numel() == 0:
+            skipped[name] = f"shape {tuple(linear.weight.shape)} holds no weight"
+        elif options.get("rotation") and block_of(linear.in_features) == 1:
+            skipped[name] = f"shape {tuple(linear.weight.shape)}: {linear.in_features} columns cannot be rotated"
+        else:
+            chosen[name] = linear, options
+    return chosen, skipped
+
+
+def _inputs_of(model, layers: dict[str, nn.Linear], batches) -> dict[str, torch.Tensor]:
+    """{name: (rows, K)} what reaches each layer, at most ROWS rows of all batches, evenly."""
+    if batches is None:
+        return {}
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def watch(name):
+        return lambda module, args: seen.setdefault(name, []).append(_thinned(args[0].detach()))
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, linear in layers.items():
+            stack.callback(linear.register_forward_pre_hook(watch(name)).remove)
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        for batch in batches:
+            if isinstance(batch, dict):
+                model(**batch)
+            else:
+                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    return {name: _thinned(torch.cat(rows)) for name, rows in seen.items()}
+
+
+def _thinned(rows):
+    rows = rows.reshape(-1, rows.shape[-1])
+    return rows[:: max(1, -(-len(rows) // ROWS))].clone()
+
+
+def _quantized(linear, options, x):
+    from scalekern.nn.quant_linear import QuantLinear
+
+    if not linear.weight.is_meta:
+        return QuantLinear.from_linear(linear, **options, inputs=x)
+    options = {k: v for k, v in options.items() if k != "method"}
+    return QuantLinear(
+        linear.in_features, linear.out_features, linear.bias is not None, **options, device="meta",
+        dtype=linear.weight.dtype,
+    ).train(linear.training)  # fmt: skip
+
+
+def _measured(name, linear, quantized, options, x) -> LayerReport:
+    rotation, activation = quantized.rotation, quantized.activation
+    kind = " ".join([options.get("format", "int4"), *filter(None, (options.get("method"), rotation, activation))])
+    bits = 8 * quantized.quantized_weight.nbytes / linear.weight.numel()
+    if linear.weight.is_meta:
+        return LayerReport(name, tuple(linear.weight.shape), kind, bits, None, "nothing", None)
+    of_weight = _relative(quantized.weight, linear.weight)
+    error, of = (of_weight, "weight") if x is None else (_relative(quantized(x), linear(x)), "outputs")
+    sqnr = math.inf if of_weight == 0 else -20 * math.log10(of_weight)
+    return LayerReport(name, tuple(linear.weight.shape), kind, bits, error, of, sqnr)
+
+
+def _relative(actual, expected) -> float:
+    difference, norm = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
+    return difference / norm if norm else (0.0 if difference == 0 else math.inf)
+
+
+def _bytes(model) -> int:
+    tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    return sum(t.nbytes for t in tensors.values())
