@@ -6,13 +6,8 @@ Shape letters: M tokens, N outputs, K inputs, G groups.
 import torch
 
 from scalekern import _checks, _library
-<<<<<<< HEAD
-from scalekern._dispatch import Backend, composed, filling
-from scalekern.ops import _quant_matmul, _quant_matmul_cpu
-=======
 from scalekern._dispatch import Backend, composed, filling, triton
-from scalekern.ops import _quant_matmul
->>>>>>> 6fd8ab116b8c1f372d87f447d6c43dd6bf9f12e5
+from scalekern.ops import _quant_matmul, _quant_matmul_cpu
 from scalekern.quant import QuantizedTensor
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
 from scalekern.reference.quant_matmul import quant_matmul_bwd as reference_bwd
@@ -111,11 +106,8 @@ quant_matmul_fwd = _library.define(
     NAME,
     f"quant_matmul_fwd(Tensor x, {_PARTS}, {_OPTIONS}, ScalarType? out_dtype) -> Tensor",
     backends=(
-<<<<<<< HEAD
-        Backend("cpu", filling(_allocate_fwd, _quant_matmul_cpu.forward)),
-=======
         Backend("triton", filling(_allocate_fwd, triton(NAME, "quant_matmul_fwd"))),
->>>>>>> 6fd8ab116b8c1f372d87f447d6c43dd6bf9f12e5
+        Backend("cpu", filling(_allocate_fwd, _quant_matmul_cpu.forward)),
         *composed(filling(_allocate_fwd, _quant_matmul.forward), reference_fwd),
     ),
     fake=_allocate_fwd,
@@ -130,11 +122,8 @@ quant_matmul_bwd = _library.define(
     f"quant_matmul_bwd(Tensor dout, Tensor x, {_PARTS}, {_OPTIONS}, bool weight_grads)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-<<<<<<< HEAD
-        Backend("cpu", filling(_allocate_bwd, _library.without_autocast(_quant_matmul_cpu.backward))),
-=======
         Backend("triton", filling(_allocate_bwd, triton("quant_matmul_bwd", "quant_matmul_bwd"))),
->>>>>>> 6fd8ab116b8c1f372d87f447d6c43dd6bf9f12e5
+        Backend("cpu", filling(_allocate_bwd, _library.without_autocast(_quant_matmul_cpu.backward))),
         *composed(filling(_allocate_bwd, _library.without_autocast(_quant_matmul.backward)), reference_bwd),
     ),
     fake=_allocate_bwd,
