@@ -155,11 +155,15 @@ _cpu.native_op = _native.native_op
 
 
 def _is_native(conv_state, ssm_state, hidden_states, in_proj_weight, in_proj_bias, *rest) -> bool:
-    """The native step is for few rows, reads rows of the weights, and wants everything else contiguous."""
+    """The native step is for few rows, reads rows of the weights, and wants everything else contiguous.
+
+    It divides by the rank of the step size, which is 0 for a model narrower than 16 that takes a sixteenth of its width.
+    """
     _, _, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A_log, _, _, norm_weight, *_ = rest
     rows = (hidden_states, in_proj_weight, x_proj_weight, delta_proj_weight, out_proj_weight)
     return (
         hidden_states.shape[0] <= NATIVE_ROWS
+        and delta_proj_weight.shape[1] > 0
         and all(t.stride(1) == 1 for t in rows)
         and all(t is None or t.is_contiguous() for t in (in_proj_bias, out_proj_bias, A_log, norm_weight))
     )
