@@ -114,7 +114,7 @@ SPECS["sparse_attention_decode"] = Spec(
                                  circular=True, return_lse=True)),
         Sample("paged", _decode(2, 4, 2, 2, 20, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
                                 budgets=[6, 9, 16, 4], sink=1)),
-        Sample("padded", _decode(3, 4, 2, 2, 8, [30, 7, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
+        Sample("padded", _decode(3, 4, 2, 2, 8, [12, 13, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
         Sample("one", _decode(1, 1, 1, 1, 1, [1], S=1, sinks=True)),
     ),
     inference=True,
