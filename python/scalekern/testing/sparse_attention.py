@@ -76,7 +76,10 @@ SPECS = {
 }  # fmt: skip
 
 
-def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, starts=None, sinks=False, **plain):
+def _decode(
+    B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, starts=None, sinks=False,
+    **plain,
+):
     """S: slots of a contiguous cache. capacities: those of each key head of a ragged one. pages: (pages, page, table)."""
 
     def build(f):
@@ -125,7 +128,7 @@ SPECS["merge_attention"] = Spec(
 
 
 def _hstu(lengths, H, P, *, Pv=None, new=None, buckets=None, targets=None, positions=None, shared=False, **plain):
-    """buckets: of a table of times, a table a head unless shared. positions: entries of a table. new: rows of each alone."""
+    """buckets: of a table of times, a table a head unless shared. positions: a table's entries. new: rows of each."""
 
     def build(f):
         total, kwargs = sum(lengths), dict(plain, max_len=max(lengths) + 3)
