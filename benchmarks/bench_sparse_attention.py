@@ -243,7 +243,10 @@ UNBIASED, UPSTREAM = "without tables", "generative_recommenders"
 
 
 def hstu(device, dtype=torch.float32, *, train, biased, B, H, L, P, K=128) -> Work:
-    """B sequences of L, L / 2, L / 3 ... tokens, sorted times in seconds; biased: by both tables, of K + 1 times and 2 L - 1 distances."""
+    """B sequences of L, L / 2, L / 3 ... tokens, sorted times in seconds.
+
+    biased: by both tables, of K + 1 times and 2 L - 1 distances.
+    """
     randn, passes = normal(device, 0), backward if train else forward
     bounds = [0]
     for s in range(B):
@@ -300,8 +303,10 @@ def hstu_cases(device, priority, shape, dtype):
 _SPANS, _FP32, _BF16 = (1, 2, 4, 8), torch.float32, torch.bfloat16
 DECODE = [
     decoding("cpu", 97, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, **{WHOLE: 1}),
-    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5, SCALED: 1 / 1.3}),
-    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5, SCALED: 1 / 1.3}),
+    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS,
+             **{WHOLE: 1.5, SCALED: 1 / 1.3}),
+    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS,
+             **{WHOLE: 1.5, SCALED: 1 / 1.3}),
     merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
     decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
     decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),

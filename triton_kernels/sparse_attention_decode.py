@@ -257,11 +257,12 @@ def plan_sparse_attention_decode(
     block_r = min(max(triton.next_power_of_2(rows), 16), 64 if row <= 512 else 16)
     args = dict(
         acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=lengths, budgets_ptr=budgets,
-        offsets_ptr=head_offsets, starts_ptr=starts, table_ptr=block_table, plan_ptr=work, scale=float(scale), softcap=float(softcap),
-        sink=sink, slots=slots, splits_of_all=count, rows_of_all=rows, **strides("q", q, "bhtp"),
+        offsets_ptr=head_offsets, starts_ptr=starts, table_ptr=block_table, plan_ptr=work,
+        scale=float(scale), softcap=float(softcap), sink=sink, slots=slots, splits_of_all=count, rows_of_all=rows, **strides("q", q, "bhtp"),
         **strides("k", k_cache, cache_axes), **strides("v", v_cache, cache_axes), **no_heads,
         **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
-        **strides("offsets", head_offsets, "h"), **strides("starts", starts, "b"), **strides("table", block_table, "bj"), KEY_HEADS=key_heads,
+        **strides("offsets", head_offsets, "h"), **strides("starts", starts, "b"), **strides("table", block_table, "bj"),
+        KEY_HEADS=key_heads,
         GROUP=group, T=tokens, P=dim, PV=value_dim, PAGE=page, CIRCULAR=bool(circular), SOFTCAP=softcap != 0, EVEN=tokens == 1 and same,
         INT64=wide(q, k_cache, v_cache, block_table), BLOCK_R=block_r, BLOCK_N=blocks["BLOCK_N"], BLOCK_P=block_p,
         BLOCK_PV=block_pv,

@@ -117,8 +117,8 @@ void sparse_attention_decode(
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "sparse_attention_decode_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k_cache, Tensor v_cache, "
-      "Tensor lengths, Tensor? budgets, Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, int sink, "
-      "bool circular, float scale, float softcap) -> ()");
+      "Tensor lengths, Tensor? budgets, Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, "
+      "int sink, bool circular, float scale, float softcap) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {

@@ -14,7 +14,7 @@ def relative_position_buckets(num_buckets=32, max_distance=128, *, bidirectional
     sequences of any length, and gives the weight its gradient. T5 does not scale its scores: `scale=1`.
 
     Args:
-        num_buckets: even, at least 4. Half of a side's buckets hold one distance each, the rest grow by a constant factor.
+        num_buckets: even, at least 4. Half of a side's buckets hold one distance each, the rest grow by a factor.
         max_distance: from which on all distances share a side's last bucket; more than a side's single distances.
         bidirectional: the first half of the buckets is for keys up to the query, the second for those after it (T5's
             encoder); else all are for keys up to the query, and those after it have bucket 0 (its decoder).

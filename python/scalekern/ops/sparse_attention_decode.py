@@ -46,8 +46,8 @@ def sparse_attention_decode(
             head_offsets[g + 1] of axis S.
         block_table: (B, max_pages), int32 or int64: the page with the positions from j page on is block_table[b, j].
             Entries of pages that no query sees may hold anything. Not with circular: pages are freed instead.
-        starts: (B,), int32 or int64, of a contiguous cache, not circular: position p of row b lies in slot starts[b] + p,
-            such as after padding on the left. None: 0.
+        starts: (B,), int32 or int64, of a contiguous cache, not circular: position p of row b lies in slot
+            starts[b] + p, such as after padding on the left. None: 0.
         scale: P^-0.5 when None.
         softcap: scores become softcap tanh(scores / softcap).
         sinks: (Hq,), a score in every row's sum that brings no value.
@@ -133,8 +133,8 @@ def _empty(q, k_cache, *rest):
 sparse_attention_decode_op = _library.define(
     NAME,
     "sparse_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? budgets, "
-    "Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, int sink, bool circular, float scale, float softcap) "
-    "-> (Tensor, Tensor)",
+    "Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, int sink, bool circular, "
+    "float scale, float softcap) -> (Tensor, Tensor)",
     backends=(
         Backend("triton", filling(_allocate, triton("sparse_attention_decode", "sparse_attention_decode"))),
         Backend("cpu", filling(_allocate, native("sparse_attention_decode", "cpu"))),

@@ -76,7 +76,10 @@ SPECS = {
 }  # fmt: skip
 
 
-def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, starts=None, sinks=False, **plain):
+def _decode(
+    B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, starts=None, sinks=False,
+    **plain,
+):
     """S: slots of a contiguous cache. capacities: those of each key head of a ragged one. pages: (pages, page, table)."""
 
     def build(f):
@@ -114,7 +117,7 @@ SPECS["sparse_attention_decode"] = Spec(
                                  circular=True, return_lse=True)),
         Sample("paged", _decode(2, 4, 2, 2, 20, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
                                 budgets=[6, 9, 16, 4], sink=1)),
-        Sample("padded", _decode(3, 4, 2, 2, 8, [30, 7, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
+        Sample("padded", _decode(3, 4, 2, 2, 8, [12, 13, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
         Sample("one", _decode(1, 1, 1, 1, 1, [1], S=1, sinks=True)),
     ),
     inference=True,
@@ -125,7 +128,7 @@ SPECS["merge_attention"] = Spec(
 
 
 def _hstu(lengths, H, P, *, Pv=None, new=None, buckets=None, targets=None, positions=None, shared=False, **plain):
-    """buckets: of a table of times, a table a head unless shared. positions: entries of a table. new: rows of each alone."""
+    """buckets: of a table of times, a table a head unless shared. positions: a table's entries. new: rows of each."""
 
     def build(f):
         total, kwargs = sum(lengths), dict(plain, max_len=max(lengths) + 3)
