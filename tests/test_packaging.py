@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -67,6 +68,12 @@ def test_wheel(wheel, tmp_path):
     assert seen["error"] < 1e-5
     assert not (site / "triton_kernels").exists()  # another project's name
     assert (site / "scalekern" / "triton_kernels" / "__init__.py").exists()
+
+
+def test_every_package_is_in_the_wheel():
+    folders = {p.parent.relative_to(ROOT / "python") for p in (ROOT / "python" / "scalekern").rglob("__init__.py")}
+    listed = set(re.findall(r'"(scalekern[a-z_.]*)"', (ROOT / "setup.py").read_text().partition("packages=[")[2]))
+    assert {".".join(folder.parts) for folder in folders} <= listed
 
 
 def test_sdist_builds_without_a_compiler_and_says_so(tmp_path):

@@ -20,6 +20,14 @@ CASES = [(package, case) for package, cases in RECORDED.items() for case in case
 CHECKPOINTS = [(package, case) for package, case in CASES if package not in ("gguf", "torchao")]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one only waits for the first on these sizes
+    yield
+    torch.set_num_threads(threads)
+
+
 def randn(*size, seed=0):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
@@ -134,9 +142,8 @@ def test_what_is_missing_or_misshapen_is_named(package, case):
                 got = read_checkpoint(cut, config=config)
             except ValueError as error:  # the tensor, or one that no longer fits it
                 assert any(other in str(error) for other in tensors), (kind, name, error)
-            else:  # without its key tensor a matrix is none; a packed one may have words to spare
-                key = name.endswith(("qweight", "weight_packed", "W_q", "_blocks")) or "quant_state" in name
-                assert kind == "missing" and key and not got.keys() & expected.keys(), (kind, name)
+            else:
+                pytest.fail(f"{kind} {name}: {got}")
 
 
 def test_unknown_methods_and_sources(tmp_path):
@@ -168,7 +175,7 @@ def test_unknown_methods_and_sources(tmp_path):
 
 
 def test_details():
-    """Groups of uneven sizes, another table, a nested state without its block, LLM.int8, GPTQ's overrides, old words."""
+    """Groups of uneven sizes, another table, an incomplete nested state, LLM.int8, GPTQ's overrides, old words."""
     tensors, config, expected = RECORDED["gptq"]["4_v2"]
     bad = tensors["m.g_idx"].clone()
     bad[bad.argmin()] = 1

@@ -14,13 +14,14 @@ def row_bytes(columns: int, bits: int) -> int:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """(..., K) integers below 2^bits -> (..., ceil(K bits / 8)) uint8."""
     *lead, K = codes.shape
+    plain = torch.contiguous_format  # contiguous() would leave odd strides to axes of length 1
     if bits == 8:
-        return codes.to(torch.uint8)
+        return codes.to(torch.uint8).clone(memory_format=plain)
     n, wide = (8 // bits, torch.uint8) if 8 % bits == 0 else (8, torch.int64)  # codes that fill whole bytes together
     groups = torch.nn.functional.pad(codes.to(wide), (0, -K % n)).reshape(*lead, -(-K // n), n)
     words = (groups << torch.arange(0, n * bits, bits, device=codes.device, dtype=wide)).sum(-1, True, dtype=wide)
     stream = words >> torch.arange(0, n * bits, 8, device=codes.device, dtype=wide) & 255
-    return stream.to(torch.uint8).flatten(-2)[..., : row_bytes(K, bits)].contiguous()
+    return stream.to(torch.uint8).flatten(-2)[..., : row_bytes(K, bits)].clone(memory_format=plain)
 
 
 def unpack(data: torch.Tensor, bits: int, K: int) -> torch.Tensor:

@@ -145,8 +145,11 @@ def prefixes(tensors, suffix: str) -> list[str]:
     return [name[: -len(suffix)] for name in tensors if name.endswith(suffix)]
 
 
-def rest(tensors, taken) -> dict[str, torch.Tensor]:
-    """The tensors that belong to no quantized matrix."""
+def rest(tensors, taken, method: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The tensors that belong to no quantized matrix; a name with the ending of one's part has lost the others."""
+    for name in tensors:
+        if name not in taken and name.endswith(parts):
+            raise ValueError(f"{method}: {name} is part of a quantized matrix of which other parts are missing")
     return {name: tensors[name] for name in tensors if name not in taken}
 
 

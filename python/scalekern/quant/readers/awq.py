@@ -21,7 +21,7 @@ def read(tensors, config) -> dict:
     taken, found = set(), {}
     for prefix in prefixes(tensors, ".qweight"):
         found[prefix + ".weight"] = _read_layer(Layer(METHOD, tensors, taken), prefix, config)
-    return found | rest(tensors, taken)
+    return found | rest(tensors, taken, METHOD, (".qzeros",))
 
 
 def _nibbles(words):
@@ -37,8 +37,8 @@ def _read_layer(layer, prefix, config) -> QuantizedTensor:
     G = scales.shape[0]
     size = config.get("group_size", config.get("q_group_size", K // max(1, G)))
     size = K if size in (-1, None) else size
-    if G != -(-K // size):
-        layer.fail(f"{prefix}.scales", f"must have {-(-K // size)} rows (groups of {size} in {K}), got {G}")
+    if G * size != K:
+        layer.fail(f"{prefix}.scales", f"must have as many rows as groups of {size} fill {K} columns, got {G}")
     zeros = None
     if config.get("zero_point", True):
         zeros = _nibbles(layer.get(f"{prefix}.qzeros", torch.int32, (G, N // 8))).mT.contiguous()

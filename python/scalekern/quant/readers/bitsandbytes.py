@@ -28,7 +28,7 @@ def read(tensors, config) -> dict:
             found[name] = _read_4bit(Layer(METHOD, tensors, taken), name, kind)
     for prefix in prefixes(tensors, ".SCB"):
         found[prefix + ".weight"] = _read_8bit(Layer(METHOD, tensors, taken), prefix)
-    return found | rest(tensors, taken)
+    return found | rest(tensors, taken, METHOD, (".absmax", ".quant_map", ".weight_format"))
 
 
 def _state(layer, key) -> dict:

@@ -26,7 +26,7 @@ def read(tensors, config) -> dict:
     for prefix in prefixes(tensors, ".weight_packed"):
         layer = Layer(METHOD, tensors, taken)
         found[prefix + ".weight"] = _read_layer(layer, prefix + ".weight", widths, sizes)
-    return found | rest(tensors, taken)
+    return found | rest(tensors, taken, METHOD, (".weight_shape", ".weight_zero_point", ".weight_g_idx"))
 
 
 def _words(columns: int, bits: int) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def _write_layer(name, w: QuantizedTensor) -> dict[str, torch.Tensor]:
     }
     if w.zeros is not None:
         whole = w.zeros.expand(N, -1).to(torch.uint8)
-        if not torch.equal(whole.to(w.zeros.dtype), w.zeros.expand(N, -1)) or whole.max() >= fmt.levels:
+        if not torch.equal(whole.to(w.zeros.dtype), w.zeros.expand(N, -1)) or whole.max().item() >= fmt.levels:
             fail(name, f"must have whole zeros of 0 to {fmt.levels - 1}")
         out[f"{name}_zero_point"] = words(whole.mT)[:, : _words(N, fmt.bits)[0]].mT.contiguous()
     if w.perm is not None:

@@ -25,7 +25,7 @@ def read(tensors, config) -> dict:
     for prefix in prefixes(tensors, ".qweight"):
         layer = Layer(METHOD, tensors, taken)
         found[prefix + ".weight"] = _read_layer(layer, prefix, config, plus_one=version == "gptq")
-    return found | rest(tensors, taken)
+    return found | rest(tensors, taken, METHOD, (".qzeros", ".g_idx"))
 
 
 def _override(config, prefix: str) -> dict:

@@ -23,7 +23,7 @@ def read(tensors, config) -> dict:
     for prefix in prefixes(tensors, ".W_q"):
         found[prefix + ".weight"] = _read_layer(Layer(METHOD, tensors, taken), prefix)
         taken |= {f"{prefix}.{key}" for key in UNUSED}
-    return found | rest(tensors, taken)
+    return found | rest(tensors, taken, METHOD, (".packing", ".nbits"))
 
 
 UNUSED = (

@@ -25,7 +25,7 @@ def read(tensors, config) -> dict:
             blocks.flatten(-2).contiguous(), scales.contiguous().view(torch.float8_e8m0fnu), format="fp4_e2m1",
             columns=blocks.shape[-2] * BLOCK, group_size=BLOCK, dtype=torch.bfloat16,
         ).check(f"mxfp4: {name}")  # fmt: skip
-    return found | rest(tensors, taken)
+    return found | rest(tensors, taken, METHOD, ("_scales",))
 
 
 def write(tensors) -> tuple[dict[str, torch.Tensor], dict]:

@@ -1,0 +1,108 @@
+"""scalekern.quant.QuantizedTensor: slices are views, parts fit each other, transport, gradients."""
+
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scalekern.quant import FORMATS, QuantizedTensor, dequantize, quantize
+from scalekern.quant._formats import BLOCK_FORMATS
+from scalekern.quant._pack import unpack
+
+
+def randn(*size, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name, options", [(name, {}) for name in FORMATS] + [
+    ("int4", {"symmetric": False}), ("int3", {"scale_dtype": torch.int8}), ("int5", {"group_size": "tensor"}),
+    ("nvfp4", {}), ("mxfp6_e3m2", {}),
+])  # fmt: skip
+def test_a_slice_of_the_packed_is_the_packed_slice(name, options):
+    w = randn(9, 75, seed=6)
+    q = quantize(w, name, **{"group_size": 16, **options})
+    whole = dequantize(q)
+    for rows, columns in itertools.product(
+        (slice(0, 4), slice(3, 9), slice(2, 2), slice(-3, None)), (0, 1, 16, 37, 75)
+    ):
+        part = q[rows, :columns]
+        assert part.check().shape == whole[rows, :columns].shape
+        assert torch.equal(dequantize(part), whole[rows, :columns])
+        assert part.data.numel() == 0 or part.data.data_ptr() == q.data[rows].data_ptr()
+        assert torch.equal(unpack(part.data, q.bits, columns), unpack(q.data, q.bits, 75)[rows, :columns])
+    start = 2 * max(16, q.group_size)
+    if options.get("group_size") != "tensor":
+        assert torch.equal(dequantize(q[:, start:]), whole[:, start:])
+        with pytest.raises(IndexError, match="must start at a multiple"):
+            q[:, 5:]
+    for index in (0, (slice(None), 3), (slice(0, 4, 2),), (slice(None),) * 3):
+        with pytest.raises(IndexError):
+            q[index]
+    stack = quantize(w.expand(3, 2, 9, 75), name, **{"group_size": 16, **options})
+    assert torch.equal(dequantize(stack[1, 0, 2:5]), whole[2:5]) and stack[1].shape == (2, 9, 75)
+
+
+def test_act_order():
+    w, perm = randn(6, 40), torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    q = quantize(w[:, perm], "int4", group_size=8).replace(perm=perm)
+    assert torch.equal(dequantize(q), dequantize(q.replace(perm=None))[:, torch.argsort(perm)])
+    assert ((dequantize(q) - w).abs() <= q.scales.max() / 2).all()
+    assert torch.equal(dequantize(q[1:3]), dequantize(q)[1:3])
+    with pytest.raises(IndexError, match="act-order"):
+        q[:, :8]
+
+
+def _equal(a, b):
+    assert a.metadata() == b.metadata() and a.tensors().keys() == b.tensors().keys()
+    assert all(torch.equal(t.view(torch.uint8), b.tensors()[k].view(torch.uint8)) for k, t in a.tensors().items())
+
+
+def test_transport(tmp_path):
+    """to, pytrees, safetensors."""
+    w = randn(6, 40).double()
+    every = [quantize(w, name, group_size=16) for name in [*FORMATS, *BLOCK_FORMATS]]
+    every += [quantize(w, "int4", symmetric=False).replace(perm=torch.randperm(40)), every[3].to(torch.bfloat16)]
+    for i, q in enumerate(every):
+        path = tmp_path / f"{i}.safetensors"
+        save_file({k: t.contiguous() for k, t in q.tensors().items()}, path, metadata={"w": q.metadata()})
+        _equal(QuantizedTensor.from_tensors(load_file(path), q.metadata()), q)
+        _equal(torch.utils._pytree.tree_map(lambda t: t.clone() if t is not None else t, q), q)
+        _equal(q.to("cpu").cpu(), q)
+    q = every[0]
+    assert q.to(torch.float16).dtype == q.to("cpu", torch.float16).dtype == dequantize(q.to(torch.float16)).dtype
+    assert q.to("meta").device.type == "meta" and q.to(torch.device("meta")).data.shape == q.data.shape
+    assert q.nbytes == sum(t.nbytes for t in q.tensors().values())
+    for metadata in ("", "[]", "{}", q.metadata().replace("float64", "load"), q.metadata()[:-1] + ', "x": 1}'):
+        with pytest.raises((ValueError, TypeError)):
+            QuantizedTensor.from_tensors(q.tensors(), metadata)
+
+
+def test_parts_that_do_not_fit():
+    q = quantize(randn(6, 40), "int4", group_size=16, symmetric=False)
+    for changes, message in (
+        ({"data": q.data[:, :-1]}, "data must have shape"),
+        ({"data": q.data.int()}, "data must have dtype uint8"),
+        ({"data": q.data[0]}, "at least 2 dimensions"),
+        ({"scales": q.scales[:, :2]}, "scales must have shape"),
+        ({"scales": q.scales.long()}, "scales must be floating"),
+        ({"zeros": q.zeros[:2]}, "zeros must have shape"),
+        ({"zeros": q.zeros.int()}, "zeros must be floating"),
+        ({"outer": q.scales}, "outer must have shape"),
+        ({"perm": torch.arange(39)}, "perm must have shape"),
+        ({"perm": torch.arange(40.0)}, "perm must be int32"),
+        ({"format": "int9"}, "format must be one of"),
+        ({"group_size": 0}, "group_size must be"),
+        ({"columns": 50}, "data must have shape"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            dequantize(q.replace(**changes))
+
+
+def test_gradients_of_dequantize():
+    q = quantize(randn(3, 10).double(), "int3", group_size=4, symmetric=False, scale_dtype=torch.float64)
+    parts = [q.scales, q.zeros, q.scales * 0.3, torch.rand(3, 1).double()]
+    names = ("scales", "zeros", "offsets", "outer")
+    perm = torch.randperm(10)
+    values = lambda *parts: dequantize(q.replace(**dict(zip(names, parts)), perm=perm))
+    assert torch.autograd.gradcheck(values, [p.clone().requires_grad_() for p in parts])
