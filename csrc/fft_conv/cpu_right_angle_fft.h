@@ -240,7 +240,10 @@ static void last_pass(const FftPlan& plan, const float* x, float* low, float* hi
   const float* twiddles = plan.twiddles[0];
   const float scale = 1.0f / float(plan.size);
   float re[R], im[R];
-  for (int m = 0; m < R; ++m) re[m] = m ? twiddles[2 * m - 2] * scale : scale, im[m] = m ? twiddles[2 * m - 1] * scale : 0;
+  for (int m = 0; m < R; ++m) {
+    re[m] = m ? twiddles[2 * m - 2] * scale : scale;
+    im[m] = m ? twiddles[2 * m - 1] * scale : 0;
+  }
   for (int64_t t = begin * kW; t < end * kW; t += kW) {
     dft_of<R, -1>(
         [&](int m) { return load_cx(x + 2 * (plan.pitch * m + t)); },

@@ -30,8 +30,8 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method,
 
 
 def supports_fwd(*args):
-    """As well for "auto", however few the taps: on two cores of an AMD EPYC, B2 D256 float32, L 512 / 2,048 / 8,192, one
-    tap takes 0.36 / 1.8 / 5.7 ms, torch's grouped convolution 0.54 / 2.0 / 6.1, and with 64 taps 0.6 / 2.0 / 7.1 and
+    """As well for "auto", however few the taps: on two cores of an AMD EPYC, B2 D256 float32, L 512 / 2,048 / 8,192, two
+    taps take 0.5 / 1.8 / 8.5 ms, torch's grouped convolution 0.66 / 2.0 / 10, and with 64 taps 0.59 / 2.0 / 7.1 and
     1.4 / 4.4 / 18 (the least of twelve).
     """
     method = args[-3]
