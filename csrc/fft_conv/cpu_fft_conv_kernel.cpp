@@ -3,9 +3,9 @@
 //   v = u pregate mask,  y = k * v + skip v + bias,  out = y postgate            (fft_conv.h has the shape letters)
 //
 // A real row of at most 2 n elements is v = low + x^n high. Modulo x^n - i that is low + i high: n complex numbers. A
-// product of spectra is the convolution with a period of 2 n and the sign turned at each wrap, its halves again real and
-// imaginary part. So rows of L <= n need no padding, no even and odd halves and no untangling of spectra: the first pass
-// reads real numbers, and the last one writes as many. The transposed convolution takes conjugate spectra.
+// product of spectra is the convolution with a period of 2 n and the sign turned at each wrap, its halves again real
+// and imaginary part. So rows of L <= n need no padding, no even and odd halves and no untangling of spectra: the first
+// pass reads real numbers, and the last one writes as many. The transposed convolution takes conjugate spectra.
 //
 // Bound: arithmetic. Forward 2 transforms a row and 1 a filter, backward 3 and 2, of about 4 n log2 n operations each.
 //   On one core of an AMD EPYC (Zen 3) a transform takes 0.09 to 0.1 ns times n log2 n from n = 1,024 to 262,144; two

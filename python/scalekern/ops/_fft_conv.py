@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from scalekern.ops._toeplitz import Blocks
 from scalekern.reference.fft_conv import convolve as direct_convolve
 
-# What "auto" means here on a CPU: (longest L, taps up to which torch's grouped convolution takes the least time, taps up
-# to which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, medians in ms as
+# What "auto" means here on a CPU: (longest L, taps up to which torch's grouped convolution takes the least time, taps
+# up to which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, medians in ms as
 # grouped convolution / Toeplitz / FFT, within a tenth of each other at p20 and p80: L 512, 64 taps 1.8 / 6.8 / 1.9;
 # L 1,024, 64 taps 2.6 / 7.5 / 2.8, 128 taps 4.2 / 12 / 2.9; L 2,048, 64 taps 4.7 / 9.7 / 5.6; L 4,096, 32 taps
 # 6.8 / 9.7 / 10, 64 taps 9.9 / 13 / 13; L 8,192, 32 taps 12 / 14 / 22, 64 taps 18 / 16 / 22, 96 taps 23 / 21 / 23.
