@@ -35,7 +35,7 @@ struct Plan : FftPlan {
     const auto chosen = radices(n / leaf);
     size = n, levels = int(chosen.size());
     for (int i = 0; i < levels; ++i) radix[i] = chosen[size_t(i)];
-    pitch = child() + (child() >= 2048 ? lanes : 0);
+    pitch = child_size(*this) + (child_size(*this) >= 2048 ? lanes : 0);
     const auto put = [&](double turns) {
       const double angle = 2 * std::numbers::pi * turns;
       numbers.push_back(float(std::cos(angle))), numbers.push_back(float(std::sin(angle)));
@@ -145,7 +145,7 @@ FftConvArgs geometry(int64_t length, int64_t count, int64_t taps, int64_t revers
 
 // How many floats a spectrum takes.
 int64_t spectrum_size(int64_t length, int64_t count, int64_t taps, int64_t reverse_taps, int64_t offset) {
-  return plan_of(transform_size(geometry(length, count, taps, reverse_taps, offset)))->floats();
+  return spectrum_floats(*plan_of(transform_size(geometry(length, count, taps, reverse_taps, offset))));
 }
 
 void fft_conv_spectrum(

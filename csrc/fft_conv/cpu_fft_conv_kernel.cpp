@@ -28,7 +28,7 @@ int fft_lanes() { return kW; }
 void fft_conv_spectrum(const FftConvArgs& a) {
   over_channels(a, [&](bool inner, int64_t begin, int64_t end) {
     Job job(a, inner);
-    const int64_t part = job.plan.child(), pitch = job.plan.pitch;
+    const int64_t part = child_size(job.plan), pitch = job.plan.pitch;
     for (int64_t d = begin; d < end; ++d)
       for (int64_t b = 0; b < a.batch; ++b) {
         float* to = at<float>(a.spectrum, b, d);

@@ -19,10 +19,9 @@ struct FftPlan {
                   // all of them do not fall into one set of a cache
   int levels, radix[kMost];
   const float* twiddles[kMost + 1];
-
-  int64_t child() const { return size / radix[0]; }
-  int64_t floats() const { return 2 * pitch * radix[0]; }  // of a spectrum in memory
 };
+static inline int64_t child_size(const FftPlan& plan) { return plan.size / plan.radix[0]; }
+static inline int64_t spectrum_floats(const FftPlan& plan) { return 2 * plan.pitch * plan.radix[0]; }
 
 // (B, D, *) or (D, *), with strides in elements.
 struct Rows {
