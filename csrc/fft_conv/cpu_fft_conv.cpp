@@ -1,5 +1,5 @@
-// scalekern_native::fft_conv_fwd_cpu, fft_conv_bwd_cpu and fft_conv_spectrum_cpu: plans of transforms, tensors to pointers, then the kernels of
-// this machine's ISA.
+// scalekern_native::fft_conv_fwd_cpu, fft_conv_bwd_cpu and fft_conv_spectrum_cpu: plans of transforms, tensors to
+// pointers, then the kernels of this machine's ISA.
 #include <cmath>
 #include <list>
 #include <memory>
@@ -35,7 +35,7 @@ struct Plan : FftPlan {
     const auto chosen = radices(n / leaf);
     size = n, levels = int(chosen.size());
     for (int i = 0; i < levels; ++i) radix[i] = chosen[size_t(i)];
-    pitch = child() + (child() >= 2048 ? lanes : 0);
+    pitch = child_size(*this) + (child_size(*this) >= 2048 ? lanes : 0);
     const auto put = [&](double turns) {
       const double angle = 2 * std::numbers::pi * turns;
       numbers.push_back(float(std::cos(angle))), numbers.push_back(float(std::sin(angle)));
@@ -76,11 +76,12 @@ int64_t good_size(int64_t least, int64_t leaf) {
   return best;
 }
 
-// Plans of the last sizes that were asked for; one takes a little more memory than a spectrum.
+// Plans of the last sizes that were asked for, as many as 64 MiB hold: one takes a little more than a spectrum, and as
+// long as a few rows to make.
 std::shared_ptr<const Plan> plan_of(int64_t n) {
   static std::mutex mutex;
   static std::list<std::shared_ptr<const Plan>> plans;
-  constexpr size_t kKept = 8;
+  constexpr size_t kKept = 16 << 20;  // numbers
   const std::lock_guard lock(mutex);
   for (auto at = plans.begin(); at != plans.end(); ++at)
     if ((*at)->size == n) {
@@ -88,7 +89,13 @@ std::shared_ptr<const Plan> plan_of(int64_t n) {
       return plans.front();
     }
   plans.push_front(std::make_shared<const Plan>(n, SCALEKERN_CALL(fft_lanes, ())));
-  if (plans.size() > kKept) plans.pop_back();
+  size_t total = 0;
+  for (auto at = plans.begin(); at != plans.end(); ++at) {
+    total += (*at)->numbers.size();
+    if (total <= kKept || at == plans.begin()) continue;
+    plans.erase(at, plans.end());
+    break;
+  }
   return plans.front();
 }
 
@@ -138,7 +145,7 @@ FftConvArgs geometry(int64_t length, int64_t count, int64_t taps, int64_t revers
 
 // How many floats a spectrum takes.
 int64_t spectrum_size(int64_t length, int64_t count, int64_t taps, int64_t reverse_taps, int64_t offset) {
-  return plan_of(transform_size(geometry(length, count, taps, reverse_taps, offset)))->floats();
+  return spectrum_floats(*plan_of(transform_size(geometry(length, count, taps, reverse_taps, offset))));
 }
 
 void fft_conv_spectrum(
@@ -180,8 +187,7 @@ void fft_conv_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
-  m.def(
-      "fft_conv_spectrum_size(int length, int count, int taps, int reverse_taps, int offset) -> int");
+  m.def("fft_conv_spectrum_size(int length, int count, int taps, int reverse_taps, int offset) -> int");
   m.def(
       "fft_conv_spectrum_cpu(Tensor(a!) spectrum, Tensor k, Tensor? k_reverse, int length, int count, int offset) "
       "-> ()");
@@ -191,8 +197,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "fft_conv_bwd_cpu(Tensor(a!) du, Tensor(b!) dk, Tensor(c!)? dk_reverse, Tensor(d!)? dskip, Tensor(e!)? dbias, "
       "Tensor(f!)? dpregate, Tensor(g!)? dpostgate, Tensor(h!) bad, Tensor dout, Tensor u, Tensor k, "
-      "Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, Tensor? spectrum, int offset) "
-      "-> ()");
+      "Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, Tensor? mask, "
+      "Tensor? spectrum, int offset) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CompositeExplicitAutograd, m) {

@@ -29,7 +29,7 @@ struct BackwardJob : Job {
   double dskip = 0, dbias = 0;
 
   BackwardJob(const FftConvArgs& args, bool inner)
-      : Job(args, inner), v(plan.floats()), sum(plan.floats()), dy_line(whole), other(whole) {}
+      : Job(args, inner), v(spectrum_floats(plan)), sum(spectrum_floats(plan)), dy_line(whole), other(whole) {}
 
   const float* gradient(int64_t b, int64_t d) {
     const float* direct = in_place(a.dout, a.count, b, d);

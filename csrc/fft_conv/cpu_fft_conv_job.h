@@ -73,7 +73,7 @@ struct Job {
 
   Job(const FftConvArgs& args, bool inner_)
       : a(args), plan(*args.plan), inner(inner_), n(plan.size), whole(2 * n), ahead(a.count - 1), behind(a.length - 1),
-        filter_spectrum(plan.floats()), x(plan.floats()), line(whole), gate(whole), y(whole) {}
+        filter_spectrum(spectrum_floats(plan)), x(spectrum_floats(plan)), line(whole), gate(whole), y(whole) {}
 
   template <class Body>
   void share(int64_t count, const Body& body) const {
@@ -82,10 +82,10 @@ struct Job {
   }
   // Numbers of one part of the first pass in pieces of vectors; long enough pieces are worth a thread.
   void enter(const float* low, const float* high, float* spectrum) const {
-    share(plan.child() / kW, [&](int64_t begin, int64_t end) { first(plan, low, high, spectrum, begin, end); });
+    share(child_size(plan) / kW, [&](int64_t begin, int64_t end) { first(plan, low, high, spectrum, begin, end); });
   }
   void leave(const float* spectrum, float* low, float* high) const {
-    share(plan.child() / kW, [&](int64_t begin, int64_t end) { last(plan, spectrum, low, high, begin, end); });
+    share(child_size(plan) / kW, [&](int64_t begin, int64_t end) { last(plan, spectrum, low, high, begin, end); });
   }
   template <class Body>
   void children(const Body& body) const {

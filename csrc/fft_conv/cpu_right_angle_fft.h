@@ -216,7 +216,7 @@ static inline void pass(float* x, int64_t part, const float* twiddles) {
 // memory; `high` may be absent.
 template <int R, bool kHigh>
 static void first_pass(const FftPlan& plan, const float* low, const float* high, float* x, int64_t begin, int64_t end) {
-  const int64_t part = plan.child();
+  const int64_t part = child_size(plan);
   const float* twiddles = plan.twiddles[0];
   for (int64_t t = begin * kW; t < end * kW; t += kW) {
     dft_of<R, 1>(
@@ -236,11 +236,14 @@ static void first_pass(const FftPlan& plan, const float* low, const float* high,
 // The way back, divided by n.
 template <int R, bool kHigh>
 static void last_pass(const FftPlan& plan, const float* x, float* low, float* high, int64_t begin, int64_t end) {
-  const int64_t part = plan.child();
+  const int64_t part = child_size(plan);
   const float* twiddles = plan.twiddles[0];
   const float scale = 1.0f / float(plan.size);
   float re[R], im[R];
-  for (int m = 0; m < R; ++m) re[m] = m ? twiddles[2 * m - 2] * scale : scale, im[m] = m ? twiddles[2 * m - 1] * scale : 0;
+  for (int m = 0; m < R; ++m) {
+    re[m] = m ? twiddles[2 * m - 2] * scale : scale;
+    im[m] = m ? twiddles[2 * m - 1] * scale : 0;
+  }
   for (int64_t t = begin * kW; t < end * kW; t += kW) {
     dft_of<R, -1>(
         [&](int m) { return load_cx(x + 2 * (plan.pitch * m + t)); },
@@ -292,7 +295,7 @@ static void descend(
 // Child `j` of the first level.
 template <bool kForward, bool kInverse, class F>
 static void child(const FftPlan& plan, int64_t j, float* x, const F& leaf) {
-  descend<kForward, kInverse>(plan, 1, j, x, 2 * plan.pitch * j, plan.child(), leaf);
+  descend<kForward, kInverse>(plan, 1, j, x, 2 * plan.pitch * j, child_size(plan), leaf);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 """The long convolution by torch's FFT, a block of channels at a time: on a CPU so that spectrum, product and gates stay
-in cache, on a GPU so that the memory is bounded, in blocks that fill it.
+in cache, on a GPU so that the memory is bounded, in blocks that fill it. What the kernels decline comes here.
 
 Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, M output length, N size of the FFT,
 F = N / 2 + 1 frequencies.
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from scalekern.ops._toeplitz import Blocks
 from scalekern.reference.fft_conv import convolve as direct_convolve
 
-# What "auto" means on a CPU: (longest L, taps up to which torch's grouped convolution takes the least time, taps up to
-# which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, medians in ms as
+# What "auto" means here on a CPU: (longest L, taps up to which torch's grouped convolution takes the least time, taps
+# up to which Toeplitz blocks do), FFTs beyond. Measured on two cores of an AMD EPYC, B2 D256 float32, medians in ms as
 # grouped convolution / Toeplitz / FFT, within a tenth of each other at p20 and p80: L 512, 64 taps 1.8 / 6.8 / 1.9;
 # L 1,024, 64 taps 2.6 / 7.5 / 2.8, 128 taps 4.2 / 12 / 2.9; L 2,048, 64 taps 4.7 / 9.7 / 5.6; L 4,096, 32 taps
 # 6.8 / 9.7 / 10, 64 taps 9.9 / 13 / 13; L 8,192, 32 taps 12 / 14 / 22, 64 taps 18 / 16 / 22, 96 taps 23 / 21 / 23.

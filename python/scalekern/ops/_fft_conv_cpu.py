@@ -30,9 +30,9 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method,
 
 
 def supports_fwd(*args):
-    """As well for "auto", however few the taps: on two cores of an AMD EPYC, B2 D256 float32, L 512 / 2,048 / 8,192, one
-    tap takes 0.36 / 1.8 / 5.7 ms, torch's grouped convolution 0.54 / 2.0 / 6.1, and with 64 taps 0.6 / 2.0 / 7.1 and
-    1.4 / 4.4 / 18 (the least of twelve).
+    """As well for "auto", however few the taps: on two cores of an AMD EPYC, B2 D256 float32, L 512 / 2,048 / 8,192,
+    two taps take 0.5 / 1.8 / 8.5 ms, torch's grouped convolution 0.66 / 2.0 / 10, and with 64 taps 0.59 / 2.0 / 7.1
+    and 1.4 / 4.4 / 18 (the least of twelve).
     """
     method = args[-3]
     return f"method {method!r} was asked for" if method in ("direct", "toeplitz") else supports(*args)
@@ -49,8 +49,9 @@ def supports_spectrum(k, k_reverse, length, mode):
 
 def makes_spectrum(k, k_reverse, length, mode):
     """What the dispatcher will say, for the fake."""
-    here = k.device.type == "cpu" and _dispatch.forced() in (None, "cpu") and _native.load("cpu") is None
-    return here and supports_spectrum(k, k_reverse, length, mode) is None
+    asked = k.device.type == "cpu" and _dispatch.forced() in (None, "cpu")
+    there = asked and _native.load("cpu") is None and hasattr(torch.ops.scalekern_native, _spectrum.native_op)
+    return there and supports_spectrum(k, k_reverse, length, mode) is None
 
 
 def allocate_spectrum(k, k_reverse, length, mode):

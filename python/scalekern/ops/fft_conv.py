@@ -76,8 +76,9 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
         FFTConvSpectrum, a frozen record of the filters, length, mode and `values`: the Hermitian half of the spectrum,
         complex (D, N / 2 + 1), N the size of the FFT, complex128 for float64 filters and complex64 otherwise; where the
         CPU kernel will take it, about as many numbers as that kernel wants them, float32 (D, *). It is of use on a CPU
-        and to GPU calls that the fused kernels decline (those transform k in a pass of their own). Gradients of a call go to the filters, exactly as without it. A pytree: it may be an argument of compiled
-        and exported functions. Filters changed in place since are refused, except in a compiled function.
+        and to GPU calls that the fused kernels decline (those transform k in a pass of their own). Gradients of a call
+        go to the filters, exactly as without it. A pytree: it may be an argument of compiled and exported functions.
+        Filters changed in place since are refused, except in a compiled function.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
@@ -289,8 +290,8 @@ def _allocate_spectrum(k, k_reverse, length, mode):
     return k.new_empty(*lead, ring.size if whole else ring.size // 2 + 1, dtype=kind)
 
 
-# The blocks are one composition of torch's FFT for every device; they take what the kernels decline: on a GPU the Triton
-# ones, on a CPU the library's own FFTs.
+# The blocks are one composition of torch's FFT for every device; they take what the kernels decline: the Triton ones on
+# a GPU, the library's own FFTs on a CPU.
 fft_conv_fwd = _library.define(
     NAME,
     f"fft_conv_fwd({_TENSORS}) -> Tensor",

@@ -37,7 +37,8 @@ class FFTConvSpectrum:
     k_reverse: torch.Tensor | None
     length: int
     mode: str
-    values: torch.Tensor | None  # complex (D, N / 2 + 1) or (B, D, N / 2 + 1), the Hermitian half; None in the oracle
+    # Complex (D, N / 2 + 1) or (B, D, N / 2 + 1), the Hermitian half; float32 as a kernel wants it; None in the oracle.
+    values: torch.Tensor | None
     versions: tuple[int, ...] | None = None  # of the filters' memory when they were transformed, where torch counts
 
 
