@@ -1,4 +1,5 @@
 // scalekern_native::quant_matmul_fwd_cpu and _bwd_cpu: arguments for the kernels of this machine's ISA.
+// powers: scales are the bytes of float8_e8m0fnu, which torch's stable ABI does not know.
 #include "common/tensor.h"
 #include "quant_matmul/quant_matmul.h"
 
@@ -13,7 +14,6 @@ QuantDtype quant_dtype(const Tensor& t) {
     case ScalarType::Half: return QuantDtype::f16;
     case ScalarType::BFloat16: return QuantDtype::bf16;
     case ScalarType::Float8_e4m3fn: return QuantDtype::e4m3;
-    case ScalarType::Float8_e8m0fnu: return QuantDtype::e8m0;
     case ScalarType::Char: return QuantDtype::i8;
     case ScalarType::Byte: return QuantDtype::u8;
     default: return QuantDtype::f32;
@@ -31,23 +31,25 @@ QuantPart part(const OptionalTensor& t) { return t.has_value() ? part(*t) : Quan
 QuantWeight weight(
     const Tensor& data, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
     const OptionalTensor& outer, const OptionalTensor& table, int64_t columns, int64_t bits, double step, double base,
-    int64_t mantissa, double zero, int64_t group_size) {
+    int64_t mantissa, double zero, int64_t group_size, bool powers) {
   QuantWeight w{};
   w.data = static_cast<const uint8_t*>(data.data_ptr()), w.pitch = data.stride(0);
   w.rows = data.size(0), w.columns = columns, w.group = group_size, w.groups = scales.size(1);
   w.bits = int(bits), w.step = float(step), w.base = float(base), w.mantissa = int(mantissa), w.zero = float(zero);
   w.table = static_cast<const float*>(scalekern::data(table));
   w.scales = part(scales), w.zeros = part(zeros), w.offsets = part(offsets), w.outer = part(outer);
+  if (powers) w.scales.dtype = QuantDtype::e8m0;
   return w;
 }
 
 void forward(
     Tensor out, Tensor x, Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets,
     OptionalTensor outer, OptionalTensor bias, OptionalTensor table, int64_t bits, double step, double base,
-    int64_t mantissa, double zero, int64_t group_size, double activation_max, double activation_scale) {
+    int64_t mantissa, double zero, int64_t group_size, bool powers, double activation_max, double activation_scale) {
   expect_writes(out);
   QuantMatmulArgs a{};
-  a.w = weight(data, scales, zeros, offsets, outer, table, x.size(1), bits, step, base, mantissa, zero, group_size);
+  a.w = weight(data, scales, zeros, offsets, outer, table, x.size(1), bits, step, base, mantissa, zero, group_size,
+               powers);
   a.tokens = x.size(0), a.x = part(x), a.out = part(out), a.bias = part(bias);
   a.activation_max = float(activation_max), a.activation_scale = float(activation_scale);
   if (a.integer()) SCALEKERN_CALL(quant_matmul_integer, (a));
@@ -57,10 +59,11 @@ void forward(
 void backward(
     Tensor dx, Tensor dout, Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets,
     OptionalTensor outer, OptionalTensor table, int64_t bits, double step, double base, int64_t mantissa, double zero,
-    int64_t group_size) {
+    int64_t group_size, bool powers) {
   expect_writes(dx);
   QuantMatmulBwdArgs a{};
-  a.w = weight(data, scales, zeros, offsets, outer, table, dx.size(1), bits, step, base, mantissa, zero, group_size);
+  a.w = weight(data, scales, zeros, offsets, outer, table, dx.size(1), bits, step, base, mantissa, zero, group_size,
+               powers);
   a.tokens = dout.size(0), a.dout = part(dout), a.dx = part(dx);
   SCALEKERN_CALL(quant_matmul_bwd, (a));
 }
@@ -71,10 +74,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "quant_matmul_fwd_cpu(Tensor(a!) out, Tensor x, Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, "
       "Tensor? outer, Tensor? bias, Tensor? table, int bits, float step, float base, int mantissa, float zero, "
-      "int group_size, float activation_max, float activation_scale) -> ()");
+      "int group_size, bool powers, float activation_max, float activation_scale) -> ()");
   m.def(
       "quant_matmul_bwd_cpu(Tensor(a!) dx, Tensor dout, Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, "
-      "Tensor? outer, Tensor? table, int bits, float step, float base, int mantissa, float zero, int group_size) -> ()");
+      "Tensor? outer, Tensor? table, int bits, float step, float base, int mantissa, float zero, int group_size, "
+      "bool powers) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {

@@ -51,12 +51,13 @@ template <class X>
 struct Whole {
   int64_t pitch, groups;
   Buffer<X> x;
-  Buffer<float> scale, sum, middle;  // middle: times sum
+  Buffer<float> scale, sum;
+  Buffer<float> middle;  // the middle code times a group's sum in each of 8 lanes
   Buffer<int64_t> exact_sum;
 
   Whole(const QuantMatmulArgs& a, const Layout& layout)
       : pitch(layout.blocks * layout.unit), groups(a.w.groups), x(a.tokens * pitch), scale(a.tokens),
-        sum(a.tokens * groups + 8), middle(a.tokens * groups), exact_sum(a.tokens * groups) {
+        sum(a.tokens * groups + 8), middle(a.tokens * groups * 8), exact_sum(a.tokens * groups) {
     const QuantWeight& w = a.w;
     const int64_t K = w.columns;
     zero(sum + a.tokens * groups, 8);
@@ -77,11 +78,21 @@ struct Whole {
           int64_t total = 0;
           for (int64_t k = first; k < first + count; ++k) total += plain[k];
           exact_sum[m * groups + g] = total, sum[m * groups + g] = float(total);
-          middle[m * groups + g] = float(total) * layout.middle;
-          place(dst + layout.begin(g) * layout.unit, plain + first, count, layout);
+          X* group = dst + layout.begin(g) * layout.unit;
+          place(group, plain + first, count, layout);
+          sum_in_lanes(group, round_up(count, layout.unit), layout.middle, middle + (m * groups + g) * 8);
         }
       }
     });
+  }
+
+  // As the products of a block fall into the 8 lanes of int32, 32 bytes of activations at a time.
+  static void sum_in_lanes(const X* x, int64_t count, float middle, float* lanes) {
+    int32_t sums[8] = {};
+    constexpr int64_t kVector = kLaneBytes / int64_t(sizeof(X)), kEach = kVector / 8;
+    for (int64_t k = 0; k < count; k += kVector)
+      for (int64_t i = 0; i < kVector; ++i) sums[i / kEach] += x[k + i];
+    for (int i = 0; i < 8; ++i) lanes[i] = float(sums[i]) * middle;
   }
 
   static void place(X* dst, const X* src, int64_t count, const Layout& layout) {
@@ -269,7 +280,7 @@ static __attribute__((noinline)) void tile(
     for (int r = 0; r < R; ++r) scale[r] = _mm256_broadcast_ss(parts[r].scale + g);
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const __m256 middle = _mm256_zextps128_ps256(_mm_load_ss(p.tokens.middle + (m + t) * groups + g));
+      const __m256 middle = _mm256_loadu_ps(p.tokens.middle + ((m + t) * groups + g) * 8);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
         total[r][t] = _mm256_fmadd_ps(scale[r], _mm256_sub_ps(_mm256_cvtepi32_ps(sums[r][t]), middle), total[r][t]);

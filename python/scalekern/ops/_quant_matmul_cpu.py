@@ -23,9 +23,14 @@ def code_values(format: str, device) -> tuple:
     return table, fmt.bits, 1.0, 0.0, MANTISSA.get(format, 0), float(fmt.zero or 0)
 
 
-def _rows(data):
-    """The kernels take rows any distance apart, but the bytes of one side by side."""
-    return data if data.stride(-1) == 1 or data.shape[-1] == 1 else data.contiguous()
+def _parts(data, scales):
+    """Rows any distance apart, but the bytes of one side by side; powers of two as bytes."""
+    data = data if data.stride(-1) == 1 or data.shape[-1] == 1 else data.contiguous()
+    return data, scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
+
+
+def _options(format, group_size, scales, device):
+    return *code_values(format, device), group_size, scales.dtype == torch.float8_e8m0fnu
 
 
 def forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
@@ -35,8 +40,8 @@ def forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_siz
             out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
         )
     _fwd(
-        out.flatten(0, -2), x.flatten(0, -2), _rows(data), scales, zeros, offsets, outer, bias,
-        *code_values(format, x.device), group_size, ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0,
+        out.flatten(0, -2), x.flatten(0, -2), *_parts(data, scales), zeros, offsets, outer, bias,
+        *_options(format, group_size, scales, x.device), ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0,
     )  # fmt: skip
 
 
@@ -52,8 +57,8 @@ def backward(
         )  # fmt: skip
     flat = dout.flatten(0, -2)
     _bwd(
-        dx.flatten(0, -2), flat, _rows(data), scales, zeros, offsets, outer,
-        *code_values(format, x.device), group_size,
+        dx.flatten(0, -2), flat, *_parts(data, scales), zeros, offsets, outer,
+        *_options(format, group_size, scales, x.device),
     )  # fmt: skip
     if bias is not None:
         dbias.copy_(flat.sum(0, dtype=torch.float32))
