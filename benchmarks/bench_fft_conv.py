@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import scalekern
 from scalekern import reference
-from scalekern.benchmarks import harness, peers
+from scalekern.benchmarks import harness, memory, peers
 from scalekern.benchmarks.bench_selective_scan import BF16, FP32, case, gradient_tolerance, normal
 from scalekern.benchmarks.case import Work
 from scalekern.testing import TOLERANCE
@@ -91,7 +91,7 @@ def cached(device, dtype=FP32, *, B, D, L) -> Work:
     return Work(
         run=lambda: scalekern.fft_conv(u, spectrum),
         oracle=lambda: exact(u, k, {}, u, lambda f, at, d: f), tolerance=TOLERANCE[dtype],
-        bytes_moved=2 * B * D * L * dtype.itemsize + D * spectrum.values.shape[-1] * 8,
+        bytes_moved=2 * B * D * L * dtype.itemsize + spectrum.values.nbytes,
         flops=int(2 * B * D * 2.5 * 2 * L * math.log2(2 * L)), peers={"without a spectrum": plain},
     )  # fmt: skip
 
@@ -130,6 +130,11 @@ CPU = [
     case("fft_conv", build, ops, direction, "cpu", 10 + i, shape, backends=_FAST, targets=targets)
     for i, (shape, targets) in enumerate(_CPU_SHAPES)
     for build, ops, direction in ((conv, OPS[:1], "fwd"), (_train, OPS, "fwd+bwd"))
+]
+CPU += [
+    memory.conv_case(direction, "cpu", 50 + i, shape)
+    for i, (shape, _) in enumerate(_CPU_SHAPES)
+    for direction in ("fwd", "bwd")
 ]
 _CUDA_LIMITS = {1024: 0.6, 8192: 0.6, 32768: 0.4}  # of the bytes of a gated forward: 8 a point
 _gated = functools.partial(conv, gated=True)

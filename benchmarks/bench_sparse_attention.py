@@ -166,6 +166,7 @@ CUDA = [
 # ---- sparse_attention_decode ---------------------------------------------------------------------------------------
 
 WHOLE, GATHERED = "scaled_dot_product_attention, whole cache", "gathered windows + scaled_dot_product_attention"
+SCALED = "the whole cache, by the share of the budgets"  # what time in proportion to their sum would be
 
 
 def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sinks=4) -> Work:
@@ -199,12 +200,16 @@ def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sink
 
         return peers.torch_peer(run)
 
+    def scaled():
+        run = lambda: scalekern.sparse_attention_decode(q, k, v, lengths)
+        return peers.Peer(lambda: (run(), None)[1], "scalekern", sum(spans) / (G * L))
+
     keys = B * sum(spans)
     return Work(
         run=lambda: (scalekern.sparse_attention_decode(q, k, v, lengths, **limits),), oracle=oracle,
         tolerance=TOLERANCE[dtype], bytes_moved=dtype.itemsize * (2 * keys * P + 2 * B * H * P),
         flops=4 * keys * R * P, exponentials=keys * R,
-        peers={WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered},
+        peers={WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
     )  # fmt: skip
 
 
@@ -232,15 +237,79 @@ def merging(device, priority, shape, dtype):
                 backends=("cuda", "cpu"))  # fmt: skip
 
 
+# ---- hstu_attention ------------------------------------------------------------------------------------------------
+
+UNBIASED, UPSTREAM = "without tables", "generative_recommenders"
+
+
+def hstu(device, dtype=torch.float32, *, train, biased, B, H, L, P, K=128) -> Work:
+    """B sequences of L, L / 2, L / 3 ... tokens, sorted times in seconds; biased: by both tables, of K + 1 times and 2 L - 1 distances."""
+    randn, passes = normal(device, 0), backward if train else forward
+    bounds = [0]
+    for s in range(B):
+        bounds.append(bounds[-1] + -(-L // (s + 1)))
+    total = bounds[-1]
+    inputs = tuple(randn(total, H, P).to(dtype).requires_grad_(train) for _ in range(3))
+    tables = tuple((randn(n) / 4).requires_grad_(train) for n in (K + 1, 2 * L - 1)) if biased else ()
+    dout = normal(device, 1)(total, H, P).to(dtype)
+    offsets = torch.tensor(bounds, device=device)
+    time = (randn(total).abs() * 300).cumsum(0).long()
+
+    def call(q, k, v, time_table=None, position_table=None, package=scalekern):
+        times = None if time_table is None else time
+        return package.hstu_attention(
+            q, k, v, offsets, max_len=L, time=times, time_table=time_table, position_table=position_table
+        )
+
+    def oracle():
+        exact = tuple(upcast(x).requires_grad_(train) for x in (*inputs, *tables))
+        found = passes(functools.partial(call, package=reference), exact, dout.double())()
+        return tuple(t.detach() for t in found) if train else (found,)
+
+    def unbiased():
+        run = passes(call, inputs, dout)
+        return peers.torch_peer(lambda: (run(), None)[1])
+
+    def upstream():
+        peers.cuda_only(dout, UPSTREAM)
+        kernel = peers.module("generative_recommenders.ops.triton.triton_hstu_attention", UPSTREAM).triton_hstu_mha
+        run = passes(lambda q, k, v: kernel(N=L, alpha=P**-0.5, q=q, k=k, v=v, seq_offsets=offsets), inputs, dout)
+        return peers.Peer(run, peers.version(UPSTREAM))
+
+    pairs = H * sum(n * (n + 1) // 2 for n in offsets.diff().tolist())
+    tolerance = gradient_tolerance("hstu_attention", dtype) if train else TOLERANCE[dtype]
+    return Work(
+        run=passes(call, (*inputs, *tables), dout), oracle=oracle, tolerance=tolerance,
+        bytes_moved=(2 if train else 1) * dtype.itemsize * total * H * P * 4, flops=(10 if train else 4) * pairs * P,
+        exponentials=pairs, peers={UNBIASED: unbiased} if biased else {UPSTREAM: upstream},
+    )  # fmt: skip
+
+
+def hstu_cases(device, priority, shape, dtype):
+    """Both directions, without tables and with them, which may take 1.3 times as long."""
+    return [
+        case("hstu", functools.partial(hstu, train=train, biased=biased), OPS[1:] if train else OPS[:1],
+             "bwd" if train else "fwd", device, priority + 2 * biased + train, shape, dtype,
+             note="tables" if biased else "", backends=("triton", "cpu"),
+             targets={UNBIASED: 1 / 1.3} if biased else {UPSTREAM: 1.5} if device == "cuda" else {})
+        for biased in (False, True)
+        for train in (False, True)
+    ]  # fmt: skip
+
+
 _SPANS, _FP32, _BF16 = (1, 2, 4, 8), torch.float32, torch.bfloat16
 DECODE = [
     decoding("cpu", 97, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, **{WHOLE: 1}),
-    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5}),
-    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5}),
+    decoding("cpu", 98, {"B": 1, "G": 8, "L": 4096, "P": 128}, _FP32, "budgets", _SPANS, **{WHOLE: 1.5, SCALED: 1 / 1.3}),
+    decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS, **{WHOLE: 1.5, SCALED: 1 / 1.3}),
     merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
     decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
     decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),
     decoding("cuda", 52, {"B": 1, "G": 8, "R": 4, "L": 65536, "P": 128}, _BF16, limit=0.8),
     merging("cuda", 53, {"N": 4, "H": 32, "L": 8192, "P": 128}, _BF16),
 ]
-CASES = [*CPU, *CUDA, *DECODE]
+HSTU = [
+    *hstu_cases("cpu", 101, {"B": 4, "H": 4, "L": 2048, "P": 64}, _FP32),
+    *hstu_cases("cuda", 54, {"B": 8, "H": 4, "L": 8192, "P": 128}, _BF16),
+]
+CASES = [*CPU, *CUDA, *DECODE, *HSTU]

@@ -1,11 +1,13 @@
-"""Peak memory of a selective scan beyond its inputs, measured in a fresh process.
+"""Peak memory of a selective scan or a long convolution beyond its inputs, measured in a fresh process.
 
 On the CPU it is the process's high-water mark of resident memory (reset just before the call), which sees scratch
 buffers of native code that no allocator of torch counts; on a GPU, torch's peak. The promise (a record's `bound`):
-forward, its outputs and checkpoints; backward, twice its inputs.
+of a scan forward, its outputs and checkpoints, and backward, twice its inputs; of a convolution, a third of what the
+plain one by torch.fft takes.
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -21,44 +23,68 @@ RESOLUTION = 2**20  # the kernel counts resident pages in batches for each threa
 
 
 def case(direction: str, device: str, priority: int, shape: dict) -> Case:
-    sizes = "_".join(f"{k.lower()}{v}" for k, v in shape.items())
     ops = ("selective_scan_fwd",) if direction == "fwd" else ("selective_scan_bwd",)
+    return _case("scan", direction, ops, device, priority, shape, lambda d: _measure(direction, d, shape))
+
+
+def conv_case(direction: str, device: str, priority: int, shape: dict) -> Case:
+    """direction: "fwd", or "bwd" for forward and backward."""
+    ops = ("fft_conv_fwd",) if direction == "fwd" else ("fft_conv_bwd", "fft_conv_fwd")
+    return _case("fft_conv", direction, ops, device, priority, shape, lambda d: _against_plain(direction, d, shape))
+
+
+def _case(what, direction, ops, device, priority, shape, measure) -> Case:
+    sizes = "_".join(f"{k.lower()}{v}" for k, v in shape.items())
     return Case(
-        f"scan_{direction}_memory_{sizes}_fp32", ops, "memory", (device,), priority, {**shape, "dtype": "fp32"}, None,
-        procedure=lambda case, device, seconds, deadline: [_measure(direction, device, shape)],
-        targets={"promised bound": 1.0},
+        f"{what}_{direction}_memory_{sizes}_fp32", ops, "memory", (device,), priority, {**shape, "dtype": "fp32"}, None,
+        procedure=lambda case, device, seconds, deadline: [measure(device)], targets={"promised bound": 1.0},
     )  # fmt: skip
 
 
 def _measure(direction: str, device: torch.device, shape: dict) -> dict:
-    command = [sys.executable, "-m", "scalekern.benchmarks.memory", direction, device.type, json.dumps(shape)]
+    return _judged(_peak_of("scan", direction, device, shape))
+
+
+def _against_plain(direction: str, device: torch.device, shape: dict) -> dict:
+    ours, plain = (_peak_of(what, direction, device, shape) for what in ("fft_conv", "plain_fft_conv"))
+    failed = next((found for found in (ours, plain) if "status" in found), None)
+    return failed or _judged({**ours, "bound_bytes": plain["peak_extra_bytes"] // 3})
+
+
+def _judged(found: dict) -> dict:
+    if "status" in found:
+        return found
+    rows = [{"name": "promised bound", "ratio": found["bound_bytes"] / max(found["peak_extra_bytes"], 1)}]
+    return {**found, "backend": "default", "peers": rows}
+
+
+def _peak_of(what: str, direction: str, device: torch.device, shape: dict) -> dict:
+    command = [sys.executable, "-m", "scalekern.benchmarks.memory", what, direction, device.type, json.dumps(shape)]
     # Freed blocks go back to the system at once, so that the mark shows what was alive and not what was kept.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return {"backend": "default", "status": "failed", "error": lines[-1][:300] if lines else "no output"}
-    found = json.loads(done.stdout.splitlines()[-1])
-    rows = [{"name": "promised bound", "ratio": found["bound_bytes"] / max(found["peak_extra_bytes"], 1)}]
-    return {**found, "backend": "default", "peers": rows}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("scan", "fft_conv", "plain_fft_conv"))
     parser.add_argument("direction", choices=("fwd", "bwd"))
     parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("shape", type=json.loads)
     args = parser.parse_args()
-    from scalekern.benchmarks.bench_selective_scan import scan_inputs
     from scalekern.benchmarks.trace import backends_used
 
-    device = torch.device(args.device)
-
+    device, is_scan = torch.device(args.device), args.what == "scan"
+    setup = _scan if is_scan else functools.partial(_conv, args.what)
+    check = _check if is_scan else functools.partial(_check_conv, setup)
     with backends_used() as used:
-        _check(args.direction, device, {**args.shape, "D": 64, "L": 128})  # starts libraries and threads, too
-    kw = scan_inputs(device, torch.float32, **args.shape)
-    inputs = sum(t.numel() * t.element_size() for t in kw.values() if isinstance(t, torch.Tensor))
-    call = _call(kw, args.direction)
+        check(args.direction, device, {**args.shape, "D": 64, "L": 128})  # starts libraries and threads, too
+    tensors, call = setup(args.direction, device, args.shape)
+    inputs = sum(t.numel() * t.element_size() for t in tensors)
     gc.collect()
     before = _reset(device)
     outputs = call()
@@ -68,6 +94,31 @@ def main() -> None:
     wanted = [pair for pair in used if pair[0].endswith(args.direction)]
     print(json.dumps({"peak_extra_bytes": extra, "bound_bytes": bound, "inputs_bytes": inputs,
                       "outputs_bytes": produced, "used": wanted}))  # fmt: skip
+
+
+def _scan(direction: str, device: torch.device, shape: dict):
+    from scalekern.benchmarks.bench_selective_scan import scan_inputs
+
+    kw = scan_inputs(device, torch.float32, **shape)
+    return [t for t in kw.values() if isinstance(t, torch.Tensor)], _call(kw, direction)
+
+
+def _conv(what: str, direction: str, device: torch.device, shape: dict):
+    """(u, k) and the call, which gives (out,) or (du, dk)."""
+    import scalekern
+    from scalekern import reference
+    from scalekern.benchmarks.bench_fft_conv import plain_fft_conv
+    from scalekern.benchmarks.bench_selective_scan import normal
+
+    oracle = functools.partial(reference.fft_conv, method="fft")
+    function = {"fft_conv": scalekern.fft_conv, "plain_fft_conv": plain_fft_conv, "oracle": oracle}[what]
+    B, D, L = (shape[letter] for letter in "BDL")
+    randn = normal(device, 0)
+    u, k, dout = randn(B, D, L), randn(D, L), randn(B, D, L)
+    if direction == "fwd":
+        return (u, k), lambda: (function(u, k),)
+    u.requires_grad_(), k.requires_grad_()
+    return (u, k), lambda: torch.autograd.grad(function(u, k), (u, k), dout)
 
 
 def _call(kw: dict, direction: str):
@@ -95,6 +146,15 @@ def _check(direction: str, device: torch.device, shape: dict) -> None:
     got = tuple(g.reshape(e.shape) for g, e in zip(got, expected))
     error = harness.relative_error(got, expected)
     if not error <= gradient_tolerance("selective_scan", torch.float32):
+        raise SystemExit(f"the result is wrong: relative error {error:.1e}")
+
+
+def _check_conv(setup, direction: str, device: torch.device, shape: dict) -> None:
+    from scalekern.benchmarks import harness
+
+    found, expected = (make(direction, device, shape)[1]() for make in (setup, functools.partial(_conv, "oracle")))
+    error = harness.relative_error(found, expected)
+    if not error <= 1e-5:
         raise SystemExit(f"the result is wrong: relative error {error:.1e}")
 
 

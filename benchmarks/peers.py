@@ -66,14 +66,14 @@ def forward_backward(function: Callable, dout: torch.Tensor, inputs: tuple) -> C
 
 def mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Peer:
     upstream = module("mamba_ssm.ops.selective_scan_interface", "mamba_ssm")
-    _cuda_only(u, "mamba_ssm")
+    cuda_only(u, "mamba_ssm")
     run = lambda: upstream.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return Peer(run, version("mamba_ssm"))
 
 
 def mamba_ssm_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Peer:
     upstream = module("mamba_ssm.ops.triton.selective_state_update", "mamba_ssm")
-    _cuda_only(x, "mamba_ssm")
+    cuda_only(x, "mamba_ssm")
     run = lambda: upstream.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return Peer(run, version("mamba_ssm"))
 
@@ -81,7 +81,7 @@ def mamba_ssm_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Peer:
 def mamba_ssm_inner(passes: Callable, **kw) -> Peer:
     """passes: what is timed, the forward or the forward and backward of a function."""
     upstream = module("mamba_ssm.ops.selective_scan_interface", "mamba_ssm")
-    _cuda_only(kw["xz"], "mamba_ssm")
+    cuda_only(kw["xz"], "mamba_ssm")
     kw = {**kw, "conv1d_weight": kw["conv1d_weight"][:, None], "delta_softplus": True}
     run = passes(lambda: upstream.mamba_inner_fn(**kw))
     return Peer(run, version("mamba_ssm"))
@@ -89,13 +89,13 @@ def mamba_ssm_inner(passes: Callable, **kw) -> Peer:
 
 def causal_conv1d_fn(x, weight, bias, activation) -> Peer:
     upstream = module("causal_conv1d")
-    _cuda_only(x, "causal_conv1d")
+    cuda_only(x, "causal_conv1d")
     return Peer(lambda: upstream.causal_conv1d_fn(x, weight, bias, activation=activation), version("causal_conv1d"))
 
 
 def causal_conv1d_update(x, conv_state, weight, bias, activation) -> Peer:
     upstream = module("causal_conv1d")
-    _cuda_only(x, "causal_conv1d")
+    cuda_only(x, "causal_conv1d")
     run = lambda: upstream.causal_conv1d_update(x, conv_state, weight, bias, activation)
     return Peer(run, version("causal_conv1d"))
 
@@ -103,7 +103,7 @@ def causal_conv1d_update(x, conv_state, weight, bias, activation) -> Peer:
 def flash_fft_conv(u, size: int) -> tuple[Callable, str]:
     """FlashFFTConv's module for FFTs of `size` points, which has to be a power of two."""
     upstream = module("flashfftconv")
-    _cuda_only(u, "flashfftconv")
+    cuda_only(u, "flashfftconv")
     return upstream.FlashFFTConv(size, dtype=u.dtype).to(u.device).train(u.requires_grad), version("flashfftconv")
 
 
@@ -174,6 +174,6 @@ def torch_exp(elements: int, device: torch.device) -> Peer:
     return torch_peer(run, elements / (best * count))
 
 
-def _cuda_only(tensor: torch.Tensor, package: str) -> None:
+def cuda_only(tensor: torch.Tensor, package: str) -> None:
     if tensor.device.type != "cuda":
         raise Absent(f"{package} runs on CUDA tensors only")

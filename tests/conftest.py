@@ -23,28 +23,8 @@ def pytest_configure(config):
     warnings.filterwarnings("ignore", message=".*running the slow reference.*")
 
 
-def _speed_up_the_interpreter():
-    """InterpretedFunction.__call__ less four fifths of its time: it patches triton.language again at every call.
-
-    The launch around it has already patched what our kernels see; Triton's own device functions (tl.sum) see another
-    module, whose patch lasts, so that once is enough.
-    """
-    from triton.runtime import interpreter
-
-    patched = set()
-
-    def call(self, *args, **kwargs):
-        seen = id(self.fn.__globals__)
-        if seen not in patched and self.fn.__module__.startswith("triton."):
-            interpreter._patch_lang(self.fn)
-            patched.add(seen)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
-
-
 if INTERPRET:
-    _speed_up_the_interpreter()
+    import fast_interpreter  # noqa: F401
 
 
 def pytest_collection_modifyitems(config, items):

@@ -12,13 +12,14 @@ def leaf(r, kind: str):
     return LEAVES[kind](r)
 
 
-def expression(r, depth: int):
+def expression(r, depth: int, kinds=None):
+    """kinds: of the leaves; all when None."""
     if depth == 0:
-        return leaf(r, r.choice(sorted(LEAVES)))
+        return leaf(r, r.choice(kinds or sorted(LEAVES)))
     form = r.choice(["and", "and", "or", "or", "not", "shift", "transpose", "per_head"])
-    m, f = expression(r, depth - 1)
+    m, f = expression(r, depth - 1, kinds)
     if form in ("and", "or"):
-        other, g = expression(r, r.randrange(depth))
+        other, g = expression(r, r.randrange(depth), kinds)
         if form == "and":
             return m & other, lambda b, h, q, k: f(b, h, q, k) and g(b, h, q, k)
         return m | other, lambda b, h, q, k: f(b, h, q, k) or g(b, h, q, k)
@@ -29,7 +30,7 @@ def expression(r, depth: int):
         return m.shift(dq, dk), lambda b, h, q, k: f(b, h, q + dq, k + dk)
     if form == "transpose":
         return m.transpose(), lambda b, h, q, k: f(b, h, k, q)
-    members = [(m, f), *(expression(r, r.randrange(depth)) for _ in range(HEADS - 1))]
+    members = [(m, f), *(expression(r, r.randrange(depth), kinds) for _ in range(HEADS - 1))]
     return masks.per_head([m for m, _ in members]), lambda b, h, q, k: members[h][1](b, h, q, k)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from scalekern import _dispatch, _library
+from scalekern.reference.hadamard_transform import MATRICES
 
 
 class NotHere(Exception):
@@ -23,6 +24,11 @@ class Mutant:
     name: str
     defect: Callable
     seen_by: str = "forward"  # or "gradients"
+    through: str = ""  # the public op whose samples show it, if it is not the registered op's own
+
+    @property
+    def public(self):
+        return self.through or _library.OPS[self.op].public
 
 
 def inject(monkeypatch, mutant: Mutant) -> list:
@@ -130,6 +136,14 @@ def halved(x):
 
 def shifted(axis, by=1):
     return lambda x: x.roll(by, axis)
+
+
+def groups_left_out(run, args):
+    """One scale for a whole row."""
+    if not args["group_size"]:
+        raise NotHere
+    q, scales = run({**args, "group_size": 0})
+    return q, scales.expand(*q.shape[:-1], q.shape[-1] // args["group_size"]).contiguous()
 
 
 def no_gate(z):
@@ -273,15 +287,49 @@ FORWARD = {
         "budgets of other heads": given(budgets=swapped(0)),
         "windows one too long": given(budgets=lambda b: b + 1),
         "two pages swapped": given(block_table=swapped(1)),
+        "two rows' starts swapped": given(starts=swapped(0)),
+        **ignored("starts"),
         "first token of the sink forgotten": given(sink=lambda n: n - 1 if n else 1),
         "cap left out": given(softcap=lambda c: 0.0 if c else 1e-2),
         **ignored("sinks"),
         "slots off by one": given(k_cache=shifted(-2)),
     },
+    "hadamard_transform_fwd": {
+        "two rows swapped": output(0, swapped(0)),
+        "last point not computed": output(0, zeroed(-1, -1)),
+        "last point not read": given(x=zeroed(-1, -1)),
+        "Sylvester's matrix in H_m's place": given(order=lambda m: 1),
+        "the other package's matrices": given(matrices=lambda name: "quarot" if name[0] == "f" else MATRICES[0]),
+        "scale left out": given(scale=lambda s: 1.0),
+        **flipped("transposed"),
+    },
+    "fused_hadamard_quantize": {
+        "two rows swapped": output(0, swapped(0)),
+        "last point not read": given(x=zeroed(-1, -1)),
+        "scales of the other row": output(1, swapped(0)),
+        "one bit more": given(bits=lambda b: b + 1),
+        "truncated instead of rounded": output(0, lambda q: q - q.sign()),
+        "groups left out": groups_left_out,
+    },
     "merge_attention_fwd": {
         "two parts swapped": given(lses=swapped(0)),
         "last part dropped": given(outs=zeroed(0, -1)),
         "lse of another row": output(1, swapped(0)),
+    },
+    "ssd_scan_fwd": {
+        "two heads swapped": output(0, swapped(2)),
+        "last token not computed": output(0, zeroed(1, -1)),
+        "first token of a chunk not computed": output(0, zeroed(1, 64)),
+        "last state of the final states not computed": output(1, zeroed(3, -1)),
+        "two sequences' states swapped": output(2, swapped(0)),
+        "B of another group": given(B=swapped(2)),
+        "C of another group": given(C=swapped(2)),
+        "a boundary moved": given(cu_seqlens=boundary_moved),
+        "sequences not told apart": given(seq_idx=torch.zeros_like),
+        "gate left out": given(z=no_gate),
+        "limit ignored": given(dt_max=lambda most: float("inf")),
+        **ignored("D", "dt_bias", "initial_states"),
+        **flipped("dt_softplus"),
     },
     "quant_matmul_fwd": {
         "two tokens swapped": output(0, swapped(0)),
@@ -316,6 +364,10 @@ FORWARD = {
 }
 
 GRADIENTS = {
+    "hadamard_transform_fwd": {
+        "H in its transpose's place": given(transposed=lambda value: False),
+        "last point of dx not computed": output(0, zeroed(-1, -1)),
+    },
     "selective_scan_fwd": {"a checkpoint not saved": output(2, zeroed(1, 1))},
     "selective_scan_bwd": {
         "two channels of du swapped": output(0, swapped(1)),
@@ -358,6 +410,19 @@ GRADIENTS = {
         **ignored("dlse", "bias"),
         "slope of the cap left out": given(softcap=lambda c: c * 1e3),
         **flipped("silu"),
+    },
+    "ssd_scan_bwd": {
+        "two heads of dx swapped": output(0, swapped(2)),
+        "last token of ddt not computed": output(1, zeroed(1, -1)),
+        "half of dA's terms lost": output(2, halved),
+        "last state of dB not computed": output(3, zeroed(3, -1)),
+        "first token of a chunk of dC not computed": output(4, zeroed(1, 64)),
+        "half of dD's terms lost": output(5, halved),
+        "two heads of dz swapped": output(6, swapped(2)),
+        "half of ddt_bias's terms lost": output(7, halved),
+        "dinitial_states of the last sequence not computed": output(8, zeroed(0, -1)),
+        **ignored("dfinal", "dvarlen", "initial_states"),
+        **flipped("dt_softplus"),
     },
     "quant_matmul_bwd": {
         "two tokens of dx swapped": output(0, swapped(0)),
@@ -442,9 +507,37 @@ GRADIENTS = {
     },
 }
 
+# What hstu_attention's samples alone reach.
+HSTU_FORWARD = {
+    "sparse_attention_fwd": {
+        **ignored("time_table"),
+        "time tables of other heads": given(time_table=swapped(0)),
+        "buckets shifted": given(time_table=shifted(1)),
+        "times of the next key": given(k_time=shifted(0)),
+        "times of the next query": given(q_time=shifted(0)),
+        "norm left out": given(norm=lambda n: 1.0),
+    },
+}
+
+HSTU_GRADIENTS = {
+    "sparse_attention_bwd": {
+        **ignored("time_table"),
+        "dtime_table not computed": output(6, torch.zeros_like),
+        "half of dtime_table's terms lost": output(6, halved),
+        "buckets of dtime_table shifted": output(6, shifted(1)),
+        "two heads of dtime_table swapped": output(6, swapped(0)),
+        "last bucket of dtime_table not computed": output(6, zeroed(1, -1)),
+    },
+}
+
 MUTANTS = [
-    Mutant(op, name, defect, seen_by)
-    for seen_by, table in (("forward", FORWARD), ("gradients", GRADIENTS))
+    Mutant(op, name, defect, seen_by, through)
+    for seen_by, through, table in (
+        ("forward", "", FORWARD),
+        ("gradients", "", GRADIENTS),
+        ("forward", "hstu_attention", HSTU_FORWARD),
+        ("gradients", "hstu_attention", HSTU_GRADIENTS),
+    )
     for op, defects in table.items()
     for name, defect in defects.items()
 ]

@@ -422,6 +422,13 @@ def test_memory_sees_at_least_the_outputs():
     assert found["used"][0][0] == "selective_scan_fwd"
 
 
+def test_memory_of_a_convolution_is_held_against_the_plain_one():
+    found = memory._against_plain("bwd", CPU, {"B": 2, "D": 256, "L": 1024})
+    assert found.get("status", "ok") == "ok", found
+    assert found["outputs_bytes"] <= found["peak_extra_bytes"] <= found["bound_bytes"]  # a third of the plain one's
+    assert found["used"] == [["fft_conv_bwd", "cpu"]]
+
+
 def side(**changes):
     return {"logits": [1.0, -2.0], "tokens": [1, 2], "used": [["selective_scan_fwd", "cpu"]], **changes}
 

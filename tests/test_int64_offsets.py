@@ -16,10 +16,13 @@ import torch
 from conftest import INTERPRET
 
 import scalekern
-from scalekern import _native
+from scalekern import _native, masks
 from scalekern.ops import causal_conv1d as conv
 from scalekern.ops import selective_scan as scan
 from scalekern.ops import selective_state_update as update
+from scalekern.ops import sparse_attention as attention
+from scalekern.ops import sparse_attention_decode as decode
+from scalekern.reference.hstu_attention import bucket_edges
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests Triton alone")
 
@@ -137,7 +140,49 @@ def state_update_call(dtype, heads):
     return "selective_state_update", (update._allocate(*args),), args, (0,)
 
 
+def attention_args(dtype, biased):
+    """(q, k, v), what the tiles come from, and bias, sinks, tables of positions and of times, scale and the rest."""
+    B, H, G, L, P = 2, 4, 2, 70, 8
+    rule = masks.causal & (masks.window(20, 0) | masks.sink(3))
+    plan = rule.plan(L, L, (64, 64))
+    qkv = [normal(B, n, L, P, seed=seed, dtype=dtype) for seed, n in ((1, H), (2, G), (3, G))]
+    extra = [None] * 9
+    if biased:
+        at, time = torch.arange(L).int(), torch.arange(L) * 37
+        extra = [
+            normal(B, H, L, L, seed=7, dtype=dtype), normal(H, seed=8), normal(H, 31, seed=9), at, at.clone(),
+            normal(H, 12, seed=10), time + 40, time, bucket_edges(11),
+        ]  # fmt: skip
+    return qkv, [rule.code(), plan.ptr, plan.runs, 64, 64], [*extra, P**-0.5, 0.0, False, 1.0]
+
+
+def attention_fwd_call(dtype, biased):
+    qkv, tiles, rest = attention_args(dtype, biased)
+    return "sparse_attention_fwd", attention._allocate_fwd(*qkv), [*qkv, *tiles, *rest], (5, 6, 7)
+
+
+def attention_bwd_call(dtype, biased):
+    qkv, tiles, rest = attention_args(dtype, biased)
+    out, lse = attention._allocate_fwd(*qkv)
+    fill_cpu("sparse_attention_fwd", (out, lse), [*qkv, *tiles, *rest])
+    sums = [None if x is None else torch.zeros(x.shape) for x in (rest[0], rest[1], rest[2], rest[5])]
+    args = [*sums, normal(*out.shape, seed=20, dtype=dtype), normal(*lse.shape, seed=21), out, lse, *qkv, *tiles, *rest]
+    return "sparse_attention_bwd", [torch.empty_like(x) for x in qkv], args, (14, 15, 16)
+
+
+def decode_call(dtype, ragged):
+    B, H, G, S, P = 2, 4, 2, 40, 8
+    lead = (B, S) if ragged else (B, G, S)
+    args = [
+        normal(B, H, 2, P, seed=1, dtype=dtype), normal(*lead, P, seed=2, dtype=dtype), normal(*lead, P, seed=3, dtype=dtype),
+        torch.tensor([11, 9]), torch.tensor([7, 11, 5, 6]), torch.tensor([0, 15, 40]) if ragged else None, None,
+        None if ragged else torch.tensor([3, 20]), normal(H, seed=4), 1, ragged, P**-0.5, 0.0,
+    ]  # fmt: skip
+    return "sparse_attention_decode", decode._allocate(*args), args, (0, 1)
+
+
 CALLS = {
+    "attention_fwd": attention_fwd_call, "attention_bwd": attention_bwd_call, "attention_decode": decode_call,
     "scan_fwd": scan_fwd_call, "scan_bwd": scan_bwd_call, "conv_fwd": conv_fwd_call, "conv_bwd": conv_bwd_call,
     "conv_update": conv_update_call, "state_update": state_update_call,
     "complex_scan_fwd": functools.partial(scan_fwd_call, complex_A=True),
@@ -150,7 +195,7 @@ def fill_cpu(name, outputs, args):
 
 
 FILL = {"cpu": fill_cpu, "cuda": emulated.fill}
-KERNELS = [(kernels, call) for kernels in FILL for call in CALLS if kernels == "cpu" or "complex" not in call]
+KERNELS = [(kernels, call) for kernels in FILL for call in CALLS if kernels == "cpu" or not call.startswith(("complex", "attention"))]
 every_kernel = pytest.mark.parametrize("kernels, call", KERNELS, ids=map("-".join, KERNELS))
 
 

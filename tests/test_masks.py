@@ -124,6 +124,22 @@ def test_expressions(seed):
         assert masks.parse(repr(mask)) == mask
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_expressions_of_congruences(seed):
+    """Whose leaves are undecided in nearly every tile: steps that exclude each other, shifted, and on images."""
+    r = random.Random(100 + seed)
+    kinds = ["dilated", "dilated", "dilated", ["window2d", "causal", "window", "neighborhood"][seed % 4]]
+    mask, predicate = mask_cases.expression(r, 2 + seed % 4, kinds)
+    lengths = SIZES[2 + seed % 4], r.choice(SIZES[1:])
+    dense = mask.to_dense(*lengths)
+    check_predicate(mask, predicate, dense, r, 300)
+    check_code(mask, dense)
+    for block in ((16, 32), (13, 7), (1, 2)) if dense.numel() < 10**5 else ((64, 32), (13, 7)):
+        check_plan(mask, dense, block)
+    assert mask.density(*lengths) == pytest.approx(dense.double().mean().item(), abs=1e-12)
+    assert torch.equal(mask.empty_rows(*lengths), ~dense.any(3))
+
+
 def test_coarse_tables_and_small_chunks_change_nothing(monkeypatch):
     for name in ("_EXACT_TABLE", "_EXACT_BITS"):
         monkeypatch.setattr(_mask_bounds, name, 0)
@@ -275,6 +291,62 @@ def test_long_masks_are_planned_at_once():
     assert seconds < 2 and mebibytes < 200
     n = 2048
     assert full == [n - 1, 3 * 2 * n - 6, n * (n - 1) / 2, n * (2 * n - 1), n - 1, 3 * 2 * n - 6]
+
+
+COUNTER = """
+import resource, time, torch
+from scalekern.masks import *
+torch.set_num_threads(1)
+N = 262144
+cu = [0, 1000, 1001, 70000, 200003, N]
+spans = [b - a for a, b in zip(cu, cu[1:])]
+cases = [
+    (causal, N * (N + 1) // 2),
+    (window(256, 0), sum(min(i, 256) + 1 for i in range(N))),
+    (causal & (window(256, 0) | sink(4)), sum(min(i, 256) + 1 + min(max(i - 256, 0), 4) for i in range(N))),
+    (prefix(1000) | causal, sum(max(i + 1, 1000) for i in range(N))),
+    (causal & segments(cu_seqlens=cu), sum(s * (s + 1) // 2 for s in spans)),
+]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before, begin = peak(), time.process_time()
+for m, pairs in cases:
+    assert round(m.density(N, N) * N * N) == pairs, m
+    assert m.waste(N, N) >= 1 and not m.empty_rows(N, N).any()
+print(time.process_time() - begin, peak() - before)
+"""
+
+
+def test_long_masks_are_counted_at_once():
+    text = subprocess.run(
+        [sys.executable, "-c", COUNTER], env=child_environment(), capture_output=True, check=True, text=True
+    ).stdout
+    seconds, mebibytes = map(float, text.split())
+    # 0.8 s and 70 MiB; pair by pair it took 13 s for one of them.
+    assert seconds < 4 and mebibytes < 200
+
+
+CONTRADICTIONS = {
+    "dilated & shifted": (masks.dilated(4) & masks.dilated(4).shift(1, 0), EMPTY),
+    "another's residue": (masks.dilated(6) & masks.dilated(4).shift(3, 0).transpose(), EMPTY),
+    "all residues": (masks.dilated(2) | masks.dilated(2).shift(0, 1), FULL),
+    "itself and not": (masks.dilated(3) & ~masks.dilated(3), EMPTY),
+    "two steps": (masks.dilated(2) & masks.dilated(3), PARTIAL),
+    "on a window": (window(9, 9) & masks.window2d((64, 64), 4) & masks.dilated(2) & masks.dilated(4).shift(1, 0), EMPTY),
+}
+
+
+@pytest.mark.parametrize("mask, verdict", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_contradictions_cost_no_pairs(mask, verdict, monkeypatch):
+    """What no leaf tells alone: congruences that exclude each other, or leave nothing out."""
+    looked, evaluate = [], _mask_plan.evaluate
+    monkeypatch.setattr(_mask_plan, "evaluate", lambda *args: looked.append(args[2].shape[1]) or evaluate(*args))
+    plan = masks.plan_of(mask.code().clone(), 4096, 4096, (64, 64))
+    assert sum(looked) < 400  # tiles, of 4,096
+    full, partial, every = plan.tiles
+    assert {EMPTY: full == partial == 0, FULL: full == every, PARTIAL: partial == every}[verdict]
+    dense = mask.to_dense(300, 257)
+    check_plan(mask, dense, (32, 16))
+    check_code(mask, dense)
 
 
 # ---- text and pictures ----

@@ -11,10 +11,12 @@ MAKE = {
     "DilatedReparamBlock": lambda **kw: nn.DilatedReparamBlock(4, 7, **kw),
     "HSTU": lambda **kw: nn.HSTU(8, max_len=16, num_buckets=4, **kw),
     "FiTBlock": lambda **kw: nn.FiTBlock(8, 2, qk_norm=True, qk_norm_weight=True, adaln_lora_dim=3, **kw),
+    "GatedRMSNorm": lambda **kw: nn.GatedRMSNorm(8, group_size=4, **kw),
     "H3": lambda **kw: nn.H3(4, d_state=4, n_ssm=1, **kw),
     "HyenaFilter": lambda **kw: nn.HyenaFilter(4, seq_len=8, **kw),
     "HyenaOperator": lambda **kw: nn.HyenaOperator(4, 8, **kw),
     "Mamba": lambda **kw: nn.Mamba(8, d_state=4, **kw),
+    "Mamba2": lambda **kw: nn.Mamba2(8, d_state=4, headdim=4, ngroups=2, **kw),
     "MaskedCrossAttention": lambda **kw: nn.MaskedCrossAttention(8, 2, **kw),
     "MoAAttention": lambda **kw: nn.MoAAttention(8, 2, [2, 4], [0, 0.5], **kw),
     "MonarchMixerBlock": lambda **kw: nn.MonarchMixerBlock(8, 16, l_max=8, **kw),
@@ -30,7 +32,10 @@ MAKE = {
     "WaveMixBlock": lambda **kw: nn.WaveMixBlock(final_dim=8, level=2, **kw),
 }
 # float32 whatever the dtype: as upstream; as the format's parts are
-KEPT_WIDE = {"Mamba": {"A_log", "D"}, "QuantLinear": {"weight_scales", "weight_offsets"}}
+KEPT_WIDE = {
+    **dict.fromkeys(("Mamba", "Mamba2"), {"A_log", "D"}),
+    "QuantLinear": {"weight_scales", "weight_offsets"},
+}
 
 
 def test_every_module_is_here():

@@ -55,6 +55,15 @@ def contiguous(B, L, budgets, tokens):
     return (B, 2, L), write, {}
 
 
+def padded(B, L, budgets, tokens):
+    starts = (0, 3)
+
+    def write(cache, x, b, g, position):
+        cache[b, g, starts[b] + position] = x
+
+    return (B, 2, L + 2), write, {"starts": torch.tensor(starts)}  # the second row has one slot less than tokens
+
+
 def circular(B, L, budgets, tokens):
     capacity = max(budgets) + tokens - 1
 
@@ -85,7 +94,7 @@ def paged(B, L, budgets, tokens, page=4):
     return (B * pages + 2, 2, page), write, {"block_table": table.to(torch.empty(0).device, torch.int32)}
 
 
-CACHES = {"contiguous": contiguous, "circular": circular, "ragged": ragged, "paged": paged}
+CACHES = {"contiguous": contiguous, "padded": padded, "circular": circular, "ragged": ragged, "paged": paged}
 
 
 @pytest.mark.parametrize("tokens", (1, 3))
@@ -225,6 +234,10 @@ def test_positions_without_a_slot_are_refused_on_a_cpu(place):
     q, k, v = sequence(L=8)
     with pytest.raises((ValueError, RuntimeError), match="lengths must be at most 8, the slots of a head, got 9"):
         scalekern.sparse_attention_decode(q[:, :, :1], k, v, torch.tensor([9, 1]))
+    with pytest.raises((ValueError, RuntimeError), match="lengths must be at most 5, the slots of a head, got 6"):
+        scalekern.sparse_attention_decode(q[:, :, :1], k, v, torch.tensor([8, 6]), starts=torch.tensor([0, 3]))
+    with pytest.raises((ValueError, RuntimeError), match="starts must be from 0 to 8, got -1"):
+        scalekern.sparse_attention_decode(q[:, :, :1], k, v, torch.tensor([8, 6]), starts=torch.tensor([0, -1]))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +246,8 @@ def test_positions_without_a_slot_are_refused_on_a_cpu(place):
         ({"head_offsets": torch.tensor([0, 4]), "block_table": torch.zeros(2, 1).int()}, "pass one of .* got both"),
         ({"block_table": torch.zeros(2, 1).int(), "circular": True}, "circular must be False .* got True"),
         ({"budgets": torch.zeros(3).int()}, r"budgets must have shape \(4,\), got \(3,\)"),
+        ({"starts": torch.zeros(3).int()}, r"starts must have shape \(2,\), got \(3,\)"),
+        ({"starts": torch.zeros(2).int(), "circular": True}, "starts must be None for other layouts than .* got a tensor"),
         ({"sink": -1}, "sink must be an integer of at least 0, got -1"),
         ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
     ],

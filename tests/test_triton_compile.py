@@ -26,6 +26,12 @@ from scalekern.triton_kernels import (  # noqa: E402
     diag_ssm_kernel,
     fft_conv,
     fft_filters,
+    hadamard_transform,
+    quant_matmul,
+    quant_matmul_bwd,
+    quant_matmul_dense,
+    quant_matmul_gemv,
+    quantize_rows,
     selective_scan,
     selective_scan_bwd,
     selective_state_update,
@@ -41,7 +47,8 @@ from scalekern.triton_kernels import (  # noqa: E402
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
-    causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, selective_scan, selective_scan_bwd,
+    causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, hadamard_transform, quant_matmul,
+    quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_rows, selective_scan, selective_scan_bwd,
     selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_decode,
     sparse_attention_dq, sparse_attention_dtables, toeplitz_conv,
 )  # fmt: skip
@@ -52,18 +59,21 @@ MAIN = (
     "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "selective_scan_fwd", "selective_scan_bwd",
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
     "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv", "toeplitz_conv_fwd", "toeplitz_conv_bwd",
-    "sparse_attention_decode",
+    "sparse_attention_decode", "hadamard_rows", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_gemv",
+    "quant_matmul_bwd",
 )  # fmt: skip
 # Compiled for sm_90 alone, since each takes seconds.
 ONCE = (
     "sparse_attention_rows", "sparse_attention_dbias", "sparse_attention_dtables", "sparse_attention_decode_merge",
-    "powers_sum", "moments",
+    "powers_sum", "moments", "quant_matmul_sum", "quantize_rows", "dequantize",
 )  # fmt: skip
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
 # The interpreter runs the rest of attention's and toeplitz_conv's.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN[:6]}
 DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
+DTYPES |= {name: ("float32",) for name in ("hadamard_rows", "hadamard_tile")}
 DTYPES |= {"toeplitz_conv_fwd": ("float32",), "sparse_attention_fwd": ("float32",)}
+DTYPES |= {"quant_matmul_fwd": ("float32", "float64")}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 
 
@@ -113,7 +123,7 @@ def test_compiles_within_its_record(name, dtype, arch):
 @pytest.mark.parametrize(
     "name",
     ("fft_conv_fwd", "fft_conv_bwd", "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv",
-     "toeplitz_conv_fwd", "toeplitz_conv_bwd"),
+     "toeplitz_conv_fwd", "toeplitz_conv_bwd", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_bwd"),
 )  # fmt: skip
 def test_products_run_on_the_matrix_units(name, arch, instruction):
     assert instruction in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", arch, 32)).asm["ptx"]

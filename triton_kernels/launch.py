@@ -12,7 +12,7 @@ import triton.language as tl
 
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8",
 }  # fmt: skip
 
 

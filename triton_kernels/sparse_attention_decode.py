@@ -40,11 +40,11 @@ def _product(a, b, real: tl.constexpr):
 
 @triton.jit
 def _sparse_attention_decode_kernel(
-    acc_ptr, state_ptr, q_ptr, k_ptr, v_ptr, lengths_ptr, budgets_ptr, offsets_ptr, table_ptr, plan_ptr,
-    scale, softcap, sink, slots, splits_of_all, rows_of_all,
+    acc_ptr, state_ptr, q_ptr, k_ptr, v_ptr, lengths_ptr, budgets_ptr, offsets_ptr, starts_ptr, table_ptr,
+    plan_ptr, scale, softcap, sink, slots, splits_of_all, rows_of_all,
     stride_q_b, stride_q_h, stride_q_t, stride_q_p, stride_k_b, stride_k_h, stride_k_s, stride_k_p,
     stride_v_b, stride_v_h, stride_v_s, stride_v_p, stride_lengths_b, stride_budgets_h, stride_offsets_h,
-    stride_table_b, stride_table_j,
+    stride_starts_b, stride_table_b, stride_table_j,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
     PAGE: tl.constexpr, CIRCULAR: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, INT64: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
@@ -65,6 +65,9 @@ def _sparse_attention_decode_kernel(
     if offsets_ptr is not None:
         base = tl.load(offsets_ptr + g * stride_offsets_h).to(tl.int32)
         capacity = tl.load(offsets_ptr + (g + 1) * stride_offsets_h).to(tl.int32) - base
+    if starts_ptr is not None:
+        base = tl.load(starts_ptr + b * stride_starts_b).to(tl.int32)
+        capacity -= base
     if not CIRCULAR:
         n = tl.minimum(n, capacity)
     head = tl.minimum(tl.minimum(n, capacity), sink)
@@ -216,7 +219,8 @@ def _splits(batch, key_heads, group, tokens, slots, sink, budgets, chunk) -> tup
 
 
 def plan_sparse_attention_decode(
-    out, lse, q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale, softcap
+    out, lse, q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale,
+    softcap,
 ):  # fmt: skip
     """The two launches, from shapes, strides, dtypes and the budgets that are on the CPU.
 
@@ -253,11 +257,11 @@ def plan_sparse_attention_decode(
     block_r = min(max(triton.next_power_of_2(rows), 16), 64 if row <= 512 else 16)
     args = dict(
         acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=lengths, budgets_ptr=budgets,
-        offsets_ptr=head_offsets, table_ptr=block_table, plan_ptr=work, scale=float(scale), softcap=float(softcap),
+        offsets_ptr=head_offsets, starts_ptr=starts, table_ptr=block_table, plan_ptr=work, scale=float(scale), softcap=float(softcap),
         sink=sink, slots=slots, splits_of_all=count, rows_of_all=rows, **strides("q", q, "bhtp"),
         **strides("k", k_cache, cache_axes), **strides("v", v_cache, cache_axes), **no_heads,
         **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
-        **strides("offsets", head_offsets, "h"), **strides("table", block_table, "bj"), KEY_HEADS=key_heads,
+        **strides("offsets", head_offsets, "h"), **strides("starts", starts, "b"), **strides("table", block_table, "bj"), KEY_HEADS=key_heads,
         GROUP=group, T=tokens, P=dim, PV=value_dim, PAGE=page, CIRCULAR=bool(circular), SOFTCAP=softcap != 0, EVEN=tokens == 1 and same,
         INT64=wide(q, k_cache, v_cache, block_table), BLOCK_R=block_r, BLOCK_N=blocks["BLOCK_N"], BLOCK_P=block_p,
         BLOCK_PV=block_pv,
@@ -280,7 +284,7 @@ def sparse_attention_decode(*args):
         launch.run()
 
 
-def _spec(dtype, part, *, tokens=1, paged=False, ragged=False, budgets=False, softcap=0.0):
+def _spec(dtype, part, *, tokens=1, paged=False, ragged=False, padded=False, budgets=False, softcap=0.0):
     real = torch.float64 if dtype == torch.float64 else torch.float32
     batch, heads, key_heads, dim = 8, 32, 8, 128
     q = meta(batch, heads, tokens, dim, dtype=dtype)
@@ -290,6 +294,7 @@ def _spec(dtype, part, *, tokens=1, paged=False, ragged=False, budgets=False, so
     args = (
         q, meta(batch, heads, tokens, dtype=real), q, cache, cache, integers(batch),
         integers(heads) if budgets else None, integers(key_heads + 1) if ragged else None, integers(batch, 64) if paged else None,
+        integers(batch) if padded else None,
         meta(heads, dtype=real) if part else None, 4, ragged, dim**-0.5, softcap,
     )  # fmt: skip
     return plan_sparse_attention_decode(*args)[part]

@@ -6,7 +6,7 @@
 #include "common/parallel.h"
 #include "sparse_attention/attention.h"
 #include "sparse_attention/mask.h"
-#include "sparse_attention/micro_gemm.h"
+#include "common/micro_gemm.h"
 
 namespace {
 

@@ -40,8 +40,8 @@ void check_pages(const DecodeArgs& a, int64_t b, int64_t from, int64_t to, int64
 
 void sparse_attention_decode(
     Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor lengths, OptionalTensor budgets,
-    OptionalTensor head_offsets, OptionalTensor block_table, OptionalTensor sinks, int64_t sink, bool circular,
-    double scale, double softcap) {
+    OptionalTensor head_offsets, OptionalTensor block_table, OptionalTensor starts, OptionalTensor sinks, int64_t sink,
+    bool circular, double scale, double softcap) {
   const bool ragged = head_offsets.has_value(), paged = block_table.has_value();
   const int slots_axis = ragged ? 1 : 2;
   DecodeArgs a{};
@@ -76,6 +76,13 @@ void sparse_attention_decode(
     head.length = std::max<int64_t>(length[b], 0);
     head.base = ragged ? Indices(*head_offsets)[g] : 0;
     head.capacity = paged ? block_table->size(1) * a.page : k.size(slots_axis);
+    if (starts.has_value()) {
+      head.base = Indices(*starts)[b];
+      STD_TORCH_CHECK(
+          head.base >= 0 && head.base <= head.capacity, "sparse_attention_decode: starts must be from 0 to ",
+          head.capacity, ", got ", head.base);
+      head.capacity -= head.base;
+    }
     if (ragged) head.capacity = Indices(*head_offsets)[g + 1] - head.base;
     STD_TORCH_CHECK(
         !ragged || (head.base >= 0 && head.capacity >= 0 && head.base + head.capacity <= k.size(1)),
@@ -110,7 +117,7 @@ void sparse_attention_decode(
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "sparse_attention_decode_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k_cache, Tensor v_cache, "
-      "Tensor lengths, Tensor? budgets, Tensor? head_offsets, Tensor? block_table, Tensor? sinks, int sink, "
+      "Tensor lengths, Tensor? budgets, Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, int sink, "
       "bool circular, float scale, float softcap) -> ()");
 }
 

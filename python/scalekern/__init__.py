@@ -10,15 +10,18 @@ from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel, truncate_C
 from scalekern.ops.dwt2d import dwt2d, idwt2d
 from scalekern.ops.fake_quantize import fake_quantize
 from scalekern.ops.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step
+from scalekern.ops.hadamard_transform import fused_hadamard_quantize, hadamard_transform
 from scalekern.ops.hstu_attention import hstu_attention
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.merge_attention import merge_attention
 from scalekern.ops.quant_matmul import quant_matmul
+from scalekern.ops.relative_position_buckets import relative_position_buckets
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
 from scalekern.ops.sparse_attention import sparse_attention
 from scalekern.ops.sparse_attention_decode import sparse_attention_decode
+from scalekern.ops.ssd_scan import ssd_scan
 from scalekern.ops.toeplitz_conv import toeplitz_conv
 
 __version__ = "0.1.0"
@@ -40,6 +43,8 @@ __all__ = [
     "fft_conv_chunk",
     "fft_conv_spectrum",
     "fft_conv_step",
+    "fused_hadamard_quantize",
+    "hadamard_transform",
     "hstu_attention",
     "mamba_inner",
     "mamba_update",
@@ -48,10 +53,12 @@ __all__ = [
     "merge_dilated_branches",
     "quant",
     "quant_matmul",
+    "relative_position_buckets",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",
     "sparse_attention_decode",
+    "ssd_scan",
     "toeplitz_conv",
     "truncate_C",
 ]

@@ -71,6 +71,8 @@ def bounds(op: str, name: str, value: torch.Tensor, length) -> None:
         return
     if type(value) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:  # a fake
         return
+    if torch._C._functorch.is_batchedtensor(value):
+        return
     found = value.tolist()
     if found[0] != 0 or found[-1] != length or any(b > e for b, e in zip(found, found[1:])):
         raise ValueError(f"{op}: {name} must rise from 0 to {length}, got {found[:6]}{'...' if len(found) > 6 else ''}")

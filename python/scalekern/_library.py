@@ -62,11 +62,12 @@ def define(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     autocast: tuple[str, ...] = (),
+    no_gradient: str = NO_GRADIENT,
 ) -> Op:
     """Register scalekern::<schema>. The last backend must be the reference.
 
     autocast: names of the arguments that are cast to the autocast dtype; the others keep theirs.
-    Without `backward` the op raises when something is differentiated through it (never silently wrong).
+    Without `backward` the op raises `no_gradient` when something is differentiated through it (never silently wrong).
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
@@ -80,7 +81,7 @@ def define(
         setup_context, backward = _on_the_same_backend(setup_context, backward)
         torch.library.register_autograd(f"scalekern::{name}", backward, setup_context=setup_context, lib=_lib)
     elif not mutates:
-        torch.library.register_autograd(f"scalekern::{name}", _no_gradient(name), lib=_lib)
+        torch.library.register_autograd(f"scalekern::{name}", _no_gradient(name, no_gradient), lib=_lib)
     if autocast:
         _register_autocast(name, overload, autocast)
     if not mutates:
@@ -105,8 +106,8 @@ def _on_the_same_backend(setup_context: Callable, backward: Callable) -> tuple[C
     return setup, run
 
 
-def _no_gradient(name: str) -> Callable:
-    why = "second-order gradients are not implemented" if name.endswith("_bwd") else NO_GRADIENT
+def _no_gradient(name: str, why: str) -> Callable:
+    why = "second-order gradients are not implemented" if name.endswith("_bwd") else why
 
     def backward(ctx, *grads):
         raise NotImplementedError(f"{name}: {why}")

@@ -4,6 +4,8 @@ some False: no pair is allowed; every True: all are; both are sound, and the res
 leaves; tables answer through minima and maxima over ranges.
 """
 
+import math
+
 import torch
 
 from scalekern import _mask_code as code_of
@@ -11,14 +13,17 @@ from scalekern import _mask_code as code_of
 _EXACT_TABLE = 1 << 16  # elements up to which ranges are looked up element by element
 _BUCKET = 32
 _EXACT_BITS = 1 << 22
+_PERIOD = 64  # up to which all residues of congruences are tried
 
 
 class Bounds:
     """(some, every) of a program; its range tables are built once."""
 
     def __init__(self, program: code_of.Program):
-        self.code, self.instructions = program.code, program.instructions
+        self.program, self.code, self.instructions = program, program.code, program.instructions
         self.tables = {}
+        steps = [i[4] for i in self.instructions if i[0] == code_of.DILATED]
+        self.period = math.lcm(*steps) if steps and math.lcm(*steps) <= _PERIOD else 0
 
     def __call__(self, q, k, b, h):
         """q, k: (first, last) int64 tensors; b, h: int64 tensors of the same shape. Returns two bool tensors."""
@@ -29,6 +34,47 @@ class Bounds:
             return self._leaf(i, (x[0] + dx, x[1] + dx), (y[0] + dy, y[1] + dy), b, h)
 
         return code_of.run(self.instructions, leaf, _LOGIC)
+
+    def periodic(self, q, k, b, h):
+        """(decided, some, every): exact where `decided`, which is where congruences alone vary in a rectangle, for it
+        and for each of its parts whose differences q - k meet every residue of `period`."""
+        apart = torch.arange(self.period).view(-1, 1)
+        decided = torch.ones_like(q[0], dtype=torch.bool)
+
+        def leaf(i):
+            opcode, swap, dx, dy, step, *_ = i
+            if opcode == code_of.DILATED:
+                return ((-apart if swap else apart) + dx - dy) % step == 0
+            x, y = (k, q) if swap else (q, k)
+            some, every = self._leaf(i, (x[0] + dx, x[1] + dx), (y[0] + dy, y[1] + dy), b, h)
+            decided.logical_and_(some == every)
+            return every
+
+        allowed = code_of.run(self.instructions, leaf, code_of.LOGIC).expand(self.period, len(decided))
+        return decided, allowed.any(0), allowed.all(0)
+
+    def signature(self, q, k, b, h):
+        """int64 (columns, n): rectangles with equal columns hold the same pairs, counted from their corners.
+
+        A leaf that is undecided in a rectangle counts by the coordinates that it depends on.
+        """
+        columns = [q[1] - q[0], k[1] - k[0]]
+        for i in self.instructions:
+            if i[0] >= code_of.AND:
+                continue
+            opcode, swap, dx, dy, p0, *p = i
+            x, y = ((k, q) if swap else (q, k))
+            x, y = (x[0] + dx, x[1] + dx), (y[0] + dy, y[1] + dy)
+            some, every = (side.expand_as(columns[0]) for side in self._leaf(i, x, y, b, h))
+            columns.append(every + 2 * (some & ~every))
+            along = x[0] - y[0]
+            needed = {
+                code_of.CAUSAL: (along,), code_of.WINDOW: (along,), code_of.DILATED: (along % max(p0, 1),),
+                code_of.BELOW: (y[0],), code_of.PREFIX: (y[0], code_of.one(b, p[0])),
+                code_of.ROWS: (x[0], code_of.one(b, p[1])),
+            }  # fmt: skip
+            columns += [torch.where(some & ~every, c, 0) for c in needed.get(opcode, (x[0], y[0], b, h))]
+        return torch.stack([c.long() for c in columns])
 
     def _leaf(self, instruction, x, y, b, h):
         opcode, _, _, _, p0, p1, p2, p3, p4, p5, p6, _ = instruction

@@ -193,10 +193,10 @@ class Program:
 
     def __call__(self, q, k, b, h) -> torch.Tensor:
         """Whether pairs are allowed: bool; q, k, b, h are int64 tensors that broadcast."""
-        return run(self.instructions, lambda i: evaluate(self.code, i, *_coordinates(i, q, k), b, h), _LOGIC)
+        return run(self.instructions, lambda i: evaluate(self.code, i, *_coordinates(i, q, k), b, h), LOGIC)
 
 
-_LOGIC = {AND: torch.logical_and, OR: torch.logical_or, NOT: torch.logical_not}
+LOGIC = {AND: torch.logical_and, OR: torch.logical_or, NOT: torch.logical_not}
 
 
 def _coordinates(instruction, q, k):

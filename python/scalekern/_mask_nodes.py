@@ -199,12 +199,16 @@ class Mask:
     def density(self, q_len: int, kv_len: int) -> float:
         """Allowed pairs / all pairs, over all batches and heads that the mask tells apart."""
         pairs = self.batches * self.heads * q_len * kv_len
-        return _mask_plan.allowed_pairs(self.code(), q_len, kv_len) / pairs if pairs else 0.0
+        return self._pairs(q_len, kv_len) / pairs if pairs else 0.0
+
+    @remembered
+    def _pairs(self, q_len, kv_len):
+        return _mask_plan.allowed_pairs(self.code(), q_len, kv_len)
 
     def waste(self, q_len: int, kv_len: int, block=(128, 128)) -> float:
         """Pairs in the tiles that a kernel visits / allowed pairs: 1 is perfect, infinity cannot occur."""
         visited = _mask_plan.visited_pairs(self.plan(q_len, kv_len, block))
-        return visited / _mask_plan.allowed_pairs(self.code(), q_len, kv_len) if visited else 1.0
+        return visited / self._pairs(q_len, kv_len) if visited else 1.0
 
     def empty_rows(self, q_len: int, kv_len: int) -> torch.Tensor:
         """Queries that may see no key: bool (batches, heads, Lq), without a quadratic tensor."""

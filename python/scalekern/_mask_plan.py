@@ -152,7 +152,7 @@ def _build(code, q_len, kv_len, block) -> Plan:
 
 
 def descend(program, groups, q_len, kv_len, block, origin=(0, 0)):
-    """Squares of tiles that are full, and single tiles that are partial.
+    """Squares of tiles that are full, or all partial, and single tiles.
 
     Args:
         groups: int64 (G, 2), the (batch, head) pairs to look at.
@@ -177,15 +177,30 @@ def descend(program, groups, q_len, kv_len, block, origin=(0, 0)):
         some, every = some.expand(at.shape[1]), every.expand(at.shape[1])
         found.append(_found(at[:, every], side, FULL))
         at = at[:, some & ~every]
+        if bounds.period:
+            at = _settle(bounds, groups, at, side, lengths, block, origin, found)
         if level == 0:
-            for part in at.split(_PAIRS // 64, 1):
-                found += _look(program, groups, part, lengths, block, origin)
+            for part in at.split(_CHUNK, 1):
+                found += _look(bounds, groups, part, lengths, block, origin)
         elif at.shape[1]:
             quarters = [(di, dj) for di in (0, 1) for dj in (0, 1)]
             children = torch.cat([torch.stack([at[0], 2 * at[1] + di, 2 * at[2] + dj]) for di, dj in quarters], 1)
             inside = (children[1] << level - 1 < sizes[0]) & (children[2] << level - 1 < sizes[1])
             work += [(level - 1, part) for part in children[:, inside].split(_CHUNK, 1)]
     return torch.cat(found, 1)
+
+
+def _settle(bounds, groups, at, side, lengths, block, origin, found):
+    """What is left of squares when those are found, or empty, in which congruences alone vary."""
+    spans = [_span(at[1 + a], side * block[a], lengths[a], origin[a]) for a in (0, 1)]
+    decided, some, every = bounds.periodic(*spans, *groups[at[0]].T)
+    least = 0  # differences that the smallest tile of a square meets
+    for a in (0, 1):
+        cut = (at[1 + a] + 1) * side * block[a] > lengths[a]
+        least = least + torch.where(cut, (lengths[a] - 1) % block[a] + 1, block[a])
+    decided &= least > bounds.period
+    found += [_found(at[:, decided & every], side, FULL), _found(at[:, decided & some & ~every], side, PARTIAL)]
+    return at[:, ~decided]
 
 
 def _span(at, size, length, origin):
@@ -197,22 +212,32 @@ def _found(at, side, kind):
     return torch.cat([at[:1], at[1:] * side, same * side, same * kind])
 
 
-def _look(program, groups, at, lengths, block, origin):
-    """Single tiles, by a grid of 8 x 8 pairs first, which settles most partial ones, and then by all pairs."""
-    found = []
+def _look(bounds, groups, at, lengths, block, origin):
+    """Single tiles, of those that look alike one, by a grid of 8 x 8 pairs first, which settles most partial ones, and
+    then by all pairs."""
+    first, kind = _alike(bounds, groups, at, lengths, block, origin)
+    some, every = torch.zeros(2, len(first), dtype=torch.bool)
+    open_ = torch.arange(len(first))
     for points in dict.fromkeys(((8, 8), block)):
-        if not at.shape[1]:
-            break
-        rest = []
-        for part in at.split(max(1, _PAIRS // (points[0] * points[1])), 1):
-            allowed = evaluate(program, groups, part, lengths, block, origin, points).flatten(1)
-            some, every = allowed.any(1), allowed.all(1)
-            found.append(_found(part[:, some & ~every], 1, PARTIAL))
-            if points == block:
-                found.append(_found(part[:, every], 1, FULL))
-            rest.append(part[:, some == every])
-        at = torch.cat(rest, 1)
-    return found
+        for part in open_.split(max(1, _PAIRS // (points[0] * points[1]))):
+            tiles = at[:, first[part]]
+            allowed = evaluate(bounds.program, groups, tiles, lengths, block, origin, points).flatten(1)
+            some[part], every[part] = allowed.any(1), allowed.all(1)
+        open_ = open_[some[open_] == every[open_]]
+    some, every = some[kind], every[kind]
+    return [_found(at[:, some & ~every], 1, PARTIAL), _found(at[:, every], 1, FULL)]
+
+
+def _alike(bounds, groups, at, lengths, block, origin):
+    """(of each kind of tiles one, of each tile its kind): tiles of a kind hold the same pairs."""
+    spans = [_span(at[1 + a], block[a], lengths[a], origin[a]) for a in (0, 1)]
+    kind = torch.zeros(at.shape[1], dtype=torch.int64)
+    for column in bounds.signature(*spans, *groups[at[0]].T):
+        if at.shape[1] and (low := int(column.min())) < (high := int(column.max())):
+            kind = torch.unique(kind * (high - low + 1) + column - low, return_inverse=True)[1]
+    first = torch.zeros(int(kind.max()) + 1 if len(kind) else 0, dtype=torch.int64)
+    first[kind] = torch.arange(len(kind))  # any of them
+    return first, kind
 
 
 def evaluate(program, groups, at, lengths, block, origin, points):
@@ -282,8 +307,11 @@ def visited_pairs(plan: Plan) -> int:
     return int((height * torch.minimum(n * plan.block[1], plan.kv_len - j * plan.block[1])).sum())
 
 
-def _partial_tiles(code, plan, wanted=None):
-    """Chunks (tiles (3, n), allowed (n, BQ, BK), False past the ends) of the partial tiles; wanted: which runs."""
+def _partial_tiles(code, plan, summary, wanted=None):
+    """Chunks (tiles (3, n), summary of each) of the partial tiles; wanted: which runs.
+
+    summary: of allowed (n, BQ, BK), False past the ends; asked once for tiles that hold the same pairs.
+    """
     programs, batches = _mask_code.read(host_of(code))
     g, i, j, n, kind = _listed(plan)
     chosen = kind == PARTIAL if wanted is None else (kind == PARTIAL) & wanted
@@ -294,12 +322,18 @@ def _partial_tiles(code, plan, wanted=None):
     lengths, block = (plan.q_len, plan.kv_len), plan.block
     for program in dict.fromkeys(programs):
         mine = torch.tensor([p is program for p in programs]).repeat(batches)
-        for part in tiles[:, mine[tiles[0]]].split(max(1, _PAIRS // (block[0] * block[1])), 1):
-            allowed = evaluate(program, groups, part, lengths, block, (0, 0), block)
-            for a in (0, 1):
-                inside = part[1 + a].view(-1, 1) * block[a] + torch.arange(block[a]) < lengths[a]
-                allowed = allowed & inside.unsqueeze(2 - a)
-            yield part, allowed
+        bounds = Bounds(program)
+        for part in tiles[:, mine[tiles[0]]].split(_CHUNK, 1):
+            first, kind = _alike(bounds, groups, part, lengths, block, (0, 0))
+            found = []
+            for some in part[:, first].split(max(1, _PAIRS // (block[0] * block[1])), 1):
+                allowed = evaluate(program, groups, some, lengths, block, (0, 0), block)
+                for a in (0, 1):
+                    inside = some[1 + a].view(-1, 1) * block[a] + torch.arange(block[a]) < lengths[a]
+                    allowed = allowed & inside.unsqueeze(2 - a)
+                found.append(summary(allowed))
+            if found:
+                yield part, torch.cat(found)[kind]
 
 
 @_mask_code.on_cpu
@@ -308,7 +342,9 @@ def allowed_pairs(code, q_len, kv_len) -> int:
     plan = plan_of(code, q_len, kv_len, (64, 64))
     _, i, j, n, kind = _listed(plan)
     full = (plan.q_len - i * 64).clamp(max=64) * torch.minimum(n * 64, plan.kv_len - j * 64)
-    return int(full[kind == FULL].sum()) + sum(int(a.count_nonzero()) for _, a in _partial_tiles(code, plan))
+    return int(full[kind == FULL].sum()) + sum(
+        int(pairs.sum()) for _, pairs in _partial_tiles(code, plan, lambda allowed: allowed.sum((1, 2)))
+    )
 
 
 @_mask_code.on_cpu
@@ -319,7 +355,7 @@ def empty_rows(code, q_len, kv_len) -> torch.Tensor:
     seen = torch.zeros(plan.batches * plan.heads, n_q, 64, dtype=torch.bool)
     g, i, _, _, kind = _listed(plan)
     seen[g[kind == FULL], i[kind == FULL]] = True
-    for part, allowed in _partial_tiles(code, plan, ~seen[g, i, 0]):
+    for part, rows_seen in _partial_tiles(code, plan, lambda allowed: allowed.any(2), ~seen[g, i, 0]):
         rows = torch.zeros(seen.numel() // 64, 64, dtype=torch.int32)
-        seen |= (rows.index_add_(0, part[0] * n_q + part[1], allowed.any(2).int()) > 0).view_as(seen)
+        seen |= (rows.index_add_(0, part[0] * n_q + part[1], rows_seen.int()) > 0).view_as(seen)
     return ~seen.flatten(1)[:, :q_len].view(plan.batches, plan.heads, q_len)

@@ -212,13 +212,13 @@ def support() -> str:
 
     lines = header("op", "device", "backend", "dtypes", "gradient", "not served", "checked here")
     for op in testing.specs():
-        registered = next(o for o in _library.OPS.values() if o.public == op)
+        spec = testing.specs()[op]
+        registered = next(o for o in _library.OPS.values() if o.public == (spec.through or op))
         for backend in sorted({b.name for b in registered.backends}, key=BACKENDS.index):
             device = "CPU" if backend == "cpu" else "GPU" if backend in ("cuda", "triton") else "any"
             probe = ran if device != "GPU" else asked
             served, gradient, refused = probe(op, backend, selfcheck, testing)
             here = "yes" if probe is ran and served else "no"
-            spec = testing.specs()[op]
             none = "none (in place)" if spec.inplace else "none (inference)" if spec.inference else None
             grad = (none or ("yes" if gradient else "no")) if served else ""
             lines.append(line(op, device, backend, ", ".join(served), grad, cell(refused), here))

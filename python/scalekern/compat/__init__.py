@@ -5,10 +5,12 @@
     from mamba_ssm import Mamba                     # scalekern.nn.Mamba
     model = transformers.MambaForCausalLM(config)   # an unmodified transformers, on scalekern's ops
     from flashfftconv import FlashFFTConv           # on scalekern.fft_conv
+    from fast_hadamard_transform import hadamard_transform  # with a right gradient
 
 `flex_attention` here is torch's, for code that has a BlockMask: it is called by name, nothing is replaced.
 
-`mamba_ssm`, `causal_conv1d`, `flashfftconv`, and H3's extension `fftconv`, which carries its src/ops/fftconv.py (that
+`mamba_ssm`, `causal_conv1d`, `flashfftconv`, `fast_hadamard_transform`, and H3's extension
+`fftconv`, which carries its src/ops/fftconv.py (that
 module is here too, for code that has no such file of its own).
 
 Installed packages of these names are left alone, unless install(force=True). transformers may be imported before or
@@ -22,13 +24,13 @@ import importlib.metadata
 import importlib.util
 import sys
 
-from scalekern.compat import _flashfftconv, _h3, _shims, _transformers
+from scalekern.compat import _flashfftconv, _h3, _hadamard, _shims, _transformers
 from scalekern.compat._flex import flex_attention
 
 __all__ = ["calls", "flex_attention", "install", "installed", "reset_calls", "uninstall"]
 
-VERSIONS = _shims.VERSIONS | _flashfftconv.VERSIONS | _h3.VERSIONS
-MODULES = _shims.MODULES | _flashfftconv.MODULES | _h3.MODULES
+VERSIONS = _shims.VERSIONS | _flashfftconv.VERSIONS | _h3.VERSIONS | _hadamard.VERSIONS
+MODULES = _shims.MODULES | _flashfftconv.MODULES | _h3.MODULES | _hadamard.MODULES
 
 _finder: "_Finder | None" = None
 _last: "_Finder | None" = None  # asked after everybody else
@@ -110,7 +112,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.partition(".")[0] in self.packages and name in MODULES:
             package = any(other.startswith(name + ".") for other in MODULES)
             return importlib.machinery.ModuleSpec(name, self, origin="scalekern.compat", is_package=package)
-        if name in _transformers.MIXERS and self.packages:
+        if _transformers.concerns(name) and self.packages:
             return _transformers.patched_spec(name, path)
         return None
 

@@ -11,6 +11,7 @@ import torch
 
 import scalekern
 from scalekern import nn, reference
+from scalekern.nn.mamba2 import gated_rms_norm, scan_and_norm
 
 calls: collections.Counter = collections.Counter()
 
@@ -68,6 +69,50 @@ def mamba_inner_ref(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
         delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
     )  # fmt: skip
+
+
+@_counted
+def mamba_chunk_scan_combined(
+    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
+    dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False,
+):  # fmt: skip
+    return scalekern.ssd_scan(
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_limit,
+        return_final_states, return_varlen_states,
+    )  # fmt: skip
+
+
+@_counted
+def mamba_split_conv1d_scan_combined(
+    zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None,
+    dt_limit=(0.0, float("inf")), return_final_states=False, activation="silu", rmsnorm_weight=None, rmsnorm_eps=1e-6,
+    outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, norm_before_gate=True,
+):  # fmt: skip
+    """The block behind its first projection: convolution, scan, gated norm, and the second projection if given."""
+    heads = A.shape[0]
+    width = D.numel() if D.dim() == 2 else heads * headdim
+    d_state = (conv1d_weight.shape[0] - width) // (2 * ngroups)
+    z, xBC, dt = zxbcdt.split([width, conv1d_weight.shape[0], heads], -1)
+    xBC = scalekern.causal_conv1d(
+        xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation
+    ).transpose(1, 2)
+    norm = None
+    if rmsnorm_weight is not None:
+        norm = (rmsnorm_weight, rmsnorm_eps, width // ngroups, norm_before_gate)
+    y, states = scan_and_norm(
+        xBC, z, dt, A, D.flatten(), dt_bias, headdim=width // heads, ngroups=ngroups, d_state=d_state,
+        dt_limit=dt_limit, norm=norm, initial_states=initial_states, seq_idx=seq_idx, states_wanted=return_final_states,
+    )  # fmt: skip
+    if outproj_weight is not None:
+        y = torch.nn.functional.linear(y, outproj_weight, outproj_bias)
+    return (y, states) if return_final_states else y
+
+
+def rmsnorm_fn(
+    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, upcast=True
+):  # fmt: skip
+    out = gated_rms_norm(x, z, weight, eps, group_size or x.shape[-1], norm_before_gate)
+    return out if bias is None else out + bias
 
 
 @_counted
@@ -142,14 +187,14 @@ def _varlen_states(x, cu_seqlens, state_len):
     return torch.where(inside[..., None], tokens, 0).transpose(1, 2).contiguous()
 
 
-# Distribution name -> version. mamba_ssm: the last release whose contents were Mamba-1 only, which is what is here.
-VERSIONS = {"mamba_ssm": "1.2.2+scalekern", "causal_conv1d": "1.5.2+scalekern"}
+# Distribution name -> version: that of upstream whose functions these are.
+VERSIONS = {"mamba_ssm": "2.2.4+scalekern", "causal_conv1d": "1.5.2+scalekern"}
 
 # Module -> its attributes. Every parent of a module is listed too.
 MODULES = {
     "mamba_ssm": {
         "__version__": VERSIONS["mamba_ssm"], "selective_scan_fn": selective_scan_fn,
-        "mamba_inner_fn": mamba_inner_fn, "Mamba": nn.Mamba,
+        "mamba_inner_fn": mamba_inner_fn, "Mamba": nn.Mamba, "Mamba2": nn.Mamba2,
     },
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": {
@@ -161,8 +206,14 @@ MODULES = {
     "mamba_ssm.ops.triton.selective_state_update": {
         "selective_state_update": selective_state_update, "selective_state_update_ref": selective_state_update_ref,
     },
+    "mamba_ssm.ops.triton.ssd_combined": {
+        "mamba_chunk_scan_combined": mamba_chunk_scan_combined,
+        "mamba_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
+    },
+    "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": nn.GatedRMSNorm, "rmsnorm_fn": rmsnorm_fn},
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.mamba_simple": {"Mamba": nn.Mamba},
+    "mamba_ssm.modules.mamba2": {"Mamba2": nn.Mamba2},
     "causal_conv1d": {
         "__version__": VERSIONS["causal_conv1d"], "causal_conv1d_fn": causal_conv1d_fn,
         "causal_conv1d_update": causal_conv1d_update, "causal_conv1d_varlen_states": causal_conv1d_varlen_states,

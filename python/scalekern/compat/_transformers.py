@@ -19,6 +19,9 @@ MIXERS = {
     "transformers.models.falcon_mamba.modeling_falcon_mamba": ("FalconMambaMixer", "FalconMambaBlock"),
 }
 _CLOSURE = {"applicable_params", "func_name", "implementation", "is_new_implementation", "package", "torch_function"}
+# In train mode the Mamba-2 mixers offer upstream's fused function their whole block. It does not mask the padding after
+# the convolution, as their separate steps do: for those it stays the torch form, which declines.
+_FUSED = "mamba_split_conv1d_scan_combined"
 _AVAILABILITY = ("is_mamba_ssm_available", "is_mamba_2_ssm_available", "is_causal_conv1d_available")
 _packages: set[str] = set()
 
@@ -41,8 +44,13 @@ def unpatch() -> None:
             cls.forward = getattr(cls.forward, "_scalekern_original", cls.forward)
 
 
+def concerns(name: str) -> bool:
+    """Whether a module of this name may have something to patch once it has run."""
+    return name.startswith("transformers.models.") and ".modeling_" in name
+
+
 def patched_spec(name: str, path):
-    """The module's own spec, with a loader that patches the mixer once it has run."""
+    """The module's own spec, with a loader that patches the mixers once it has run."""
     spec = importlib.machinery.PathFinder.find_spec(name, path)
     if spec is None or spec.loader is None:
         return None
@@ -51,7 +59,10 @@ def patched_spec(name: str, path):
     def exec_module(module):
         execute(module)
         if "mamba_ssm" in _packages:
-            _patch_classes(module)
+            if module.__name__ in MIXERS:
+                _patch_classes(module)
+            for function in list(vars(module).values()):
+                _decline_fused(function)
 
     spec.loader.exec_module = exec_module  # on this instance only: source, path and caching stay the loader's
     return spec
@@ -103,6 +114,13 @@ def _resolve_again() -> None:
         ))  # fmt: skip
         for name in ("implementation", "applicable_params", "is_new_implementation"):
             cells[name].cell_contents = fresh[name].cell_contents
+        _decline_fused(function)
+
+
+def _decline_fused(function) -> None:
+    cells = _cells(function)
+    if _CLOSURE <= set(cells) and cells["func_name"].cell_contents == _FUSED and _packages:
+        cells["implementation"].cell_contents = cells["torch_function"].cell_contents
 
 
 def _cells(function) -> dict:

@@ -35,11 +35,13 @@ class AttentionMask(torch.Tensor):
     mask: masks.Mask | None  # None: all pairs of `keys`
     keys: tuple[int, int]
     packed: bool  # it keeps packed sequences apart
+    rows: tuple | None  # of one query that sees an interval of keys: (first, number) of each batch row, int32 (B,)
 
     @staticmethod
-    def __new__(cls, shape, device, mask, keys, packed=False):
+    def __new__(cls, shape, device, mask, keys, packed=False, rows=None):
         self = torch.empty((), dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
         self.mask, self.keys, self.packed = mask, keys, packed
+        self.rows = rows and tuple(x.to(device) for x in rows)
         return self
 
     def dense(self) -> torch.Tensor:
@@ -63,7 +65,7 @@ class AttentionMask(torch.Tensor):
         if function in _SAME:
             return args[0]
         if function is torch.Tensor.to and not kwargs and len(args) == 2 and isinstance(args[1], (str, torch.device)):
-            return cls(args[0].shape, args[1], args[0].mask, args[0].keys, args[0].packed)
+            return cls(args[0].shape, args[1], args[0].mask, args[0].keys, args[0].packed, args[0].rows)
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs))
         return function(*args, **kwargs)
 
@@ -119,8 +121,11 @@ def attention_mask(
     except _Unreadable:
         return _evaluated(arguments)
     first, last, holes = _kept(attention_mask, place)
+    rows = None
     if q_length == 1:
         first, last, pattern = pattern.row(first, last, place)
+        if holes is None and not pattern.parts:
+            rows = _rows(first, last, batch_size, kv_length)
     keys = pattern.reach(first, last, place)
     parts = [*pattern.masks(place, keys), *_intervals(first, last, keys)]
     if holes is not None:
@@ -128,7 +133,7 @@ def attention_mask(
     mask = intern(functools.reduce(lambda a, b: a & b, parts)) if parts else None
     if mask is None and q_length == 1 and keys == (0, kv_length) and allow_is_causal_skip:
         return None
-    return AttentionMask((batch_size, 1, q_length, kv_length), device, mask, keys, pattern.packed)
+    return AttentionMask((batch_size, 1, q_length, kv_length), device, mask, keys, pattern.packed, rows)
 
 
 def _evaluated(arguments):
@@ -191,6 +196,12 @@ def _intervals(first, last, keys):
     first, last = ([max(n - start, 0) for n in side] for side in (first, last))
     found = [~masks.prefix(first)] if any(first) else []
     return found + ([masks.prefix(last)] if min(last) < stop - start else [])
+
+
+def _rows(first, last, batch, kv_len):
+    """Of each batch row the first key and how many there are."""
+    first, last = (torch.tensor(side, dtype=torch.int32).clamp(0, kv_len).expand(batch) for side in (first, last))
+    return first.contiguous(), (last - first).clamp(min=0)
 
 
 def _alike(table):

@@ -5,6 +5,7 @@ from scalekern.nn.h3 import H3
 from scalekern.nn.hstu import HSTU
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
+from scalekern.nn.mamba2 import GatedRMSNorm, Mamba2
 from scalekern.nn.masked_cross_attention import MaskedCrossAttention
 from scalekern.nn.moa import MoAAttention
 from scalekern.nn.monarch_mixer import (
@@ -30,9 +31,11 @@ __all__ = [
     "BlockdiagLinear",
     "DilatedReparamBlock",
     "FiTBlock",
+    "GatedRMSNorm",
     "HyenaFilter",
     "HyenaOperator",
     "Mamba",
+    "Mamba2",
     "MaskedCrossAttention",
     "MoAAttention",
     "MonarchMixerBlock",

@@ -145,7 +145,7 @@ class _Call:
         self.real = torch.float64 if u.dtype == torch.float64 else torch.float32
         self.length = u.shape[2]
         self.padded: dict = {}
-        self.given = spectrum
+        self.given = spectrum if spectrum is not None and spectrum.is_complex() else None  # or it is the CPU kernel's
         self.ring = ring_of(mode, self.length, count, k.shape[-1], 1 if k_reverse is None else k_reverse.shape[-1])
         # cuFFT takes real rows of an odd length in pairs, so that one that is not finite would spoil its neighbour
         # (seen at N = 75): a circular convolution of an odd period goes by complex rows there.

@@ -8,6 +8,7 @@ import torch
 from scalekern import _checks, _library
 from scalekern._dispatch import Backend, filling, triton
 from scalekern.ops import _fft_conv as blocks
+from scalekern.ops import _fft_conv_cpu as kernels
 from scalekern.reference.fft_conv import MODES, FFTConvSpectrum
 from scalekern.reference.fft_conv import fft_conv_bwd as reference_bwd
 from scalekern.reference.fft_conv import fft_conv_fwd as reference_fwd
@@ -73,9 +74,9 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
 
     Returns:
         FFTConvSpectrum, a frozen record of the filters, length, mode and `values`: the Hermitian half of the spectrum,
-        complex (D, N / 2 + 1), N the size of the FFT, complex128 for float64 filters and complex64 otherwise. It is
-        of use to torch's FFT (CPU, and GPU calls that the fused kernels decline; those transform k in a pass of their
-        own). Gradients of a call go to the filters, exactly as without it. A pytree: it may be an argument of compiled
+        complex (D, N / 2 + 1), N the size of the FFT, complex128 for float64 filters and complex64 otherwise; where the
+        CPU kernel will take it, about as many numbers as that kernel wants them, float32 (D, *). It is of use on a CPU
+        and to GPU calls that the fused kernels decline (those transform k in a pass of their own). Gradients of a call go to the filters, exactly as without it. A pytree: it may be an argument of compiled
         and exported functions. Filters changed in place since are refused, except in a compiled function.
 
     Raises:
@@ -278,6 +279,8 @@ def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode,
 
 
 def _allocate_spectrum(k, k_reverse, length, mode):
+    if kernels.makes_spectrum(k, k_reverse, length, mode):
+        return kernels.allocate_spectrum(k, k_reverse, length, mode)
     count = length + k.shape[-1] - 1 if mode == "full" else length
     ring = blocks.ring_of(mode, length, count, int(k.shape[-1]), 1 if k_reverse is None else int(k_reverse.shape[-1]))
     lead = k.shape[:-1] if k_reverse is None else torch.broadcast_shapes(k.shape[:-1], k_reverse.shape[:-1])
@@ -286,13 +289,15 @@ def _allocate_spectrum(k, k_reverse, length, mode):
     return k.new_empty(*lead, ring.size if whole else ring.size // 2 + 1, dtype=kind)
 
 
-# The blocks are one composition of torch's FFT for every device; on a GPU they take what the Triton kernels decline.
+# The blocks are one composition of torch's FFT for every device; they take what the kernels decline: on a GPU the Triton
+# ones, on a CPU the library's own FFTs.
 fft_conv_fwd = _library.define(
     NAME,
     f"fft_conv_fwd({_TENSORS}) -> Tensor",
     backends=(
         Backend("triton", filling(_allocate_fwd, _triton("fft_conv_fwd")), _triton_supports),
         Backend("cuda", filling(_allocate_fwd, blocks.forward), composed=True),
+        Backend("cpu", filling(_allocate_fwd, kernels.forward), kernels.supports_fwd),
         Backend("cpu", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("reference", reference_fwd),
     ),
@@ -309,6 +314,7 @@ fft_conv_bwd = _library.define(
     backends=(
         Backend("triton", filling(_allocate_bwd, _triton("fft_conv_bwd")), lambda dout, *a: _triton_supports(*a)),
         Backend("cuda", filling(_allocate_bwd, blocks.backward), composed=True),
+        Backend("cpu", filling(_allocate_bwd, kernels.backward), kernels.supports_bwd),
         Backend("cpu", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("reference", reference_bwd),
     ),
@@ -321,6 +327,7 @@ fft_conv_spectrum_op = _library.define(
     "fft_conv_spectrum(Tensor k, Tensor? k_reverse, int length, str mode) -> Tensor",
     backends=(
         Backend("cuda", blocks.spectrum, composed=True),
+        Backend("cpu", filling(kernels.allocate_spectrum, kernels.spectrum), kernels.supports_spectrum),
         Backend("cpu", blocks.spectrum, composed=True),
         Backend("reference", blocks.spectrum),
     ),

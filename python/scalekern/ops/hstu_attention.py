@@ -3,14 +3,12 @@
 Shape letters: B sequences, H heads, P head dim, Pv of the values, T positions, K time buckets.
 """
 
-import functools
-
 import torch
 
 from scalekern import _checks
 from scalekern.ops import _hstu
-from scalekern.ops.sparse_attention import plain, sparse_attention_fwd
-from scalekern.reference.hstu_attention import NORMALIZE, bucket_edges
+from scalekern.ops.sparse_attention import sparse_attention_fwd
+from scalekern.reference.hstu_attention import NORMALIZE
 
 NAME = "hstu_attention"
 
@@ -82,15 +80,8 @@ def _tables(q, k, offsets, time, time_table, position_table):
         positions = rows(position_table), place.int(), _hstu.places(offsets, k.shape[0])[1].int()
     if time_table is not None:
         following = time[torch.minimum(row + 1, offsets[1:][sequence] - 1)]
-        times = rows(time_table), following.long(), time.long(), _edges(time_table.shape[-1] - 1, time.device)
+        times = rows(time_table), following.long(), time.long(), None
     return *positions, *times
-
-
-@functools.cache
-def _edges(K, device):
-    """One tensor for all calls: kernels read its values back once."""
-    with plain():
-        return bucket_edges(K).to(device)
 
 
 def _check(q, k, v, offsets, num_targets, time, time_table, position_table, normalize):
@@ -100,6 +91,8 @@ def _check(q, k, v, offsets, num_targets, time, time_table, position_table, norm
     total, heads, dim = k.shape
     _checks.shape(NAME, "q", q, (None, heads, dim))
     _checks.shape(NAME, "v", v, (total, heads, None))
+    if not 1 <= dim <= 256 or not 1 <= v.shape[2] <= 256:
+        raise ValueError(f"{NAME}: the last axes of q and v must have 1 to 256 elements, got {dim} and {v.shape[2]}")
     _checks.bounds(NAME, "offsets", offsets, total)
     sequences = offsets.shape[0] - 1
     if q.shape[0] != total and (sequences == 0 or q.shape[0] % sequences):

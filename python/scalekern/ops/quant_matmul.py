@@ -6,8 +6,8 @@ Shape letters: M tokens, N outputs, K inputs, G groups.
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import composed, filling
-from scalekern.ops import _quant_matmul
+from scalekern._dispatch import Backend, composed, filling, triton
+from scalekern.ops import _quant_matmul, _quant_matmul_cpu
 from scalekern.quant import QuantizedTensor
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
 from scalekern.reference.quant_matmul import quant_matmul_bwd as reference_bwd
@@ -105,7 +105,11 @@ _OPTIONS = "str format, int group_size, str activation, float? activation_scale"
 quant_matmul_fwd = _library.define(
     NAME,
     f"quant_matmul_fwd(Tensor x, {_PARTS}, {_OPTIONS}, ScalarType? out_dtype) -> Tensor",
-    backends=composed(filling(_allocate_fwd, _quant_matmul.forward), reference_fwd),
+    backends=(
+        Backend("triton", filling(_allocate_fwd, triton(NAME, "quant_matmul_fwd"))),
+        Backend("cpu", filling(_allocate_fwd, _quant_matmul_cpu.forward)),
+        *composed(filling(_allocate_fwd, _quant_matmul.forward), reference_fwd),
+    ),
     fake=_allocate_fwd,
     empty=lambda x, data, *rest: x.numel() == 0 or data.shape[0] == 0,
     setup_context=_setup_context,
@@ -117,7 +121,11 @@ quant_matmul_bwd = _library.define(
     NAME,
     f"quant_matmul_bwd(Tensor dout, Tensor x, {_PARTS}, {_OPTIONS}, bool weight_grads)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=composed(filling(_allocate_bwd, _library.without_autocast(_quant_matmul.backward)), reference_bwd),
+    backends=(
+        Backend("triton", filling(_allocate_bwd, triton("quant_matmul_bwd", "quant_matmul_bwd"))),
+        Backend("cpu", filling(_allocate_bwd, _library.without_autocast(_quant_matmul_cpu.backward))),
+        *composed(filling(_allocate_bwd, _library.without_autocast(_quant_matmul.backward)), reference_bwd),
+    ),
     fake=_allocate_bwd,
     empty=lambda dout, x, data, *rest: x.numel() == 0 or data.shape[0] == 0,
 )

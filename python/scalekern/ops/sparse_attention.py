@@ -15,7 +15,8 @@ from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._mask_packed import packed
 from scalekern.ops._hstu import places
-from scalekern.reference.sparse_attention import SCORES, image_bias, scale_of, unit
+from scalekern.reference.hstu_attention import bucket_edges
+from scalekern.reference.sparse_attention import SCORES, scale_of, unit
 from scalekern.reference.sparse_attention import sparse_attention_bwd as reference_bwd
 from scalekern.reference.sparse_attention import sparse_attention_fwd as reference_fwd
 
@@ -49,9 +50,11 @@ def sparse_attention(
         sinks: (Hq,), a score in every row's sum that brings no value.
         softcap: scores become softcap tanh(scores / softcap).
         position_table: (T,) or (Hq, T), T odd: entry (T - 1) / 2 + k - q is added to the score of query q and key k,
-            at most the table's ends; after the cap (T5's relative bias, ALiBi). Or (1 or Hq, 2 h - 1, 2 w - 1) for
-            images of h x w tokens, entry (h - 1 + rows, w - 1 + columns) from query to key (Swin; what Swin V2's and
-            CrossFormer's networks produce): it becomes a dense bias, quadratic in h w.
+            at most the table's ends; after the cap (ALiBi; T5's through `relative_position_buckets`). Or (1 or Hq,
+            2 h - 1, 2 w - 1) for images of h x w tokens, entry (h - 1 + rows, w - 1 + columns) from query to key:
+            Swin's table, or what Swin V2's and CrossFormer's networks produce, with `.flip(-2, -1)`, since these count
+            from key to query. A window's table serves a whole image under `masks.window2d` when padded to its size.
+            Not for packed sequences.
         cu_seqlens: (S + 1,) int32 or int64, rising from 0 to total: S sequences end to end, within each of which the
             mask counts positions from 0; a mask over images or of a dense tensor is refused. The tile lists are made
             from its values: once a tensor, which must not be changed in place.
@@ -82,9 +85,6 @@ def sparse_attention(
     lengths = (int(q.shape[2]), int(k.shape[2])) if empty_rows == "attend" else None
     compiling = torch.compiler.is_compiling()
     code, text = (None, _text_of(mask, lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
-    if position_table is not None and position_table.dim() == 3:
-        relative = image_bias(position_table.to(wide))
-        bias, position_table = relative if bias is None else bias + relative, None
     tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
     scale = scale if scale is None else float(scale)
     out, lse = sparse_attention_fwd(
@@ -100,11 +100,15 @@ def _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide):
     """(position_table, q_pos, k_pos) and no times: positions count from the start of a packed sequence."""
     if position_table is None:
         return (None,) * 7
-    table = position_table if position_table.dim() == 2 else position_table[None]
     positions = []
     for x, bounds in ((q, cu_seqlens), (k, cu_seqlens_k)):
         place = torch.arange(x.shape[2], device=x.device) if bounds is None else places(bounds, x.shape[2])[1]
+        if position_table.dim() == 3:  # rows end to end, as wide as the table: a difference names its entry
+            across = position_table.shape[2]
+            width = (across + 1) // 2
+            place = place // width * across + place % width
         positions.append(place.int())
+    table = position_table[None] if position_table.dim() == 1 else position_table.flatten(1)
     return table.to(wide), *positions, *(None,) * 4
 
 
@@ -115,7 +119,7 @@ def _constant(function):
 
 
 @contextlib.contextmanager
-def plain():
+def _plain():
     """Outside of fake tensors and transforms."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -132,7 +136,7 @@ def _code_of(mask, lengths, device):
     code = mask.known_code(device) if lengths is None else None
     if code is not None:  # a tenth of a small call's time is saved
         return code
-    with plain():
+    with _plain():
         return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
 
 
@@ -142,7 +146,7 @@ def _text_of(mask, lengths):
 
     A tensor would be a constant, of which dynamo takes one a function that made it.
     """
-    with plain():
+    with _plain():
         mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
         text = repr(mask)
         if not _means(text, mask):
@@ -213,7 +217,7 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
             _checks.tensor(NAME, name, x, dims=1, dtypes=_checks.FLOATING)
             _checks.shape(NAME, name, x, (heads,))
     if position_table is not None:
-        _check_table(position_table, heads, queries, keys)
+        _check_table(position_table, heads, queries, keys, cu_seqlens is not None)
     _checks.choice(NAME, "score", score, SCORES)
     _checks.choice(NAME, "empty_rows", empty_rows, ("zero", "attend"))
     if temperature is not None and score != "cosine":
@@ -226,8 +230,8 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
                         position_table=position_table)  # fmt: skip
 
 
-def _check_table(table, heads, queries, keys):
-    _checks.tensor(NAME, "position_table", table, dims=(1, 2, 3), dtypes=_checks.FLOATING)
+def _check_table(table, heads, queries, keys, packed):
+    _checks.tensor(NAME, "position_table", table, dims=(1, 2) if packed else (1, 2, 3), dtypes=_checks.FLOATING)
     _checks.shape(NAME, "position_table", table, (None,), *((h, *sizes) for h in (heads, 1) for sizes in ((None,), (None, None))))
     sizes = table.shape[1:] if table.dim() == 3 else table.shape[-1:]
     if any(n % 2 == 0 for n in sizes):
@@ -238,7 +242,7 @@ def _check_table(table, heads, queries, keys):
 
 
 def _resolved(function, code: int, text: int):
-    """`function` of the op's arguments less the text, with the code for it."""
+    """`function` of the op's arguments less the text, with the code for it, and the edges of a table of times."""
 
     @functools.wraps(function)
     def run(*args):
@@ -246,9 +250,18 @@ def _resolved(function, code: int, text: int):
         mask = args.pop(text)
         if args[code] is None:
             args[code] = _mask_of(mask).code(args[0].device)
+        times, edges = code + 8, code + 11
+        if args[times] is not None and args[edges] is None:
+            args[edges] = _edges(args[times].shape[1] - 1, args[times].device)
         return function(*args)
 
     return run
+
+
+@functools.cache
+def _edges(K, device):
+    """HSTU's, one tensor for all calls: kernels read its values back once."""
+    return bucket_edges(K).to(device)
 
 
 def _allocate_fwd(q, k, v, *rest):

@@ -15,7 +15,7 @@ INDEX = (torch.int32, torch.int64)
 
 def sparse_attention_decode(
     q, k_cache, v_cache, lengths, *, budgets=None, sink=0, circular=False, head_offsets=None, block_table=None,
-    scale=None, softcap=None, sinks=None, return_lse=False,
+    starts=None, scale=None, softcap=None, sinks=None, return_lse=False,
 ):  # fmt: skip
     """softmax(scale q k^T) v of the T newest tokens over a cache that already holds their keys and values.
 
@@ -46,6 +46,8 @@ def sparse_attention_decode(
             head_offsets[g + 1] of axis S.
         block_table: (B, max_pages), int32 or int64: the page with the positions from j page on is block_table[b, j].
             Entries of pages that no query sees may hold anything. Not with circular: pages are freed instead.
+        starts: (B,), int32 or int64, of a contiguous cache, not circular: position p of row b lies in slot starts[b] + p,
+            such as after padding on the left. None: 0.
         scale: P^-0.5 when None.
         softcap: scores become softcap tanh(scores / softcap).
         sinks: (Hq,), a score in every row's sum that brings no value.
@@ -61,18 +63,18 @@ def sparse_attention_decode(
     Source: Fu et al., MoA, 2024, section 4; Kwon et al., PagedAttention, 2023, section 4; Xiao et al., Efficient
     Streaming Language Models with Attention Sinks, 2024, section 3.2.
     """
-    _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, block_table, softcap, sinks)
+    _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, block_table, starts, softcap, sinks)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     out, lse = sparse_attention_decode_op(
-        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale,
+        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale,
         float(softcap or 0.0),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, block_table, softcap, sinks):
+def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, block_table, starts, softcap, sinks):
     _checks.tensor(NAME, "q", q, dims=4, dtypes=_checks.FLOATING)
     batch, heads, _, dim = q.shape
     ragged, paged = head_offsets is not None, block_table is not None
@@ -103,13 +105,18 @@ def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, 
         _checks.shape(NAME, "block_table", block_table, (batch, None))
         if circular:
             raise ValueError(f"{NAME}: circular must be False with a block_table, got True")
+    if starts is not None:
+        _checks.tensor(NAME, "starts", starts, dims=1, dtypes=INDEX)
+        _checks.shape(NAME, "starts", starts, (batch,))
+        if ragged or paged or circular:
+            raise ValueError(f"{NAME}: starts must be None for other layouts than contiguous ones, got a tensor")
     _checks.at_least(NAME, "sink", sink, 0)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{NAME}: softcap must be positive, got {softcap!r}")
     on_device = budgets if budgets is not None and budgets.device.type != "cpu" else None
     _checks.same_device(
         NAME, "q", q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, budgets=on_device, head_offsets=head_offsets,
-        block_table=block_table, sinks=sinks,
+        block_table=block_table, starts=starts, sinks=sinks,
     )  # fmt: skip
 
 
@@ -126,7 +133,7 @@ def _empty(q, k_cache, *rest):
 sparse_attention_decode_op = _library.define(
     NAME,
     "sparse_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? budgets, "
-    "Tensor? head_offsets, Tensor? block_table, Tensor? sinks, int sink, bool circular, float scale, float softcap) "
+    "Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, int sink, bool circular, float scale, float softcap) "
     "-> (Tensor, Tensor)",
     backends=(
         Backend("triton", filling(_allocate, triton("sparse_attention_decode", "sparse_attention_decode"))),

@@ -6,6 +6,7 @@ from scalekern.quant._hqq import hqq
 from scalekern.quant._methods import METHODS
 from scalekern.quant._quantize import dequantize, quantize
 from scalekern.quant.model import QuantConfig, quantize_model
+from scalekern.quant.readers import load_quantized, read_checkpoint, save_quantized
 from scalekern.quant.report import LayerReport, QuantReport
 from scalekern.quant.tensor import QuantizedTensor
 
@@ -21,6 +22,9 @@ __all__ = [
     "dequantize",
     "fold_rotation",
     "hqq",
+    "load_quantized",
     "quantize",
     "quantize_model",
+    "read_checkpoint",
+    "save_quantized",
 ]

@@ -41,7 +41,7 @@ class Format:
 
     def values(self, dtype=torch.float32, device=None) -> torch.Tensor:
         """(2^bits,) the value of each code."""
-        return _values(self.name, dtype, str(device or "cpu")) if self.table is not None else _codes(self, dtype, device)
+        return _codes(self, dtype, device) if self.is_integer else _values(self.name, dtype, str(device or "cpu"))
 
 
 def _codes(fmt: Format, dtype, device) -> torch.Tensor:

@@ -16,17 +16,18 @@ def refine(groups, fmt: Format, scales, zeros, outer, whole: bool):
     error = lambda s, z: _error(groups, fmt, s, z, outer, whole)  # noqa: E731
     best, best_zeros = scales, zeros
     least = error(scales, zeros)
-    for ratio in RATIOS:
-        candidate = (scales.to(groups.dtype) * ratio).to(scales.dtype)
+    for ratio in [2.0, *RATIOS] if scales.dtype == torch.float8_e8m0fnu else RATIOS:  # an MX block may be clipped
+        candidate = _quantize.nearest_scales(scales.to(groups.dtype) * ratio, scales.dtype)
         for _ in range(ROUNDS):
-            moved = None if zeros is None else _fitted_zeros(groups, candidate, fmt, whole)
+            moved = None if zeros is None else _fitted_zeros(groups, candidate, outer, fmt, whole).to(zeros.dtype)
             found = error(candidate, moved)
             better = found < least
             least = torch.where(better, found, least)
-            best = torch.where(better, candidate.float(), best.float()).to(scales.dtype)
+            best = torch.where(better, candidate.to(groups.dtype), best.to(groups.dtype)).to(scales.dtype)
             if zeros is not None:
                 best_zeros = torch.where(better, moved, best_zeros)
-            candidate = _fitted_scales(groups, fmt, candidate, moved, outer, whole).to(scales.dtype)
+            fitted = _fitted_scales(groups, fmt, candidate, moved, outer, whole)
+            candidate = _quantize.nearest_scales(fitted, scales.dtype)
     return best, best_zeros
 
 
@@ -43,7 +44,7 @@ def _sum(x, whole):
 
 
 def _error(groups, fmt, scales, zeros, outer, whole):
-    step = scales.to(groups.dtype) * (1.0 if outer is None else outer.to(groups.dtype))
+    step = _quantize._step(scales, outer, groups.dtype)
     return _sum((_numbers(groups, fmt, scales, zeros, outer) * step - groups) ** 2, whole)
 
 
@@ -57,9 +58,9 @@ def _fitted_scales(groups, fmt, scales, zeros, outer, whole):
     return torch.where(fitted > 0, fitted, scales.to(groups.dtype))
 
 
-def _fitted_zeros(groups, scales, fmt, whole):
+def _fitted_zeros(groups, scales, outer, fmt, whole):
     """The middle of the codes at the middle of the range."""
     top = _quantize._over(groups, _quantize._amax, whole)
     bottom = -_quantize._over(-groups, _quantize._amax, whole)
-    middle = _quantize._safe_div(top + bottom, 2 * scales.to(groups.dtype))
+    middle = _quantize._safe_div(top + bottom, 2 * _quantize._step(scales, outer, groups.dtype))
     return ((fmt.levels - 1) / 2 - middle).round().clamp(0, fmt.levels - 1)

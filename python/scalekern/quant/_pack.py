@@ -16,10 +16,11 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     *lead, K = codes.shape
     if bits == 8:
         return codes.to(torch.uint8)
-    places = torch.arange(bits, device=codes.device)
-    stream = (codes.to(torch.int32)[..., None] >> places & 1).reshape(*lead, K * bits)
-    stream = torch.nn.functional.pad(stream, (0, -K * bits % 8)).reshape(*lead, row_bytes(K, bits), 8)
-    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    n, wide = (8 // bits, torch.uint8) if 8 % bits == 0 else (8, torch.int64)  # codes that fill whole bytes together
+    groups = torch.nn.functional.pad(codes.to(wide), (0, -K % n)).reshape(*lead, -(-K // n), n)
+    words = (groups << torch.arange(0, n * bits, bits, device=codes.device, dtype=wide)).sum(-1, True, dtype=wide)
+    stream = words >> torch.arange(0, n * bits, 8, device=codes.device, dtype=wide) & 255
+    return stream.to(torch.uint8).flatten(-2)[..., : row_bytes(K, bits)].contiguous()
 
 
 def unpack(data: torch.Tensor, bits: int, K: int) -> torch.Tensor:

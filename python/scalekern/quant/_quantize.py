@@ -6,7 +6,7 @@ import torch
 
 from scalekern.quant._formats import BLOCK_FORMATS, FORMATS, Format
 from scalekern.quant._pack import pack, unpack
-from scalekern.quant.tensor import QuantizedTensor
+from scalekern.quant.tensor import SCALE_DTYPES, QuantizedTensor
 
 NAME = "quantize"
 
@@ -75,10 +75,12 @@ def quantize(
         axis: what is summed over in the product: -1, or -2 for a (..., K, N) that is to be stored transposed.
         method: "absmax" (the largest element meets the largest code), or "least_squares" (the scale, and with
             symmetric=False the zero, of the least squared error).
-        scale_dtype: of the scales; None for float32, or what the block format says.
+        scale_dtype: of the scales; None for float32, or what the block format says. Scales are rounded up, so that
+            nothing is clipped. int8 and uint8 give two levels: whole scales times a float32 a row (`outer`).
 
     Returns:
-        QuantizedTensor of (..., N, K), whose dtype is w's. A group of zeros stays zeros.
+        QuantizedTensor of (..., N, K), whose dtype is w's. A group of zeros stays zeros; one with an infinity or a NaN
+        is all NaN.
 
     Raises:
         TypeError, ValueError: w no floating matrix, an unknown format or method, zeros for a format that has none.
@@ -94,13 +96,9 @@ def quantize(
     whole = group == "tensor"
     K = w.shape[-1]
     size = max(1, K if group in (None, "tensor") else group)
-    groups = _grouped(wide, size)  # (..., N, G, size), NaN beyond the last column
-    scales, zeros, offsets = _parameters(groups, fmt, symmetric, whole)
-    outer = None
-    if format == "nvfp4":
-        outer = _outer(scales)
-        scales = _safe_div(scales, outer).clamp(max=448.0)
-    scales = _stored(scales, fmt, format, scale_dtype)
+    # (..., N, G, size). What is not finite spoils its group: as infinity here, since NaN is what lies beyond K.
+    groups = _grouped(torch.where(wide.isfinite(), wide, math.inf), size)
+    scales, zeros, offsets, outer = _parameters(groups, fmt, format, symmetric, whole, scale_dtype)
     if method == "least_squares" and element != "int1":  # whose mean and magnitude are that already
         from scalekern.quant._least_squares import refine
 
@@ -129,6 +127,8 @@ def _resolve(w, format, group_size, symmetric, axis, method, scale_dtype):
         raise ValueError(f"{NAME}: symmetric=False needs one of int2 to int8, got {format}")
     if block not in (None, "tensor") and (not isinstance(block, int) or block < 1):
         raise ValueError(f"{NAME}: group_size must be None, 'tensor' or an integer of at least 1, got {group_size!r}")
+    if block_scales not in SCALE_DTYPES:
+        raise TypeError(f"{NAME}: scale_dtype must be one of {', '.join(map(str, SCALE_DTYPES))}, got {scale_dtype}")
     return element, block, block_scales
 
 
@@ -152,40 +152,89 @@ def _amax(x, dim):
 
 
 def _mean(x, dim):
-    return x.nanmean(dim, keepdim=True)
+    return x.nanmean(dim, keepdim=True, dtype=torch.float64).to(x.dtype)
 
 
-def _parameters(groups, fmt: Format, symmetric: bool, whole: bool):
-    """(scales, zeros, offsets), each (..., N or 1, G, 1) or None, in the dtype of the groups."""
+def _parameters(groups, fmt: Format, format: str, symmetric: bool, whole: bool, dtype: torch.dtype):
+    """(scales, zeros, offsets, outer) as stored, each (..., N or 1, G or 1, 1) or None."""
+    side = dtype if dtype in (torch.float16, torch.bfloat16) else groups.dtype  # of zeros and offsets
+    largest = _over(groups.abs(), _amax, whole)
+    offsets = bottom = None
     if fmt.name == "int1":
-        mean = _over(groups, _mean, whole)
-        return _over((groups - mean).abs(), _mean, whole), None, mean
-    if fmt.name == "ternary":
-        return _over(groups.abs(), _mean, whole), None, None
-    if symmetric:
-        return _over(groups.abs(), _amax, whole) / fmt.largest, None, None
-    top = _over(groups, _amax, whole).clamp(min=0)  # the range holds 0, which has a code of its own
-    bottom = -_over(-groups, _amax, whole).clamp(min=0)
-    scales = (top - bottom) / (fmt.levels - 1)
-    zeros = _safe_div(-bottom, scales).round().clamp(0, fmt.levels - 1)
-    return scales, zeros, None
+        offsets = nearest_scales(_over(groups, _mean, whole), side)
+        spread = _over((groups - offsets).abs(), _mean, whole)
+    elif fmt.name == "ternary":
+        spread = _over(groups.abs(), _mean, whole)
+    elif symmetric:
+        spread = largest / fmt.largest
+    else:
+        top = _over(groups, _amax, whole).clamp(min=0)  # the range holds 0, which has a code of its own
+        bottom = -_over(-groups, _amax, whole).clamp(min=0)
+        spread = top / (fmt.levels - 1) - bottom / (fmt.levels - 1)  # of each: the sum may be beyond all numbers
+    spread = torch.where(largest.isinf(), math.nan, spread)
+    scales, outer = _stored(spread, largest, fmt, format, dtype)
+    if outer is not None and offsets is not None:
+        offsets = offsets / outer  # which multiplies both
+    zeros = None
+    if bottom is not None:
+        zeros = _safe_div(-bottom, _step(scales, outer, groups.dtype)).round().clamp(0, fmt.levels - 1)
+        zeros = zeros.nan_to_num(0.0).to(side)
+    return scales, zeros, offsets, outer
 
 
-def _outer(scales):
-    """NVFP4's scale of the tensor: the largest block scale becomes 448."""
-    largest = scales.amax((-3, -2), keepdim=True) if scales.numel() else scales.new_zeros((*scales.shape[:-3], 1, 1, 1))
-    outer = largest / 448.0
-    return torch.where(outer > 0, outer, 1.0).squeeze(-1).to(torch.float32)[..., None]
+def _stored(spread, largest, fmt: Format, format: str, dtype: torch.dtype):
+    """(scales, outer) for the exact scales `spread` and the largest magnitudes.
+
+    MX: the power of two below the largest magnitude over that below the largest element, beyond which all is clipped
+    (OCP, 6.3). NVFP4: the nearest, the tensor's largest becoming 448. Of other formats, largest magnitudes are rounded
+    up, since what is above the largest code is clipped, and means to nearest.
+    """
+    if format in BLOCK_FORMATS and dtype == torch.float8_e8m0fnu:
+        exponent = torch.frexp(largest).exponent - 1 - math.floor(math.log2(fmt.largest))
+        return _power_of_two(exponent, spread), None
+    if format in BLOCK_FORMATS:
+        outer = _amax_of(largest, (-3, -2)) / (fmt.largest * torch.finfo(dtype).max)
+        outer = torch.where(outer == 0, 1.0, outer).float()
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal
+        scales = torch.where(spread == 0, 0.0, (spread / outer).clamp(min=least))
+        return nearest_scales(torch.where(spread.isnan(), math.nan, scales), dtype), outer
+    mean = fmt.name in ("int1", "ternary")
+    if dtype in (torch.int8, torch.uint8):
+        outer = _amax_of(spread, (-2,)) / torch.iinfo(dtype).max
+        outer = torch.where(outer == 0, 1.0, outer).float()
+        whole = (spread / outer).nan_to_num(1.0)
+        return nearest_scales(whole if mean else whole.ceil(), dtype), outer
+    if dtype == torch.float8_e8m0fnu:
+        mantissa, exponent = torch.frexp(spread)
+        return _power_of_two(torch.where(mantissa == 0.5, exponent - 1, exponent), spread), None
+    if dtype == torch.float64 or mean:
+        return nearest_scales(spread, dtype), None
+    near = nearest_scales(spread, dtype)
+    bits = near.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize])
+    below = near.to(spread.dtype) < spread.clamp(max=torch.finfo(dtype).max)
+    return (bits + below.to(bits.dtype)).view(dtype), None
 
 
-def _stored(scales, fmt: Format, format: str, dtype: torch.dtype):
-    """The scales as their dtype holds them. E8M0 has powers of two: that below, so that the block fits (OCP, 6.3)."""
-    if dtype != torch.float8_e8m0fnu:
-        return scales.to(dtype)
-    largest_power = math.floor(math.log2(fmt.largest))
-    exponent = torch.frexp(scales * fmt.largest).exponent - 1 - largest_power
-    exponent = torch.where(scales > 0, exponent, -127).clamp(-127, 127)
-    return (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+def _amax_of(x, dims):
+    if x.numel():
+        return x.amax(dims, keepdim=True)
+    return x.new_zeros([1 if i - x.dim() in dims else size for i, size in enumerate(x.shape)])
+
+
+def _power_of_two(exponent, spread):
+    exponent = torch.where(spread > 0, exponent, -127).clamp(-127, 127) + 127
+    return torch.where(spread.isnan(), 255, exponent).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def nearest_scales(x, dtype: torch.dtype):
+    """x in a dtype of scales (or offsets), as near as can be, never infinite."""
+    if dtype in (torch.int8, torch.uint8):
+        return x.round().clamp(max=torch.iinfo(dtype).max).to(dtype)
+    return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
+def _step(scales, outer, dtype):
+    return scales.to(dtype) if outer is None else scales.to(dtype) * outer.to(dtype)
 
 
 def _safe_div(a, b):
@@ -195,15 +244,14 @@ def _safe_div(a, b):
 
 def _codes(groups, fmt: Format, scales, zeros, offsets, outer):
     """(..., N, G, size) the nearest codes, halves to even."""
-    step = scales.to(groups.dtype) if outer is None else scales.to(groups.dtype) * outer.to(groups.dtype)
-    centred = groups if offsets is None else groups - offsets
+    step = _step(scales, outer, groups.dtype)
+    centred = groups if offsets is None else groups - _step(offsets, outer, groups.dtype)
     x = _safe_div(centred, step.expand_as(centred[..., :1])).nan_to_num(0.0)
-    if fmt.is_integer:
-        zero = fmt.zero if zeros is None else zeros.to(x.dtype)
-        return (x + zero).round().clamp(0, fmt.levels - 1) if zeros is not None else (
-            x.round().clamp(-zero, fmt.levels - 1 - zero) + zero
-        )
-    return nearest_codes(x, fmt)
+    if not fmt.is_integer:
+        return nearest_codes(x, fmt)
+    if zeros is not None:
+        return (x + zeros.to(x.dtype)).round().clamp(0, fmt.levels - 1)
+    return x.round().clamp(-fmt.zero, fmt.levels - 1 - fmt.zero) + fmt.zero
 
 
 def nearest_codes(x: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -223,5 +271,6 @@ def nearest_codes(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 def _nearest(x, rising):
     """The index of the nearest of rising values, between two the even one."""
     middles = (rising[1:] + rising[:-1]) / 2
-    below, above = torch.bucketize(x, middles), torch.bucketize(x, middles, right=True)
-    return torch.where(below % 2 == 0, below, above)
+    below = torch.bucketize(x, middles)  # the number of middles that are less
+    tie = x == torch.nn.functional.pad(middles, (0, 1), value=math.nan)[below]
+    return below + (tie & (below % 2 == 1))

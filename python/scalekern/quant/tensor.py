@@ -14,10 +14,8 @@ from scalekern.quant._pack import row_bytes
 
 # The parts that are tensors, in the order of the ops' arguments; all but `data` and `scales` may be absent.
 PARTS = ("data", "scales", "zeros", "offsets", "outer", "perm")
-SCALE_DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8, torch.uint8,
-)  # fmt: skip
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SCALE_DTYPES = (*FLOATING, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8, torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +59,8 @@ class QuantizedTensor:
             raise ValueError(f"{op}: group_size must be at least 1, got {self.group_size}")
         if self.data.dtype != torch.uint8:
             raise TypeError(f"{op}: data must have dtype uint8, got {str(self.data.dtype).removeprefix('torch.')}")
+        if self.data.dim() < 2:
+            raise ValueError(f"{op}: data must have at least 2 dimensions, got shape {tuple(self.data.shape)}")
         *lead, N, _ = self.data.shape
         _part(op, "data", self.data, [(*lead, N, row_bytes(self.columns, self.bits))])
         groups = -(-self.columns // self.group_size)
@@ -69,10 +69,16 @@ class QuantizedTensor:
                 _part(op, name, part, [(*lead, N, groups), (*lead, 1, groups)])
         if self.scales.dtype not in SCALE_DTYPES:
             raise TypeError(f"{op}: scales must be floating or 8-bit integers, got {self.scales.dtype}")
+        for name in ("zeros", "offsets", "outer"):
+            part = getattr(self, name)
+            if part is not None and part.dtype not in FLOATING and (name, part.dtype) != ("zeros", torch.uint8):
+                raise TypeError(f"{op}: {name} must be floating, got {str(part.dtype).removeprefix('torch.')}")
         if self.outer is not None:
             _part(op, "outer", self.outer, [(*lead, N, 1), (*lead, 1, 1)])
         if self.perm is not None:
             _part(op, "perm", self.perm, [(self.columns,)])
+            if self.perm.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{op}: perm must be int32 or int64, got {str(self.perm.dtype).removeprefix('torch.')}")
         return self
 
     @property
@@ -103,9 +109,13 @@ class QuantizedTensor:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], metadata: str) -> "QuantizedTensor":
-        """The inverse of `tensors` and `metadata`."""
-        fields = json.loads(metadata)
-        return cls(**tensors, **{**fields, "dtype": getattr(torch, fields["dtype"])}).check()
+        """The inverse of `tensors` and `metadata`; a ValueError or TypeError where they do not fit."""
+        try:
+            fields = json.loads(metadata)
+            dtype = {str(d).removeprefix("torch."): d for d in FLOATING}[fields.pop("dtype")]
+            return cls(**tensors, **fields, dtype=dtype).check()
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"QuantizedTensor: no metadata of a quantized tensor: {metadata!r}") from error
 
     def replace(self, **changes) -> "QuantizedTensor":
         return dataclasses.replace(self, **changes)
@@ -114,8 +124,8 @@ class QuantizedTensor:
         """Its parts on another device; `dtype` is that of `dequantize` and changes no part."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()} if device else {}
-        return self.replace(**moved, dtype=dtype or self.dtype)
+        move = lambda t: t if device is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
+        return self.replace(**{name: move(t) for name, t in self.tensors().items()}, dtype=dtype or self.dtype)
 
     def cpu(self) -> "QuantizedTensor":
         return self.to("cpu")
@@ -161,10 +171,11 @@ class QuantizedTensor:
         return self.replace(**parts, columns=stop - start)
 
     def __repr__(self) -> str:
+        bits = 8 * self.nbytes / max(1, self.shape.numel())
         return (
             f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, group_size={self.group_size}, "
-            f"scales={str(self.scales.dtype).removeprefix('torch.')}, {8 * self.nbytes / max(1, self.shape.numel()):.2f} "
-            f"bits a weight, device={str(self.device)!r})"
+            f"scales={str(self.scales.dtype).removeprefix('torch.')}, {bits:.2f} bits a weight, "
+            f"device={str(self.device)!r})"
         )
 
 

@@ -11,6 +11,7 @@ from scalekern.reference.dplr_ssm import dplr_ssm_kernel, truncate_C
 from scalekern.reference.dwt2d import dwt2d, idwt2d
 from scalekern.reference.fake_quantize import fake_quantize
 from scalekern.reference.fft_conv import fft_conv, fft_conv_chunk, fft_conv_spectrum, fft_conv_step, toeplitz_conv
+from scalekern.reference.hadamard_transform import fused_hadamard_quantize, hadamard_transform
 from scalekern.reference.hstu_attention import hstu_attention
 from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
@@ -20,6 +21,7 @@ from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
 from scalekern.reference.sparse_attention import sparse_attention
 from scalekern.reference.sparse_attention_decode import sparse_attention_decode
+from scalekern.reference.ssd_scan import ssd_scan
 
 __all__ = [
     "causal_conv1d",
@@ -37,6 +39,8 @@ __all__ = [
     "fft_conv_chunk",
     "fft_conv_spectrum",
     "fft_conv_step",
+    "fused_hadamard_quantize",
+    "hadamard_transform",
     "hstu_attention",
     "mamba_inner",
     "mamba_update",
@@ -47,6 +51,7 @@ __all__ = [
     "selective_state_update",
     "sparse_attention",
     "sparse_attention_decode",
+    "ssd_scan",
     "toeplitz_conv",
     "truncate_C",
 ]

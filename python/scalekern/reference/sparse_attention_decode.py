@@ -10,21 +10,26 @@ from scalekern.reference.sparse_attention import attend
 
 def sparse_attention_decode(
     q, k_cache, v_cache, lengths, *, budgets=None, sink=0, circular=False, head_offsets=None, block_table=None,
-    scale=None, softcap=None, sinks=None, return_lse=False,
+    starts=None, scale=None, softcap=None, sinks=None, return_lse=False,
 ):  # fmt: skip
     out, lse = sparse_attention_decode_op(
-        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale, softcap or 0.0
-    )
+        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale,
+        softcap or 0.0,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def sparse_attention_decode_op(
-    q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, sinks, sink, circular, scale, softcap
+    q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale, softcap
 ):  # fmt: skip
     slots, capacity = slots_of(k_cache, head_offsets, block_table)
     k, v = rows_of(k_cache, slots, block_table), rows_of(v_cache, slots, block_table)
-    check_lengths(lengths, capacity, circular)
-    held = positions(lengths, capacity.to(q.device), k.shape[2], sink, circular)[:, :, None]  # (B, Hkv, 1, S)
+    check_lengths(lengths, capacity, circular, starts)
+    held = positions(lengths, capacity.to(q.device), k.shape[2], sink, circular)  # (B, Hkv, S)
+    if starts is not None:
+        held = (torch.arange(k.shape[2], device=q.device) - starts.long()[:, None, None]).expand(held.shape)
+        held = torch.where(held < lengths[:, None, None], held, -1)
+    held = held[:, :, None]
     tokens = q.shape[2]
     own = (lengths.long()[:, None] - tokens + torch.arange(tokens, device=q.device))[:, None, :, None]
     visible = ((held >= 0) & (held <= own)).repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
@@ -70,12 +75,19 @@ def positions(lengths, capacity, slots, sink, circular):
     return torch.where((slot < capacity) & (held < n), held, -1)
 
 
-def check_lengths(lengths, capacity, circular):
+def check_lengths(lengths, capacity, circular, starts):
     """On a GPU this would be a synchronization."""
     if circular or lengths.device.type != "cpu" or lengths.numel() == 0 or capacity.numel() == 0:
         return
-    if lengths.max() > capacity.min():
-        raise ValueError(
-            f"sparse_attention_decode: lengths must be at most {int(capacity.min())}, the slots of a head, "
-            f"got {int(lengths.max())}"
-        )
+    slots = capacity.min().expand(lengths.shape)
+    if starts is not None:
+        outside = (starts < 0) | (starts > slots)
+        if outside.any():
+            got = int(starts[outside][0])
+            raise ValueError(f"sparse_attention_decode: starts must be from 0 to {int(slots[0])}, got {got}")
+        slots = slots - starts
+    for most, length in zip(slots.tolist(), lengths.tolist()):
+        if length > most:
+            raise ValueError(
+                f"sparse_attention_decode: lengths must be at most {most}, the slots of a head, got {length}"
+            )

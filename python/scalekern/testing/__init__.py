@@ -75,8 +75,14 @@ class Spec:
     rounding_of_saved  what a gradient adds in half precision since it reads the rounded output of the forward, in units
                      of the dtype's eps
     parameters_only  autocast leaves the op alone: it reads a model's parameters and no activations, or is no product
-    free_rank        the first argument has any number of axes before the last; new sizes are new rows
+    reorders         sums run in another order than the oracle's: of what is not finite, Inf or NaN may arrive
+    free_rank        the first argument has any number of axes before the last
+    grows_by_rows    a compiled function is called for more rows; without it, for a longer last axis
     straight_through   names of samples whose gradient is none of the function, but passes by a rounding
+    linear           the op is linear in its one tensor, and its own backward: gradients of every order work
+    integers_off     of an integer output, the share that may be off by one: where a value is a half of a step away from
+                     two integers, the last bit of a float decides, and kernels add in orders of their own
+    through          the public op whose registered ops do its work, if it has none of its own
     """
 
     samples: tuple[Sample, ...]
@@ -87,8 +93,13 @@ class Spec:
     operand_error: float = 0.0
     rounding_of_saved: float = 0.0
     parameters_only: bool = False
+    reorders: bool = False
     free_rank: bool = False
+    grows_by_rows: bool = False
     straight_through: tuple[str, ...] = ()
+    linear: bool = False
+    integers_off: float = 0.0
+    through: str = ""
 
     @property
     def trainable(self) -> bool:
@@ -96,15 +107,17 @@ class Spec:
 
 
 def specs() -> dict[str, Spec]:
-    """Every registered public op. Samples may be here before their op is."""
+    """Every public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import fake_quantize, fft_conv, quant_matmul, selective_scan, sparse_attention
+    from scalekern.testing import (
+        fake_quantize, fft_conv, hadamard, quant_matmul, selective_scan, sparse_attention, ssd_scan,
+    )  # fmt: skip
 
-    modules = (selective_scan, fft_conv, sparse_attention, quant_matmul, fake_quantize)
+    modules = (selective_scan, ssd_scan, fft_conv, sparse_attention, quant_matmul, fake_quantize, hadamard)
     families = {op: spec for module in modules for op, spec in module.SPECS.items()}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
-    return {op: spec for op, spec in families.items() if op in registered}
+    return {op: spec for op, spec in families.items() if (spec.through or op) in registered}
 
 
 def samples(op: str) -> tuple[Sample, ...]:
@@ -141,6 +154,14 @@ def assert_close(actual, expected, *, tolerance: float, what: str = "output") ->
         f"{what}: relative L2 error {value:.2e} is above {tolerance:.1e}; worst at {place}: "
         f"{actual[place].item() if gap.numel() else None} instead of {expected[place].item() if gap.numel() else None}"
     )
+
+
+def assert_integers_close(actual, expected, *, off: float, what: str = "output") -> None:
+    """Integers within one of each other, at most the share `off` of them (and one more) not equal."""
+    gap = (actual.detach().cpu().long() - expected.detach().cpu().long()).abs()
+    wrong = int((gap > 0).sum())
+    assert int(gap.amax()) <= 1 if gap.numel() else True, f"{what}: integers are off by {int(gap.amax())}"
+    assert wrong <= 1 + off * gap.numel(), f"{what}: {wrong} of {gap.numel()} integers are off by one"
 
 
 def upcast(value, dtype=torch.float64):

@@ -31,6 +31,7 @@ SPECS = {
         FAKE_QUANTIZE,
         parameters_only=True,
         free_rank=True,
+        grows_by_rows=True,
         straight_through=tuple(s.name for s in FAKE_QUANTIZE),
     )
 }

@@ -63,6 +63,7 @@ SPECS = {
         QUANT_MATMUL,
         dense_oracle=True,
         free_rank=True,
+        grows_by_rows=True,
         straight_through=("w8a8", "w4a8", "w4a4_static", "fp8_fp8"),
     )
 }

@@ -76,7 +76,7 @@ SPECS = {
 }  # fmt: skip
 
 
-def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, sinks=False, **plain):
+def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, starts=None, sinks=False, **plain):
     """S: slots of a contiguous cache. capacities: those of each key head of a ragged one. pages: (pages, page, table)."""
 
     def build(f):
@@ -91,6 +91,8 @@ def _decode(B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacit
             kwargs["block_table"], lead = f.integers(table), (count, Hkv, page)
         else:
             lead = (B, Hkv, S)
+        if starts is not None:
+            kwargs["starts"] = f.integers(starts)
         if sinks:
             kwargs["sinks"] = f.param(Hq)
         caches = f.io(*lead, P), f.io(*lead, P if Pv is None else Pv)
@@ -112,6 +114,7 @@ SPECS["sparse_attention_decode"] = Spec(
                                  circular=True, return_lse=True)),
         Sample("paged", _decode(2, 4, 2, 2, 20, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
                                 budgets=[6, 9, 16, 4], sink=1)),
+        Sample("padded", _decode(3, 4, 2, 2, 8, [30, 7, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
         Sample("one", _decode(1, 1, 1, 1, 1, [1], S=1, sinks=True)),
     ),
     inference=True,
@@ -119,3 +122,35 @@ SPECS["sparse_attention_decode"] = Spec(
 SPECS["merge_attention"] = Spec(
     (Sample("three", _parts(3, 2, 4, 5, Pv=8)), Sample("one", _parts(1, 1, Pv=1)), Sample("rows", _parts(2, 7, Pv=19)))
 )
+
+
+def _hstu(lengths, H, P, *, Pv=None, new=None, buckets=None, targets=None, positions=None, shared=False, **plain):
+    """buckets: of a table of times, a table a head unless shared. positions: entries of a table. new: rows of each alone."""
+
+    def build(f):
+        total, kwargs = sum(lengths), dict(plain, max_len=max(lengths) + 3)
+        rows = total if new is None else new * len(lengths)
+        if buckets is not None:
+            kwargs["time"] = f.integers([(97 * i * i + 13 * i) % 5000 for i in range(total)])
+            kwargs["time_table"] = f.param(buckets + 1) if shared else f.param(H, buckets + 1)
+        if positions is not None:
+            kwargs["position_table"] = f.param(positions) if shared else f.param(H, positions)
+        if targets is not None:
+            kwargs["num_targets"] = f.integers(targets)
+        args = f.io(rows, H, P), f.io(total, H, P), f.io(total, H, P if Pv is None else Pv)
+        kwargs["offsets"] = f.integers([sum(lengths[:i]) for i in range(len(lengths) + 1)])
+        return args, kwargs
+
+    return build
+
+
+SPECS["hstu_attention"] = Spec(
+    (
+        Sample("tables", _hstu([9, 0, 1, 12], 2, 4, buckets=20, positions=11)),
+        Sample("everything", _hstu([17, 4], 2, 4, Pv=6, buckets=12, positions=7, shared=True, targets=[5, 1], max_attn_len=4,
+                                   contextual_len=2, min_full_attn_len=3, normalize="length", alpha=0.7)),
+        Sample("newest", _hstu([9, 12], 1, 5, new=3, buckets=20, causal=False, normalize="scaling_len", scaling_len=10)),
+    ),
+    rounding_of_saved=0.5,
+    through="sparse_attention",
+)  # fmt: skip

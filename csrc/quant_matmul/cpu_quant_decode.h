@@ -1,0 +1,250 @@
+// Rows of a low-bit weight as floats or as one code a byte. Included by cpu_*_kernel.cpp only; static like vec.h.
+#pragma once
+#include "quant_matmul/quant_matmul.h"
+#include "selective_scan/cpu_tile.h"
+
+namespace {
+
+using scalekern::QuantDtype;
+using scalekern::QuantPart;
+using scalekern::QuantWeight;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
+static inline int64_t round_up(int64_t n, int64_t to) { return pieces(n, to) * to; }
+
+// Memory of one thread or one call.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(__builtin_malloc(sizeof(T) * size_t(count + 64) + 64))) {}
+  ~Buffer() { __builtin_free(data_); }
+  Buffer(const Buffer&) = delete;
+  operator T*() const {  // a vector's alignment: no load crosses a line
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(data_) + 63) / 64 * 64);
+  }
+
+ private:
+  T* data_;
+};
+
+static inline float from_bits(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+static inline float e4m3_to_float(uint8_t code) {
+  const uint32_t magnitude = code & 0x7f, sign = uint32_t(code & 0x80) << 24;
+  if (magnitude == 0x7f) return __builtin_nanf("");
+  const float x = magnitude >= 8 ? from_bits((magnitude << 20) + (120u << 23)) : float(magnitude) * 0x1p-9f;
+  return sign ? -x : x;
+}
+static inline float e8m0_to_float(uint8_t code) {
+  return code == 255 ? __builtin_nanf("") : from_bits(code ? uint32_t(code) << 23 : 0x400000u);
+}
+
+static inline void load_part(const QuantPart& p, int64_t offset, int64_t step, int64_t count, float* dst) {
+  const auto each = [&](const auto* __restrict data, const auto& convert) {
+    float* __restrict to = dst;
+    for (int64_t i = 0; i < count; ++i) to[i] = float(convert(data[offset + i * step]));
+  };
+  const auto plain = [](auto x) { return float(x); };
+  switch (p.dtype) {
+    case QuantDtype::f32:  // copied in one: it is what a product of one token has beside the codes
+      if (step == 1) return void(__builtin_memcpy(dst, at<float>(p.data, offset), size_t(count) * sizeof(float)));
+      return each(static_cast<const float*>(p.data), plain);
+    case QuantDtype::f64: return each(static_cast<const double*>(p.data), plain);
+    case QuantDtype::f16: return widen(dst, static_cast<const f16*>(p.data) + offset, step, count);
+    case QuantDtype::bf16: return widen(dst, static_cast<const bf16*>(p.data) + offset, step, count);
+    case QuantDtype::e4m3: return each(static_cast<const uint8_t*>(p.data), e4m3_to_float);
+    case QuantDtype::e8m0: return each(static_cast<const uint8_t*>(p.data), e8m0_to_float);
+    case QuantDtype::i8: return each(static_cast<const int8_t*>(p.data), plain);
+    case QuantDtype::u8: return each(static_cast<const uint8_t*>(p.data), plain);
+  }
+}
+
+// The same for all elements of a row of a matrix.
+static inline void load_row(const QuantPart& p, int64_t row, int64_t count, float* dst) {
+  load_part(p, row * p.row, p.column, count, dst);
+}
+
+// Of one row, a number a group: w = scale (v - zero) + offset with v = code, or table[code].
+struct GroupParts {
+  float *scale, *zero, *offset;
+
+  static constexpr int64_t floats(int64_t groups) { return 3 * groups; }
+  GroupParts() = default;
+  GroupParts(float* memory, int64_t groups) : scale(memory), zero(memory + groups), offset(memory + 2 * groups) {}
+
+  void load(const QuantWeight& w, int64_t row) const {
+    load_row(w.scales, row, w.groups, scale);
+    if (w.zeros.data) {
+      load_row(w.zeros, row, w.groups, zero);
+    } else {
+      const float all = w.zero;
+      for (int64_t g = 0; g < w.groups; ++g) zero[g] = all;
+    }
+    if (w.offsets.data) load_row(w.offsets, row, w.groups, offset);
+    else ::zero(offset, w.groups);
+    if (w.table == nullptr && (w.step != 1 || w.base != 0)) {
+      const float step = w.step, base = w.base;
+      for (int64_t g = 0; g < w.groups; ++g) scale[g] *= step, zero[g] = (zero[g] - base) / step;
+    }
+    if (w.outer.data) {
+      float outer;
+      load_row(w.outer, row, 1, &outer);
+      for (int64_t g = 0; g < w.groups; ++g) scale[g] *= outer, offset[g] *= outer;
+    }
+  }
+};
+
+static inline int code_at(const uint8_t* row, int64_t row_bytes, int bits, int64_t k) {
+  const int64_t bit = k * bits, byte = bit / 8;
+  const int word = row[byte] | (byte + 1 < row_bytes ? row[byte + 1] << 8 : 0);
+  return word >> (bit % 8) & ((1 << bits) - 1);
+}
+
+#if defined(__AVX2__)
+// The codes k .. k + 7 of a row, one a byte; k is a multiple of 8, so that they begin with a byte.
+struct EightCodes {
+  const uint8_t* row;
+  int64_t bytes;
+  int bits;
+  uint64_t places;  // where each code goes
+
+  EightCodes(const uint8_t* row, int64_t bytes, int bits)
+      : row(row), bytes(bytes), bits(bits), places(0x0101010101010101ull * uint64_t((1 << bits) - 1)) {}
+
+  // From here on eight bytes cannot be read: the row ends.
+  int64_t safe() const { return bytes < 8 ? 0 : (bytes - 8) / bits * 8 + 8; }
+  uint64_t operator[](int64_t k) const {
+    uint64_t word;
+    __builtin_memcpy(&word, row + k / 8 * bits, 8);
+    return _pdep_u64(word, places);
+  }
+  uint64_t at_the_end(int64_t k) const {
+    uint64_t word = 0;
+    const int64_t first = k / 8 * bits;
+    __builtin_memcpy(&word, row + first, size_t(least(bytes - first, 8)));
+    return _pdep_u64(word, places);
+  }
+};
+
+// Eight codes, one a 32-bit lane, to what they stand for.
+struct AsCode {
+  __m256 operator()(__m256i code) const { return _mm256_cvtepi32_ps(code); }
+};
+struct AsSmallTable {  // of at most 16
+  __m256 low, high;
+  AsSmallTable(const float* table, int bits) {
+    float all[16] = {};
+    __builtin_memcpy(all, table, sizeof(float) << bits);
+    low = _mm256_loadu_ps(all), high = _mm256_loadu_ps(all + 8);
+  }
+  __m256 operator()(__m256i code) const {
+    const __m256 a = _mm256_permutevar8x32_ps(low, code), b = _mm256_permutevar8x32_ps(high, code);
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+  }
+};
+// Sign, exponent and mantissa moved to where float16 has them, which has as many or more bits of both: its conversion
+// is exact for subnormals too, and 2^(difference of the biases) puts the exponent right. e4m3 has no Inf but a NaN.
+struct AsSmallFloat {
+  int sign_shift, shift;
+  __m256i sign, rest, nan;
+  __m256 scale;
+  AsSmallFloat(int bits, int mantissa) : sign_shift(16 - bits), shift(10 - mantissa) {
+    const int exponent = bits - 1 - mantissa, bias = (1 << (exponent - 1)) - 1;
+    sign = _mm256_set1_epi32(1 << (bits - 1)), rest = _mm256_set1_epi32((1 << (bits - 1)) - 1);
+    nan = _mm256_set1_epi32(bits == 8 && mantissa == 3 ? 0x7f : -1);
+    scale = _mm256_set1_ps(from_bits(uint32_t(127 + 15 - bias) << 23));
+  }
+  __m256 operator()(__m256i code) const {
+    const __m256i magnitude = _mm256_and_si256(code, rest);
+    const __m256i half = _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(code, sign), sign_shift),
+                                         _mm256_slli_epi32(magnitude, shift));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(words), scale);
+    return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(magnitude, nan)));
+  }
+};
+
+// dst[i] = scale (value(code first + i) - zero) + offset; first is a multiple of 8. Writes up to 7 elements beyond.
+template <class Value>
+static inline void decode_run(
+    const EightCodes& codes, const Value& value, int64_t first, int64_t count, float scale, float zero, float offset,
+    float* dst) {
+  const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero), o = _mm256_set1_ps(offset);
+  const auto put = [&](int64_t i, uint64_t eight) {
+    const __m256 v = value(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(eight))));
+    _mm256_storeu_ps(dst + i, _mm256_fmadd_ps(_mm256_sub_ps(v, z), s, o));
+  };
+  const int64_t safe = least(codes.safe() - first, count);
+  int64_t i = 0;
+  for (; i < safe; i += 8) put(i, codes[first + i]);
+  for (; i < count; i += 8) put(i, codes.at_the_end(first + i));
+}
+
+template <class Value>
+static inline void decode_with(
+    const QuantWeight& w, const Value& value, int64_t row, const GroupParts& parts, int64_t first, int64_t count,
+    float* dst) {
+  const EightCodes codes(w.data + row * w.pitch, w.row_bytes(), w.bits);
+  if (w.group % 8 == 0 || w.groups == 1) {
+    for (int64_t k = first; k < first + count;) {
+      const int64_t g = w.groups == 1 ? 0 : k / w.group;
+      const int64_t end = w.groups == 1 ? first + count : least(first + count, (g + 1) * w.group);
+      decode_run(codes, value, k, end - k, parts.scale[g], parts.zero[g], parts.offset[g], dst + k - first);
+      k = end;
+    }
+    return;
+  }
+  decode_run(codes, value, first, count, 1, 0, 0, dst);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t g = (first + i) / w.group;
+    dst[i] = parts.scale[g] * (dst[i] - parts.zero[g]) + parts.offset[g];
+  }
+}
+
+// dst[0 .. count) = w[row, first ..); first is a multiple of 8. Writes up to 7 elements beyond.
+static inline void decode(
+    const QuantWeight& w, int64_t row, const GroupParts& parts, int64_t first, int64_t count, float* dst) {
+  if (w.table == nullptr) return decode_with(w, AsCode(), row, parts, first, count, dst);
+  if (w.bits <= 4) return decode_with(w, AsSmallTable(w.table, w.bits), row, parts, first, count, dst);
+  return decode_with(w, AsSmallFloat(w.bits, w.mantissa), row, parts, first, count, dst);
+}
+
+// dst[0 .. K) = the codes of a row, one a byte. Writes up to 7 bytes beyond.
+static inline void unpack(const QuantWeight& w, int64_t row, uint8_t* dst) {
+  const EightCodes codes(w.data + row * w.pitch, w.row_bytes(), w.bits);
+  int64_t k = 0;
+  const int64_t safe = least(codes.safe(), w.columns);
+  for (; k < safe; k += 8) {
+    const uint64_t eight = codes[k];
+    __builtin_memcpy(dst + k, &eight, 8);
+  }
+  for (; k < w.columns; k += 8) {
+    const uint64_t eight = codes.at_the_end(k);
+    __builtin_memcpy(dst + k, &eight, 8);
+  }
+}
+#else
+static inline void decode(
+    const QuantWeight& w, int64_t row, const GroupParts& parts, int64_t first, int64_t count, float* dst) {
+  const uint8_t* data = w.data + row * w.pitch;
+  for (int64_t i = 0; i < count; ++i) {
+    const int code = code_at(data, w.row_bytes(), w.bits, first + i);
+    const int64_t g = (first + i) / w.group;
+    const float value = w.table ? w.table[code] : float(code);
+    dst[i] = parts.scale[g] * (value - parts.zero[g]) + parts.offset[g];
+  }
+}
+
+static inline void unpack(const QuantWeight& w, int64_t row, uint8_t* dst) {
+  const uint8_t* data = w.data + row * w.pitch;
+  for (int64_t k = 0; k < w.columns; ++k) dst[k] = uint8_t(code_at(data, w.row_bytes(), w.bits, k));
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,62 @@
+"""quant_matmul by the CPU kernels: their arguments, and what is left to torch (float64, gradients of the weight).
+
+Shape letters: M tokens, N outputs, K inputs, G groups.
+"""
+
+import torch
+
+from scalekern._dispatch import native
+from scalekern.ops import _quant_matmul
+from scalekern.quant import FORMATS
+from scalekern.reference.quant_matmul import ACTIVATION_MAX
+
+_fwd, _bwd = native("quant_matmul_fwd", "cpu"), native("quant_matmul_bwd", "cpu")
+MANTISSA = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e3m2": 2, "fp6_e2m3": 3}  # bits of the small floats
+
+
+def code_values(format: str, device) -> tuple:
+    """(table, bits, step, base, mantissa, zero): a code stands for table[code], or for step * code + base."""
+    fmt = FORMATS[format]
+    if fmt.name == "int1":  # -1 and 1
+        return None, 1, 2.0, -1.0, 0, 0.0
+    table = None if fmt.is_integer else fmt.values(torch.float32, device)
+    return table, fmt.bits, 1.0, 0.0, MANTISSA.get(format, 0), float(fmt.zero or 0)
+
+
+def _rows(data):
+    """The kernels take rows any distance apart, but the bytes of one side by side."""
+    return data if data.stride(-1) == 1 or data.shape[-1] == 1 else data.contiguous()
+
+
+def forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
+    """Fill out (..., N)."""
+    if x.dtype == torch.float64:
+        return _quant_matmul.forward(
+            out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
+        )
+    _fwd(
+        out.flatten(0, -2), x.flatten(0, -2), _rows(data), scales, zeros, offsets, outer, bias,
+        *code_values(format, x.device), group_size, ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0,
+    )  # fmt: skip
+
+
+def backward(
+    dx, dscales, dzeros, doffsets, douter, dbias,
+    dout, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, weight_grads,
+):  # fmt: skip
+    """Fill dx (..., K), and the others where they have elements."""
+    if x.dtype == torch.float64 or weight_grads:
+        return _quant_matmul.backward(
+            dx, dscales, dzeros, doffsets, douter, dbias, dout, x, data, scales, zeros, offsets, outer, bias,
+            format, group_size, activation, activation_scale, weight_grads,
+        )  # fmt: skip
+    flat = dout.flatten(0, -2)
+    _bwd(
+        dx.flatten(0, -2), flat, _rows(data), scales, zeros, offsets, outer,
+        *code_values(format, x.device), group_size,
+    )  # fmt: skip
+    if bias is not None:
+        dbias.copy_(flat.sum(0, dtype=torch.float32))
+
+
+forward.native_op, backward.native_op = _fwd.native_op, _bwd.native_op

@@ -1,0 +1,153 @@
+"""What readers read from: tensors by name, loaded when asked for, with errors that name the tensor."""
+
+import collections.abc
+import contextlib
+import json
+import pathlib
+
+import torch
+
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class Files(collections.abc.Mapping):
+    """The tensors of safetensors files, read when asked for; `metadata` is that of the first file that has any."""
+
+    def __init__(self, paths):
+        import safetensors
+
+        self._where, self.metadata = {}, {}
+        with contextlib.ExitStack() as stack:
+            for path in paths:
+                for name in _checked_header(path):
+                    if name in self._where:
+                        raise ValueError(f"read_checkpoint: {name} is in {self._where[name][1]} and in {path}")
+                    self._where[name] = None, path
+                try:
+                    file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+                except safetensors.SafetensorError as error:
+                    raise ValueError(f"read_checkpoint: {path} is no safetensors file: {error}") from error
+                self._where.update({name: (file, path) for name in file.keys()})
+                self.metadata = self.metadata or file.metadata() or {}
+            self._stack = stack.pop_all()
+
+    def __getitem__(self, name):
+        return self._where[name][0].get_tensor(name)
+
+    def __iter__(self):
+        return iter(self._where)
+
+    def __len__(self):
+        return len(self._where)
+
+    def __contains__(self, name):
+        return name in self._where
+
+    def close(self):
+        self._stack.close()
+
+
+def _checked_header(path):
+    """The names in a file; a ValueError that names the tensor that the file ends in."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"read_checkpoint: {path} is truncated or no safetensors file: its header is cut off")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"read_checkpoint: {path} is no safetensors file: {error!r}") from error
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        if end > size:
+            raise ValueError(f"read_checkpoint: {path} is truncated: {name} ends at byte {end} of {size}")
+    return ends
+
+
+def open_source(source):
+    """(tensors, config, path) of a mapping of tensors, a file, or a directory with its index and config.json."""
+    if isinstance(source, collections.abc.Mapping):
+        return source, {}, None
+    path = pathlib.Path(source)
+    if path.is_file():
+        return (None if is_gguf(path) else Files([path])), _config(path.parent), path
+    if not path.is_dir():
+        raise FileNotFoundError(f"read_checkpoint: no file or directory {path}")
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        wanted = json.loads(index.read_text())["weight_map"]
+        files = Files([path / name for name in sorted(set(wanted.values()))])
+        if missing := [name for name in wanted if name not in files]:
+            raise ValueError(f"read_checkpoint: {missing[0]} is in {index.name}, not in {wanted[missing[0]]}")
+        return files, _config(path), path
+    paths = sorted(path.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"read_checkpoint: no .safetensors file in {path} (pickled weights are not read)")
+    return Files(paths), _config(path), path
+
+
+def is_gguf(path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _config(folder) -> dict:
+    for name in ("config.json", "quantize_config.json", "quant_config.json"):
+        if (folder / name).exists():
+            config = json.loads((folder / name).read_text())
+            found = config if name != "config.json" else config.get("quantization_config")
+            if found is None and "text_config" in config:
+                found = config["text_config"].get("quantization_config")
+            if found is not None:
+                return found
+    return {}
+
+
+class Layer:
+    """The tensors of one quantized matrix; whatever was taken is not passed on as it is."""
+
+    def __init__(self, method: str, tensors, taken: set):
+        self.method, self.tensors, self.taken = method, tensors, taken
+
+    def get(self, name: str, dtypes=None, shape=None, default=...):
+        """The tensor, of one of the dtypes and of the shape, whose None stands for any size."""
+        if name not in self.tensors:
+            if default is not ...:
+                return default
+            raise ValueError(f"{self.method}: {name} is missing")
+        t = self.tensors[name]
+        self.taken.add(name)
+        if dtypes is not None and t.dtype not in (dtypes if isinstance(dtypes, tuple) else (dtypes,)):
+            self.fail(name, f"must have dtype {_names(dtypes)}, got {_names(t.dtype)}")
+        if shape is not None and (t.dim() != len(shape) or any(s not in (None, n) for s, n in zip(shape, t.shape))):
+            wanted = ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "")
+            self.fail(name, f"must have shape ({wanted}), got {tuple(t.shape)}")
+        return t
+
+    def fail(self, name: str, why: str):
+        raise ValueError(f"{self.method}: {name} {why}")
+
+
+def _names(dtypes) -> str:
+    every = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    return " or ".join(str(d).removeprefix("torch.") for d in every)
+
+
+def as_bytes(words):
+    """(..., n) integers -> (..., 4 n) uint8. A copy: contiguous() may leave odd strides to axes of length 1."""
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def prefixes(tensors, suffix: str) -> list[str]:
+    """What stands before the suffix of each name that has it."""
+    return [name[: -len(suffix)] for name in tensors if name.endswith(suffix)]
+
+
+def rest(tensors, taken) -> dict[str, torch.Tensor]:
+    """The tensors that belong to no quantized matrix."""
+    return {name: tensors[name] for name in tensors if name not in taken}
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)

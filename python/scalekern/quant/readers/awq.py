@@ -1,0 +1,50 @@
+"""AWQ checkpoints (version "gemm"): int32 words along N, their nibbles holding columns 0, 2, 4, 6, 1, 3, 5, 7.
+
+Source: Lin et al., AWQ, 2023; the tensors qweight, qzeros, scales of AutoAWQ.
+"""
+
+import torch
+
+from scalekern.quant._pack import pack
+from scalekern.quant.readers._source import FLOATS, Layer, prefixes, rest
+from scalekern.quant.tensor import QuantizedTensor
+
+METHOD = "awq"
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, in each nibble from the lowest
+
+
+def read(tensors, config) -> dict:
+    """{name: QuantizedTensor or Tensor}; `X.weight` for the tensors X.qweight, X.qzeros and X.scales."""
+    bits, version = config.get("bits", config.get("w_bit", 4)), str(config.get("version", "gemm")).lower()
+    if bits != 4 or version != "gemm":
+        raise ValueError(f"awq: only 4 bits of version gemm are read, the config says {bits} of {version}")
+    taken, found = set(), {}
+    for prefix in prefixes(tensors, ".qweight"):
+        found[prefix + ".weight"] = _read_layer(Layer(METHOD, tensors, taken), prefix, config)
+    return found | rest(tensors, taken)
+
+
+def _nibbles(words):
+    """(R, N / 8) int32 -> (R, N) uint8."""
+    codes = words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15
+    return codes[..., torch.argsort(torch.tensor(ORDER))].flatten(-2).to(torch.uint8)
+
+
+def _read_layer(layer, prefix, config) -> QuantizedTensor:
+    words = layer.get(f"{prefix}.qweight", torch.int32, (None, None))
+    K, N = words.shape[0], words.shape[1] * 8
+    scales = layer.get(f"{prefix}.scales", FLOATS, (None, N))
+    G = scales.shape[0]
+    size = config.get("group_size", config.get("q_group_size", K // max(1, G)))
+    size = K if size in (-1, None) else size
+    if G != -(-K // size):
+        layer.fail(f"{prefix}.scales", f"must have {-(-K // size)} rows (groups of {size} in {K}), got {G}")
+    zeros = None
+    if config.get("zero_point", True):
+        zeros = _nibbles(layer.get(f"{prefix}.qzeros", torch.int32, (G, N // 8))).mT.contiguous()
+    elif (qzeros := layer.get(f"{prefix}.qzeros", torch.int32, (G, N // 8), default=None)) is not None:
+        zeros = _nibbles(qzeros).mT.contiguous()
+    return QuantizedTensor(
+        pack(_nibbles(words).mT, 4), scales.mT.contiguous(), zeros, format="int4", columns=K, group_size=size,
+        dtype=scales.dtype,
+    ).check(f"awq: {prefix}")  # fmt: skip

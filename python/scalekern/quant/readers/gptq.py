@@ -1,0 +1,137 @@
+"""GPTQ checkpoints, v1 and v2: int32 words along K, zeros along N, act-order as an index of groups.
+
+Source: Frantar et al., GPTQ, 2022; the tensors qweight, qzeros, scales, g_idx of AutoGPTQ and GPTQModel.
+"""
+
+import torch
+
+from scalekern.quant._formats import FORMATS
+from scalekern.quant._pack import pack, row_bytes, unpack
+from scalekern.quant.readers._source import FLOATS, Layer, as_bytes, prefixes, rest
+from scalekern.quant.tensor import QuantizedTensor
+
+METHOD = "gptq"
+BITS = (2, 3, 4, 8)  # other widths are stored by bit planes
+
+
+def read(tensors, config) -> dict:
+    """{name: QuantizedTensor or Tensor}; `X.weight` for the tensors X.qweight, X.qzeros, X.scales and X.g_idx."""
+    version = config.get("checkpoint_format", "gptq")
+    if version not in ("gptq", "gptq_v2"):
+        raise ValueError(f"gptq: checkpoint_format must be gptq or gptq_v2, got {version!r}")
+    if "bits" not in config:
+        raise ValueError("gptq: the config must say bits (quantization_config of config.json, or quantize_config.json)")
+    taken, found = set(), {}
+    for prefix in prefixes(tensors, ".qweight"):
+        layer = Layer(METHOD, tensors, taken)
+        found[prefix + ".weight"] = _read_layer(layer, prefix, config, plus_one=version == "gptq")
+    return found | rest(tensors, taken)
+
+
+def _override(config, prefix: str) -> dict:
+    """The config with what its `dynamic` rules, regular expressions of names, say of this layer."""
+    import re
+
+    for pattern, changes in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), prefix):
+            return {**config, **changes}
+    return config
+
+
+def _read_layer(layer, prefix, config, plus_one) -> QuantizedTensor:
+    config = _override(config, prefix)
+    bits = config["bits"]
+    if bits not in BITS:
+        layer.fail(f"{prefix}.qweight", f"must have 2, 3, 4 or 8 bits, the config says {bits}")
+    words = layer.get(f"{prefix}.qweight", torch.int32, (None, None))
+    N = words.shape[1]
+    g_idx = layer.get(f"{prefix}.g_idx", (torch.int32, torch.int64), (None,), default=None)
+    K = len(g_idx) if g_idx is not None and len(g_idx) else words.shape[0] * 32 // bits
+    if words.shape[0] != -(-K * bits // 32):
+        layer.fail(f"{prefix}.qweight", f"must have {-(-K * bits // 32)} rows for {K} columns, got {words.shape[0]}")
+    scales = layer.get(f"{prefix}.scales", FLOATS, (None, N))
+    G = scales.shape[0]
+    size = config.get("group_size", -1)
+    size = K if size in (-1, None) else size
+    if G != -(-K // size):
+        layer.fail(f"{prefix}.scales", f"must have {-(-K // size)} rows (groups of {size} in {K}), got {G}")
+    qzeros = layer.get(f"{prefix}.qzeros", torch.int32, (G, -(-N * bits // 32)))
+    zeros = unpack(as_bytes(qzeros), bits, N).mT.contiguous()
+    if plus_one:
+        zeros = zeros + 1 & (1 << bits) - 1  # v1 stores one less, modulo 2^bits
+    data = as_bytes(words.mT)[:, : row_bytes(K, bits)]
+    perm = None
+    if g_idx is not None and len(g_idx) and not torch.equal(g_idx.long(), torch.arange(K) // size):
+        perm = torch.argsort(g_idx.long(), stable=True)
+        if not torch.equal(g_idx.long()[perm], torch.arange(K) // size):
+            layer.fail(f"{prefix}.g_idx", f"must hold {size} columns of each group, the last may be short")
+        data = pack(unpack(data, bits, K)[:, perm], bits)
+    if (zeros == 1 << bits - 1).all():
+        zeros = None
+    return QuantizedTensor(
+        data.contiguous(), scales.mT.contiguous(), zeros, perm=perm, format=f"int{bits}", columns=K, group_size=size,
+        dtype=scales.dtype,
+    ).check(f"gptq: {prefix}")  # fmt: skip
+
+
+def write(tensors, *, version: int = 2) -> tuple[dict[str, torch.Tensor], dict]:
+    """The inverse of `read`: (tensors, quantization_config).
+
+    Args:
+        tensors: {name: QuantizedTensor or Tensor}; a quantized name ends in .weight.
+        version: 1 or 2 of the format.
+
+    Returns:
+        ({name: Tensor}, the config with bits, group_size, desc_act, sym, checkpoint_format).
+
+    Raises:
+        ValueError: a tensor that the format cannot hold, by its name.
+    """
+    out, found = {}, set()
+    for name, w in tensors.items():
+        if not isinstance(w, QuantizedTensor):
+            out[name] = w
+            continue
+        out |= _write_layer(name, w, version)
+        size = -1 if w.group_size == w.columns else w.group_size
+        found.add((w.bits, size, w.perm is not None, w.zeros is None))
+    if len({f[:2] for f in found}) > 1:
+        raise ValueError(
+            f"gptq: all matrices must have the same bits and group_size, got {sorted(f[:2] for f in found)}"
+        )
+    bits, size = next(iter(found))[:2] if found else (4, -1)
+    return out, {
+        "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": any(f[2] for f in found),
+        "sym": all(f[3] for f in found), "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+    }  # fmt: skip
+
+
+def _write_layer(name, w: QuantizedTensor, version: int) -> dict[str, torch.Tensor]:
+    fmt, fail = FORMATS[w.format], Layer(METHOD, {}, set()).fail
+    N, K = w.shape[-2:]
+    if not name.endswith(".weight") or w.data.dim() != 2:
+        fail(name, "must be a matrix whose name ends in .weight")
+    if not fmt.is_integer or fmt.bits not in BITS or w.format == "ternary" or w.offsets is not None:
+        fail(name, f"must be int2, int3, int4 or int8 without offsets, got {w.format}")
+    if w.outer is not None or w.scales.dtype not in FLOATS:
+        fail(name, "must have one level of floating scales")
+    if N * fmt.bits % 32 or K * fmt.bits % 32:
+        fail(name, f"must fill whole 32-bit words along both axes, got shape {(N, K)} of {fmt.bits} bits")
+    groups = torch.arange(K, device=w.device) // w.group_size
+    codes, g_idx = unpack(w.data, fmt.bits, K), groups
+    if w.perm is not None:
+        back = torch.argsort(w.perm)
+        codes, g_idx = codes[:, back], groups[back]
+    scales = w.scales.expand(N, -1)
+    zeros = torch.full_like(scales, fmt.zero, dtype=torch.uint8) if w.zeros is None else w.zeros.expand(N, -1)
+    whole, less = zeros.to(torch.int32), int(version == 1)
+    if not torch.equal(whole.to(zeros.dtype), zeros) or whole.min() < less or whole.max() >= fmt.levels:
+        fail(name, f"must have whole zeros of {less} to {fmt.levels - 1}")
+    words = lambda codes: pack(codes, fmt.bits).view(torch.int32)  # noqa: E731
+    stem = name.removesuffix("weight")
+    return {
+        stem + "qweight": words(codes).mT.contiguous(),
+        stem + "qzeros": words((whole - less).mT),
+        stem + "scales": scales.mT.contiguous(),
+        stem + "g_idx": g_idx.to(torch.int32),
+    }

@@ -1,0 +1,58 @@
+"""scalekern's own files: the parts of quantized tensors in one safetensors file, their formats in its metadata."""
+
+import json
+import os
+import pathlib
+
+import torch
+
+from scalekern.quant.tensor import PARTS, QuantizedTensor
+
+METHOD = "scalekern"
+KEY = "scalekern.quant"
+
+
+def read(tensors, metadata: dict) -> dict:
+    """{name: QuantizedTensor or Tensor} of a file's tensors and metadata."""
+    try:
+        quantized = json.loads(metadata.get(KEY, "{}"))
+        items = [(str(name), str(fields)) for name, fields in quantized.items()]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"scalekern: the file's metadata {KEY} must be JSON: {error}") from error
+    taken, found = set(), {}
+    for name, fields in items:
+        parts = {part: f"{name}.{part}" for part in PARTS if f"{name}.{part}" in tensors}
+        for part in ("data", "scales"):
+            if part not in parts:
+                raise ValueError(f"scalekern: {name}.{part} is missing")
+        try:
+            found[name] = QuantizedTensor.from_tensors({part: tensors[key] for part, key in parts.items()}, fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"scalekern: {name}: {error}") from error
+        taken |= set(parts.values())
+    return found | {name: tensors[name] for name in tensors if name not in taken}
+
+
+def write(path, tensors) -> None:
+    """Atomically: the file is there as a whole, or as it was."""
+    from safetensors.torch import save_file
+
+    flat, metadata = {}, {}
+    for name, t in tensors.items():
+        parts = {name: t}
+        if isinstance(t, QuantizedTensor):
+            t.check(f"save_quantized: {name}")
+            metadata[name] = t.metadata()
+            parts = {f"{name}.{part}": p for part, p in t.tensors().items()}
+        elif not isinstance(t, torch.Tensor):
+            raise TypeError(f"save_quantized: {name} must be a QuantizedTensor or a Tensor, got {type(t).__name__}")
+        if taken := flat.keys() & parts.keys():
+            raise ValueError(f"save_quantized: two tensors would be called {min(taken)}")
+        flat |= {key: p.detach().clone(memory_format=torch.contiguous_format) for key, p in parts.items()}
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(flat, partial, metadata={KEY: json.dumps(metadata), "format": "pt"})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
