@@ -88,6 +88,16 @@ def test_a_fresh_run_leaves_its_files_and_results(finished):
         assert t["scalekern_ms"] > 0 and t["pytorch_ms"] > 0
         assert t["speedup"] == pytest.approx(t["pytorch_ms"] / t["scalekern_ms"])
         assert t["case"] in printed
+    formats = results["quantized"]
+    assert [(v["name"], v["rotated"]) for v in formats] == [("float32", False)] + [
+        (name, rotated) for name in ("W8", "W4", "W2") for rotated in (False, True)
+    ]
+    assert formats[0]["size_bytes"] == 4 * results["parameters"] > 2 * formats[1]["size_bytes"]
+    assert formats[1]["size_bytes"] > formats[3]["size_bytes"] > formats[5]["size_bytes"]
+    for v in formats:  # two windows, six steps: little to lose
+        assert v["decode_ms"] > 0 and abs(v["bits_per_byte"] / formats[0]["bits_per_byte"] - 1) < 0.1
+        assert f"{v['bits_per_byte']:.3f}" in printed
+    assert len({v["bits_per_byte"] for v in formats}) == len(formats)  # each is another model
     assert 0 <= results["relative_errors"]["logits"] <= results["tolerance"]
     assert 0 < results["relative_errors"]["decode_logits"] <= results["tolerance"]
     assert results["sample"] in printed

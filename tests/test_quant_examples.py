@@ -1,7 +1,7 @@
 """Models that live on low-bit weights, as they are described, each against a plain rendering of its own.
 
 GLM-130B (Zeng et al., 2023, section 5): weights in INT8 or INT4, a scale for each row by its largest magnitude.
-1-bit adapters (Bit-LoRA, BitDelta and relatives): a frozen layer of two values around a mean, a low-rank pair beside it.
+1-bit adapters (BitDelta and its like): a frozen layer of two values around a mean, a low-rank pair beside it.
 MatFormer (Devvrit et al., 2023): one feed-forward layer whose first rows and columns are the smaller models.
 """
 

@@ -185,6 +185,7 @@ def test_autocast_reaches_the_product():
 def test_errors_name_the_argument():
     for options, message in [
         ({"activation": "int3"}, "activation must be one of None, 'int8'"),
+        ({"activation_scale": 0.5}, "activation_scale must be above 0 and come with an activation, got 0.5 and None"),
         ({"rotation": "givens"}, "rotation must be one of None, 'hadamard'"),
         ({"method": "guess"}, "method must be one of 'absmax', 'least_squares', 'hqq'"),
     ]:
@@ -192,6 +193,11 @@ def test_errors_name_the_argument():
             QuantLinear.from_linear(linear(), "int4", **options)
     with pytest.raises(ValueError, match="rotation must be None for 41 columns, of no .* got 'hadamard'"):
         QuantLinear.from_linear(linear(K=41), "int4", rotation="hadamard")
+    with pytest.raises(ValueError, match="quant_matmul: x must have shape .3, 40., got .3, 41."):
+        QuantLinear.from_linear(linear(), "int4")(inputs(3, 41))
+    with pytest.raises(ValueError, match="nn.QuantLinear: weight must have 2 dimensions, got shape .2, 4, 8."):
+        QuantLinear.from_quantized(quant.quantize(inputs(2, 4, 8), "int4"))
+    assert QuantLinear.from_linear(linear(), "int4")(inputs(40)).shape == (24,)
     with pytest.raises(ValueError, match="hqq: symmetric must be False"):
         QuantLinear.from_linear(linear(), "int4", method="hqq")
 
@@ -207,6 +213,8 @@ def test_hqq_makes_errors_sparse():
     cost = lambda q: nn.functional.pad((w - q.dequantize()).abs() / q.scales.repeat_interleave(32, 1)[:, :100], (0, 28))
     by_group = [(cost(q) ** 0.7).unflatten(1, (4, 32)).sum(-1) for q in (ranged, found)]
     assert (by_group[1] <= by_group[0] * (1 + 1e-5)).all() and by_group[1].sum() < 0.95 * by_group[0].sum()
+    half = quant.hqq(w, "int3", group_size=32, scale_dtype=torch.float16)
+    assert half.zeros.dtype == half.scales.dtype == torch.float16 and cost(half).sum() < cost(ranged).sum()
     assert torch.equal(ranged.scales, found.scales) and (found.zeros != found.zeros.round()).any()
     doubled = quant.hqq(4 * w, "int3", group_size=32)
     assert torch.equal(doubled.data, found.data) and torch.equal(doubled.zeros, found.zeros)  # no unit in it

@@ -1,4 +1,5 @@
-"""`python -m scalekern demo`: train a byte-level Mamba / H3 / attention model on real text with scalekern's ops, run it, and compare.
+"""`python -m scalekern demo`: train a byte-level Mamba / H3 / attention model on real text with scalekern's ops, run it, compare,
+and quantize it.
 
 Leaves in --out: checkpoint.safetensors, results.json, sample.txt and demo.png.
 """
@@ -55,7 +56,7 @@ def _resume_command(args) -> str:
 def _run(args) -> int:
     import torch
 
-    from scalekern.demo import compare, console, data
+    from scalekern.demo import compare, console, data, quantized
     from scalekern.demo.train import Settings
 
     began = time.monotonic()
@@ -95,9 +96,11 @@ def _run(args) -> int:
     say("\n" + console.table(["milliseconds", "size", "scalekern", "plain PyTorch", "ratio"], rows))
     say("(plain PyTorch: the reference backend, whose scan is a loop over time and whose attention computes every score)\n")
     results["timings"] = [{**dataclasses.asdict(t), "speedup": t.speedup} for t in timings]
+    formats = _quantize(trainer, results)
+    say(console.table(quantized.HEADER, quantized.rows(formats)) + "\n")
     results["total_seconds"] = time.monotonic() - began
     _write(out / "results.json", json.dumps(results, indent=1))
-    _plot(trainer, timings, out / "demo.png")
+    _plot(trainer, timings, formats, out / "demo.png")
     say(f"results   {out / 'results.json'}; {results['total_seconds']:.0f} s in all")
     return 1 if errors else 0
 
@@ -207,13 +210,22 @@ def _generate_and_check(trainer, out: pathlib.Path, results: dict) -> list[str]:
     return failed
 
 
+def _quantize(trainer, results: dict) -> list:
+    from scalekern.demo import quantized
+
+    windows = trainer.held_out.to(trainer.device)
+    found = quantized.variants(trainer.model, windows[:2] if _is_quick(trainer) else windows, _is_quick(trainer))
+    results["quantized"] = [dataclasses.asdict(v) for v in found]
+    return found
+
+
 def _write(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _plot(trainer, timings, path: pathlib.Path) -> None:
+def _plot(trainer, timings, formats, path: pathlib.Path) -> None:
     from scalekern.demo import console, plot
 
     config = trainer.model.config
@@ -222,7 +234,7 @@ def _plot(trainer, timings, path: pathlib.Path) -> None:
         f"{trainer.curve[-1][1]:.2f} held-out bits per byte after {trainer.seconds:.0f} s"
     )
     try:
-        plot.draw(path, trainer.losses, trainer.curve, timings, title)
+        plot.draw(path, trainer.losses, trainer.curve, timings, formats, title)
         console.say(f"figure    {path}")
     except ImportError:
         console.say("figure    none: matplotlib is not installed (pip install matplotlib)")

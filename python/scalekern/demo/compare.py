@@ -116,15 +116,15 @@ def both(run: Callable, rounds: int) -> tuple[float, float]:
     ours, theirs = [], []
     for round in range(rounds + 1):
         for _ in range(3):
-            ours.append(_milliseconds(run))
+            ours.append(milliseconds(run))
         with scalekern.backend("reference"):
-            theirs.append(_milliseconds(run))
+            theirs.append(milliseconds(run))
         if round == 0 and rounds > 0:
             ours, theirs = [], []
     return statistics.median(ours), statistics.median(theirs)
 
 
-def _milliseconds(run: Callable) -> float:
+def milliseconds(run: Callable) -> float:
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():

@@ -1,26 +1,29 @@
-"""One PNG: the loss curve, and the time of each case on both sides."""
+"""One PNG: the loss curve, the time of each case on both sides, and what low-bit weights lose."""
 
 import os
 import pathlib
 
 from scalekern.demo.compare import Timing
+from scalekern.demo.quantized import Variant
 
 DARK, PALE, LIGHT = "#1f4e8c", "#9db7d5", "#c9c9c9"
 
 
 def draw(
-    path: pathlib.Path, losses: list[float], curve: list[tuple[int, float]], timings: list[Timing], title: str
-) -> None:
+    path: pathlib.Path, losses: list[float], curve: list[tuple[int, float]], timings: list[Timing],
+    formats: list[Variant], title: str,
+) -> None:  # fmt: skip
     """Raises ImportError when matplotlib is not installed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")  # without pyplot: no global state, no display
+    figure = Figure(figsize=(15, 4.4), layout="constrained")  # without pyplot: no global state, no display
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2, 2))
     _draw_curve(left, losses, curve)
-    _draw_bars(right, timings)
+    _draw_bars(middle, timings)
+    _draw_formats(right, formats)
     temporary = path.with_name(path.name + ".new")
     figure.savefig(temporary, format="png", dpi=130)
     os.replace(temporary, path)
@@ -59,3 +62,16 @@ def _draw_bars(axes, timings: list[Timing]) -> None:
     axes.margins(x=0.25)
     axes.set(xlabel="milliseconds (log scale)")
     axes.set_title("scalekern (dark), plain PyTorch (light)", fontsize=9)
+
+
+def _draw_formats(axes, formats: list[Variant]) -> None:
+    colors = [PALE if v.rotated else DARK for v in formats]
+    axes.barh(range(len(formats)), [v.bits_per_byte for v in formats], 0.7, color=colors)
+    for i, v in enumerate(formats):
+        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{v.bits_per_byte:.3f}", (v.bits_per_byte, i), **place, fontsize=8)
+    axes.set_yticks(range(len(formats)), [f"{v.label}\n{v.size_bytes / 1000:.0f} kB" for v in formats])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(xlabel="held-out bits per byte")
+    axes.set_title("quantized weights, with a rotation (pale)", fontsize=9)

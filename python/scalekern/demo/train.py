@@ -52,6 +52,16 @@ def bits_per_byte(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return nats.item() / math.log(2)
 
 
+@torch.no_grad()
+def held_out_bits(model: LanguageModel, windows: torch.Tensor) -> float:
+    """Bits per byte over all targets of the held-out windows (count, L + 1), each read from a zero state."""
+    total = 0.0
+    for tokens in windows.split(16):
+        tokens = tokens.to(model.embedding.weight.device)
+        total += bits_per_byte(model(tokens[:, :-1]), tokens[:, 1:]) * len(tokens)
+    return total / len(windows)
+
+
 class Trainer:
     """Model, optimizer and progress of one run; `step` is the number of steps done."""
 
@@ -82,14 +92,9 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         return self.losses[-1]
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Bits per byte over all targets of the held-out windows, each read from a zero state."""
-        total = 0.0
-        for tokens in self.held_out.split(16):
-            tokens = tokens.to(self.device)
-            total += bits_per_byte(self.model(tokens[:, :-1]), tokens[:, 1:]) * len(tokens)
-        self.curve.append((self.step, total / len(self.held_out)))
+        """`held_out_bits` of the model, as a point of the curve."""
+        self.curve.append((self.step, held_out_bits(self.model, self.held_out)))
         return self.curve[-1][1]
 
     def evaluation_due(self) -> bool:

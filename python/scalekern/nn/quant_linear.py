@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from scalekern import _checks
-from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul
+from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul, quant_matmul_fwd
 from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
 from scalekern.quant.tensor import PARTS
@@ -103,6 +103,11 @@ class QuantLinear(nn.Module):
     def _set(self, weight, bias, activation, activation_scale, rotation, seed):
         weight.check(NAME)
         _checks.choice(NAME, "activation", activation, ACTIVATIONS)
+        if activation_scale is not None and (activation is None or not activation_scale > 0):
+            got = f"{activation_scale!r} and {activation!r}"
+            raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
+        if len(weight.shape) != 2:
+            raise ValueError(f"{NAME}: weight must have 2 dimensions, got shape {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
         self.format, self.group_size, self.dtype = weight.format, weight.group_size, weight.dtype
         self.activation, self.activation_scale, self.rotation = activation, activation_scale, rotation
@@ -110,8 +115,10 @@ class QuantLinear(nn.Module):
             part = getattr(weight, name)
             self.register_parameter(f"weight_{name}", None if part is None else nn.Parameter(part, requires_grad=False))
         signs = _signs(self.in_features, rotation, seed, weight.device)
-        self.rotation_signs = None if signs is None else nn.Parameter(signs, requires_grad=False)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        signs = None if signs is None else nn.Parameter(signs, requires_grad=False)
+        self.register_parameter("rotation_signs", signs)
+        own = bias is None or isinstance(bias, nn.Parameter)
+        self.register_parameter("bias", bias if own else nn.Parameter(bias))
 
     def train_scales(self, mode: bool = True) -> "QuantLinear":
         """Whether the floating parts get gradients; those of 8 bits never do."""
@@ -139,6 +146,16 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rotation is not None:
             x = rotate(x, self.rotation_signs)
+        own = self._parameters
+        data = own["weight_data"]
+        fits = x.dim() > 1 and x.shape[-1] == self.in_features and x.dtype in _checks.FLOATING
+        if fits and own["weight_perm"] is None and x.device == data.device:
+            # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
+            parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"]
+            return quant_matmul_fwd(
+                x, data, *parts, own["bias"], self.format, self.group_size, self.activation or "",
+                self.activation_scale, None,
+            )  # fmt: skip
         return quant_matmul(
             x, self.quantized_weight, bias=self.bias, activation=self.activation,
             activation_scale=self.activation_scale,

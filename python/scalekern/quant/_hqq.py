@@ -32,7 +32,8 @@ def hqq(w, format, *, group_size=128, symmetric=False, scale_dtype=None) -> Quan
         symmetric: must be False: the zeros are what the method finds; they are fractions of a code.
 
     Returns:
-        QuantizedTensor with float zeros.
+        QuantizedTensor with float32 zeros, or float16 ones beside float16 scales (bfloat16 has too few digits for a
+        fraction beside 255), which the codes are rounded with.
 
     Raises:
         TypeError, ValueError: as `quantize`; symmetric=True.
@@ -61,5 +62,6 @@ def hqq(w, format, *, group_size=128, symmetric=False, scale_dtype=None) -> Quan
         error = mean((x - codes_of(zeros) + zeros).abs() ** P)
         best, least = torch.where(error < least, zeros, best), torch.minimum(error, least)
         beta *= KAPPA
-    codes = codes_of(best).nan_to_num(0.0).flatten(-2)[..., : start.columns]
+    best = best.to(torch.float16 if scale_dtype == torch.float16 else start.zeros.dtype)
+    codes = codes_of(best.to(wide)).nan_to_num(0.0).flatten(-2)[..., : start.columns]
     return start.replace(data=pack(codes, fmt.bits), zeros=best[..., 0].contiguous()).check("hqq")
