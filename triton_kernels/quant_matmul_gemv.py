@@ -160,7 +160,7 @@ def plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, g
     blocks["BLOCK_U"] = min(blocks["BLOCK_U"], triton.next_power_of_2(units))
     blocks["BLOCK_N"] = min(blocks["BLOCK_N"], triton.next_power_of_2(N))
     parts, tiles = triton.cdiv(units, blocks["BLOCK_U"]), triton.cdiv(N, blocks["BLOCK_N"])
-    steps = max(1, min(8, tiles * parts // WANTED))
+    steps = blocks.pop("STEPS", max(1, min(8, tiles * parts // WANTED)))
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     to = out[None] if parts == 1 else x.new_empty(parts, M, N, dtype=real)
     ends = {k: v for k, v in ends.items() if k != "tokens_ptr"}
