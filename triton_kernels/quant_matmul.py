@@ -2,12 +2,17 @@
 
 Shape letters: M tokens, N outputs, K inputs, G groups of columns, U units of P codes (quant_device.py), S parts of K.
 
-    out[m, n] = outer[n] sum_g scales[n, g] sum_(k in g) x[m, k] (code[n, k] - zeros[n, g]) + offsets[n, g] sum_k x[m, k]
+    out[m, n] = outer[n] sum_g (scales[n, g] sum_(k in g) x[m, k] (code[n, k] - zeros[n, g])
+                                + offsets[n, g] sum_(k in g) x[m, k])
 
 Up to GEMV_TOKENS tokens go to quant_matmul_gemv.py, the rest here. The operand is code - zero, not the weight: whole
 numbers below 256 are exact in float16, bfloat16 and TF32, and so are float8, float6 and float4. A group's product is
 scaled when it is whole, in float32, so that no weight is rounded, and integers meet integers in int32, to the end of
-the group: exact. Scales beyond float16's range do no harm. nf4, fp4_bnb and fractional zeros are rounded once.
+the group: exact. Scales beyond float16's range do no harm. nf4, fp4_bnb and fractional zeros are rounded once. NVFP4's
+groups of 16 are smaller than a tile; there the scale goes into the operand, which holds the product exactly.
+
+float8 activations are float16 operands, which hold them exactly; float8 tensor cores, twice as fast where the weight is
+float8 as well, are left for when it can be measured what their accumulator loses.
 
 Never measured. What should bound it on an H100/H200, W4 with groups of 128 at N = K = 8192, 33.5 MB of codes and 1.0 MB
 of float16 scales: 10.3 us at 3.35 TB/s, 7.2 us at 4.8 TB/s, until the 2 M N K flops take as long, at 800 TFLOP/s for 61
@@ -20,8 +25,9 @@ How the work is split: a program owns BLOCK_N x BLOCK_M outputs and walks over t
 (of 2^15 columns at most, as many as int32 holds, where both sides are integers). [N, K] @ [K, M], the weight on the
 left: on Hopper the left operand of a warp-group product comes from registers, where codes are unpacked, and eight
 tokens fill the other side. With few tiles K is cut into parts of whole segments; a second kernel adds them in order.
-Planes: columns p, p + P, .. of a block meet plane p of its units, so nothing is interleaved. Groups that no plane fits
-(of 7 or 100 columns) look up each code's byte, in blocks that end where the group does.
+Planes: columns p, p + P, .. of a block meet plane p of its units, so nothing is interleaved, but x, which more than
+PLANE_TOKENS tokens (and rounded ones anyway) have put in planes first. Groups that no plane fits (of 7 or 100 columns)
+look up each code's byte, in blocks that end where the group does.
 
 What stays in registers: the accumulator, a group's product, codes. x goes through shared memory.
 
@@ -36,8 +42,8 @@ import triton.language as tl
 from ..quant._formats import FORMATS
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .quant_device import (
-    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, finish, is_whole, operand, part_strides, parts_args, plain, rows_first,
-    scales_of, store, table_of, values_of,
+    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, finish, is_whole, operand, part_strides, parts_args, plain,
+    rows_first, scales_of, store, table_of, values_of,
 )  # fmt: skip
 from .quant_matmul_dense import dense_fwd, dense_serves
 from .quant_matmul_gemv import gemv_serves, plan_quant_matmul_gemv
@@ -324,17 +330,14 @@ def quant_matmul_fwd(
     weight = data, scales, zeros, offsets, outer, bias, format, group_size
     if not activation and dense_serves(to, flat):
         dense_fwd(to, flat, *weight)
-    elif not activation and gemv_serves(flat, format, group_size, scales.shape[1]):
-        _launch(*_gemv(to, flat, *weight))
+        return
+    if not activation and gemv_serves(flat, format, group_size, scales.shape[1]):
+        launches = _gemv(to, flat, *weight)
     else:
         planes, tokens = _tokens(flat, scales, zeros, offsets, format, group_size, activation, activation_scale)
-        _launch(*plan_quant_matmul_fwd(to, planes, tokens, *weight, flat.shape[1], x.dtype))
-
-
-def _launch(product: Launch, total: Launch | None) -> None:
-    product.run()
-    if total is not None:
-        total.run()
+        launches = plan_quant_matmul_fwd(to, planes, tokens, *weight, flat.shape[1], x.dtype)
+    for launch in filter(None, launches):
+        launch.run()
 
 
 def _gemv(out, x, data, scales, zeros, offsets, outer, bias, format, group_size):
