@@ -343,8 +343,7 @@ def quant_matmul_fwd(
 def _gemv(out, x, data, scales, zeros, offsets, outer, bias, format, group_size):
     ends = _ends(outer, None, bias)
     product = plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, group_size)
-    parts = product.args["out_ptr"]
-    return product, plan_sum(out, parts, ends) if len(parts) > 1 else None
+    return product, plan_sum(out, parts, ends) if len(parts := product.args["out_ptr"]) > 1 else None
 
 
 def _tokens(x, scales, zeros, offsets, format, group_size, activation, activation_scale):
@@ -384,11 +383,10 @@ def sample(M, dtype, format="int4", group=128, *, zeros=None, offsets=False, N=8
 def _spec(dtype, M, format="int4", group=128, activation=None, **options) -> tuple[Launch, Launch | None]:
     out, x, data, *parts = sample(M, dtype, format, group, **options)
     (_, K), per = x.shape, _planes_of(dtype, *parts, format, group or x.shape[1], activation)
-    tokens = meta(M) if activation else None
     if activation or per > 1 and M > PLANE_TOKENS:
         x = meta(M, per, K // per, dtype=rounded_type(activation) if activation else dtype)
     weight = data, *parts, None, meta(out.shape[1], dtype=dtype), format, group or K
-    return plan_quant_matmul_fwd(out, x, tokens, *weight, K, dtype)
+    return plan_quant_matmul_fwd(out, x, meta(M) if activation else None, *weight, K, dtype)
 
 
 for _name, _args, _options in (
