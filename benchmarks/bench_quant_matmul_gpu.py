@@ -98,7 +98,8 @@ def train(device, dtype, M, N, K, *, format, group_size) -> Work:
     exact = peers.forward_backward(lambda: reference.quant_matmul(wide, w), dout.double(), (wide,))
     both = lambda function: peers.forward_backward(function, dout, (x,))
     return Work(
-        run=both(lambda: scalekern.quant_matmul(x, w)), oracle=exact, tolerance=gradient_tolerance("quant_matmul", dtype),
+        run=both(lambda: scalekern.quant_matmul(x, w)), oracle=exact,
+        tolerance=gradient_tolerance("quant_matmul", dtype),
         bytes_moved=2 * (w.nbytes + (M * K + M * N) * dtype.itemsize), flops=4 * M * N * K,
         peers={"dense bfloat16": lambda: peers.torch_peer(both(lambda: torch.nn.functional.linear(x, weight)))},
     )  # fmt: skip

@@ -102,7 +102,8 @@ def test_rounded_tokens_are_the_oracles():
     """Ties, numbers of every binade, zeros, tokens that are not finite; all bits."""
     torch.manual_seed(2)
     x = torch.cat([
-        torch.randn(3, 40), torch.zeros(1, 40), torch.randn(1, 40) * 1e-42, torch.exp2(torch.linspace(-20, 3, 40))[None],
+        torch.randn(3, 40), torch.zeros(1, 40), torch.randn(1, 40) * 1e-42,
+        torch.exp2(torch.linspace(-20, 3, 40))[None],
         torch.arange(-20, 20)[None] * 0.5, torch.randn(1, 40).index_fill(1, torch.tensor([3]), NAN),
         torch.randn(1, 40).index_fill(1, torch.tensor([3]), -float("inf")),
     ])  # fmt: skip
@@ -242,7 +243,10 @@ def test_many_tokens_are_left_to_torch(monkeypatch):
     assert error(dx, dout.double() @ w.dequantize(F64)) < 4e-3
 
 
-@pytest.mark.parametrize("broken", (lambda x: x * 0, lambda x: x.roll(1, -1), lambda x: x.roll(1, 0), lambda x: x * 1.001))
+BROKEN = (lambda x: x * 0, lambda x: x.roll(1, -1), lambda x: x.roll(1, 0), lambda x: x * 1.001)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_the_check_can_fail(monkeypatch, broken):
     monkeypatch.setattr(scalekern, "quant_matmul", lambda *a, _f=scalekern.quant_matmul, **k: broken(_f(*a, **k)))
     with pytest.raises(AssertionError, match="relative error"):

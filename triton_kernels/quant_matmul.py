@@ -2,12 +2,17 @@
 
 Shape letters: M tokens, N outputs, K inputs, G groups of columns, U units of P codes (quant_device.py), S parts of K.
 
-    out[m, n] = outer[n] sum_g scales[n, g] sum_(k in g) x[m, k] (code[n, k] - zeros[n, g]) + offsets[n, g] sum_k x[m, k]
+    out[m, n] = outer[n] sum_g (scales[n, g] sum_(k in g) x[m, k] (code[n, k] - zeros[n, g])
+                                + offsets[n, g] sum_(k in g) x[m, k])
 
 Up to GEMV_TOKENS tokens go to quant_matmul_gemv.py, the rest here. The operand is code - zero, not the weight: whole
 numbers below 256 are exact in float16, bfloat16 and TF32, and so are float8, float6 and float4. A group's product is
 scaled when it is whole, in float32, so that no weight is rounded, and integers meet integers in int32, to the end of
-the group: exact. Scales beyond float16's range do no harm. nf4, fp4_bnb and fractional zeros are rounded once.
+the group: exact. Scales beyond float16's range do no harm. nf4, fp4_bnb and fractional zeros are rounded once. NVFP4's
+groups of 16 are smaller than a tile; there the scale goes into the operand, which holds the product exactly.
+
+float8 activations are float16 operands, which hold them exactly; float8 tensor cores, twice as fast where the weight is
+float8 as well, are left for when it can be measured what their accumulator loses.
 
 Never measured. What should bound it on an H100/H200, W4 with groups of 128 at N = K = 8192, 33.5 MB of codes and 1.0 MB
 of float16 scales: 10.3 us at 3.35 TB/s, 7.2 us at 4.8 TB/s, until the 2 M N K flops take as long, at 800 TFLOP/s for 61
@@ -20,8 +25,9 @@ How the work is split: a program owns BLOCK_N x BLOCK_M outputs and walks over t
 (of 2^15 columns at most, as many as int32 holds, where both sides are integers). [N, K] @ [K, M], the weight on the
 left: on Hopper the left operand of a warp-group product comes from registers, where codes are unpacked, and eight
 tokens fill the other side. With few tiles K is cut into parts of whole segments; a second kernel adds them in order.
-Planes: columns p, p + P, .. of a block meet plane p of its units, so nothing is interleaved. Groups that no plane fits
-(of 7 or 100 columns) look up each code's byte, in blocks that end where the group does.
+Planes: columns p, p + P, .. of a block meet plane p of its units, so nothing is interleaved, but x, which more than
+PLANE_TOKENS tokens (and rounded ones anyway) have put in planes first. Groups that no plane fits (of 7 or 100 columns)
+look up each code's byte, in blocks that end where the group does.
 
 What stays in registers: the accumulator, a group's product, codes. x goes through shared memory.
 
@@ -36,8 +42,8 @@ import triton.language as tl
 from ..quant._formats import FORMATS
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .quant_device import (
-    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, finish, is_whole, operand, part_strides, parts_args, plain, rows_first,
-    scales_of, store, table_of, values_of,
+    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, finish, is_whole, operand, part_strides, parts_args, plain,
+    rows_first, scales_of, store, table_of, values_of,
 )  # fmt: skip
 from .quant_matmul_dense import dense_fwd, dense_serves
 from .quant_matmul_gemv import gemv_serves, plan_quant_matmul_gemv
@@ -51,11 +57,18 @@ __all__ = ["quant_matmul_fwd"]
 
 @triton.jit
 def _block(
-    part, sums, unit, end, row_ptr, x, table_ptr, zero, FORMAT: tl.constexpr, OPERAND: tl.constexpr,
+    part, sums, unit, end, row_ptr, x, table_ptr, zero, scales, FORMAT: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, SUMS: tl.constexpr, MASKED: tl.constexpr, INT64: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The units [U] that lie before column `end`, added to (part [N, M], the sums of x [M])."""
+    """The units [U] that lie before column `end`, added to (part [N, M], the sums of x [M]).
+
+    scales: None, or those of small groups, (pointers to rows [N, 1], stride, units of a group, last group, kind).
+    """
     x_ptr, stride_x_u, stride_x_p = x
+    if scales is not None:
+        scales_ptr, stride_g, per_group, last = scales
+        at_scale = scales_ptr + tl.minimum(unit // per_group, last)[None, :] * stride_g
+        factor = scales_of(at_scale, None, "e4m3", tl.float32)  # [N, U]
     for p in tl.static_range(P):
         inside = unit * P + p < end
         at = x_ptr + (index(unit, INT64) * stride_x_u + p * stride_x_p)[:, None]
@@ -68,6 +81,8 @@ def _block(
         w = values_of(code, table_ptr, FORMAT, OPERAND)  # [N, U]
         if zero is not None:
             w -= zero
+        if scales is not None:
+            w *= factor
         if MASKED and bits_of(FORMAT) == 8:  # what is no code may be a float8's NaN
             w = tl.where(inside[None, :], w, 0)
         part = tl.dot(
@@ -101,9 +116,12 @@ def _quant_matmul_fwd_kernel(
     stride_offsets_g, stride_outer_n, stride_bias_n,
     FORMAT: tl.constexpr, SCALES: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     P: tl.constexpr, PER_GROUP: tl.constexpr, ONE_STEP: tl.constexpr, MASKED: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    SMALL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
-    """out (S, M, N). Grid (tiles, S); `each`: segments of a part. tokens (M,): the scales of x."""
+    """out (S, M, N). Grid (tiles, S); `each`: segments of a part. tokens (M,): the scales of x.
+
+    SMALL: 0, or the columns of groups so small that their scales go into the operand; `group` is the whole row then.
+    """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Tiles of NEIGHBOURS x BLOCK_M tokens come one after the other and share the weight's rows in L2.
     band = tl.program_id(0) // (NEIGHBOURS * tiles_n) * NEIGHBOURS
@@ -121,6 +139,9 @@ def _quant_matmul_fwd_kernel(
     SUM: tl.constexpr = tl.int32 if WHOLE else ACC
     PART: tl.constexpr = tl.int32 if OPERAND == tl.int8 else ACC
 
+    small = None
+    if SMALL > 0:
+        small = (scales_ptr + row[:, None] * stride_scales_n, stride_scales_g, SMALL // P, (K - 1) // SMALL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], ACC)
     for s in range(tl.program_id(1) * each, tl.minimum((tl.program_id(1) + 1) * each, segments)):
         g = s // PER_GROUP
@@ -133,14 +154,18 @@ def _quant_matmul_fwd_kernel(
         part, sums = tl.zeros([BLOCK_N, BLOCK_M], PART), tl.zeros([BLOCK_M], SUM)
         unit = start // P + tl.arange(0, BLOCK_U)
         if ONE_STEP:
-            part, sums = _block(part, sums, unit, end, row_ptr, x, table_ptr, zero, FORMAT, OPERAND, PRECISION, SUMS,
-                                MASKED, INT64, P)  # fmt: skip
+            part, sums = _block(part, sums, unit, end, row_ptr, x, table_ptr, zero, small, FORMAT, OPERAND, PRECISION,
+                                SUMS, MASKED, INT64, P)  # fmt: skip
         else:
             for step in range(tl.cdiv(end - start, P * BLOCK_U)):
-                part, sums = _block(part, sums, unit + step * BLOCK_U, end, row_ptr, x, table_ptr, zero, FORMAT,
-                                    OPERAND, PRECISION, SUMS, MASKED, INT64, P)  # fmt: skip
-        scale = scales_of(scales_ptr + row * stride_scales_n + g * stride_scales_g, None, SCALES, ACC)
-        acc += _scaled(part, sums, row, g, zeros_ptr, stride_zeros_n, stride_zeros_g, FORMAT, ACC) * scale[:, None]
+                part, sums = _block(part, sums, unit + step * BLOCK_U, end, row_ptr, x, table_ptr, zero, small,
+                                    FORMAT, OPERAND, PRECISION, SUMS, MASKED, INT64, P)  # fmt: skip
+        part = _scaled(part, sums, row, g, zeros_ptr, stride_zeros_n, stride_zeros_g, FORMAT, ACC)
+        if SMALL > 0:
+            acc += part
+        else:
+            scale = scales_of(scales_ptr + row * stride_scales_n + g * stride_scales_g, None, SCALES, ACC)
+            acc += part * scale[:, None]
         if offsets_ptr is not None:
             offset = tl.load(offsets_ptr + row * stride_offsets_n + g * stride_offsets_g).to(ACC)
             acc += offset[:, None] * sums[None, :].to(ACC)
@@ -193,6 +218,15 @@ def _operand(dtype, rounded, format, zeros, group, groups):
     return TYPES[dtype]
 
 
+def _small(format, group, groups, scales, zeros, offsets, dtype) -> int:
+    """`group`, where a group is smaller than a tile of planes and its scale times a value exact in every half type.
+
+    Such are NVFP4's: of at most 2 and 4 significant bits, between 2^-10 and 2688. Else 0.
+    """
+    exact = format == "fp4_e2m1" and scales.dtype == torch.float8_e4m3fn and zeros is None and offsets is None
+    return group if exact and groups > 1 and group % 32 and group % 2 == 0 and dtype != torch.float64 else 0
+
+
 def _planes(kind, bits, group, groups) -> int:
     """P: 1, each code by itself, where the smallest tile of planes holds no whole groups."""
     least = 32 if kind == tl.int8 else 16
@@ -227,6 +261,8 @@ def plan_quant_matmul_fwd(
     scales tokens (M,).
     """
     M, N, groups = x.shape[0], data.shape[0], scales.shape[1]
+    small = _small(format, group_size, groups, scales, zeros, offsets, dtype)
+    groups = 1 if small else groups
     bits, group = FORMATS[format].bits, K if groups == 1 else group_size
     kind = _operand(dtype, None if tokens is None else x.dtype, format, zeros, group, groups)
     per = _planes(kind, bits, group, groups)
@@ -254,7 +290,7 @@ def plan_quant_matmul_fwd(
         ACC=TYPES[acc], PRECISION="tf32x3" if kind == tl.float32 else "ieee", PER_GROUP=per_group,
         ONE_STEP=segment <= block, MASKED=bool(K % block or segment % block or group % block),
         INT64=wide(x) or K * bits >= 2**31,
-        **{name: tiles[name] for name in ("P", "BLOCK_N", "BLOCK_M", "BLOCK_U")}, NEIGHBOURS=8,
+        SMALL=small, **{name: tiles[name] for name in ("P", "BLOCK_N", "BLOCK_M", "BLOCK_U")}, NEIGHBOURS=8,
     )  # fmt: skip
     launch = Launch(_quant_matmul_fwd_kernel, (programs, parts), args, tiles["num_warps"], tiles["num_stages"])
     return launch, None if parts == 1 else plan_sum(out, to, ends)
@@ -294,40 +330,42 @@ def quant_matmul_fwd(
     weight = data, scales, zeros, offsets, outer, bias, format, group_size
     if not activation and dense_serves(to, flat):
         dense_fwd(to, flat, *weight)
-    elif not activation and gemv_serves(flat, format, group_size, scales.shape[1]):
-        _launch(*_gemv(to, flat, *weight))
+        return
+    if not activation and gemv_serves(flat, format, group_size, scales.shape[1]):
+        launches = _gemv(to, flat, *weight)
     else:
-        planes, tokens = _tokens(flat, scales, zeros, format, group_size, activation, activation_scale)
-        _launch(*plan_quant_matmul_fwd(to, planes, tokens, *weight, flat.shape[1], x.dtype))
-
-
-def _launch(product: Launch, total: Launch | None) -> None:
-    product.run()
-    if total is not None:
-        total.run()
+        planes, tokens = _tokens(flat, scales, zeros, offsets, format, group_size, activation, activation_scale)
+        launches = plan_quant_matmul_fwd(to, planes, tokens, *weight, flat.shape[1], x.dtype)
+    for launch in filter(None, launches):
+        launch.run()
 
 
 def _gemv(out, x, data, scales, zeros, offsets, outer, bias, format, group_size):
     ends = _ends(outer, None, bias)
     product = plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, group_size)
-    parts = product.args["out_ptr"]
-    return product, plan_sum(out, parts, ends) if len(parts) > 1 else None
+    return product, plan_sum(out, parts, ends) if len(parts := product.args["out_ptr"]) > 1 else None
 
 
-def _tokens(x, scales, zeros, format, group_size, activation, activation_scale):
+def _tokens(x, scales, zeros, offsets, format, group_size, activation, activation_scale):
     """(x, rounded and in planes where that pays, the tokens' scales or None)
 
     Planes of a row lie P numbers apart, which no asynchronous copy and no wide load takes. A tile of few tokens is read
     once or twice by each program all the same, which costs less than another launch.
     """
-    (M, K), groups, bits = x.shape, scales.shape[1], FORMATS[format].bits
-    kind = _operand(x.dtype, rounded_type(activation) if activation else None, format, zeros, group_size, groups)
-    per = _planes(kind, bits, group_size, groups)
+    (M, K), per = x.shape, _planes_of(x.dtype, scales, zeros, offsets, format, group_size, activation)
     if activation:
         return quantize_rows(x, activation, activation_scale, per)
     if per > 1 and K % per == 0 and M > PLANE_TOKENS:
         return x.unflatten(1, (-1, per)).transpose(1, 2).contiguous(), None
     return x, None
+
+
+def _planes_of(dtype, scales, zeros, offsets, format, group_size, activation) -> int:
+    """P of a call, from the operator's arguments."""
+    small = _small(format, group_size, scales.shape[1], scales, zeros, offsets, dtype)
+    groups, rounded = 1 if small else scales.shape[1], rounded_type(activation) if activation else None
+    kind = _operand(dtype, rounded, format, zeros, group_size, groups)
+    return _planes(kind, FORMATS[format].bits, group_size, groups)
 
 
 # --- what tests compile -----------------------------------------------------------------------------------------------
@@ -343,22 +381,19 @@ def sample(M, dtype, format="int4", group=128, *, zeros=None, offsets=False, N=8
 
 
 def _spec(dtype, M, format="int4", group=128, activation=None, **options) -> tuple[Launch, Launch | None]:
-    out, x, data, scales, zeros, offsets = sample(M, dtype, format, group, **options)
-    group, groups, tokens = group or x.shape[1], scales.shape[1], meta(M) if activation else None
-    rounded = rounded_type(activation) if activation else None
-    per = _planes(_operand(dtype, rounded, format, zeros, group, groups), FORMATS[format].bits, group, groups)
-    if per > 1 and (activation or M > PLANE_TOKENS):
-        x = meta(M, per, x.shape[1] // per, dtype=rounded or dtype)
-    elif activation:
-        x = meta(*x.shape, dtype=rounded)
-    weight = data, scales, zeros, offsets, None, meta(out.shape[1], dtype=dtype), format, group
-    return plan_quant_matmul_fwd(out, x, tokens, *weight, 8192, dtype)
+    out, x, data, *parts = sample(M, dtype, format, group, **options)
+    (_, K), per = x.shape, _planes_of(dtype, *parts, format, group or x.shape[1], activation)
+    if activation or per > 1 and M > PLANE_TOKENS:
+        x = meta(M, per, K // per, dtype=rounded_type(activation) if activation else dtype)
+    weight = data, *parts, None, meta(out.shape[1], dtype=dtype), format, group or K
+    return plan_quant_matmul_fwd(out, x, meta(M) if activation else None, *weight, K, dtype)
 
 
-for _name, _args in {
-    "": (64,), "_16_zeros": (16, "int4", 128, None), "_int8": (4096, "int8", None, "int8"),
-    "_int4_int8": (4096, "int4", 128, "int8"), "_int3": (256, "int3", 100),
-}.items():  # fmt: skip
-    _options = {"zeros": torch.uint8} if _name in ("_16_zeros", "_int4_int8") else {"offsets": _name == "_int3"}
+for _name, _args, _options in (
+    ("", (64,), {}), ("_16_zeros", (16,), {"zeros": torch.uint8}), ("_int8", (4096, "int8", None, "int8"), {}),
+    ("_int4_int8", (4096, "int4", 128, "int8"), {"zeros": torch.uint8}),
+    ("_int3", (256, "int3", 100), {"offsets": True}),
+    ("_nvfp4", (64, "fp4_e2m1", 16), {"scales": torch.float8_e4m3fn}),
+):  # fmt: skip
     compile_spec(f"quant_matmul_fwd{_name}")(lambda dtype, a=_args, o=_options: _spec(dtype, *a, **o)[0])
 compile_spec("quant_matmul_sum")(lambda dtype: _spec(dtype, 16)[1])

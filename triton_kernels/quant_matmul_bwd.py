@@ -111,4 +111,6 @@ def _spec(dtype: torch.dtype, format: str, **options) -> Launch:
 
 
 compile_spec("quant_matmul_bwd")(lambda dtype: _spec(dtype, "int4"))
-compile_spec("quant_matmul_bwd_float16_int3")(lambda dtype: _spec(torch.float16, "int3", zeros=torch.float16, offsets=True))
+compile_spec("quant_matmul_bwd_float16_int3")(
+    lambda dtype: _spec(torch.float16, "int3", zeros=torch.float16, offsets=True)
+)

@@ -3,8 +3,8 @@
 Shape letters: M tokens, N outputs, K inputs, U units of P codes (quant_device.py).
 
 Never measured. A product of 512 tokens takes 2 x 512 flops for each weight, 1.3 ns of an H100's 800 TFLOP/s a thousand
-weights; to write and read a thousand bfloat16 weights takes as long at 3.2 TB/s, less out of the L2, and the tile of the
-fused kernel that unpacks them again for each 128 tokens loses more than that. So from DENSE_TOKENS on. A piece of PIECE
+weights; to write and read a thousand bfloat16 weights takes as long at 3.2 TB/s, and less out of the L2; the fused
+kernel, which unpacks them again for each 128 tokens, loses more than that. So from DENSE_TOKENS on. A piece of PIECE
 bytes stays in the L2 (50 MB) until the product has read it, and bounds the memory.
 
 bfloat16 alone: its range is float32's, so that no scale overflows; float16 weights could.

@@ -86,6 +86,13 @@ CANDIDATES = {
     "sparse_attention_dbias": [c for c in _TILES if c["num_stages"] == 1],
     "toeplitz_conv_fwd": _grid(T=(16, 32, 64, 128), R=(32, 64, 128, 256), num_warps=(4, 8)),
     "toeplitz_conv_bwd": _grid(T=(16, 32, 64), R=(32, 64, 128), num_warps=(4, 8)),
+    "quant_matmul_fwd": [
+        c for c in _grid(BLOCK_M=(16, 32, 64, 128), BLOCK_N=(64, 128), COLUMNS=(64, 128, 256), num_warps=(4, 8),
+                         num_stages=(3, 4, 5)) if c["BLOCK_M"] * c["BLOCK_N"] <= 2048 * c["num_warps"]
+    ],
+    "quant_matmul_gemv": [c for c in _grid(BLOCK_U=(32, 64, 128, 256), BLOCK_N=(8, 16, 32, 64), STEPS=(1, 2, 4, 8),
+                                           num_warps=(2, 4, 8)) if 512 <= c["BLOCK_U"] * c["BLOCK_N"] <= 4096],
+    "quant_matmul_bwd": _grid(BLOCK_M=(64, 128), BLOCK_N=(32, 64), BLOCK_K=(64, 128), num_warps=(4, 8)),
     "powers_sum": _grid(F=(32, 64, 128), Q=(32, 64, 128), BLOCK_N=(8, 16), num_warps=(4, 8)),
     "moments": _grid(F=(32, 64, 128), Q=(16, 32, 64), BLOCK_N=(8, 16), num_warps=(4, 8)),
 }
