@@ -95,10 +95,10 @@ def test_copied_and_printed():
     assert "rotation='hadamard'" in str(layer)
 
 
-@pytest.mark.parametrize("rotation", ["hadamard", "random_hadamard"])
-def test_a_rotation_is_exact_but_for_rounding(rotation):
-    """With 8 bits next to nothing is rounded: the product is the float layer's."""
-    dense, x = linear(K=48), inputs(7, 48)
+@pytest.mark.parametrize("K, rotation", [(48, "hadamard"), (40, "random_hadamard"), (18, "hadamard"), (56, "hadamard")])
+def test_a_rotation_is_exact_but_for_rounding(K, rotation):
+    """With 8 bits next to nothing is rounded: the product is the float layer's, also by matrices not symmetric."""
+    dense, x = linear(K=K), inputs(7, K)
     layer = QuantLinear.from_linear(dense, "int8", group_size=None, rotation=rotation)
     plain = QuantLinear.from_linear(dense, "int8", group_size=None)
     assert error(layer(x), dense(x)) < 0.01 and not torch.equal(layer.weight_data, plain.weight_data)

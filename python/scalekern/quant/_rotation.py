@@ -16,8 +16,9 @@ ROTATIONS = (None, "hadamard", "random_hadamard")
 
 
 def block_of(K: int) -> int:
-    """The largest order of a Hadamard matrix at hand that divides K; 1 where only the identity does."""
-    return K & -K
+    """The largest order that hadamard_transform has and that divides K: 2^k, or 12, 20, 28 times that; 1 for odd K."""
+    two = K & -K
+    return max([1] + [f * two for f in (1, 3, 5, 7) if K % f == 0 and (f == 1 or two % 4 == 0)])
 
 
 def draw_signs(K: int, rotation: str, seed: int, device=None) -> torch.Tensor | None:
@@ -43,8 +44,6 @@ def unrotate(x: torch.Tensor, signs: torch.Tensor | None = None) -> torch.Tensor
 
 
 def _transform(x, scale, transposed=False):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    matrix = torch.ones(1, 1, dtype=wide, device=x.device)
-    while matrix.shape[0] < x.shape[-1]:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (x.to(wide) @ (matrix * scale)).to(x.dtype)
+    from scalekern.ops.hadamard_transform import hadamard_transform  # whose oracle imports scalekern.quant
+
+    return hadamard_transform(x, scale, transposed=transposed)
