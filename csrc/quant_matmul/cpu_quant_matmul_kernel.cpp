@@ -183,7 +183,10 @@ struct InWords {
       const int64_t end = g + 1 < w.groups ? (g + 1) * w.group / kColumns : whole;
       VecF acc[R][T] = {};
       int64_t b = g * w.group / kColumns;
-      for (; b < end; ++b) multiply<R, T>(row, b * kBytes, laid.x + b * kColumns, laid.pitch, acc);
+      for (; b < end; ++b) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + R * w.pitch + b * kBytes);  // the next rows
+        multiply<R, T>(row, b * kBytes, laid.x + b * kColumns, laid.pitch, acc);
+      }
       if (g + 1 == w.groups && left) multiply<R, T>(tail, 0, laid.x + whole * kColumns, laid.pitch, acc);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
