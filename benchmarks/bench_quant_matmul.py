@@ -47,6 +47,8 @@ def onnxruntime(x, w) -> peers.Peer:
     opsets = [make.make_opsetid("", 17), make.make_opsetid("com.microsoft", 1)]
     options = upstream.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning after a call, on the cores of whoever has the next turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     model = make.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
     session, given = upstream.InferenceSession(model, options, providers=["CPUExecutionProvider"]), x.float().numpy()
     return peers.Peer(lambda: torch.from_numpy(session.run(None, {"x": given})[0]), upstream.__version__)

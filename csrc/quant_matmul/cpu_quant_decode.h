@@ -107,100 +107,118 @@ static inline int code_at(const uint8_t* row, int64_t row_bytes, int bits, int64
 }
 
 #if defined(__AVX2__)
-// The codes k .. k + 7 of a row, one a byte; k is a multiple of 8, so that they begin with a byte.
+// The codes k .. k + 7 of a row; k is a multiple of 8, so that they begin with a byte.
 struct EightCodes {
   const uint8_t* row;
   int64_t bytes;
   int bits;
-  uint64_t places;  // where each code goes
+  uint64_t places;  // where each code goes when there is one a byte
+  __m256i shifts;   // where each code is, for up to 4 bits
 
   EightCodes(const uint8_t* row, int64_t bytes, int bits)
-      : row(row), bytes(bytes), bits(bits), places(0x0101010101010101ull * uint64_t((1 << bits) - 1)) {}
+      : row(row), bytes(bytes), bits(bits), places(0x0101010101010101ull * uint64_t((1 << bits) - 1)),
+        shifts(_mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits))) {}
 
   // From here on eight bytes cannot be read: the row ends.
   int64_t safe() const { return bytes < 8 ? 0 : (bytes - 8) / bits * 8 + 8; }
-  uint64_t operator[](int64_t k) const {
+  uint64_t word(int64_t k) const {
     uint64_t word;
     __builtin_memcpy(&word, row + k / 8 * bits, 8);
-    return _pdep_u64(word, places);
+    return word;
   }
-  uint64_t at_the_end(int64_t k) const {
+  uint64_t last_word(int64_t k) const {
     uint64_t word = 0;
     const int64_t first = k / 8 * bits;
     __builtin_memcpy(&word, row + first, size_t(least(bytes - first, 8)));
-    return _pdep_u64(word, places);
+    return word;
+  }
+  uint64_t in_bytes(uint64_t word) const { return _pdep_u64(word, places); }
+  __m256i in_lanes(uint64_t word) const {
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(in_bytes(word))));
   }
 };
 
-// Eight codes, one a 32-bit lane, to what they stand for.
+// Eight codes to what they stand for, scale (value - zero) + offset: `of` takes a group's parts, `operator()` a word.
 struct AsCode {
-  __m256 operator()(__m256i code) const { return _mm256_cvtepi32_ps(code); }
-};
-struct AsSmallTable {  // of at most 16
-  __m256 low, high;
-  AsSmallTable(const float* table, int bits) {
-    float all[16] = {};
-    __builtin_memcpy(all, table, sizeof(float) << bits);
-    low = _mm256_loadu_ps(all), high = _mm256_loadu_ps(all + 8);
+  __m256 s, z, o;
+  void of(float scale, float zero, float offset) {
+    s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero), o = _mm256_set1_ps(offset);
   }
-  __m256 operator()(__m256i code) const {
-    const __m256 a = _mm256_permutevar8x32_ps(low, code), b = _mm256_permutevar8x32_ps(high, code);
+  __m256 affine(__m256 value) const { return _mm256_fmadd_ps(_mm256_sub_ps(value, z), s, o); }
+  __m256 operator()(const EightCodes& codes, uint64_t word) const {
+    return affine(_mm256_cvtepi32_ps(codes.in_lanes(word)));
+  }
+};
+// Up to 4 bits: the parts go into the table. Permutations look at the lowest 3 bits of a lane: nothing is masked.
+template <bool kSixteen>
+struct AsTable {
+  __m256 low, high, given_low, given_high;
+  AsTable(const float* table, int bits) {
+    float all[16];
+    for (int i = 0; i < 16; ++i) all[i] = table ? table[i & ((1 << bits) - 1)] : float(i & ((1 << bits) - 1));
+    given_low = _mm256_loadu_ps(all), given_high = _mm256_loadu_ps(all + 8);
+  }
+  void of(float scale, float zero, float offset) {
+    AsCode parts;
+    parts.of(scale, zero, offset);
+    low = parts.affine(given_low), high = parts.affine(given_high);
+  }
+  __m256 operator()(const EightCodes& codes, uint64_t word) const {
+    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(int32_t(word)), codes.shifts);
+    const __m256 a = _mm256_permutevar8x32_ps(low, code);
+    if (!kSixteen) return a;
+    const __m256 b = _mm256_permutevar8x32_ps(high, code);
     return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
   }
 };
 // Sign, exponent and mantissa moved to where float16 has them, which has as many or more bits of both: its conversion
 // is exact for subnormals too, and 2^(difference of the biases) puts the exponent right. e4m3 has no Inf but a NaN.
-struct AsSmallFloat {
+struct AsSmallFloat : AsCode {
   int sign_shift, shift;
   __m256i sign, rest, nan;
-  __m256 scale;
+  __m256 power;
   AsSmallFloat(int bits, int mantissa) : sign_shift(16 - bits), shift(10 - mantissa) {
     const int exponent = bits - 1 - mantissa, bias = (1 << (exponent - 1)) - 1;
     sign = _mm256_set1_epi32(1 << (bits - 1)), rest = _mm256_set1_epi32((1 << (bits - 1)) - 1);
     nan = _mm256_set1_epi32(bits == 8 && mantissa == 3 ? 0x7f : -1);
-    scale = _mm256_set1_ps(from_bits(uint32_t(127 + 15 - bias) << 23));
+    power = _mm256_set1_ps(from_bits(uint32_t(127 + 15 - bias) << 23));
   }
-  __m256 operator()(__m256i code) const {
-    const __m256i magnitude = _mm256_and_si256(code, rest);
+  __m256 operator()(const EightCodes& codes, uint64_t word) const {
+    const __m256i code = codes.in_lanes(word), magnitude = _mm256_and_si256(code, rest);
     const __m256i half = _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(code, sign), sign_shift),
                                          _mm256_slli_epi32(magnitude, shift));
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(words), scale);
-    return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(magnitude, nan)));
+    const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(words), power);
+    return affine(_mm256_or_ps(value, _mm256_castsi256_ps(_mm256_cmpeq_epi32(magnitude, nan))));
   }
 };
 
-// dst[i] = scale (value(code first + i) - zero) + offset; first is a multiple of 8. Writes up to 7 elements beyond.
+// dst[i] = what code first + i stands for; first is a multiple of 8. Writes up to 7 elements beyond.
 template <class Value>
-static inline void decode_run(
-    const EightCodes& codes, const Value& value, int64_t first, int64_t count, float scale, float zero, float offset,
-    float* dst) {
-  const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero), o = _mm256_set1_ps(offset);
-  const auto put = [&](int64_t i, uint64_t eight) {
-    const __m256 v = value(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(eight))));
-    _mm256_storeu_ps(dst + i, _mm256_fmadd_ps(_mm256_sub_ps(v, z), s, o));
-  };
+static inline void decode_run(const EightCodes& codes, const Value& value, int64_t first, int64_t count, float* dst) {
   const int64_t safe = least(codes.safe() - first, count);
   int64_t i = 0;
-  for (; i < safe; i += 8) put(i, codes[first + i]);
-  for (; i < count; i += 8) put(i, codes.at_the_end(first + i));
+  for (; i < safe; i += 8) _mm256_storeu_ps(dst + i, value(codes, codes.word(first + i)));
+  for (; i < count; i += 8) _mm256_storeu_ps(dst + i, value(codes, codes.last_word(first + i)));
 }
 
 template <class Value>
 static inline void decode_with(
-    const QuantWeight& w, const Value& value, int64_t row, const GroupParts& parts, int64_t first, int64_t count,
+    const QuantWeight& w, Value value, int64_t row, const GroupParts& parts, int64_t first, int64_t count,
     float* dst) {
   const EightCodes codes(w.data + row * w.pitch, w.row_bytes(), w.bits);
   if (w.group % 8 == 0 || w.groups == 1) {
     for (int64_t k = first; k < first + count;) {
       const int64_t g = w.groups == 1 ? 0 : k / w.group;
       const int64_t end = w.groups == 1 ? first + count : least(first + count, (g + 1) * w.group);
-      decode_run(codes, value, k, end - k, parts.scale[g], parts.zero[g], parts.offset[g], dst + k - first);
+      value.of(parts.scale[g], parts.zero[g], parts.offset[g]);
+      decode_run(codes, value, k, end - k, dst + k - first);
       k = end;
     }
     return;
   }
-  decode_run(codes, value, first, count, 1, 0, 0, dst);
+  value.of(1, 0, 0);
+  decode_run(codes, value, first, count, dst);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t g = (first + i) / w.group;
     dst[i] = parts.scale[g] * (dst[i] - parts.zero[g]) + parts.offset[g];
@@ -210,8 +228,9 @@ static inline void decode_with(
 // dst[0 .. count) = w[row, first ..); first is a multiple of 8. Writes up to 7 elements beyond.
 static inline void decode(
     const QuantWeight& w, int64_t row, const GroupParts& parts, int64_t first, int64_t count, float* dst) {
+  if (w.bits <= 3) return decode_with(w, AsTable<false>(w.table, w.bits), row, parts, first, count, dst);
+  if (w.bits == 4) return decode_with(w, AsTable<true>(w.table, w.bits), row, parts, first, count, dst);
   if (w.table == nullptr) return decode_with(w, AsCode(), row, parts, first, count, dst);
-  if (w.bits <= 4) return decode_with(w, AsSmallTable(w.table, w.bits), row, parts, first, count, dst);
   return decode_with(w, AsSmallFloat(w.bits, w.mantissa), row, parts, first, count, dst);
 }
 
@@ -221,11 +240,11 @@ static inline void unpack(const QuantWeight& w, int64_t row, uint8_t* dst) {
   int64_t k = 0;
   const int64_t safe = least(codes.safe(), w.columns);
   for (; k < safe; k += 8) {
-    const uint64_t eight = codes[k];
+    const uint64_t eight = codes.in_bytes(codes.word(k));
     __builtin_memcpy(dst + k, &eight, 8);
   }
   for (; k < w.columns; k += 8) {
-    const uint64_t eight = codes.at_the_end(k);
+    const uint64_t eight = codes.in_bytes(codes.last_word(k));
     __builtin_memcpy(dst + k, &eight, 8);
   }
 }

@@ -291,7 +291,11 @@ static __attribute__((noinline)) void tile(
     for (int64_t g = 0; g < groups; ++g) {
       __m256i sums[R][T] = {};
       const int64_t end = p.layout.end(p.w, g);
-      for (int64_t b = p.layout.begin(g); b < end; ++b) add_block<P, R, T>(rows, x, pitch, b, sums);
+      for (int64_t b = p.layout.begin(g); b < end; ++b) {
+        if (T == 1)  // the rows of the next tile: four short streams are nothing that the machine foresees
+          for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r] + R * p.w.pitch + b * kLaneBytes);
+        add_block<P, R, T>(rows, x, pitch, b, sums);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

@@ -13,8 +13,8 @@
 namespace {
 
 constexpr int64_t kFewTokens = 4;
-constexpr int64_t kDepth = 1024;  // columns of a decoded block: 4 tokens of it fill half of L1
-constexpr int64_t kBlockRows = 24;
+// Columns and rows of a decoded block: 4 tokens of it fill half of L1, or for few tokens the block does.
+constexpr int64_t kDepth = 1024, kBlockRows = 24, kFewDepth = 512, kFewRows = 12;
 
 // --- decoded blocks ---
 
@@ -73,25 +73,27 @@ static void by_blocks(const QuantMatmulArgs& a) {
   constexpr int64_t kStep = 2 * kLanes<float>;
   const QuantWeight& w = a.w;
   const Tokens x(a, kStep);
-  const int64_t depth = least(kDepth, round_up(w.columns, kStep));
-  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kBlockRows), [&](int64_t begin, int64_t end) {
-    const Buffer<float> block(kBlockRows * depth + 8), c(kBlockRows * a.tokens), parts(kBlockRows * 3 * w.groups);
+  const bool few = a.tokens <= kFewTokens;
+  const int64_t depth = least(few ? kFewDepth : kDepth, round_up(w.columns, kStep));
+  const int64_t block_rows = few ? kFewRows : kBlockRows;
+  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, block_rows), [&](int64_t begin, int64_t end) {
+    const Buffer<float> block(block_rows * depth + 8), c(block_rows * a.tokens), parts(block_rows * 3 * w.groups);
     float bias[kBlockRows];
-    for (int64_t first = begin * kBlockRows; first < least(end * kBlockRows, w.rows); first += kBlockRows) {
-      const int64_t rows = least(kBlockRows, w.rows - first);
+    for (int64_t first = begin * block_rows; first < least(end * block_rows, w.rows); first += block_rows) {
+      const int64_t rows = least(block_rows, w.rows - first);
       const auto parts_of = [&](int64_t r) { return GroupParts(parts + r * 3 * w.groups, w.groups); };
       for (int64_t r = 0; r < rows; ++r) parts_of(r).load(w, first + r);
-      zero<float>(c, kBlockRows * a.tokens);
+      zero<float>(c, block_rows * a.tokens);
       for (int64_t k = 0; k < w.columns; k += depth) {
         const int64_t count = least(depth, w.columns - k), padded = round_up(count, kStep);
         for (int64_t r = 0; r < rows; ++r) {
           decode(w, first + r, parts_of(r), k, count, block + r * depth);
           zero(block + r * depth + count, padded - count);
         }
-        dot_block(rows, a.tokens, block, depth, x[0] + k, x.pitch(), padded, c, kBlockRows);
+        dot_block(rows, a.tokens, block, depth, x[0] + k, x.pitch(), padded, c, block_rows);
       }
       load_bias(a, first, rows, bias);
-      for (int64_t m = 0; m < a.tokens; ++m) store_results(a, m, first, rows, c + m * kBlockRows, 1, bias);
+      for (int64_t m = 0; m < a.tokens; ++m) store_results(a, m, first, rows, c + m * block_rows, 1, bias);
     }
   });
 }
@@ -181,7 +183,10 @@ struct InWords {
       const int64_t end = g + 1 < w.groups ? (g + 1) * w.group / kColumns : whole;
       VecF acc[R][T] = {};
       int64_t b = g * w.group / kColumns;
-      for (; b < end; ++b) multiply<R, T>(row, b * kBytes, laid.x + b * kColumns, laid.pitch, acc);
+      for (; b < end; ++b) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + R * w.pitch + b * kBytes);  // the next rows
+        multiply<R, T>(row, b * kBytes, laid.x + b * kColumns, laid.pitch, acc);
+      }
       if (g + 1 == w.groups && left) multiply<R, T>(tail, 0, laid.x + whole * kColumns, laid.pitch, acc);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
