@@ -46,10 +46,11 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"{NAME}: w must be a scalekern.quant.QuantizedTensor, got {type(w).__name__}")
     w.check(NAME)
-    if len(w.shape) != 2:
+    if w.data.dim() != 2:
         raise ValueError(f"{NAME}: w must have 2 dimensions, got shape {tuple(w.shape)}")
-    N, K = w.shape
-    _checks.shape(NAME, "x", x, (*x.shape[:-1], K))
+    N, K = w.data.shape[0], w.columns
+    if x.shape[-1] != K:
+        _checks.shape(NAME, "x", x, (*x.shape[:-1], K))
     if bias is not None:
         _checks.tensor(NAME, "bias", bias, dims=1, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "bias", bias, (N,))
@@ -59,7 +60,7 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
         raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
     if out_dtype is not None:
         _checks.choice(NAME, "out_dtype", out_dtype, _checks.FLOATING)
-    _checks.same_device(NAME, "x", x, bias=bias, **w.tensors())
+    _checks.same_device(NAME, "x", x, bias=bias, w=w.data)
     if w.perm is not None:
         x = x.index_select(-1, w.perm)
     rows = x if x.dim() > 1 else x[None]

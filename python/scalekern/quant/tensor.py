@@ -53,6 +53,9 @@ class QuantizedTensor:
 
     def check(self, op: str = "QuantizedTensor") -> "QuantizedTensor":
         """Itself, if its parts fit each other; else a ValueError or TypeError that names the part."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.__dict__.get("_sound"):  # nothing of it changes: looked at once
+            return self
         if self.format not in FORMATS:
             raise ValueError(f"{op}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         if self.group_size < 1:
@@ -79,6 +82,11 @@ class QuantizedTensor:
             _part(op, "perm", self.perm, [(self.columns,)])
             if self.perm.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{op}: perm must be int32 or int64, got {str(self.perm.dtype).removeprefix('torch.')}")
+        for name, part in self.tensors().items():
+            if part.device != self.data.device:
+                raise ValueError(f"{op}: {name} must be on {self.data.device} like data, got {part.device}")
+        if not compiling:
+            self.__dict__["_sound"] = True
         return self
 
     @property
