@@ -91,7 +91,8 @@ def is_stale(record: dict) -> bool:
 def combinations() -> list[tuple[str, str, str]]:
     """(op, backend, device kind) of everything that can be measured. The interpreter's speed is nobody's concern."""
     kinds = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
-    return [(op, b.name, kind) for op, o in _library.OPS.items() for b in o.backends for kind in kinds[b.name]]
+    found = ((op, b.name, kind) for op, o in _library.OPS.items() for b in o.backends for kind in kinds[b.name])
+    return list(dict.fromkeys(found))  # what a kernel leaves to torch's ops has an entry of its own under its name
 
 
 def status(folder: pathlib.Path) -> list[dict]:

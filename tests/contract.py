@@ -129,8 +129,9 @@ def check_forward(op, sample, dtype, on):
             testing.assert_integers_close(a, e, off=testing.specs()[op].integers_off, what=f"output {i}")
             continue
         # An output of narrower dtype than the inputs carries its own rounding.
-        floor = 1e-14 if dtype == a.dtype == torch.float64 else 1e-6
-        bound = testing.TOLERANCE[a.dtype if dtype == torch.float64 else dtype]
+        own = a.dtype.to_real()
+        floor = 1e-14 if dtype == own == torch.float64 else 1e-6
+        bound = testing.TOLERANCE[own if dtype == torch.float64 else dtype]
         allowed = min(bound, max(2 * testing.error(plain, e) + operand_error(op, dtype, on), floor))
         testing.assert_close(a, e, tolerance=allowed, what=f"output {i}")
 
