@@ -34,6 +34,8 @@ def copy(x) -> peers.Peer:
 
 
 def dense(x, scale) -> peers.Peer:
+    if x.shape[-1] > 2048:
+        raise peers.Absent("its product takes seconds")
     n = x.shape[-1]
     if n * n * x.element_size() > DENSE_BYTES:
         raise peers.Absent(f"the matrix of {n} points has more than {DENSE_BYTES >> 20} MiB")
