@@ -334,7 +334,9 @@ FORWARD = {
     "quant_matmul_fwd": {
         "two tokens swapped": output(0, swapped(0)),
         "last output not computed": output(0, zeroed(-1, -1)),
+        "first output of a tile not computed": output(0, zeroed(-1, 64)),
         "last input ignored": given(x=zeroed(-1, -1)),
+        "first input behind a block ignored": given(x=zeroed(-1, 64)),
         "first input of the second group in the first": given(group_size=lambda size: size + 1),
         "codes of two rows swapped": given(data=swapped(0)),
         "scales of two rows swapped": given(scales=swapped(0)),
@@ -427,7 +429,10 @@ GRADIENTS = {
     "quant_matmul_bwd": {
         "two tokens of dx swapped": output(0, swapped(0)),
         "last column of dx not computed": output(0, zeroed(-1, -1)),
+        "first column of a tile of dx not computed": output(0, zeroed(-1, 64)),
         "last output ignored": given(dout=zeroed(-1, -1)),
+        "first output behind a block ignored": given(dout=zeroed(-1, 64)),
+        "scales of two rows swapped": given(scales=swapped(0)),
         "half of dbias's terms lost": output(5, halved),
         "zeros off by one": given(zeros=lambda z: z + 1),
         **ignored("offsets"),

@@ -7,6 +7,7 @@ import torch
 from test_compat import Installed, SeenOps, assert_same, differentiate, greedy, pytestmark  # noqa: F401
 
 from scalekern import compat
+from scalekern.testing import assert_close
 
 transformers = pytest.importorskip("transformers")
 ATTENTION = dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64)
@@ -75,4 +76,4 @@ def test_the_fused_function_is_the_layer():
             layer.D, 256, rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5, outproj_weight=layer.out_proj.weight,
             headdim=4, ngroups=2, norm_before_gate=False,
         )  # fmt: skip
-    assert torch.allclose(out, layer(u), atol=1e-6)
+    assert_close(out, layer(u), tolerance=1e-6)

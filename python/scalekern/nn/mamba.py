@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
+from scalekern.nn._cached import CachedStates
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
@@ -22,7 +23,7 @@ from scalekern.ops.selective_state_update import selective_state_update
 NAME = "nn.Mamba"
 
 
-class Mamba(nn.Module):
+class Mamba(CachedStates, nn.Module):
     """Maps (B, L, M) to (B, L, M).
 
     Args:
@@ -38,6 +39,8 @@ class Mamba(nn.Module):
     Source: Gu & Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, sections 3.2 to 3.6;
     the interface of state-spaces/mamba.
     """
+
+    NAME = NAME
 
     def __init__(
         self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto", dt_min=0.001, dt_max=0.1, dt_init="random",
@@ -123,21 +126,8 @@ class Mamba(nn.Module):
             delta_bias=self.dt_proj.bias,
         )  # fmt: skip
 
-    def _forward_cached(self, hidden_states, inference_params, mask):
-        conv_state, ssm_state = self._states_from_cache(inference_params, hidden_states.shape[0])
-        if inference_params.seqlen_offset == 0:
-            before = None
-        elif hidden_states.shape[1] == 1:
-            return self.step(hidden_states, conv_state, ssm_state)[0]
-        elif mask is not None:
-            raise ValueError(f"{NAME}: mask pads the beginning of a sequence, but seqlen_offset is past it")
-        else:
-            before = (conv_state, ssm_state)
-        out, after = self._forward_states(hidden_states, mask, None, before)
-        with torch.no_grad():
-            conv_state.copy_(after[0])
-            ssm_state.copy_(after[1])
-        return out
+    def _from_states(self, hidden_states, mask, states):
+        return self._forward_states(hidden_states, mask, None, states)
 
     def _forward_states(self, hidden_states, mask, cu_seqlens, initial_states):
         """The separate ops, from states to states."""
@@ -205,13 +195,3 @@ class Mamba(nn.Module):
             torch.zeros(batch_size, self.d_inner, self.d_conv, device=device, dtype=conv_dtype),
             torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=ssm_dtype),
         )
-
-    def _states_from_cache(self, inference_params, batch_size):
-        """This layer's rows of the cache, which is made at the first call."""
-        if self.layer_idx is None:
-            raise ValueError(f"{NAME}: inference_params need a layer_idx, which this layer was built without")
-        cache = inference_params.key_value_memory_dict
-        if self.layer_idx not in cache:
-            cache[self.layer_idx] = self.allocate_inference_cache(batch_size, None)
-        offset = getattr(inference_params, "batch_size_offset", 0)
-        return tuple(state[offset : offset + batch_size] for state in cache[self.layer_idx])

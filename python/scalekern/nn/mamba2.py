@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
+from scalekern.nn._cached import CachedStates
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.selective_state_update import selective_state_update
 from scalekern.ops.ssd_scan import ssd_scan
@@ -52,7 +53,7 @@ def gated_rms_norm(y, z, weight, eps, group_size, norm_before_gate):
     return x.to(y.dtype)
 
 
-class Mamba2(nn.Module):
+class Mamba2(CachedStates, nn.Module):
     """Maps (B, L, M) to (B, L, M).
 
     Args:
@@ -69,6 +70,8 @@ class Mamba2(nn.Module):
     Source: Dao & Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
     Duality, 2024, section 7; the interface of state-spaces/mamba.
     """
+
+    NAME = NAME
 
     def __init__(
         self, d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, d_ssm=None, ngroups=1,
@@ -179,21 +182,8 @@ class Mamba2(nn.Module):
     def _A(self):
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
-    def _forward_cached(self, u, inference_params, mask):
-        conv_state, ssm_state = self._states_from_cache(inference_params, u.shape[0])
-        if inference_params.seqlen_offset == 0:
-            before = None
-        elif u.shape[1] == 1:
-            return self.step(u, conv_state, ssm_state)[0]
-        elif mask is not None:
-            raise ValueError(f"{NAME}: mask pads the beginning of a sequence, but seqlen_offset is past it")
-        else:
-            before = (conv_state, ssm_state)
-        out, after = self._forward_states(u, mask, None, None, before, True)
-        with torch.no_grad():
-            conv_state.copy_(after[0])
-            ssm_state.copy_(after[1])
-        return out
+    def _from_states(self, hidden_states, mask, states):
+        return self._forward_states(hidden_states, mask, None, None, states, True)
 
     def step(self, hidden_states, conv_state, ssm_state):
         """One token: hidden_states (B, 1, M); both states change in place. Returns (out, conv_state, ssm_state)."""
@@ -226,16 +216,6 @@ class Mamba2(nn.Module):
             torch.zeros(batch_size, self.conv_dim, self.d_conv, device=device, dtype=conv_dtype),
             torch.zeros(shape, device=device, dtype=ssm_dtype),
         )
-
-    def _states_from_cache(self, inference_params, batch_size):
-        """This layer's rows of the cache, which is made at the first call."""
-        if self.layer_idx is None:
-            raise ValueError(f"{NAME}: inference_params need a layer_idx, which this layer was built without")
-        cache = inference_params.key_value_memory_dict
-        if self.layer_idx not in cache:
-            cache[self.layer_idx] = self.allocate_inference_cache(batch_size, None)
-        offset = getattr(inference_params, "batch_size_offset", 0)
-        return tuple(state[offset : offset + batch_size] for state in cache[self.layer_idx])
 
 
 def scan_and_norm(

@@ -1,0 +1,36 @@
+"""What Mamba and Mamba2 share: a layer whose states between calls lie in upstream's `inference_params`."""
+
+import torch
+
+
+class CachedStates:
+    """For a module with `layer_idx`, `step`, `allocate_inference_cache`, a NAME for errors, and
+
+    _from_states(hidden_states, mask, states): (out, states after it) of a whole sequence, or of its next tokens.
+    """
+
+    def _forward_cached(self, hidden_states, inference_params, mask):
+        conv_state, ssm_state = self._states_from_cache(inference_params, hidden_states.shape[0])
+        if inference_params.seqlen_offset == 0:
+            before = None
+        elif hidden_states.shape[1] == 1:
+            return self.step(hidden_states, conv_state, ssm_state)[0]
+        elif mask is not None:
+            raise ValueError(f"{self.NAME}: mask pads the beginning of a sequence, but seqlen_offset is past it")
+        else:
+            before = (conv_state, ssm_state)
+        out, after = self._from_states(hidden_states, mask, before)
+        with torch.no_grad():
+            conv_state.copy_(after[0])
+            ssm_state.copy_(after[1])
+        return out
+
+    def _states_from_cache(self, inference_params, batch_size):
+        """This layer's rows of the cache, which is made at the first call."""
+        if self.layer_idx is None:
+            raise ValueError(f"{self.NAME}: inference_params need a layer_idx, which this layer was built without")
+        cache = inference_params.key_value_memory_dict
+        if self.layer_idx not in cache:
+            cache[self.layer_idx] = self.allocate_inference_cache(batch_size, None)
+        offset = getattr(inference_params, "batch_size_offset", 0)
+        return tuple(state[offset : offset + batch_size] for state in cache[self.layer_idx])

@@ -1,0 +1,74 @@
+"""Gradients of what a weight is scaled and shifted by, against autograd of the oracle in float64; one token, no rows."""
+
+import pytest
+import torch
+from conftest import INTERPRET
+
+import scalekern
+from scalekern import reference
+from scalekern.quant import quantize
+from scalekern.testing import assert_close
+from scalekern.testing.quant_matmul import weight
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="test_triton_quant_matmul holds the Triton kernels to theirs")
+PARTS = ("scales", "zeros", "offsets", "outer")
+
+
+def shifted(N, K, group):
+    """Codes with a minimum a group, as GGUF's."""
+    w = weight(N, K, "int4", group)
+    return w.replace(offsets=torch.randn(w.scales.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+
+
+def two_levels(N, K, group):
+    """Floating scales below a scale a row, with a shift inside."""
+    return shifted(N, K, group).replace(outer=0.5 + torch.rand(N, 1, generator=torch.Generator().manual_seed(1)))
+
+
+WEIGHTS = {
+    "short_group": lambda: weight(70, 100, "int4", 32, symmetric=False),
+    "odd_group": lambda: weight(19, 37, "int3", 11, symmetric=False),
+    "one_scale": lambda: weight(9, 64, "int2", "tensor", symmetric=False),
+    "binary": lambda: weight(18, 130, "int1", 64),
+    "table": lambda: weight(17, 70, "nf4", 32),
+    "shifted": lambda: shifted(20, 96, 32),
+    "two_levels": lambda: two_levels(12, 90, 16),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_gradients_of_the_parts(name, activation, backend):
+    w = WEIGHTS[name]()
+    x = torch.randn(5, w.columns, generator=torch.Generator().manual_seed(2))
+    bias = torch.randn(w.shape[0], generator=torch.Generator().manual_seed(3))
+    dout = torch.randn(5, w.shape[0], generator=torch.Generator().manual_seed(4))
+
+    def gradients(function, wide):
+        to = (lambda t: t.detach().double().requires_grad_()) if wide else (lambda t: t.detach().clone().requires_grad_())
+        parts = {p: to(t) for p in PARTS if (t := getattr(w, p)) is not None}
+        leaves = [to(x), to(bias), *parts.values()]
+        out = function(leaves[0], w.replace(**parts), bias=leaves[1], activation=activation)
+        return ["x", "bias", *parts], torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+    names, expected = gradients(reference.quant_matmul, True)
+    with scalekern.backend(backend):
+        _, actual = gradients(scalekern.quant_matmul, False)
+    for part, a, e in zip(names, actual, expected):
+        assert a.dtype == torch.float32
+        assert_close(a, e, tolerance=5e-6, what=f"gradient of {part}")
+
+
+def test_gradcheck_of_the_parts():
+    w = two_levels(5, 14, 4)
+    parts = {p: t.double().requires_grad_() for p in PARTS if (t := getattr(w, p)) is not None}
+    x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
+    function = lambda x, *values: scalekern.quant_matmul(x, w.replace(**dict(zip(parts, values))))
+    assert torch.autograd.gradcheck(function, (x, *parts.values()))
+
+
+def test_a_vector_and_no_tokens():
+    w, x = quantize(torch.randn(7, 40), "int4", group_size=16), torch.randn(40)
+    assert_close(scalekern.quant_matmul(x, w), w.dequantize() @ x, tolerance=1e-6)
+    assert scalekern.quant_matmul(x.expand(0, 3, 40), w).shape == (0, 3, 7)
