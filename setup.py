@@ -265,8 +265,8 @@ class BuildNative(build_ext):
 setup(
     packages=[
         "scalekern", "scalekern.ops", "scalekern.reference", "scalekern.testing", "scalekern.nn", "scalekern.compat",
-        "scalekern.integrations", "scalekern.cli", "scalekern.demo", "scalekern.quant", "scalekern.quant.readers",
-        "scalekern.benchmarks", "scalekern.triton_kernels", "scalekern.triton_kernels.configs",
+        "scalekern.integrations", "scalekern.masks", "scalekern.cli", "scalekern.demo", "scalekern.quant",
+        "scalekern.quant.readers", "scalekern.benchmarks", "scalekern.triton_kernels", "scalekern.triton_kernels.configs",
     ],
     package_dir={"": "python", "scalekern.triton_kernels": "triton_kernels", "scalekern.benchmarks": "benchmarks"},
     package_data={"scalekern.triton_kernels.configs": ["*.json"], "scalekern": ["py.typed", "fastest.json"]},

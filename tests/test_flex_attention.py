@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from scalekern import _mask_plan
+from scalekern.masks import _plan
 from scalekern.compat import _flex, flex_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without torch.compile.*")
@@ -71,13 +71,13 @@ def dense(q, k, v, allowed, scale):
 def assert_planned_exactly(mask, q_len, kv_len, size=16):
     plan = mask.plan(q_len, kv_len, (size, size))
     kinds = torch.full((plan.batches * plan.heads, -(-q_len // size), -(-kv_len // size)), -1)
-    for g, i, j, n, kind in zip(*(x.tolist() for x in _mask_plan._listed(plan))):
+    for g, i, j, n, kind in zip(*(x.tolist() for x in _plan._listed(plan))):
         kinds[g, i, j : j + n] = kind
     allowed = mask.to_dense(q_len, kv_len).flatten(0, 1)
     pad = (0, -kv_len % size, 0, -q_len % size)
     tiles = lambda fill: F.pad(allowed, pad, value=fill).unfold(1, size, size).unfold(2, size, size)
     some, every = tiles(False).any(-1).any(-1), tiles(True).all(-1).all(-1)
-    assert torch.equal(kinds, torch.where(every, _mask_plan.FULL, torch.where(some, _mask_plan.PARTIAL, -1)))
+    assert torch.equal(kinds, torch.where(every, _plan.FULL, torch.where(some, _plan.PARTIAL, -1)))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,13 +18,14 @@ import pytest
 import torch
 from conftest import INTERPRET, child_environment
 
-from scalekern import _mask_bounds, _mask_code, _mask_draw, _mask_plan, masks
+from scalekern import masks
+from scalekern.masks import _bounds, _code, _draw, _plan
 from scalekern.__main__ import main
 from scalekern.masks import causal, everything, segments, sink, window
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, and masks run none")
 SIZES = (1, 17, 127, 128, 129, 300)
-EMPTY, PARTIAL, FULL = _mask_draw.EMPTY, _mask_draw.PARTIAL, _mask_draw.FULL
+EMPTY, PARTIAL, FULL = _draw.EMPTY, _draw.PARTIAL, _draw.FULL
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,7 +72,7 @@ def check_plan(mask, dense, block):
 
 
 def check_code(mask, dense):
-    programs, batches = _mask_code.read(mask.code())
+    programs, batches = _code.read(mask.code())
     assert (batches, len(programs)) == dense.shape[:2]
     q, k = torch.arange(dense.shape[2]).view(-1, 1), torch.arange(dense.shape[3])
     for h, program in enumerate(programs):
@@ -142,9 +143,9 @@ def test_expressions_of_congruences(seed):
 
 def test_coarse_tables_and_small_chunks_change_nothing(monkeypatch):
     for name in ("_EXACT_TABLE", "_EXACT_BITS"):
-        monkeypatch.setattr(_mask_bounds, name, 0)
-    monkeypatch.setattr(_mask_plan, "_CHUNK", 5)
-    monkeypatch.setattr(_mask_plan, "_PAIRS", 1000)
+        monkeypatch.setattr(_bounds, name, 0)
+    monkeypatch.setattr(_plan, "_CHUNK", 5)
+    monkeypatch.setattr(_plan, "_PAIRS", 1000)
     r = random.Random(7)
     for kind in ("segments", "dense", "rows", "neighborhood", "tiles", "window2d"):
         mask, _ = mask_cases.leaf(r, kind)
@@ -239,9 +240,9 @@ def test_plans_are_kept_with_their_code_alone():
     code = causal.code().clone()
     plan = masks.plan_of(code, 10, 10)
     assert masks.plan_of(code, 10, 10, 128) is plan
-    for n in range(1, _mask_plan._PLANS + 1):
+    for n in range(1, _plan._PLANS + 1):
         masks.plan_of(code, n, 1)
-    assert masks.plan_of(code, 10, 10) is not plan and len(_mask_plan._plans[code]) == _mask_plan._PLANS
+    assert masks.plan_of(code, 10, 10) is not plan and len(_plan._plans[code]) == _plan._PLANS
     gone = weakref.ref(masks.plan_of(code, 10, 10))
     del code
     gc.collect()
@@ -338,8 +339,8 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("mask, verdict", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_contradictions_cost_no_pairs(mask, verdict, monkeypatch):
     """What no leaf tells alone: congruences that exclude each other, or leave nothing out."""
-    looked, evaluate = [], _mask_plan.evaluate
-    monkeypatch.setattr(_mask_plan, "evaluate", lambda *args: looked.append(args[2].shape[1]) or evaluate(*args))
+    looked, evaluate = [], _plan.evaluate
+    monkeypatch.setattr(_plan, "evaluate", lambda *args: looked.append(args[2].shape[1]) or evaluate(*args))
     plan = masks.plan_of(mask.code().clone(), 4096, 4096, (64, 64))
     assert sum(looked) < 400  # tiles, of 4,096
     full, partial, every = plan.tiles

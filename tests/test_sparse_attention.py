@@ -174,11 +174,11 @@ def test_a_compiled_call_takes_new_lengths_packed_ones_too():
 
 @pytest.mark.skipif(INTERPRET, reason="plans are the same for all kernels")
 def test_equal_masks_share_plans(monkeypatch):
-    from scalekern import _mask_plan
+    from scalekern.masks import _plan
 
     built = []
-    build = _mask_plan._build
-    monkeypatch.setattr(_mask_plan, "_build", lambda *args: built.append(args[1:3]) or build(*args))
+    build = _plan._build
+    monkeypatch.setattr(_plan, "_build", lambda *args: built.append(args[1:3]) or build(*args))
     q, k, v = qkv(50, 50, ("cpu", "cpu"))
     for _ in range(3):
         for n in (50, 31):

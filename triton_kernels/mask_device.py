@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._mask_code import (
+from ..masks._code import (
     ALL, AND, BELOW, BLOCKS, CAUSAL, DENSE, DILATED, NEIGHBOR, NOT, OR, PREFIX, ROWS, SAME, WINDOW,
 )  # fmt: skip
-from .._mask_code import WORDS as INSTRUCTION
-from .._mask_plan import host_of
+from ..masks._code import WORDS as INSTRUCTION
+from ..masks._plan import host_of
 from .common import index
 
 # --- leaves: x plays the query, y the key -----------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
 
-from scalekern import _mask_code, masks
-from scalekern._mask_leaves import Limits
+from scalekern import masks
+from scalekern.masks import _code
+from scalekern.masks._leaves import Limits
 from scalekern.ops.sparse_attention import sparse_attention
 
 NAME = "flex_attention"
@@ -96,7 +97,7 @@ def fold(x):
     return x.flatten(0, 1).unsqueeze(0)
 
 
-@_mask_code.on_cpu
+@_code.on_cpu
 def mask_of(block_mask, batch, heads, q_len, kv_len):
     """(mask, whether it is for q, k and v with the batch folded into the heads)"""
     if not isinstance(block_mask, BlockMask):

@@ -14,7 +14,7 @@ import functools
 import torch
 
 from scalekern import masks
-from scalekern._mask_code import on_cpu
+from scalekern.masks._code import on_cpu
 
 INF = 1 << 29
 _KNOWN = 64  # masks kept, the most recent: the same value is the same object, whose code and plans exist already

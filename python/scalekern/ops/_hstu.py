@@ -5,7 +5,7 @@ Within a sequence a row sees one interval of keys (two when the attention is not
 
 import torch
 
-from scalekern._mask_code import AND, BLOCKS, NOT, OR, SAME, WINDOW, WORDS
+from scalekern.masks._code import AND, BLOCKS, NOT, OR, SAME, WINDOW, WORDS
 
 
 def places(offsets, total: int):
@@ -31,7 +31,7 @@ def rows_of(offsets, queries: int, keys: int):
 
 
 def code(offsets, num_targets, queries: int, keys: int, causal, max_attn_len, contextual_len, min_full_attn_len):
-    """int32, as _mask_code describes it."""
+    """int32, as _code describes it."""
     offsets = offsets.long()
     lengths = offsets[1:] - offsets[:-1]
     key_sequence, _ = places(offsets, keys)

@@ -13,7 +13,7 @@ import torch
 
 from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
-from scalekern._mask_packed import packed
+from scalekern.masks._packed import packed
 from scalekern.ops._hstu import places
 from scalekern.reference.hstu_attention import bucket_edges
 from scalekern.reference.sparse_attention import SCORES, scale_of, unit

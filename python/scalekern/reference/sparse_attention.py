@@ -6,8 +6,9 @@ Shape letters: B batch, Hq query heads, Hkv key heads, Lq, Lk lengths, P head di
 import torch
 import torch.nn.functional as F
 
-from scalekern import _mask_code, masks
-from scalekern._mask_packed import packed
+from scalekern import masks
+from scalekern.masks import _code
+from scalekern.masks._packed import packed
 
 SCORES = ("softmax", "silu", "cosine")
 HOTTEST = 4.605170185988092  # log 100, where Swin V2 clamps its log temperatures
@@ -221,7 +222,7 @@ class Tables:
 def dense_of(code, cu_seqlens, cu_seqlens_k, q, k):
     """(1 or B, 1 or Hq, Lq, Lk), by the code itself, as kernels read it."""
     host = (code if cu_seqlens is None else packed(code, cu_seqlens, cu_seqlens_k, q.shape[2], k.shape[2])).cpu()
-    programs, batches = _mask_code.read(host)
+    programs, batches = _code.read(host)
     rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     b = torch.arange(batches)[:, None, None]
     found = [program(rows, keys, b, torch.tensor(head)) for head, program in enumerate(programs)]

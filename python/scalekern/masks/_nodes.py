@@ -1,6 +1,6 @@
-"""What all masks can do, and how they compose; the leaves are in _mask_leaves.
+"""What all masks can do, and how they compose; the leaves are in _leaves.
 
-Each node evaluates itself (`_at`) in plain torch: the truth that the int32 code (_mask_code) and the plans (_mask_plan)
+Each node evaluates itself (`_at`) in plain torch: the truth that the int32 code (_code) and the plans (_plan)
 are tested against.
 """
 
@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from scalekern import _mask_code, _mask_draw, _mask_plan
+from scalekern.masks import _code, _draw, _plan
 
 SHIFT_LIMIT = 1 << 29  # x - y of any two shifted positions fits an int32
 LARGE = 256  # elements of a table that a repr still spells out
@@ -140,7 +140,7 @@ class Mask:
 
     # ---- dense, code, plan ----
 
-    @_mask_code.on_cpu
+    @_code.on_cpu
     def to_dense(self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None) -> torch.Tensor:
         """The mask as a tensor; quadratic in memory, for tests and small lengths.
 
@@ -167,28 +167,28 @@ class Mask:
 
         The same tensor at each call, and for equal masks as long as it is small: plans are kept with it.
         """
-        return self._code(torch.device(device))
+        return self._code_on(torch.device(device))
 
     def known_code(self, device: torch.device) -> torch.Tensor | None:
         """What `code` gave for this device, if it was asked before."""
-        return self.__dict__.get("_memory", {}).get(("_code", device))
+        return self.__dict__.get("_memory", {}).get(("_code_on", device))
 
     @remembered
-    def _code(self, device):
-        host = _mask_code.lower(self) if device.type == "cpu" else self.code()
-        return _mask_plan.interned(host, device)
+    def _code_on(self, device):
+        host = _code.lower(self) if device.type == "cpu" else self.code()
+        return _plan.interned(host, device)
 
-    def plan(self, q_len: int, kv_len: int, block=(128, 128), device="cpu") -> "_mask_plan.Plan":
+    def plan(self, q_len: int, kv_len: int, block=(128, 128), device="cpu") -> "_plan.Plan":
         """Which tiles to visit; see scalekern.masks.Plan. The same object at each call, for recent lengths."""
-        return _mask_plan.plan_of(self.code(device), q_len, kv_len, block)
+        return _plan.plan_of(self.code(device), q_len, kv_len, block)
 
     # ---- questions ----
 
     def tile(self, q0: int, q1: int, k0: int, k1: int) -> str:
         """ "empty", "full" or "partial": the pairs of queries [q0, q1) and keys [k0, k1), in all batches and heads."""
-        return _mask_plan.tile(self.code(), q0, q1, k0, k1)
+        return _plan.tile(self.code(), q0, q1, k0, k1)
 
-    @_mask_code.on_cpu
+    @_code.on_cpu
     def row(self, q: int, kv_len: int, batch: int = 0, head: int = 0) -> list[tuple[int, int]]:
         """The keys that query q may see, as ascending intervals [start, end)."""
         at = [torch.tensor(i) for i in (q, batch, head)]
@@ -203,23 +203,23 @@ class Mask:
 
     @remembered
     def _pairs(self, q_len, kv_len):
-        return _mask_plan.allowed_pairs(self.code(), q_len, kv_len)
+        return _plan.allowed_pairs(self.code(), q_len, kv_len)
 
     def waste(self, q_len: int, kv_len: int, block=(128, 128)) -> float:
         """Pairs in the tiles that a kernel visits / allowed pairs: 1 is perfect, infinity cannot occur."""
-        visited = _mask_plan.visited_pairs(self.plan(q_len, kv_len, block))
+        visited = _plan.visited_pairs(self.plan(q_len, kv_len, block))
         return visited / self._pairs(q_len, kv_len) if visited else 1.0
 
     def empty_rows(self, q_len: int, kv_len: int) -> torch.Tensor:
         """Queries that may see no key: bool (batches, heads, Lq), without a quadratic tensor."""
-        return _mask_plan.empty_rows(self.code(), q_len, kv_len)
+        return _plan.empty_rows(self.code(), q_len, kv_len)
 
     def attending_all_if_empty(self, q_len: int, kv_len: int) -> "Mask":
         """This mask, but queries that may see no key see all keys (Mask2Former's masked cross-attention)."""
         empty = self.empty_rows(q_len, kv_len)
         if not empty.any():
             return self
-        from scalekern._mask_leaves import Rows  # which builds on this module
+        from scalekern.masks._leaves import Rows  # which builds on this module
 
         members = tuple(self | Rows(empty[:, h].contiguous()) for h in range(empty.shape[1]))
         return members[0] if len(members) == 1 else PerHead(members)
@@ -235,7 +235,7 @@ class Mask:
         Returns:
             str, lines of cells: queries downwards, keys to the right.
         """
-        return _mask_draw.show(self, q_len, kv_len, width=width, block=block, color=color)
+        return _draw.show(self, q_len, kv_len, width=width, block=block, color=color)
 
     def save_png(self, path, q_len: int, kv_len: int, *, block=None) -> None:
         """Write a picture as a PNG file: full dark, partial pale, empty grey; heads side by side, batches downwards.
@@ -247,10 +247,10 @@ class Mask:
         Raises:
             ValueError: a length below 1.
         """
-        _mask_draw.save_png(self, path, q_len, kv_len, block=block)
+        _draw.save_png(self, path, q_len, kv_len, block=block)
 
 
-@_mask_code.on_cpu
+@_code.on_cpu
 def _digest(table: torch.Tensor) -> tuple:
     flat = table.flatten().long()
     return tuple(table.shape), int((flat * (torch.arange(flat.numel()) * 2654435761 + 97)).sum())

@@ -8,10 +8,10 @@ import collections
 
 import torch
 
-from scalekern._mask_code import (
+from scalekern.masks._code import (
     ALL, AND, BELOW, BLOCKS, CAUSAL, DENSE, DILATED, NEIGHBOR, NOT, OR, PREFIX, ROWS, SAME, WINDOW, WORDS, on_cpu, read,
 )  # fmt: skip
-from scalekern._mask_plan import host_of, remember_host
+from scalekern.masks._plan import host_of, remember_host
 
 FAR = 1 << 30
 _KEPT = 32

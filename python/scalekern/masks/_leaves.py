@@ -5,7 +5,7 @@ B batch, H heads, T positions of a table. A leaf answers for any integers x (que
 
 import torch
 
-from scalekern._mask_nodes import LARGE, Mask, node, spell
+from scalekern.masks._nodes import LARGE, Mask, node, spell
 
 
 @node()

@@ -1,6 +1,6 @@
 """Plans: the exact list of tiles that kernels visit, from a mask's code alone.
 
-A rectangle of tiles is decided from its corners (_mask_bounds) or cut into four; what is left at the size of one tile
+A rectangle of tiles is decided from its corners (_bounds) or cut into four; what is left at the size of one tile
 is looked at pair by pair, a few pairs first. No tensor grows with Lq x Lk; full squares stay whole until they become
 runs.
 """
@@ -12,8 +12,8 @@ import threading
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from scalekern import _mask_code
-from scalekern._mask_bounds import Bounds
+from scalekern.masks import _code
+from scalekern.masks._bounds import Bounds
 
 FULL, PARTIAL = 0, 1
 _CHUNK = 1 << 16  # rectangles decided at once
@@ -125,9 +125,9 @@ def plan_of(code: torch.Tensor, q_len: int, kv_len: int, block=(128, 128)) -> Pl
 # ---- deciding tiles ----
 
 
-@_mask_code.on_cpu
+@_code.on_cpu
 def _build(code, q_len, kv_len, block) -> Plan:
-    programs, batches = _mask_code.read(code)
+    programs, batches = _code.read(code)
     sizes = [-(-n // size) for n, size in zip((q_len, kv_len), block)]
     lists = {}  # of (program, batch, head) as far as they matter: forward and backward [(counts, runs), (counts, runs)]
     keys = []
@@ -275,12 +275,12 @@ def _runs(g, i, j, side, kind, groups, n_i, n_j):
 # ---- questions ----
 
 
-@_mask_code.on_cpu
+@_code.on_cpu
 def tile(code, q0, q1, k0, k1) -> str:
     """See Mask.tile."""
     if not (0 <= q0 < q1 and 0 <= k0 < k1):
         raise ValueError(f"tile: [q0, q1) and [k0, k1) must not be empty, got [{q0}, {q1}) and [{k0}, {k1})")
-    programs, batches = _mask_code.read(code)
+    programs, batches = _code.read(code)
     verdicts = set()
     for h, program in enumerate(programs):
         groups = torch.tensor([(b, h) for b in range(batches)])
@@ -299,7 +299,7 @@ def _listed(plan: Plan):
     return row // max(n_q, 1), row % max(n_q, 1), *plan.runs.long().T
 
 
-@_mask_code.on_cpu
+@_code.on_cpu
 def visited_pairs(plan: Plan) -> int:
     """Pairs in range of the tiles that are not empty."""
     _, i, j, n, _ = _listed(plan)
@@ -312,7 +312,7 @@ def _partial_tiles(code, plan, summary, wanted=None):
 
     summary: of allowed (n, BQ, BK), False past the ends; asked once for tiles that hold the same pairs.
     """
-    programs, batches = _mask_code.read(host_of(code))
+    programs, batches = _code.read(host_of(code))
     g, i, j, n, kind = _listed(plan)
     chosen = kind == PARTIAL if wanted is None else (kind == PARTIAL) & wanted
     g, i, j, n = g[chosen], i[chosen], j[chosen], n[chosen]
@@ -336,7 +336,7 @@ def _partial_tiles(code, plan, summary, wanted=None):
                 yield part, torch.cat(found)[kind]
 
 
-@_mask_code.on_cpu
+@_code.on_cpu
 def allowed_pairs(code, q_len, kv_len) -> int:
     """Allowed pairs over all batches and heads that the mask tells apart."""
     plan = plan_of(code, q_len, kv_len, (64, 64))
@@ -347,7 +347,7 @@ def allowed_pairs(code, q_len, kv_len) -> int:
     )
 
 
-@_mask_code.on_cpu
+@_code.on_cpu
 def empty_rows(code, q_len, kv_len) -> torch.Tensor:
     """See Mask.empty_rows."""
     plan = plan_of(code, q_len, kv_len, (64, 64))

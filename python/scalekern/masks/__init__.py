@@ -16,10 +16,10 @@ import ast
 
 import torch
 
-from scalekern import _mask_leaves as leaves
-from scalekern._mask_code import on_cpu
-from scalekern._mask_nodes import Mask, PerHead, integer
-from scalekern._mask_plan import Plan, plan_of
+from scalekern.masks import _leaves as leaves
+from scalekern.masks._code import on_cpu
+from scalekern.masks._nodes import Mask, PerHead, integer
+from scalekern.masks._plan import Plan, plan_of
 
 __all__ = [
     "Mask",

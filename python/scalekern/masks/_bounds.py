@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from scalekern import _mask_code as code_of
+from scalekern.masks import _code as code_of
 
 _EXACT_TABLE = 1 << 16  # elements up to which ranges are looked up element by element
 _BUCKET = 32

@@ -7,7 +7,7 @@ import zlib
 
 import torch
 
-from scalekern._mask_code import on_cpu
+from scalekern.masks._code import on_cpu
 
 EMPTY, PARTIAL, FULL, GAP = range(4)
 CHARACTERS = {EMPTY: ".", PARTIAL: "+", FULL: "#"}
