@@ -180,7 +180,7 @@ def test_second_order_is_right_or_refused(op, sample):
     for leaf in leaves.values():
         leaf.requires_grad_()
     if testing.specs()[op].linear:
-        assert torch.autograd.gradgradcheck(lambda x: getattr(scalekern, op)(x, *args[1:], **kwargs), args[:1])
+        assert torch.autograd.gradgradcheck(lambda x: getattr(scalekern, op)(x, *args[1:], **kwargs), args[:1], fast_mode=True)
         return
     outputs = as_tuple(getattr(scalekern, op)(*args, **kwargs))
     incoming = [torch.ones_like(o).requires_grad_() for o in outputs]
