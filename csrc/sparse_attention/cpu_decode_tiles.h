@@ -58,8 +58,13 @@ struct RowPointers {
 struct Keys {
   const Slots& slots;
   int64_t first, count;
+  bool consecutive;  // slots beside each other
 
-  Keys(const Slots& slots, int64_t first, int64_t count) : slots(slots), first(first), count(count) {}
+  Keys(const Slots& slots, int64_t first, int64_t count)
+      : slots(slots), first(first), count(count), consecutive(true) {
+    for (int64_t i = first + 1; i < first + count; ++i)
+      consecutive &= slots.lead[i] == slots.lead[i - 1] && slots.slot[i] == slots.slot[i - 1] + 1;
+  }
 
   int64_t offset(const DecodePart& part, int64_t i) const {
     return slots.lead[first + i] * part.b + slots.head * part.h + slots.slot[first + i] * part.s;
@@ -96,18 +101,24 @@ class Scales {
   const F* offset(int64_t g) const { return memory_ + (groups_ + g) * kTile; }
 
   void load(const DecodeCache& cache, const Keys& keys) {
-    zero(memory_, 2 * groups_ * kTile);
-    for (int64_t i = 0; i < keys.count; ++i) {
-      const int64_t s = keys.offset(cache.scales, i), o = keys.offset(cache.offsets, i);
-      for (int64_t g = 0; g < groups_; ++g) {
-        memory_[g * kTile + i] = scale_at(cache, cache.scales, s + g * cache.scales.p);
-        if (cache.offsets.data)
-          memory_[(groups_ + g) * kTile + i] = scale_at(cache, cache.offsets, o + g * cache.offsets.p);
-      }
-    }
+    load_part(cache, cache.scales, keys, memory_);
+    if (cache.offsets.data) return load_part(cache, cache.offsets, keys, memory_ + groups_ * kTile);
+    zero(memory_ + groups_ * kTile, groups_ * kTile);
   }
 
  private:
+  // Slots beside each other are widened a vector at a time: one by one, they took a sixth of decoding 4-bit codes.
+  void load_part(const DecodeCache& cache, const DecodePart& part, const Keys& keys, F* to) {
+    for (int64_t g = 0; g < groups_; ++g, to += kTile) {
+      const int64_t first = keys.offset(part, 0) + g * part.p;
+      if (!keys.consecutive)
+        for (int64_t i = 0; i < keys.count; ++i) to[i] = scale_at(cache, part, keys.offset(part, i) + g * part.p);
+      else if (cache.half_scales) widen(to, at<f16>(part.data, first), part.s, keys.count);
+      else widen(to, at<float>(part.data, first), part.s, keys.count);
+      zero(to + keys.count, kTile - keys.count);
+    }
+  }
+
   const int64_t groups_;
   F* memory_;
 };
@@ -145,11 +156,11 @@ template <class F>
 static inline Vec<F> load_at(const Nibbles* row, int64_t p) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(F) == 4) {
-    const __m512i low = _mm512_castsi256_si512(eight_nibbles(row + p / 2));
-    return (Vec<F>)_mm512_cvtepi32_ps(_mm512_inserti64x4(low, eight_nibbles(row + p / 2 + 4), 1));
+    const __m512i low = _mm512_castsi256_si512(eight_nibbles(row + (p >> 1)));
+    return (Vec<F>)_mm512_cvtepi32_ps(_mm512_inserti64x4(low, eight_nibbles(row + (p >> 1) + 4), 1));
   }
 #elif defined(__AVX2__)
-  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm256_cvtepi32_ps(eight_nibbles(row + p / 2));
+  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm256_cvtepi32_ps(eight_nibbles(row + (p >> 1)));
 #endif
   F lanes[kLanes<F>];
   for (int i = 0; i < kLanes<F>; i += 2) lanes[i] = F(row[(p + i) / 2].low()), lanes[i + 1] = F(row[(p + i) / 2].high());
@@ -185,6 +196,12 @@ static inline void dots(
   constexpr int W = kLanes<F>, K = W / R;
   Vec<F> acc[W] = {};
   for (int64_t p = first; p < first + length; p += W) {
+    if constexpr (R == 1) {  // W sums and W keys side by side would not fit into 16 registers
+      const Vec<F> query = load(q + p);
+#pragma GCC unroll 16
+      for (int j = 0; j < K; ++j) acc[j] += query * load_at<F>(keys[j], p);
+      continue;
+    }
     Vec<F> key[K];
 #pragma GCC unroll 16
     for (int j = 0; j < K; ++j) key[j] = load_at<F>(keys[j], p);

@@ -172,7 +172,7 @@ SPECS["quantize_kv"] = Spec(
 )
 SPECS["quantize_kv_update"] = Spec(
     (
-        Sample("contiguous", _update(3, 2, 3, 16, [7, 2, 0], S=9)),
+        Sample("contiguous", _update(3, 2, 4, 16, [7, 2, 0], S=9)),
         Sample("padded", _update(3, 2, 1, 13, [7, 2, 0], S=9, starts=[2, 0, 9], bits=4, group_size=8)),
         Sample("circular", _update(2, 1, 9, 8, [12, 4], S=6, sink=2, circular=True, symmetric=True)),
         Sample("ragged", _update(2, 2, 2, 8, [13, 1], capacities=(3, 8), sink=1, circular=True, bits=4)),
