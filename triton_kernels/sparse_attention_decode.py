@@ -312,6 +312,8 @@ def plan_sparse_attention_decode(
     default = {"BLOCK_N": 64 if row <= 256 else 32 if row <= 1024 else 16, "CHUNK": 128, "num_warps": 4}
     if row > 256:
         default["num_warps"] = 8
+    if k_bits and k_group < dim or v_bits and v_group < value_dim:  # a pointer a number: 4 warps spill 752 bytes
+        default |= {"BLOCK_N": max(default["BLOCK_N"] // 2, 16), "num_warps": 8}
     key = f"{str(q.dtype)[6:]}-P{block_p}-R{triton.next_power_of_2(rows)}"
     blocks = config("sparse_attention_decode", key, q.device, default)
     known = None

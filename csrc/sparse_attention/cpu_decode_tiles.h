@@ -229,6 +229,11 @@ static inline void weigh(
 #pragma GCC unroll 8
     for (int i = 0; i < C; ++i) sum[r][i] = load(acc + r * acc_pitch + c + i * W);
   for (int64_t j = begin; j < end; ++j) {
+    if constexpr (R == 1) {
+#pragma GCC unroll 8
+      for (int i = 0; i < C; ++i) sum[0][i] += p[j] * load_at<F>(values[j], c + i * W);
+      continue;
+    }
     Vec<F> value[C];
 #pragma GCC unroll 8
     for (int i = 0; i < C; ++i) value[i] = load_at<F>(values[j], c + i * W);
@@ -252,6 +257,8 @@ static void weigh_rows(
   for (int64_t c = first; c < first + length;) {
     if (c + C * kLanes<F> <= first + length) {
       weigh<R, C>(p, pitch, values, c, begin, end, acc, acc_pitch), c += C * kLanes<F>;
+    } else if (R == 1 && c + 4 * kLanes<F> <= first + length) {  // a group of 32: one sum would wait for itself
+      weigh<R, 4>(p, pitch, values, c, begin, end, acc, acc_pitch), c += 4 * kLanes<F>;
     } else {
       weigh<R, 1>(p, pitch, values, c, begin, end, acc, acc_pitch), c += kLanes<F>;
     }

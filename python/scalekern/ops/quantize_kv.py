@@ -6,7 +6,7 @@ Shape letters: B batch, H key heads, T new tokens, S slots of a cache, P channel
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend, composed
+from scalekern._dispatch import Backend, composed, filling, triton
 from scalekern.ops import _quantize_kv
 from scalekern.ops._kv_layout import check_layout
 from scalekern.quant.kv import BITS, SCALE_DTYPES, QuantizedKV, packed_bytes
@@ -118,11 +118,18 @@ def _allocate(x, bits, group_size, symmetric, scale_dtype):
     return data, scales, scales.new_empty(0 if symmetric else scales.shape)
 
 
+def _too_many(x):
+    return f"{x.shape[-1]} channels are more than a program holds" if x.shape[-1] > 1024 else None
+
+
 quantize_kv_op = _library.define(
     NAME,
     "quantize_kv(Tensor x, int bits, int group_size, bool symmetric, ScalarType scale_dtype) "
     "-> (Tensor, Tensor, Tensor)",
-    backends=composed(reference_quantize, reference_quantize),
+    backends=(
+        Backend("triton", filling(_allocate, triton(NAME, NAME)), lambda x, *rest: _too_many(x)),
+        *composed(reference_quantize, reference_quantize),
+    ),
     fake=_allocate,
     empty=lambda x, *rest: x.numel() == 0,
     no_gradient="this quantizing op has no gradient; train with fake quantization",
@@ -134,6 +141,7 @@ quantize_kv_update_op = _library.define(
     "Tensor? head_offsets, Tensor? block_table, Tensor? starts, int sink, bool circular, int bits, int group_size) "
     "-> ()",
     backends=(
+        Backend("triton", triton(NAME, UPDATE), lambda data, scales, offsets, x, *rest: _too_many(x)),
         Backend("cpu", _quantize_kv.update, composed=True),
         Backend("reference", reference_update),
     ),
