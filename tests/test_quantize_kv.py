@@ -29,6 +29,7 @@ def quantize(x, **options):
     return reference.quantize_kv(x, **options)
 
 
+@compiled_only
 @pytest.mark.parametrize("P, group", ((1, None), (13, 5), (64, None), (130, 128)))
 @pytest.mark.parametrize("bits", (8, 4))
 def test_a_number_comes_back_within_half_a_step(bits, P, group):
@@ -54,7 +55,8 @@ def test_codes_lie_in_bytes_as_described():
     x = torch.arange(16.0)[None]
     cache = scalekern.quantize_kv(x, bits=4, scale_dtype=torch.float32)
     codes = list(range(-8, 8))
-    assert cache.data.tolist()[0] == [((hi & 15) << 4 | lo & 15) - 256 * (hi < 0) for lo, hi in zip(codes[::2], codes[1::2])]
+    pairs = zip(codes[::2], codes[1::2])
+    assert cache.data.tolist()[0] == [((high & 15) << 4 | low & 15) - 256 * (high < 0) for low, high in pairs]
     assert abs(cache.scales.item() - 1) < 1e-6 and abs(cache.offsets.item() - 8) < 1e-5
     x = torch.tensor([[0.0, 255.0, 127.0, 254.9]])
     assert scalekern.quantize_kv(x, scale_dtype=torch.float32).data.tolist() == [[-128, 127, -1, 127]]
@@ -66,12 +68,15 @@ def test_codes_lie_in_bytes_as_described():
     "layout, k_format, v_format, P, Pv",
     (
         ("contiguous", INT8, INT4, 16, 32), ("padded", GROUPS, INT8, 32, 24), ("circular", INT4, GROUPS, 8, 40),
-        ("ragged", EVEN, INT4, 24, 16), ("paged", INT4, INT8, 16, 16), ("paged", {"bits": 4, "group_size": 3}, EVEN, 7, 5),
+        ("ragged", EVEN, INT4, 24, 16), ("paged", INT4, INT8, 16, 16),
+        ("paged", {"bits": 4, "group_size": 3}, EVEN, 7, 5),
     ),
 )  # fmt: skip
 def test_step_by_step_as_attention_over_the_dequantized(layout, k_format, v_format, P, Pv):
-    """A ragged batch over caches of garbage and NaN scales, written by quantize_kv_update: what a step may not see reaches nothing."""
-    tokens, budgets, L = 2, BUDGETS if layout in ("circular", "ragged") else WHOLE, 12
+    """A ragged batch over caches of garbage and NaN scales: what was not written, or may not be seen, reaches nothing."""
+    if INTERPRET and (layout, P) not in (("circular", 8), ("paged", 7)):
+        pytest.skip("one of each kind is enough for the kernels' own process")
+    tokens, budgets, L = 2, BUDGETS if layout in ("circular", "ragged") else WHOLE, 8 if INTERPRET else 12
     lead, _, told = CACHES[layout](2, L, budgets, tokens)
     q, k, v = sequence(L=L, P=P, Pv=Pv)
     caches = []
@@ -91,10 +96,12 @@ def test_step_by_step_as_attention_over_the_dequantized(layout, k_format, v_form
         for cache, x in zip(caches, (k, v)):
             new = torch.stack([_newest(x[b], last, tokens) for b, last in enumerate(ends)])
             scalekern.quantize_kv_update(cache, new, told_lengths, sink=SINK, **told)
-        if INTERPRET and end not in (2, 8):
+        if INTERPRET and end < L:
             continue
         new = torch.stack([_newest(q[b], last, tokens) for b, last in enumerate(ends)])
-        out, lse = scalekern.sparse_attention_decode(new, *caches, told_lengths, sink=SINK, return_lse=True, **limits, **told)
+        out, lse = scalekern.sparse_attention_decode(
+            new, *caches, told_lengths, sink=SINK, return_lse=True, **limits, **told
+        )
         for b, last in enumerate(ends):
             assert_close(out[b], _newest(wanted[b], last, tokens), tolerance=3e-6)
             here = _newest(wanted_lse[b, ..., None], last, tokens, float("-inf"))[..., 0]
@@ -170,12 +177,12 @@ def test_bad_calls(place):
     cache = QuantizedKV.empty(2, 2, 8, channels=8)
     with pytest.raises(TypeError, match="quantize_kv_update: cache must be a QuantizedKV, got Tensor"):
         scalekern.quantize_kv_update(k, k, torch.tensor([8, 8]))
-    with pytest.raises(ValueError, match="sparse_attention_decode: k_cache.group_size must be from 1 to the 8 channels, got 9"):
+    with pytest.raises(ValueError, match="k_cache.group_size must be from 1 to the 8 channels, got 9"):
         scalekern.sparse_attention_decode(q, cache.replace(group_size=9), v, torch.tensor([8, 8]))
     with pytest.raises(ValueError, match="quantize_kv: bits must be one of 8, 4, got 2"):
         scalekern.quantize_kv(k, bits=2)
     with pytest.raises(ValueError, match="quantize_kv: x must have at least 9 channels, got 8"):
         scalekern.quantize_kv(k, group_size=9)
     if place[0] == "cpu":
-        with pytest.raises(ValueError, match="quantize_kv_update: lengths must be at most 8, the slots of a head, got 9"):
+        with pytest.raises(ValueError, match="lengths must be at most 8, the slots of a head, got 9"):
             scalekern.quantize_kv_update(cache, k[:, :, :1], torch.tensor([8, 9]))

@@ -2,10 +2,11 @@
 
 Shape letters: B batch, H key heads, T new tokens, P channels, G groups of channels.
 
-Never measured. Bound by HBM bytes, for a decoding step by its launch: P numbers read, P BITS / 8 bytes written. A program
-owns one token of one head: its channels are a tile [G, GROUP], reduced along each group; for 4 bits the even and the odd
-channels are loaded as two tiles, so that a byte is made in one thread. It finds its slot as the decoding kernel does and
-stores nothing where the token has none. All of it is float32 with IEEE division, as the oracle's, to the last bit.
+Never measured. Bound by HBM bytes, for a decoding step by its launch: P numbers read, P BITS / 8 bytes written. A
+program owns one token of one head: its channels are a tile [G, GROUP], reduced along each group; for 4 bits the even and
+the odd channels are loaded as two tiles, so that a byte is made in one thread. It finds its slot as the decoding kernel
+does and stores nothing where the token has none. All of it is float32 with IEEE division, as the oracle's, to the last
+bit.
 """
 
 import torch
@@ -102,7 +103,9 @@ def _quantize_kv_kernel(
         tl.store(data_ptr + index(byte, INT64) * stride_data_p, pair.to(tl.int8), mask=(2 * byte < P) & written)
 
 
-def plan(data, scales, offsets, x, lengths, head_offsets, block_table, starts, sink, circular, bits, group_size) -> Launch:
+def plan(
+    data, scales, offsets, x, lengths, head_offsets, block_table, starts, sink, circular, bits, group_size
+) -> Launch:  # fmt: skip
     """x (B, H, T, P); the cache's parts (B or pages, H, S, ...), or (B, S, ...) with head_offsets."""
     B, H, T, P = x.shape
     ragged, page = head_offsets is not None, data.shape[2] if block_table is not None else 0
@@ -115,8 +118,8 @@ def plan(data, scales, offsets, x, lengths, head_offsets, block_table, starts, s
         data_ptr=data, scales_ptr=scales, offsets_ptr=offsets, x_ptr=x, lengths_ptr=lengths,
         head_offsets_ptr=head_offsets, table_ptr=block_table, starts_ptr=starts,
         factor=factor(bits, offsets is None, scales.dtype), sink=sink, slots=slots, **steps, **strides("x", x, "bhtp"),
-        **strides("lengths", lengths, "b"), **strides("heads", head_offsets, "h"), **strides("table", block_table, "bj"),
-        **strides("starts", starts, "b"), T=T, P=P, GROUP=group_size, BITS=bits, PAGE=page, CIRCULAR=bool(circular),
+        **strides("lengths", lengths, "b"), **strides("heads", head_offsets, "h"),
+        **strides("table", block_table, "bj"), **strides("starts", starts, "b"), T=T, P=P, GROUP=group_size, BITS=bits, PAGE=page, CIRCULAR=bool(circular),
         INT64=wide(x, data), BLOCK_G=triton.next_power_of_2(triton.cdiv(P, group_size)),
         BLOCK_U=triton.next_power_of_2(group_size), BLOCK_BYTES=triton.next_power_of_2(triton.cdiv(P, 2)),
     )  # fmt: skip
@@ -140,7 +143,8 @@ def _spec(dtype, *, bits=8, group=128, paged=False) -> Launch:
     data, scales = meta(*lead, P * bits // 8, dtype=torch.int8), meta(*lead, P // group, dtype=torch.float16)
     integers = lambda *shape: meta(*shape, dtype=torch.int32)  # noqa: E731
     table = integers(B, 64) if paged else None
-    return plan(data, scales, scales, meta(B, H, T, P, dtype=dtype), integers(B), None, table, None, 0, False, bits, group)
+    x, lengths = meta(B, H, T, P, dtype=dtype), integers(B)
+    return plan(data, scales, scales, x, lengths, None, table, None, 0, False, bits, group)
 
 
 compile_spec("quantize_kv")(_spec)

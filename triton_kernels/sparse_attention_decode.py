@@ -78,14 +78,16 @@ def _dequantized(codes, scales_ptr, at_scales, stride_g, offsets_ptr, at_offsets
 
 @triton.jit
 def _sparse_attention_decode_kernel(
-    acc_ptr, state_ptr, q_ptr, k_ptr, v_ptr, k_scales_ptr, k_offsets_ptr, v_scales_ptr, v_offsets_ptr, lengths_ptr, budgets_ptr, offsets_ptr, starts_ptr, table_ptr,
+    acc_ptr, state_ptr, q_ptr, k_ptr, v_ptr, k_scales_ptr, k_offsets_ptr, v_scales_ptr, v_offsets_ptr, lengths_ptr,
+    budgets_ptr, offsets_ptr, starts_ptr, table_ptr,
     plan_ptr, scale, softcap, sink, slots, splits_of_all, rows_of_all,
     stride_q_b, stride_q_h, stride_q_t, stride_q_p, stride_k_b, stride_k_h, stride_k_s, stride_k_p,
     stride_v_b, stride_v_h, stride_v_s, stride_v_p,
     stride_k_scales_b, stride_k_scales_h, stride_k_scales_s, stride_k_scales_p,
     stride_k_offsets_b, stride_k_offsets_h, stride_k_offsets_s, stride_k_offsets_p,
     stride_v_scales_b, stride_v_scales_h, stride_v_scales_s, stride_v_scales_p,
-    stride_v_offsets_b, stride_v_offsets_h, stride_v_offsets_s, stride_v_offsets_p, stride_lengths_b, stride_budgets_h, stride_offsets_h,
+    stride_v_offsets_b, stride_v_offsets_h, stride_v_offsets_s, stride_v_offsets_p,
+    stride_lengths_b, stride_budgets_h, stride_offsets_h,
     stride_starts_b, stride_table_b, stride_table_j,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
     PAGE: tl.constexpr, CIRCULAR: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, INT64: tl.constexpr,
@@ -206,7 +208,8 @@ def _sparse_attention_decode_kernel(
             v = _dequantized(codes, v_scales_ptr, at_scale, stride_v_scales_p, v_offsets_ptr, at_offset,
                              stride_v_offsets_p, in_n, pv, in_pv, V_GROUP, real).to(q.dtype)
         else:
-            v = tl.load(v_ptr + at_v[:, None] + pv[None, :] * stride_v_p, mask=in_n[:, None] & in_pv[None, :], other=0.0)
+            inside = in_n[:, None] & in_pv[None, :]
+            v = tl.load(v_ptr + at_v[:, None] + pv[None, :] * stride_v_p, mask=inside, other=0.0)
         acc = acc * fade[:, None]
         if EVEN:
             acc += _product(weights.to(v.dtype), v, real)
@@ -337,7 +340,8 @@ def plan_sparse_attention_decode(
     block_r = min(max(triton.next_power_of_2(rows), 16), 64 if row <= 512 else 16)
     args = dict(
         acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scales_ptr=k_scales,
-        k_offsets_ptr=k_offsets, v_scales_ptr=v_scales, v_offsets_ptr=v_offsets, lengths_ptr=lengths, budgets_ptr=budgets,
+        k_offsets_ptr=k_offsets, v_scales_ptr=v_scales, v_offsets_ptr=v_offsets, lengths_ptr=lengths,
+        budgets_ptr=budgets,
         offsets_ptr=head_offsets, starts_ptr=starts, table_ptr=block_table, plan_ptr=work,
         scale=float(scale), softcap=float(softcap), sink=sink, slots=slots, splits_of_all=count, rows_of_all=rows, **strides("q", q, "bhtp"),
         **steps, **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
@@ -366,7 +370,9 @@ def sparse_attention_decode(*args):
         launch.run()
 
 
-def _spec(dtype, part, *, tokens=1, paged=False, ragged=False, padded=False, budgets=False, softcap=0.0, bits=0, group=128):
+def _spec(
+    dtype, part, *, tokens=1, paged=False, ragged=False, padded=False, budgets=False, softcap=0.0, bits=0, group=128
+):  # fmt: skip
     real = torch.float64 if dtype == torch.float64 else torch.float32
     batch, heads, key_heads, dim = 8, 32, 8, 128
     q = meta(batch, heads, tokens, dim, dtype=dtype)
@@ -378,8 +384,8 @@ def _spec(dtype, part, *, tokens=1, paged=False, ragged=False, padded=False, bud
         q, meta(batch, heads, tokens, dtype=real), q, cache, cache, integers(batch),
         integers(heads) if budgets else None, integers(key_heads + 1) if ragged else None, integers(batch, 64) if paged else None,
         integers(batch) if padded else None,
-        meta(heads, dtype=real) if part else None, *[scales] * 4, 4, ragged, dim**-0.5, softcap, bits, group, bits, group,
-        dim,
+        meta(heads, dtype=real) if part else None, *[scales] * 4, 4, ragged, dim**-0.5, softcap,
+        bits, group, bits, group, dim,
     )  # fmt: skip
     return plan_sparse_attention_decode(*args)[part]
 

@@ -1,6 +1,10 @@
 // Attention of a few queries over a cache: the keys that a group of query heads sees, split over threads.
 //
 // Bound: bytes of the cache. A key row and a value row are read once for all rows (query heads x tokens) of the group.
+// Codes: one scale a key leaves them codes until they are summed, so that a number costs a conversion (4 bits: two shifts
+//   more) and its product. 8 key heads of 32,768 tokens, P = 128, on two cores of an EPYC with AVX2, beside a bf16 cache:
+//   8 bits 0.89 of its time, 4 bits 0.66, where bytes alone would give 0.52 and 0.27: from 16 bits down it is the
+//   conversions that bound. 4 bits in groups of 32 take 1.05: each group's dot products end in sums across lanes.
 // Layout: lanes along P for the scores and along Pv for the values; blocks of rows share what was loaded. A split's
 //   scores are all there before its first exponential, so that there is one maximum a split and nothing is rescaled.
 // Split: at most kDecodeSplit keys, by the lists alone, never by the number of threads: what is merged, and in which

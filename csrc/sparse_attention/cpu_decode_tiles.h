@@ -42,7 +42,8 @@ struct Slots {
       lead[j] = b, slot[j] = slot_of(a, own, position) + own.base;
       if (a.page) {
         const int64_t at = b * a.table_b + int64_t(uint64_t(slot[j]) / uint64_t(a.page)) * a.table_j;
-        lead[j] = a.table_is_int64 ? static_cast<const int64_t*>(a.table)[at] : static_cast<const int32_t*>(a.table)[at];
+        if (a.table_is_int64) lead[j] = static_cast<const int64_t*>(a.table)[at];
+        else lead[j] = static_cast<const int32_t*>(a.table)[at];
         slot[j] = int64_t(uint64_t(slot[j]) % uint64_t(a.page));
       }
     }
@@ -163,7 +164,10 @@ static inline Vec<F> load_at(const Nibbles* row, int64_t p) {
   if constexpr (sizeof(F) == 4) return (Vec<F>)_mm256_cvtepi32_ps(eight_nibbles(row + (p >> 1)));
 #endif
   F lanes[kLanes<F>];
-  for (int i = 0; i < kLanes<F>; i += 2) lanes[i] = F(row[(p + i) / 2].low()), lanes[i + 1] = F(row[(p + i) / 2].high());
+  for (int i = 0; i < kLanes<F>; i += 2) {
+    const Nibbles pair = row[(p + i) / 2];
+    lanes[i] = F(pair.low()), lanes[i + 1] = F(pair.high());
+  }
   return load(lanes);
 }
 

@@ -57,7 +57,8 @@ class QuantizedKV:
                 f"{op}: {name}.group_size must be from 1 to the {self.channels} channels, got {self.group_size}"
             )
         if self.data.dtype != torch.int8:
-            raise TypeError(f"{op}: {name}.data must have dtype int8, got {str(self.data.dtype).removeprefix('torch.')}")
+            got = str(self.data.dtype).removeprefix("torch.")
+            raise TypeError(f"{op}: {name}.data must have dtype int8, got {got}")
         lead = tuple(self.data.shape[:-1])
         sizes = {"data": packed_bytes(self.channels, self.bits), "scales": -(-self.channels // self.group_size)}
         for part, tensor in self.tensors().items():

@@ -63,7 +63,8 @@ def quantize_kv_update(
                 if slot >= slots:
                     if circular or lengths.device.type != "cpu":
                         continue
-                    raise ValueError(f"quantize_kv_update: lengths must be at most {slots}, the slots of a head, got {n}")
+                    expected = f"at most {slots}, the slots of a head"
+                    raise ValueError(f"quantize_kv_update: lengths must be {expected}, got {n}")
                 lead = (b, h, base + slot) if head_offsets is None else (b, base + slot)
                 if block_table is not None:
                     lead = int(block_table[b, slot // cache.shape[2]]), h, slot % cache.shape[2]
