@@ -166,20 +166,29 @@ CUDA = [
 # ---- sparse_attention_decode ---------------------------------------------------------------------------------------
 
 WHOLE, GATHERED = "scaled_dot_product_attention, whole cache", "gathered windows + scaled_dot_product_attention"
+FLOATS = "a cache of floats"  # whose values are the same but for the rounding to codes: they are not compared
 SCALED = "the whole cache, by the share of the budgets"  # what time in proportion to their sum would be
 
 
-def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sinks=4) -> Work:
-    """G key heads, R query heads to each. budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache."""
+def decode(device, dtype=torch.float32, *, budgets=None, bits=0, group=None, B=1, G, R=1, L, P, sinks=4) -> Work:
+    """G key heads, R query heads to each. budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache. bits: of a cache of codes."""
     randn, H = normal(device, 0), G * R
     q, k, v = randn(B, H, 1, P).to(dtype), randn(B, G, L, P).to(dtype), randn(B, G, L, P).to(dtype)
+    floats, moved = (k, v), dtype.itemsize * 2 * P  # bytes of a key and its value
+    if bits:
+        k, v = (reference.quantize_kv(x, bits=bits, group_size=group and min(group, P)) for x in (k, v))
+        moved = sum(t.nbytes for cache in (k, v) for t in cache.tensors().values()) // (B * G * L)
     lengths = torch.full((B,), L, dtype=torch.int32, device=device)
     spans = [L] * G if budgets is None else [L // budgets[g % len(budgets)] for g in range(G)]
     limits = {} if budgets is None else {"sink": sinks, "budgets": torch.tensor(spans).repeat_interleave(R)}
 
     def oracle():
-        exact = (upcast(x) for x in (q, k, v))
+        exact = (upcast(x) if isinstance(x, torch.Tensor) else x for x in (q, k, v))
         return (reference.sparse_attention_decode(*exact, lengths, **limits),)
+
+    def float_cache():
+        run = lambda: scalekern.sparse_attention_decode(q, *floats, lengths)
+        return peers.Peer(lambda: (run(), None)[1], "scalekern")
 
     def whole():
         run = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=R > 1)
@@ -207,15 +216,47 @@ def decode(device, dtype=torch.float32, *, budgets=None, B=1, G, R=1, L, P, sink
     keys = B * sum(spans)
     return Work(
         run=lambda: (scalekern.sparse_attention_decode(q, k, v, lengths, **limits),), oracle=oracle,
-        tolerance=TOLERANCE[dtype], bytes_moved=dtype.itemsize * (2 * keys * P + 2 * B * H * P),
+        tolerance=TOLERANCE[dtype], bytes_moved=keys * moved + dtype.itemsize * 2 * B * H * P,
         flops=4 * keys * R * P, exponentials=keys * R,
-        peers={WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
+        peers={FLOATS: float_cache} if bits else {WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
     )  # fmt: skip
 
 
-def decoding(device, priority, shape, dtype, note="", budgets=None, **targets):
-    return case("decode", functools.partial(decode, budgets=budgets), ("sparse_attention_decode",), "step", device, priority,
+def decoding(device, priority, shape, dtype, note="", budgets=None, bits=0, group=None, **targets):
+    build = functools.partial(decode, budgets=budgets, bits=bits, group=group)
+    return case("decode", build, ("sparse_attention_decode",), "step", device, priority,
                 shape, dtype, note=note, backends=("triton", "cpu"), targets=targets)  # fmt: skip
+
+
+def quantizing(device, dtype=torch.float32, *, update=False, bits=8, B=1, G, N=1, L=0, P) -> Work:
+    """N tokens of G heads; update: into a cache of L slots."""
+    x = normal(device, 0)(B, G, N, P).to(dtype)
+    lengths = torch.full((B,), max(L, N), dtype=torch.int32, device=device)
+    lead = B, G, max(L, N)
+    made = lambda package: package.quantize_kv(x, bits=bits)  # noqa: E731
+
+    def write():
+        cache = scalekern.quant.QuantizedKV.empty(*lead, channels=P, bits=bits, device=device)
+        return lambda: scalekern.quantize_kv_update(cache, x, lengths)
+
+    run, nbytes = write() if update else (lambda: made(scalekern)), made(reference).nbytes
+    newest = lambda cache: cache[:, :, -N:].dequantize(torch.float64)  # noqa: E731
+    return Work(
+        run=run, sample=lambda: newest(run()), oracle=lambda: (made(reference).dequantize(torch.float64),),
+        tolerance=TOLERANCE[torch.float32], bytes_moved=x.numel() * dtype.itemsize + nbytes, flops=6 * x.numel(),
+        peers={},
+    )  # fmt: skip
+
+
+def quantizing_cases(device, priority, dtype):
+    shape = {"B": 1 if device == "cpu" else 16, "G": 8, "N": 4096, "P": 128}
+    return [
+        case("quantize_kv", functools.partial(quantizing, bits=bits, update=update), (f"quantize_kv{'_update' * update}",),
+             "step" if update else "fwd", device, priority + update, {**shape, "N": 1, "L": 4096} if update else shape,
+             dtype, note=f"int{bits}", backends=("triton", "cpu"))
+        for bits in (8, 4)
+        for update in (False, True)
+    ]  # fmt: skip
 
 
 # ---- merge_attention -----------------------------------------------------------------------------------------------
@@ -307,6 +348,15 @@ DECODE = [
              **{WHOLE: 1.5, SCALED: 1 / 1.3}),
     decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS,
              **{WHOLE: 1.5, SCALED: 1 / 1.3}),
+    *(
+        decoding("cpu", 103, {"B": 1, "G": 8, "L": L, "P": 128}, _BF16, f"int{bits}{'_groups' if group else ''}", bits=bits,
+                 group=group, **({} if group else {FLOATS: 1.1}))
+        for L in (4096, 32768) for bits, group in ((8, None), (4, None), (4, 32))
+    ),
+    *quantizing_cases("cpu", 104, _BF16),
+    decoding("cuda", 55, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, "int8", bits=8, limit=0.7),
+    decoding("cuda", 55, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, "int4", bits=4, limit=0.5),
+    *quantizing_cases("cuda", 56, _BF16),
     merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
     decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
     decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),

@@ -6,6 +6,7 @@ import torch
 
 import scalekern
 from scalekern import _env, _library, reference, testing
+from scalekern.quant import QuantizedKV
 
 INTERPRET = _env.triton_interpret()
 
@@ -34,20 +35,25 @@ TRAINABLE_IDS = [f"{op}-{sample.name}" for op, sample in TRAINABLE]
 
 
 def as_tuple(outputs):
+    if isinstance(outputs, QuantizedKV):
+        return tuple(outputs.tensors().values())
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def tensors_of(args, kwargs):
-    """{name: tensor} of all tensor arguments; positional ones are named by their number."""
+    """{name: tensor} of all tensor arguments, positional ones named by their number, and of caches' parts ("1.data")."""
     named = {str(i): a for i, a in enumerate(args)} | dict(kwargs)
-    return {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+    parts = {f"{k}.{part}": t for k, v in named.items() if isinstance(v, QuantizedKV) for part, t in v.tensors().items()}
+    return {k: v for k, v in named.items() if isinstance(v, torch.Tensor)} | parts
 
 
 def with_tensors(args, kwargs, tensors):
-    return (
-        tuple(tensors.get(str(i), a) for i, a in enumerate(args)),
-        {k: tensors.get(k, v) for k, v in kwargs.items()},
-    )
+    def filled(name, value):
+        if not isinstance(value, QuantizedKV):
+            return tensors.get(name, value)
+        return value.replace(**{part: tensors.get(f"{name}.{part}", t) for part, t in value.tensors().items()})
+
+    return tuple(filled(str(i), a) for i, a in enumerate(args)), {k: filled(k, v) for k, v in kwargs.items()}
 
 
 def floating(tensors):
@@ -55,9 +61,10 @@ def floating(tensors):
 
 
 def clones(args, kwargs, dtype=None):
-    """Fresh leaves (of the oracle's dtype if given), so that in-place ops and gradients stay apart."""
+    """Fresh leaves (of the oracle's dtype if given; a quantized cache is what it is), so that in-place ops and gradients stay apart."""
     tensors = {
-        k: (testing.upcast(v, dtype) if dtype else v.detach()).clone() for k, v in tensors_of(args, kwargs).items()
+        k: (testing.upcast(v, dtype) if dtype and "." not in k else v.detach()).clone()
+        for k, v in tensors_of(args, kwargs).items()
     }
     return with_tensors(args, kwargs, tensors)
 

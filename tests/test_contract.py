@@ -570,7 +570,7 @@ def test_bad_input_is_named(op, sample, fake):
 @every_op
 def test_not_a_tensor(op):
     args, kwargs = testing.samples(op)[0].make()
-    with pytest.raises(TypeError, match=rf"{op}: \w+ must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=rf"{op}: \w+ must be a (torch.Tensor|QuantizedKV), got list"):
         getattr(scalekern, op)([1.0], *args[1:], **kwargs)
 
 
@@ -592,11 +592,12 @@ def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
     # of the order of additions; that something not finite arrives is not.
     spec = testing.specs()[op]
     either = spec.reorders or any(t.is_complex() for t in tensors_of(args, kwargs).values())
+    name, tensor = next(iter(floating(tensors_of(args, kwargs)).items()))
     for position in (0, -1):
-        spoiled = [args[0].clone(), *args[1:]]
-        spoiled[0].view(-1)[position] = value
-        actual = on(forward, getattr(scalekern, op), op, spoiled, kwargs)
-        for i, (a, e) in enumerate(zip(actual, expected(op, spoiled, kwargs))):
+        spoiled = with_tensors(args, kwargs, {name: tensor.clone()})
+        tensors_of(*spoiled)[name].view(-1)[position] = value
+        actual = on(forward, getattr(scalekern, op), op, *spoiled)
+        for i, (a, e) in enumerate(zip(actual, expected(op, *spoiled))):
             finite = torch.isfinite(e)  # of a complex number: both parts
             if op in SPREAD_BY_FFT and on.backend in ("triton", "cuda"):
                 # To look and repair, as the CPU does, would be a synchronization. No neighbour may be spoiled with it.

@@ -176,7 +176,8 @@ def decode_call(dtype, ragged):
     args = [
         normal(B, H, 2, P, seed=1, dtype=dtype), normal(*lead, P, seed=2, dtype=dtype), normal(*lead, P, seed=3, dtype=dtype),
         torch.tensor([11, 9]), torch.tensor([7, 11, 5, 6]), torch.tensor([0, 15, 40]) if ragged else None, None,
-        None if ragged else torch.tensor([3, 20]), normal(H, seed=4), 1, ragged, P**-0.5, 0.0,
+        None if ragged else torch.tensor([3, 20]), normal(H, seed=4), *[None] * 4, 1, ragged, P**-0.5, 0.0,
+        0, 0, 0, 0, P,
     ]  # fmt: skip
     return "sparse_attention_decode", decode._allocate(*args), args, (0, 1)
 

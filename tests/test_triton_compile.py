@@ -31,6 +31,7 @@ from scalekern.triton_kernels import (  # noqa: E402
     quant_matmul_bwd,
     quant_matmul_dense,
     quant_matmul_gemv,
+    quantize_kv,
     quantize_rows,
     selective_scan,
     selective_scan_bwd,
@@ -48,8 +49,8 @@ from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
     causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, hadamard_transform, quant_matmul,
-    quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_rows, selective_scan, selective_scan_bwd,
-    selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_decode,
+    quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_kv, quantize_rows, selective_scan,
+    selective_scan_bwd, selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_decode,
     sparse_attention_dq, sparse_attention_dtables, toeplitz_conv,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
@@ -60,13 +61,14 @@ MAIN = (
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
     "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv", "toeplitz_conv_fwd", "toeplitz_conv_bwd",
     "sparse_attention_decode", "hadamard_rows", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_gemv",
-    "quant_matmul_bwd",
+    "quant_matmul_bwd", "quantize_kv",
 )  # fmt: skip
 # Compiled for sm_90 alone, since each takes seconds.
 ONCE = (
     "sparse_attention_rows", "sparse_attention_dbias", "sparse_attention_dtables", "sparse_attention_decode_merge",
     "powers_sum", "moments", "quant_matmul_sum", "quantize_rows", "dequantize",
 )  # fmt: skip
+CODES = ("sparse_attention_decode_int8", "sparse_attention_decode_int4")  # 90 is among the branches
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
 # The interpreter runs the rest of attention's and toeplitz_conv's.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN[:6]}
@@ -80,6 +82,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 def cases() -> list[tuple[str, str, int]]:
     """The main launch of each kernel for every dtype and GPU, its other branches once."""
     main = [(name, "bfloat16", arch) for name in MAIN for arch in (80, 90, 100)]
+    main += [(name, "bfloat16", arch) for name in CODES for arch in (80, 100)]  # their conversions differ
     dtypes = [(name, dtype, 90) for name in MAIN for dtype in DTYPES.get(name, ())]
     branches = [(name, "bfloat16", 90) for name in COMPILE_SPECS if name not in MAIN]
     return main + dtypes + branches

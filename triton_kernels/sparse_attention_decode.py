@@ -6,7 +6,11 @@ dims.
 Not measured on a GPU yet.
 
 What bounds it on an H100/H200: HBM bytes of the cache; 4 R flops a pair of numbers read, 2 bytes each in half
-precision, stay below the matrix units' rate up to some hundred rows.
+precision, stay below the matrix units' rate up to some hundred rows. Codes of 8 or 4 bits are 1 or 1/2 byte.
+
+Codes become numbers in registers: a byte's two halves are interleaved along the channels, where the compiler keeps both
+in one thread. With one scale a key, keys stay codes, which half precision holds exactly, and the scale meets the score:
+q (s c + o) = s (q c) + o sum(q). Values are rounded to q's dtype, as a float cache's are.
 
 How the work is split: the keys that some row of a key head sees make a list (the first ones, then the newest), cut into
 splits; a program takes one split of one head and batch row for up to 64 rows of the group, so that a key is read once.
@@ -39,14 +43,55 @@ def _product(a, b, real: tl.constexpr):
 
 
 @triton.jit
+def _codes(ptr, at, p, in_n, in_p, stride_p, BITS: tl.constexpr):
+    """Rows of codes [N, P] as signed int8. p: channels, or for 4 bits bytes."""
+    byte = tl.load(ptr + at[:, None] + p[None, :] * stride_p, mask=in_n[:, None] & in_p[None, :], other=0)
+    if BITS == 4:
+        return tl.interleave((byte << 4) >> 4, byte >> 4)
+    else:
+        return byte
+
+
+@triton.jit
+def _bytes(P: tl.constexpr, BITS: tl.constexpr, BLOCK_P: tl.constexpr, INT64: tl.constexpr):
+    """The bytes that hold P channels, and which of them are there."""
+    byte = index(tl.arange(0, BLOCK_P * BITS // 8), INT64)
+    return byte, byte < (P * BITS + 7) // 8
+
+
+@triton.jit
+def _row_offsets(lead, g, slot, stride_b, stride_h, stride_s):
+    return lead * stride_b + g * stride_h + slot * stride_s
+
+
+@triton.jit
+def _dequantized(codes, scales_ptr, at_scales, stride_g, offsets_ptr, at_offsets, stride_offsets_g, in_n, p, in_p,
+                 GROUP_SIZE: tl.constexpr, real: tl.constexpr):  # fmt: skip
+    """scale * code + offset [N, P] in float32 (float64)."""
+    inside = in_n[:, None] & in_p[None, :]
+    g = (p // GROUP_SIZE)[None, :]
+    x = codes.to(real) * tl.load(scales_ptr + at_scales[:, None] + g * stride_g, mask=inside, other=0.0).to(real)
+    if offsets_ptr is not None:
+        x += tl.load(offsets_ptr + at_offsets[:, None] + g * stride_offsets_g, mask=inside, other=0.0).to(real)
+    return x
+
+
+@triton.jit
 def _sparse_attention_decode_kernel(
-    acc_ptr, state_ptr, q_ptr, k_ptr, v_ptr, lengths_ptr, budgets_ptr, offsets_ptr, starts_ptr, table_ptr,
+    acc_ptr, state_ptr, q_ptr, k_ptr, v_ptr, k_scales_ptr, k_offsets_ptr, v_scales_ptr, v_offsets_ptr, lengths_ptr,
+    budgets_ptr, offsets_ptr, starts_ptr, table_ptr,
     plan_ptr, scale, softcap, sink, slots, splits_of_all, rows_of_all,
     stride_q_b, stride_q_h, stride_q_t, stride_q_p, stride_k_b, stride_k_h, stride_k_s, stride_k_p,
-    stride_v_b, stride_v_h, stride_v_s, stride_v_p, stride_lengths_b, stride_budgets_h, stride_offsets_h,
+    stride_v_b, stride_v_h, stride_v_s, stride_v_p,
+    stride_k_scales_b, stride_k_scales_h, stride_k_scales_s, stride_k_scales_p,
+    stride_k_offsets_b, stride_k_offsets_h, stride_k_offsets_s, stride_k_offsets_p,
+    stride_v_scales_b, stride_v_scales_h, stride_v_scales_s, stride_v_scales_p,
+    stride_v_offsets_b, stride_v_offsets_h, stride_v_offsets_s, stride_v_offsets_p,
+    stride_lengths_b, stride_budgets_h, stride_offsets_h,
     stride_starts_b, stride_table_b, stride_table_j,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, P: tl.constexpr, PV: tl.constexpr,
     PAGE: tl.constexpr, CIRCULAR: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, INT64: tl.constexpr,
+    K_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
     real: tl.constexpr = acc_ptr.dtype.element_ty
@@ -101,6 +146,12 @@ def _sparse_attention_decode_kernel(
     if PAGE == 0:
         k_ptr += b * stride_k_b
         v_ptr += b * stride_v_b
+    if K_BITS > 0:
+        k_byte, in_k_byte = _bytes(P, K_BITS, BLOCK_P, INT64)
+        k_folds: tl.constexpr = K_GROUP >= P
+        q_sum = tl.sum(q.to(real), 1)  # [BLOCK_R]
+    if V_BITS > 0:
+        v_byte, in_v_byte = _bytes(PV, V_BITS, BLOCK_PV, INT64)
     most = tl.full([BLOCK_R], float("-inf"), real)
     total = tl.zeros([BLOCK_R], real)
     acc = tl.zeros([BLOCK_R, BLOCK_PV], real)
@@ -111,18 +162,35 @@ def _sparse_attention_decode_kernel(
         slot = position
         if CIRCULAR:
             slot = tl.where(position < sink, position, sink + (position - sink) % tl.maximum(ring, 1))
+        lead = b
         if PAGE > 0:
             at_page = table_ptr + b * stride_table_b + index(slot // PAGE, INT64) * stride_table_j
-            page = tl.load(at_page, mask=in_n, other=0).to(tl.int64)
+            lead = tl.load(at_page, mask=in_n, other=0).to(tl.int64)
             slot = index(slot % PAGE, INT64)
-            at_k = page * stride_k_b + slot * stride_k_s
-            at_v = page * stride_v_b + slot * stride_v_s
+            at_k = lead * stride_k_b + slot * stride_k_s
+            at_v = lead * stride_v_b + slot * stride_v_s
         else:
             slot = index(base + slot, INT64)
             at_k = slot * stride_k_s
             at_v = slot * stride_v_s
-        k = tl.load(k_ptr + at_k[None, :] + p[:, None] * stride_k_p, mask=in_n[None, :] & in_p[:, None], other=0.0)
-        s = _product(q, k, real) * scale  # [BLOCK_R, BLOCK_N]
+        if K_BITS > 0:
+            codes = _codes(k_ptr, at_k, k_byte, in_n, in_k_byte, stride_k_p, K_BITS)  # [BLOCK_N, BLOCK_P]
+            at_scale = _row_offsets(lead, g, slot, stride_k_scales_b, stride_k_scales_h, stride_k_scales_s)
+            at_offset = _row_offsets(lead, g, slot, stride_k_offsets_b, stride_k_offsets_h, stride_k_offsets_s)
+            if k_folds:
+                s = _product(q, tl.trans(codes.to(real).to(q.dtype)), real)
+                s *= tl.load(k_scales_ptr + at_scale, mask=in_n, other=0.0).to(real)[None, :]
+                if k_offsets_ptr is not None:
+                    offset = tl.load(k_offsets_ptr + at_offset, mask=in_n, other=0.0).to(real)
+                    s += q_sum[:, None] * offset[None, :]
+            else:
+                k = _dequantized(codes, k_scales_ptr, at_scale, stride_k_scales_p, k_offsets_ptr, at_offset,
+                                 stride_k_offsets_p, in_n, p, in_p, K_GROUP, real)
+                s = _product(q, tl.trans(k.to(q.dtype)), real)
+            s *= scale
+        else:
+            k = tl.load(k_ptr + at_k[None, :] + p[:, None] * stride_k_p, mask=in_n[None, :] & in_p[:, None], other=0.0)
+            s = _product(q, k, real) * scale  # [BLOCK_R, BLOCK_N]
         if SOFTCAP:
             s = softcap * (1 - 2 / (1 + tl.exp(2 * (s / softcap))))
         seen = (position[None, :] <= own[:, None]) & in_n[None, :] & in_r[:, None]
@@ -133,7 +201,15 @@ def _sparse_attention_decode_kernel(
         fade = tl.exp2(most - shift)
         weights = tl.exp2(s - shift[:, None])
         most, total = found, total * fade + tl.sum(weights, 1)
-        v = tl.load(v_ptr + at_v[:, None] + pv[None, :] * stride_v_p, mask=in_n[:, None] & in_pv[None, :], other=0.0)
+        if V_BITS > 0:
+            codes = _codes(v_ptr, at_v, v_byte, in_n, in_v_byte, stride_v_p, V_BITS)  # [BLOCK_N, BLOCK_PV]
+            at_scale = _row_offsets(lead, g, slot, stride_v_scales_b, stride_v_scales_h, stride_v_scales_s)
+            at_offset = _row_offsets(lead, g, slot, stride_v_offsets_b, stride_v_offsets_h, stride_v_offsets_s)
+            v = _dequantized(codes, v_scales_ptr, at_scale, stride_v_scales_p, v_offsets_ptr, at_offset,
+                             stride_v_offsets_p, in_n, pv, in_pv, V_GROUP, real).to(q.dtype)
+        else:
+            inside = in_n[:, None] & in_pv[None, :]
+            v = tl.load(v_ptr + at_v[:, None] + pv[None, :] * stride_v_p, mask=inside, other=0.0)
         acc = acc * fade[:, None]
         if EVEN:
             acc += _product(weights.to(v.dtype), v, real)
@@ -219,15 +295,15 @@ def _splits(batch, key_heads, group, tokens, slots, sink, budgets, chunk) -> tup
 
 
 def plan_sparse_attention_decode(
-    out, lse, q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale,
-    softcap,
+    out, lse, q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, k_scales, k_offsets,
+    v_scales, v_offsets, sink, circular, scale, softcap, k_bits, k_group, v_bits, v_group, value_dim,
 ):  # fmt: skip
     """The two launches, from shapes, strides, dtypes and the budgets that are on the CPU.
 
     EVEN: all rows of a group see the same keys, so that none has to be kept from what another one sees.
     """
     batch, heads, tokens, dim = q.shape
-    value_dim, paged, ragged = v_cache.shape[-1], block_table is not None, head_offsets is not None
+    paged, ragged = block_table is not None, head_offsets is not None
     key_heads = head_offsets.shape[0] - 1 if ragged else k_cache.shape[1]
     group, page = heads // key_heads, k_cache.shape[2] if paged else 0
     rows = group * tokens
@@ -239,6 +315,8 @@ def plan_sparse_attention_decode(
     default = {"BLOCK_N": 64 if row <= 256 else 32 if row <= 1024 else 16, "CHUNK": 128, "num_warps": 4}
     if row > 256:
         default["num_warps"] = 8
+    if k_bits and k_group < dim or v_bits and v_group < value_dim:  # a pointer a number: 4 warps spill 752 bytes
+        default |= {"BLOCK_N": max(default["BLOCK_N"] // 2, 16), "num_warps": 8}
     key = f"{str(q.dtype)[6:]}-P{block_p}-R{triton.next_power_of_2(rows)}"
     blocks = config("sparse_attention_decode", key, q.device, default)
     known = None
@@ -253,17 +331,24 @@ def plan_sparse_attention_decode(
     acc = torch.empty(batch, count, rows, value_dim, dtype=real, device=q.device)
     state = torch.empty(batch, count, rows, 2, dtype=real, device=q.device)
     cache_axes = "bsp" if ragged else "bhsp"
-    no_heads = {"stride_k_h": 0, "stride_v_h": 0} if ragged else {}
+    parts = {
+        "k": k_cache, "v": v_cache, "k_scales": k_scales, "k_offsets": k_offsets, "v_scales": v_scales,
+        "v_offsets": v_offsets,
+    }  # fmt: skip
+    steps = {key: step for name, x in parts.items() for key, step in strides(name, x, cache_axes).items()}
+    steps |= {f"stride_{name}_h": 0 for name in parts} if ragged else {}
     block_r = min(max(triton.next_power_of_2(rows), 16), 64 if row <= 512 else 16)
     args = dict(
-        acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=lengths, budgets_ptr=budgets,
+        acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scales_ptr=k_scales,
+        k_offsets_ptr=k_offsets, v_scales_ptr=v_scales, v_offsets_ptr=v_offsets, lengths_ptr=lengths,
+        budgets_ptr=budgets,
         offsets_ptr=head_offsets, starts_ptr=starts, table_ptr=block_table, plan_ptr=work,
         scale=float(scale), softcap=float(softcap), sink=sink, slots=slots, splits_of_all=count, rows_of_all=rows, **strides("q", q, "bhtp"),
-        **strides("k", k_cache, cache_axes), **strides("v", v_cache, cache_axes), **no_heads,
-        **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
+        **steps, **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
         **strides("offsets", head_offsets, "h"), **strides("starts", starts, "b"), **strides("table", block_table, "bj"),
         KEY_HEADS=key_heads,
         GROUP=group, T=tokens, P=dim, PV=value_dim, PAGE=page, CIRCULAR=bool(circular), SOFTCAP=softcap != 0, EVEN=tokens == 1 and same,
+        K_BITS=k_bits, K_GROUP=k_group, V_BITS=v_bits, V_GROUP=v_group,
         INT64=wide(q, k_cache, v_cache, block_table), BLOCK_R=block_r, BLOCK_N=blocks["BLOCK_N"], BLOCK_P=block_p,
         BLOCK_PV=block_pv,
     )  # fmt: skip
@@ -285,18 +370,22 @@ def sparse_attention_decode(*args):
         launch.run()
 
 
-def _spec(dtype, part, *, tokens=1, paged=False, ragged=False, padded=False, budgets=False, softcap=0.0):
+def _spec(
+    dtype, part, *, tokens=1, paged=False, ragged=False, padded=False, budgets=False, softcap=0.0, bits=0, group=128
+):  # fmt: skip
     real = torch.float64 if dtype == torch.float64 else torch.float32
     batch, heads, key_heads, dim = 8, 32, 8, 128
     q = meta(batch, heads, tokens, dim, dtype=dtype)
     lead = (512, key_heads, 64) if paged else (batch, 8192) if ragged else (batch, key_heads, 8192)
-    cache = meta(*lead, dim, dtype=dtype)
+    cache = meta(*lead, dim * bits // 8, dtype=torch.int8) if bits else meta(*lead, dim, dtype=dtype)
+    scales = meta(*lead, dim // group, dtype=torch.float16) if bits else None
     integers = lambda *shape: meta(*shape, dtype=torch.int32)
     args = (
         q, meta(batch, heads, tokens, dtype=real), q, cache, cache, integers(batch),
         integers(heads) if budgets else None, integers(key_heads + 1) if ragged else None, integers(batch, 64) if paged else None,
         integers(batch) if padded else None,
-        meta(heads, dtype=real) if part else None, 4, ragged, dim**-0.5, softcap,
+        meta(heads, dtype=real) if part else None, *[scales] * 4, 4, ragged, dim**-0.5, softcap,
+        bits, group, bits, group, dim,
     )  # fmt: skip
     return plan_sparse_attention_decode(*args)[part]
 
@@ -305,3 +394,6 @@ compile_spec("sparse_attention_decode")(functools.partial(_spec, part=0))
 compile_spec("sparse_attention_decode_merge")(functools.partial(_spec, part=1))
 compile_spec("sparse_attention_decode_paged")(functools.partial(_spec, part=0, tokens=4, paged=True, softcap=30.0))
 compile_spec("sparse_attention_decode_ragged")(functools.partial(_spec, part=0, ragged=True, budgets=True))
+compile_spec("sparse_attention_decode_int8")(functools.partial(_spec, part=0, bits=8))
+compile_spec("sparse_attention_decode_int4")(functools.partial(_spec, part=0, bits=4))
+compile_spec("sparse_attention_decode_int4_groups")(functools.partial(_spec, part=0, bits=4, group=32, paged=True))

@@ -38,25 +38,40 @@ void check_pages(const DecodeArgs& a, int64_t b, int64_t from, int64_t to, int64
   }
 }
 
+DecodePart part_of(const Tensor& t, bool ragged) {
+  const int s = ragged ? 1 : 2;
+  return {data(t), stride(t, 0), ragged ? 0 : stride(t, 1), stride(t, s), stride(t, s + 1)};
+}
+
+DecodeCache cache_of(
+    const Tensor& codes, const OptionalTensor& scales, const OptionalTensor& offsets, bool ragged, int64_t bits,
+    int64_t group) {
+  DecodeCache cache{};
+  cache.codes = part_of(codes, ragged), cache.bits = int(bits), cache.group = group;
+  if (scales.has_value()) cache.scales = part_of(*scales, ragged), cache.half_scales = dtype_of(*scales) == Dtype::f16;
+  if (offsets.has_value()) cache.offsets = part_of(*offsets, ragged);
+  return cache;
+}
+
 void sparse_attention_decode(
     Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor lengths, OptionalTensor budgets,
-    OptionalTensor head_offsets, OptionalTensor block_table, OptionalTensor starts, OptionalTensor sinks, int64_t sink,
-    bool circular, double scale, double softcap) {
+    OptionalTensor head_offsets, OptionalTensor block_table, OptionalTensor starts, OptionalTensor sinks,
+    OptionalTensor k_scales, OptionalTensor k_offsets, OptionalTensor v_scales, OptionalTensor v_offsets, int64_t sink,
+    bool circular, double scale, double softcap, int64_t k_bits, int64_t k_group, int64_t v_bits, int64_t v_group,
+    int64_t value_dim) {
   const bool ragged = head_offsets.has_value(), paged = block_table.has_value();
   const int slots_axis = ragged ? 1 : 2;
   DecodeArgs a{};
-  a.batch = q.size(0), a.tokens = q.size(2), a.dim = q.size(3), a.value_dim = v.size(slots_axis + 1);
+  a.batch = q.size(0), a.tokens = q.size(2), a.dim = q.size(3), a.value_dim = value_dim;
   a.key_heads = ragged ? head_offsets->size(0) - 1 : k.size(1);
   a.group = q.size(1) / a.key_heads;
   a.page = paged ? k.size(2) : 0;
   a.sink = sink, a.circular = circular, a.dtype = int(dtype_of(q)), a.scale = scale, a.softcap = softcap;
-  a.out = data(out), a.lse = data(lse), a.q = data(q), a.k = data(k), a.v = data(v), a.sinks = data(sinks);
+  a.out = data(out), a.lse = data(lse), a.q = data(q), a.sinks = data(sinks);
   a.table = data(block_table), a.table_is_int64 = paged && dtype_of(*block_table) == Dtype::i64;
   a.q_b = stride(q, 0), a.q_h = stride(q, 1), a.q_t = stride(q, 2), a.q_p = stride(q, 3);
-  a.k_b = stride(k, 0), a.k_h = ragged ? 0 : stride(k, 1);
-  a.v_b = stride(v, 0), a.v_h = ragged ? 0 : stride(v, 1);
-  a.k_s = stride(k, slots_axis), a.k_p = stride(k, slots_axis + 1);
-  a.v_s = stride(v, slots_axis), a.v_p = stride(v, slots_axis + 1);
+  a.k = cache_of(k, k_scales, k_offsets, ragged, k_bits, k_group);
+  a.v = cache_of(v, v_scales, v_offsets, ragged, v_bits, v_group);
   a.sinks_h = stride(sinks, 0);
   if (paged) a.table_b = stride(block_table, 0), a.table_j = stride(block_table, 1);
 
@@ -118,7 +133,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "sparse_attention_decode_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k_cache, Tensor v_cache, "
       "Tensor lengths, Tensor? budgets, Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, "
-      "int sink, bool circular, float scale, float softcap) -> ()");
+      "Tensor? k_scales, Tensor? k_offsets, Tensor? v_scales, Tensor? v_offsets, int sink, bool circular, float scale, "
+      "float softcap, int k_bits, int k_group, int v_bits, int v_group, int value_dim) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {

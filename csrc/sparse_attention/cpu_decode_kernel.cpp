@@ -1,26 +1,20 @@
 // Attention of a few queries over a cache: the keys that a group of query heads sees, split over threads.
 //
 // Bound: bytes of the cache. A key row and a value row are read once for all rows (query heads x tokens) of the group.
+// Codes: one scale a key leaves them codes until they are summed, so that a number costs a conversion (4 bits: two shifts
+//   more) and its product. 8 key heads of 32,768 tokens, P = 128, on two cores of an EPYC with AVX2, beside a bf16 cache:
+//   8 bits 0.89 of its time, 4 bits 0.66, where bytes alone would give 0.52 and 0.27: from 16 bits down it is the
+//   conversions that bound. 4 bits in groups of 32 take 1.05: each group's dot products end in sums across lanes.
 // Layout: lanes along P for the scores and along Pv for the values; blocks of rows share what was loaded. A split's
 //   scores are all there before its first exponential, so that there is one maximum a split and nothing is rescaled.
 // Split: at most kDecodeSplit keys, by the lists alone, never by the number of threads: what is merged, and in which
 //   order, is the same on every machine of one ISA.
-#include "selective_scan/cpu_tile.h"
-#include "sparse_attention/decode.h"
+#include "sparse_attention/cpu_decode_tiles.h"
 
 namespace {
 
-using scalekern::DecodeArgs;
-using scalekern::DecodeHead;
-using scalekern::DecodeSplit;
-using scalekern::kDecodeSplit;
-
-constexpr int64_t kTile = 32;                    // keys whose rows stay in L1 between blocks of rows
 constexpr int64_t kParallelElements = 32768;     // of the cache: 4 us on one core, about what waking another one takes
 constexpr double kInfinity = __builtin_inf();
-
-template <class F>
-constexpr int kRowBlock = kLanes<F> < 4 ? kLanes<F> : 4;
 
 // What one query row sees of a head's list: [0, sink) and [low, high).
 struct Seen {
@@ -41,105 +35,6 @@ static Seen seen(const DecodeArgs& a, const DecodeHead& head, int64_t h, int64_t
   return s;
 }
 
-static int64_t slot_of(const DecodeArgs& a, const DecodeHead& head, int64_t position) {
-  if (!a.circular || position < a.sink) return position;
-  return a.sink + int64_t(uint64_t(position - a.sink) % uint64_t(head.capacity - a.sink));
-}
-
-// Offsets of the split's rows in one of the caches.
-struct Rows {
-  int64_t k[kDecodeSplit], v[kDecodeSplit];
-
-  Rows(const DecodeArgs& a, const DecodeSplit& split) {
-    const DecodeHead& head = a.heads[split.head];
-    const int64_t b = split.head / a.key_heads, g = split.head % a.key_heads;
-    for (int64_t j = 0; j < split.count; ++j) {
-      const int64_t i = split.first + j, position = i < head.sink ? i : head.low + i - head.sink;
-      int64_t slot = slot_of(a, head, position) + head.base, lead = b;
-      if (a.page) {
-        const int64_t at = b * a.table_b + int64_t(uint64_t(slot) / uint64_t(a.page)) * a.table_j;
-        lead = a.table_is_int64 ? static_cast<const int64_t*>(a.table)[at] : static_cast<const int32_t*>(a.table)[at];
-        slot = int64_t(uint64_t(slot) % uint64_t(a.page));
-      }
-      k[j] = lead * a.k_b + g * a.k_h + slot * a.k_s, v[j] = lead * a.v_b + g * a.v_h + slot * a.v_s;
-    }
-  }
-};
-
-// s[r * pitch + j] = q_r . k_j for R rows and lanes / R keys.
-template <int R, class F, class S>
-static inline void dots(const F* q, int64_t dim, const S* const* keys, F* s, int64_t pitch) {
-  constexpr int W = kLanes<F>, K = W / R;
-  Vec<F> acc[W] = {};
-  for (int64_t p = 0; p < dim; p += W) {
-    Vec<F> key[K];
-#pragma GCC unroll 16
-    for (int j = 0; j < K; ++j) key[j] = load_as<F>(keys[j] + p);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<F> query = load(q + r * dim + p);
-#pragma GCC unroll 16
-      for (int j = 0; j < K; ++j) acc[r * K + j] += query * key[j];
-    }
-  }
-  F sums[W];
-  store(sums, sum_lanes<F>(acc));
-  for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * pitch, sums + r * K, K * sizeof(F));
-}
-
-// acc[r * dim + c] += sum_j p[r * pitch + j] v_j[c], columns c and the C - 1 vectors behind.
-template <int R, int C, class F, class S>
-static inline void weigh(
-    const F* p, int64_t pitch, const S* const* values, int64_t begin, int64_t end, F* acc, int64_t dim) {
-  constexpr int W = kLanes<F>;
-  Vec<F> sum[R][C];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[r][c] = load(acc + r * dim + c * W);
-  for (int64_t j = begin; j < end; ++j) {
-    Vec<F> value[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) value[c] = load_as<F>(values[j] + c * W);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sum[r][c] += p[r * pitch + j] * value[c];
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(acc + r * dim + c * W, sum[r][c]);
-}
-
-template <int R, class F, class S>
-static void weigh_rows(const F* p, int64_t pitch, const S** values, int64_t begin, int64_t end, F* acc, int64_t dim) {
-  constexpr int C = 8 / R;
-  const S* at[kTile];
-  for (int64_t c = 0; c < dim;) {
-    for (int64_t j = begin; j < end; ++j) at[j] = values[j] + c;
-    if (c + C * kLanes<F> <= dim) {
-      weigh<R, C>(p, pitch, at, begin, end, acc + c, dim), c += C * kLanes<F>;
-    } else {
-      weigh<R, 1>(p, pitch, at, begin, end, acc + c, dim), c += kLanes<F>;
-    }
-  }
-}
-
-static inline VecF tanhv(VecF x) {  // the series where 1 - 2 / (1 + e^2x) would cancel
-  const VecF q = x * x;
-  VecF p = splat(-1382.0f / 155925);
-  p = p * q + 62.0f / 2835;
-  p = p * q - 17.0f / 315;
-  p = p * q + 2.0f / 15;
-  p = p * q - 1.0f / 3;
-  return q < 0.09f ? x + x * q * p : 1 - 2 / (1 + expv(2 * x));
-}
-static inline VecD tanhv(VecD x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
-  return x;
-}
-
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // One thread's buffers, and one split of a head on them.
@@ -148,11 +43,13 @@ class Worker {
  public:
   explicit Worker(const DecodeArgs& a)
       : a_(a), rows_(a.rows()), dim_(round_up(a.dim, W)), value_dim_(round_up(a.value_dim, W)),
-        wide_k_(wide(a.k_p, a.dim)), wide_v_(wide(a.v_p, a.value_dim)),
+        wide_k_(wide(a.k, a.dim)), wide_v_(wide(a.v, a.value_dim)), groups_(groups_of<F>(a.k, a.dim)),
         memory_(static_cast<F*>(__builtin_malloc(
-            sizeof(F) * size_t(rows_ * (dim_ + kDecodeSplit + value_dim_) + kTile * (dim_ + value_dim_))))),
-        seen_(static_cast<Seen*>(__builtin_malloc(sizeof(Seen) * size_t(rows_)))) {
+            sizeof(F) * size_t(rows_ * (dim_ + groups_ + kDecodeSplit + value_dim_) + kTile * (dim_ + value_dim_))))),
+        seen_(static_cast<Seen*>(__builtin_malloc(sizeof(Seen) * size_t(rows_)))), k_scales_(a.k, a.dim),
+        v_scales_(a.v, a.value_dim) {
     q_ = memory_, scores_ = q_ + rows_ * dim_, acc_ = scores_ + rows_ * kDecodeSplit, tile_ = acc_ + rows_ * value_dim_;
+    sums_ = tile_ + kTile * (dim_ + value_dim_);
   }
   ~Worker() { __builtin_free(memory_), __builtin_free(seen_); }
   Worker(const Worker&) = delete;
@@ -168,30 +65,26 @@ class Worker {
       widen(q, at<T>(a_.q, b * a_.q_b + h * a_.q_h + t * a_.q_t), a_.q_p, a_.dim);
       for (int64_t p = 0; p < a_.dim; ++p) q[p] *= F(a_.scale);
       zero(q + a_.dim, dim_ - a_.dim);
+      zero(sums_ + r * groups_, groups_);
+      for (int64_t p = 0; groups_ && p < a_.dim; ++p) sums_[r * groups_ + p / a_.k.group] += q[p];
     }
-    const Rows offsets(a_, split);
+    const Slots slots(a_, split);
     for (int64_t j = 0; j < split.count; j += kTile) {
-      const int64_t count = split.count - j < kTile ? split.count - j : kTile;
-      if (wide_k_) {
-        score<F>(split, j, count, widened(a_.k, offsets.k + j, count, a_.k_p, a_.dim, dim_));
-      } else {
-        const T* keys[kTile];
-        for (int64_t i = 0; i < kTile; ++i) keys[i] = at<T>(a_.k, offsets.k[j + (i < count ? i : 0)]);
-        score<T>(split, j, count, keys);
-      }
+      const Keys keys(slots, j, split.count - j < kTile ? split.count - j : kTile);
+      if (wide_k_) score(split, keys, widened(a_.k, keys, a_.dim, dim_));
+      else if (a_.k.bits == 8) score_codes<int8_t>(split, keys);
+      else if (a_.k.bits == 4) score_codes<Nibbles>(split, keys);
+      else score(split, keys, keys.template rows<T>(a_.k.codes).at);
     }
     F* partial = static_cast<F*>(a_.partials) + number * rows_ * (2 + a_.value_dim);
     for (int64_t r = 0; r < rows_; ++r) softmax(split, r, partial + r * (2 + a_.value_dim));
     zero(acc_, rows_ * value_dim_);
     for (int64_t j = 0; j < split.count; j += kTile) {
-      const int64_t count = split.count - j < kTile ? split.count - j : kTile;
-      if (wide_v_) {
-        add<F>(split, j, count, widened(a_.v, offsets.v + j, count, a_.v_p, a_.value_dim, value_dim_));
-      } else {
-        const T* values[kTile];
-        for (int64_t i = 0; i < count; ++i) values[i] = at<T>(a_.v, offsets.v[j + i]);
-        add<T>(split, j, count, values);
-      }
+      const Keys keys(slots, j, split.count - j < kTile ? split.count - j : kTile);
+      if (wide_v_) add(split, keys, widened(a_.v, keys, a_.value_dim, value_dim_));
+      else if (a_.v.bits == 8) add_codes<int8_t>(split, keys);
+      else if (a_.v.bits == 4) add_codes<Nibbles>(split, keys);
+      else add(split, keys, keys.template rows<T>(a_.v.codes).at);
     }
     for (int64_t r = 0; r < rows_; ++r)
       __builtin_memcpy(partial + r * (2 + a_.value_dim) + 2, acc_ + r * value_dim_, sizeof(F) * size_t(a_.value_dim));
@@ -201,17 +94,20 @@ class Worker {
   static constexpr int W = kLanes<F>;
 
   // Whether rows of this cache go through a tile of numbers: they have gaps, end within a vector, or would be widened
-  // again for every block of rows.
-  bool wide(int64_t stride, int64_t dim) const {
-    return (stride != 1 && dim > 1) || dim % W || (sizeof(T) == 2 && rows_ > kRowBlock<F>);
+  // again for every block of rows. Codes also where a group ends within a vector, and for float64.
+  bool wide(const DecodeCache& cache, int64_t dim) const {
+    if ((cache.codes.p != 1 && dim > 1) || dim % W) return true;
+    if (cache.bits) return sizeof(F) == 8 || cache.group % W || rows_ > kRowBlock<F>;
+    return sizeof(T) == 2 && rows_ > kRowBlock<F>;
   }
 
-  const F** widened(
-      const void* cache, const int64_t* offsets, int64_t count, int64_t stride, int64_t dim, int64_t pitch) {
-    for (int64_t i = 0; i < kTile; ++i) tile_rows_[i] = tile_ + (i < count ? i : 0) * pitch;
-    for (int64_t i = 0; i < count; ++i) {
-      widen(tile_ + i * pitch, at<T>(cache, offsets[i]), stride, dim);
-      zero(tile_ + i * pitch + dim, pitch - dim);
+  const F** widened(const DecodeCache& cache, const Keys& keys, int64_t dim, int64_t pitch) {
+    for (int64_t i = 0; i < kTile; ++i) tile_rows_[i] = tile_ + (i < keys.count ? i : 0) * pitch;
+    for (int64_t i = 0; i < keys.count; ++i) {
+      F* row = tile_ + i * pitch;
+      if (cache.bits) dequantize(cache, keys, i, dim, row);
+      else widen(row, at<T>(cache.codes.data, keys.offset(cache.codes, i)), cache.codes.p, dim);
+      zero(row + dim, pitch - dim);
     }
     return tile_rows_;
   }
@@ -233,20 +129,51 @@ class Worker {
     }
   }
 
+  // s[r * pitch + i] = q_r . key_i over `length` channels from `first` on, for a block of `size` rows.
   template <class S>
-  void score(const DecodeSplit& split, int64_t j, int64_t count, const S* const* keys) {
-    const int64_t begin = split.first + j, end = begin + count;
+  void dot(int64_t r, int64_t size, const S* const* keys, int64_t first, int64_t length, int64_t count, F* s,
+           int64_t pitch) const {
+    const F* q = q_ + r * dim_;
+    if (size == 1) {
+      for (int64_t i = 0; i < count; i += W) dots<1>(q, dim_, keys + i, first, length, s + i, pitch);
+    } else if (size == 2) {
+      for (int64_t i = 0; i < count; i += W / 2) dots<2>(q, dim_, keys + i, first, length, s + i, pitch);
+    } else {
+      constexpr int R = kRowBlock<F>;
+      for (int64_t i = 0; i < count; i += W / R) dots<R>(q, dim_, keys + i, first, length, s + i, pitch);
+    }
+  }
+
+  template <class S>
+  void score(const DecodeSplit& split, const Keys& keys, const S* const* rows) {
+    const int64_t begin = split.first + keys.first, end = begin + keys.count;
     const auto some = [&](const Seen& s) { return s.some(begin, end); };
     in_blocks(some, some, [&](int64_t r, int64_t size) {
-      const F* q = q_ + r * dim_;
-      F* s = scores_ + r * kDecodeSplit + j;
-      if (size == 1) {
-        for (int64_t i = 0; i < count; i += W) dots<1>(q, dim_, keys + i, s + i, kDecodeSplit);
-      } else if (size == 2) {
-        for (int64_t i = 0; i < count; i += W / 2) dots<2>(q, dim_, keys + i, s + i, kDecodeSplit);
-      } else {
-        constexpr int R = kRowBlock<F>;
-        for (int64_t i = 0; i < count; i += W / R) dots<R>(q, dim_, keys + i, s + i, kDecodeSplit);
+      dot(r, size, rows, 0, dim_, keys.count, scores_ + r * kDecodeSplit + keys.first, kDecodeSplit);
+    });
+  }
+
+  // q . (scale c + offset) = scale (q . c) + offset sum(q): a group's parts are met once a key, not once a channel.
+  template <class S>
+  void score_codes(const DecodeSplit& split, const Keys& keys) {
+    const int64_t begin = split.first + keys.first, end = begin + keys.count;
+    const auto some = [&](const Seen& s) { return s.some(begin, end); };
+    const auto rows = keys.template rows<S>(a_.k.codes);
+    k_scales_.load(a_.k, keys);
+    in_blocks(some, some, [&](int64_t r, int64_t size) {
+      F raw[kRowBlock<F> * kTile];
+      for (int64_t g = 0; g < groups_; ++g) {
+        const int64_t first = g * a_.k.group, left = a_.dim - first;
+        const F *scale = k_scales_.scale(g), *offset = k_scales_.offset(g);
+        dot(r, size, rows.at, first, left < a_.k.group ? left : a_.k.group, keys.count, raw, kTile);
+        for (int64_t row = 0; row < size; ++row) {
+          F* s = scores_ + (r + row) * kDecodeSplit + keys.first;
+          const F sum = sums_[(r + row) * groups_ + g];
+          for (int64_t i = 0; i < kTile; i += W) {
+            const Vec<F> x = load(raw + row * kTile + i) * load(scale + i) + sum * load(offset + i);
+            store(s + i, g ? load(s + i) + x : x);
+          }
+        }
       }
     });
   }
@@ -283,29 +210,68 @@ class Worker {
     partial[0] = maximum, partial[1] = sum_of<F>(sum);
   }
 
-  // A value that a row does not see must not meet its weight of 0, which would make NaN of NaN and Inf.
-  template <class S>
-  void add(const DecodeSplit& split, int64_t j, int64_t count, const S** values) {
-    const int64_t begin = split.first + j, end = begin + count;
+  // Calls range(size, begin, end) for the keys that a block of rows sees, in one piece for several rows. A value that a
+  // row does not see must not meet its weight of 0, which would make NaN of NaN and Inf.
+  template <class Range>
+  void in_ranges(const DecodeSplit& split, const Keys& keys, const Range& range) {
+    const int64_t begin = split.first + keys.first, end = begin + keys.count;
     const auto all = [&](const Seen& s) { return s.all(begin, end); };
     const auto some = [&](const Seen& s) { return s.some(begin, end); };
     in_blocks(all, some, [&](int64_t r, int64_t size) {
-      const F* p = scores_ + r * kDecodeSplit + j;
-      F* acc = acc_ + r * value_dim_;
-      if (size > 2) return weigh_rows<kRowBlock<F>>(p, kDecodeSplit, values, 0, count, acc, value_dim_);
-      if (size == 2) return weigh_rows<2>(p, kDecodeSplit, values, 0, count, acc, value_dim_);
+      if (size > 1) return range(r, size, 0, keys.count);
       const Seen& s = seen_[r];
-      const int64_t low = clamp(s.low - begin, 0, count), high = clamp(s.high - begin, 0, count);
-      weigh_rows<1>(p, kDecodeSplit, values, 0, clamp(s.sink - begin, 0, count), acc, value_dim_);
-      weigh_rows<1>(p, kDecodeSplit, values, low, high, acc, value_dim_);
+      const int64_t sink = clamp(s.sink - begin, 0, keys.count);
+      if (sink) range(r, size, 0, sink);
+      range(r, size, clamp(s.low - begin, 0, keys.count), clamp(s.high - begin, 0, keys.count));
+    });
+  }
+
+  template <class S>
+  void weigh_block(int64_t size, const F* p, int64_t pitch, const S* const* values, int64_t first, int64_t length,
+                   int64_t begin, int64_t end, F* acc) const {
+    if (size == 1) return weigh_rows<1>(p, pitch, values, first, length, begin, end, acc, value_dim_);
+    if (size == 2) return weigh_rows<2>(p, pitch, values, first, length, begin, end, acc, value_dim_);
+    weigh_rows<kRowBlock<F>>(p, pitch, values, first, length, begin, end, acc, value_dim_);
+  }
+
+  template <class S>
+  void add(const DecodeSplit& split, const Keys& keys, const S* const* values) {
+    in_ranges(split, keys, [&](int64_t r, int64_t size, int64_t begin, int64_t end) {
+      const F* p = scores_ + r * kDecodeSplit + keys.first;
+      weigh_block(size, p, kDecodeSplit, values, 0, value_dim_, begin, end, acc_ + r * value_dim_);
+    });
+  }
+
+  // sum of p (scale c + offset): weights times scales for the codes, and one number a group for all of its channels.
+  template <class S>
+  void add_codes(const DecodeSplit& split, const Keys& keys) {
+    const auto values = keys.template rows<S>(a_.v.codes);
+    v_scales_.load(a_.v, keys);
+    in_ranges(split, keys, [&](int64_t r, int64_t size, int64_t begin, int64_t end) {
+      F scaled[kRowBlock<F> * kTile];
+      for (int64_t g = 0, first = 0; first < a_.value_dim; ++g, first += a_.v.group) {
+        const int64_t left = a_.value_dim - first, length = left < a_.v.group ? left : a_.v.group;
+        const F *scale = v_scales_.scale(g), *offset = v_scales_.offset(g);
+        F* acc = acc_ + r * value_dim_;
+        for (int64_t row = 0; row < size; ++row) {
+          const F* p = scores_ + (r + row) * kDecodeSplit + keys.first;
+          F constant = 0;
+          for (int64_t i = 0; i < kTile; ++i) scaled[row * kTile + i] = p[i] * scale[i];
+          for (int64_t i = begin; i < end; ++i) constant += p[i] * offset[i];
+          for (int64_t c = first; a_.v.offsets.data && c < first + length; ++c) acc[row * value_dim_ + c] += constant;
+        }
+        weigh_block(size, scaled, kTile, values.at, first, length, begin, end, acc);
+      }
     });
   }
 
   const DecodeArgs& a_;
   const int64_t rows_, dim_, value_dim_;
   const bool wide_k_, wide_v_;
-  F *memory_, *q_, *scores_, *acc_, *tile_;
+  const int64_t groups_;  // of codes of keys that stay codes
+  F *memory_, *q_, *scores_, *acc_, *tile_, *sums_;  // sums_: of q, a group's channels
   Seen* seen_;
+  Scales<F> k_scales_, v_scales_;
   const F* tile_rows_[kTile];
 };
 

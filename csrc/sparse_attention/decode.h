@@ -17,6 +17,21 @@ struct DecodeSplit {
   int64_t head, first, count;
 };
 
+// Numbers of every slot, (B or pages, Hkv, slots, channels); strides in elements.
+struct DecodePart {
+  const void* data;
+  int64_t b, h, s, p;
+};
+
+// Keys or values: numbers of q's dtype, or for bits 8 and 4 codes with a scale and an offset (or none) a group of
+// channels: number = scale * code + offset.
+struct DecodeCache {
+  DecodePart codes, scales, offsets;
+  int bits;  // 0: no codes
+  bool half_scales;
+  int64_t group;
+};
+
 // Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, P head dim, Pv of the values. Strides in
 // elements.
 struct DecodeArgs {
@@ -24,12 +39,13 @@ struct DecodeArgs {
   int64_t page;  // slots of one, 0: not paged
   int64_t sink;
   bool circular;
-  int dtype;              // enum Dtype of q, caches and out
+  int dtype;              // enum Dtype of q, caches without codes and out
   double scale, softcap;  // softcap 0: none
   void *out, *lse;        // (B, Hq, T, Pv) and (B, Hq, T), contiguous; lse is float, or double when the others are
-  const void *q, *k, *v, *sinks, *table;
+  const void *q, *sinks, *table;
+  DecodeCache k, v;
   bool table_is_int64;
-  int64_t q_b, q_h, q_t, q_p, k_b, k_h, k_s, k_p, v_b, v_h, v_s, v_p, sinks_h, table_b, table_j;
+  int64_t q_b, q_h, q_t, q_p, sinks_h, table_b, table_j;
   const int64_t* windows;  // (Hq,), of each query head; null: no limit
   const DecodeHead* heads;
   const DecodeSplit* splits;

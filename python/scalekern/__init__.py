@@ -16,6 +16,7 @@ from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.merge_attention import merge_attention
 from scalekern.ops.quant_matmul import quant_matmul
+from scalekern.ops.quantize_kv import quantize_kv, quantize_kv_update
 from scalekern.ops.relative_position_buckets import relative_position_buckets
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
@@ -53,6 +54,8 @@ __all__ = [
     "merge_dilated_branches",
     "quant",
     "quant_matmul",
+    "quantize_kv",
+    "quantize_kv_update",
     "relative_position_buckets",
     "selective_scan",
     "selective_state_update",

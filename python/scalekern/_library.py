@@ -41,7 +41,7 @@ class Op:
         device = args[0].device.type
         chosen = reference if self.empty(*args) else _dispatch.select(self.name, self.backends, device, args)
         outputs = chosen.run(*args)
-        return self._laid_out(outputs, args) if chosen is reference else outputs
+        return self._laid_out(outputs, args) if chosen is reference and outputs is not None else outputs
 
     def _laid_out(self, outputs, args):
         """The reference's outputs in the strides that the fake promises; kernels fill such tensors to begin with."""

@@ -86,6 +86,11 @@ def shifted(axis, by=1):
     return lambda x: x.roll(by, axis)
 
 
+def nibbles_swapped(data):
+    """Of caches of 4-bit codes; of others, channels."""
+    return (data << 4 | data >> 4 & 15) if data.dtype == torch.int8 else data.flip(-1)
+
+
 def groups_left_out(run, args):
     """One scale for a whole row."""
     if not args["group_size"]:

@@ -1,7 +1,7 @@
 """Defects of attention under masks."""
 
 import torch
-from mutants.defects import flipped, given, halved, ignored, output, shifted, swapped, zeroed
+from mutants.defects import flipped, given, halved, ignored, nibbles_swapped, output, shifted, state, swapped, zeroed
 
 FORWARD = {
     "sparse_attention_fwd": {
@@ -35,6 +35,33 @@ FORWARD = {
         "cap left out": given(softcap=lambda c: 0.0 if c else 1e-2),
         **ignored("sinks"),
         "slots off by one": given(k_cache=shifted(-2)),
+        "offsets of keys left out": given(k_offsets=torch.zeros_like),
+        "offsets of values left out": given(v_offsets=torch.zeros_like),
+        "scales of keys of the next slot": given(k_scales=shifted(-2)),
+        "scales of values of the next slot": given(v_scales=shifted(-2)),
+        "scales of values of another group": given(v_scales=shifted(-1)),
+        "offsets of values of another head": given(v_offsets=swapped(1)),
+        "two channels of a byte swapped": given(k_cache=nibbles_swapped),
+        "codes of values taken for unsigned": given(v_cache=lambda x: x & 127 if x.dtype == torch.int8 else x.abs()),
+    },
+    "quantize_kv": {
+        "last channel not rounded": output(0, zeroed(-1, -1)),
+        "two channels of a byte swapped": output(0, nibbles_swapped),
+        "scales of another group": output(1, shifted(-1)),
+        "offsets not written": output(2, torch.zeros_like),
+        "one group": given(group_size=lambda n: n + 1),
+        "a range of one step less": given(x=lambda x: x * 1.02),
+        **flipped("symmetric"),
+    },
+    "quantize_kv_update": {
+        "newest token not written": given(lengths=lambda n: n - 1),
+        "tokens in the order of the batch": given(x=swapped(0)),
+        "heads swapped": given(x=swapped(1)),
+        "starts ignored": given(starts=torch.zeros_like),
+        "first token of the sink overwritten": given(sink=lambda n: n - 1 if n else 0),
+        "two pages swapped": given(block_table=lambda table: table[:, [0, 2, 1, *range(3, table.shape[1])]]),
+        "scales left as they were": state("scales", lambda before, after: before),
+        "offsets left as they were": state("offsets", lambda before, after: before),
     },
     "merge_attention_fwd": {
         "two parts swapped": given(lses=swapped(0)),

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalekern
 from scalekern import _dispatch, _library, reference, testing
+from scalekern.quant import QuantizedKV
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -91,6 +92,7 @@ def evaluate(function, args, kwargs, spec: testing.Spec) -> tuple[tuple, tuple |
     args = [_leaf(a, spec.trainable) for a in args]
     kwargs = {k: _leaf(v, spec.trainable) for k, v in kwargs.items()}
     outputs = function(*args, **kwargs)
+    outputs = tuple(outputs.tensors().values()) if isinstance(outputs, QuantizedKV) else outputs
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if not spec.trainable:
         return (*outputs, *(args[i] for i in spec.inplace)), None
@@ -102,6 +104,8 @@ def evaluate(function, args, kwargs, spec: testing.Spec) -> tuple[tuple, tuple |
 
 
 def _leaf(value, differentiable: bool):
+    if isinstance(value, QuantizedKV):
+        return value.map(torch.clone)
     if not isinstance(value, torch.Tensor):
         return value
     floating = value.is_floating_point() or value.is_complex()

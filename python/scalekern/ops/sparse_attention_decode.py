@@ -7,10 +7,11 @@ import torch
 
 from scalekern import _checks, _library
 from scalekern._dispatch import Backend, filling, native, triton
+from scalekern.ops._kv_layout import INDEX, check_layout
+from scalekern.quant.kv import QuantizedKV
 from scalekern.reference.sparse_attention_decode import sparse_attention_decode_op as reference_decode
 
 NAME = "sparse_attention_decode"
-INDEX = (torch.int32, torch.int64)
 
 
 def sparse_attention_decode(
@@ -29,9 +30,12 @@ def sparse_attention_decode(
     heads differ in their number of slots, and so takes the memory of the sum of the budgets; its heads lie one behind
     the other along one axis like the sequences of a packed batch, with `head_offsets` in the place of cu_seqlens.
 
+    Either cache may be a `QuantizedKV`, of 8 or 4 bits: its codes are read as they are, so that traffic shrinks with
+    the bits, and are multiplied by their scales in registers. What is not visible may hold anything there too.
+
     Args:
         q: (B, Hq, T, P); float64, float32, float16 or bfloat16, any strides; P and Pv up to 256.
-        k_cache, v_cache: q's dtype, any strides. Contiguous: (B, Hkv, S, P) and (B, Hkv, S, Pv).
+        k_cache, v_cache: q's dtype or a QuantizedKV, any strides. Contiguous: (B, Hkv, S, P) and (B, Hkv, S, Pv).
             Ragged: (B, S, P) and (B, S, Pv), with head_offsets. Paged: (pages, Hkv, page, P) and likewise, with
             block_table.
         lengths: (B,), int32 or int64: tokens so far, the new ones included. 0: a row without tokens. At most the
@@ -61,15 +65,17 @@ def sparse_attention_decode(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
 
     Source: Fu et al., MoA, 2024, section 4; Kwon et al., PagedAttention, 2023, section 4; Xiao et al., Efficient
-    Streaming Language Models with Attention Sinks, 2024, section 3.2.
+    Streaming Language Models with Attention Sinks, 2024, section 3.2; Liu et al., KIVI, 2024, section 3.2.
     """
     _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, block_table, starts, softcap, sinks)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    k, v = ((x, None, None, 0, 0) if isinstance(x, torch.Tensor) else (x.data, x.scales, x.offsets, x.bits, x.group_size)
+            for x in (k_cache, v_cache))  # fmt: skip
     out, lse = sparse_attention_decode_op(
-        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale,
-        float(softcap or 0.0),
+        q, k[0], v[0], lengths, budgets, head_offsets, block_table, starts, sinks, *k[1:3], *v[1:3], sink, circular,
+        scale, float(softcap or 0.0), *k[3:], *v[3:], v_cache.shape[-1],
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -78,21 +84,20 @@ def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, 
     _checks.tensor(NAME, "q", q, dims=4, dtypes=_checks.FLOATING)
     batch, heads, _, dim = q.shape
     ragged, paged = head_offsets is not None, block_table is not None
-    if ragged and paged:
-        raise ValueError(f"{NAME}: pass one of head_offsets and block_table, got both")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.tensor(NAME, name, x, dims=3 if ragged else 4, dtypes=_checks.FLOATING)
-        _checks.dtype(NAME, name, x, q.dtype)
+        if isinstance(x, QuantizedKV):
+            _checks.tensor(NAME, f"{name}.data", x.data, dims=3 if ragged else 4)
+            x.check(NAME, name)
+        else:
+            _checks.tensor(NAME, name, x, dims=3 if ragged else 4, dtypes=_checks.FLOATING)
+            _checks.dtype(NAME, name, x, q.dtype)
     lead = k_cache.shape[:-1]
     _checks.shape(NAME, "k_cache", k_cache, (None if paged else batch, *[None] * (len(lead) - 1), dim))
     _checks.shape(NAME, "v_cache", v_cache, (*lead, None))
     if not 1 <= dim <= 256 or not 1 <= v_cache.shape[-1] <= 256:
         got = f"{dim} and {v_cache.shape[-1]}"
         raise ValueError(f"{NAME}: the last axes of q and v_cache must have 1 to 256 elements, got {got}")
-    _checks.tensor(NAME, "lengths", lengths, dims=1, dtypes=INDEX)
-    _checks.shape(NAME, "lengths", lengths, (batch,))
-    if ragged:
-        _checks.tensor(NAME, "head_offsets", head_offsets, dims=1, dtypes=INDEX)
+    check_layout(NAME, batch, lengths, circular, head_offsets, block_table, starts)
     key_heads = head_offsets.shape[0] - 1 if ragged else k_cache.shape[1]
     if heads and (key_heads <= 0 or heads % key_heads):
         raise ValueError(f"{NAME}: the key heads must divide the {heads} heads of q, got {key_heads}")
@@ -100,16 +105,6 @@ def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, 
         if x is not None:
             _checks.tensor(NAME, name, x, dims=1, dtypes=dtypes)
             _checks.shape(NAME, name, x, (heads,))
-    if paged:
-        _checks.tensor(NAME, "block_table", block_table, dims=2, dtypes=INDEX)
-        _checks.shape(NAME, "block_table", block_table, (batch, None))
-        if circular:
-            raise ValueError(f"{NAME}: circular must be False with a block_table, got True")
-    if starts is not None:
-        _checks.tensor(NAME, "starts", starts, dims=1, dtypes=INDEX)
-        _checks.shape(NAME, "starts", starts, (batch,))
-        if ragged or paged or circular:
-            raise ValueError(f"{NAME}: starts must be None for other layouts than contiguous ones, got a tensor")
     _checks.at_least(NAME, "sink", sink, 0)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{NAME}: softcap must be positive, got {softcap!r}")
@@ -120,10 +115,10 @@ def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, 
     )  # fmt: skip
 
 
-def _allocate(q, k_cache, v_cache, *rest):
+def _allocate(q, *rest):
     """The outputs, uninitialized: what the fake returns and what the kernels fill."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v_cache.shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
+    return q.new_empty(*q.shape[:3], rest[-1]), q.new_empty(q.shape[:3], dtype=wide)
 
 
 def _empty(q, k_cache, *rest):
@@ -133,8 +128,9 @@ def _empty(q, k_cache, *rest):
 sparse_attention_decode_op = _library.define(
     NAME,
     "sparse_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? budgets, "
-    "Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, int sink, bool circular, "
-    "float scale, float softcap) -> (Tensor, Tensor)",
+    "Tensor? head_offsets, Tensor? block_table, Tensor? starts, Tensor? sinks, Tensor? k_scales, Tensor? k_offsets, "
+    "Tensor? v_scales, Tensor? v_offsets, int sink, bool circular, float scale, float softcap, int k_bits, "
+    "SymInt k_group, int v_bits, SymInt v_group, SymInt value_dim) -> (Tensor, Tensor)",
     backends=(
         Backend("triton", filling(_allocate, triton("sparse_attention_decode", "sparse_attention_decode"))),
         Backend("cpu", filling(_allocate, native("sparse_attention_decode", "cpu"))),

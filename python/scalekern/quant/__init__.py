@@ -5,6 +5,7 @@ from scalekern.quant._formats import FORMATS, Format
 from scalekern.quant._hqq import hqq
 from scalekern.quant._methods import METHODS
 from scalekern.quant._quantize import dequantize, quantize
+from scalekern.quant.kv import QuantizedKV
 from scalekern.quant.model import QuantConfig, quantize_model
 from scalekern.quant.readers import load_quantized, read_checkpoint, save_quantized
 from scalekern.quant.report import LayerReport, QuantReport
@@ -18,6 +19,7 @@ __all__ = [
     "LayerReport",
     "QuantConfig",
     "QuantReport",
+    "QuantizedKV",
     "QuantizedTensor",
     "dequantize",
     "fold_rotation",

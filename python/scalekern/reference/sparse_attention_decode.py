@@ -5,6 +5,7 @@ Shape letters: B batch, Hq query heads, Hkv key heads, T new tokens, S slots of 
 
 import torch
 
+from scalekern.quant.kv import QuantizedKV
 from scalekern.reference.sparse_attention import attend
 
 
@@ -12,14 +13,27 @@ def sparse_attention_decode(
     q, k_cache, v_cache, lengths, *, budgets=None, sink=0, circular=False, head_offsets=None, block_table=None,
     starts=None, scale=None, softcap=None, sinks=None, return_lse=False,
 ):  # fmt: skip
-    out, lse = sparse_attention_decode_op(
-        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale,
-        softcap or 0.0,
-    )  # fmt: skip
+    k, v = (x.dequantize(q.dtype) if isinstance(x, QuantizedKV) else x for x in (k_cache, v_cache))
+    out, lse = decode(
+        q, k, v, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale, softcap or 0.0
+    )
     return (out, lse) if return_lse else out
 
 
 def sparse_attention_decode_op(
+    q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, k_scales, k_offsets, v_scales,
+    v_offsets, sink, circular, scale, softcap, k_bits, k_group, v_bits, v_group, value_dim,
+):  # fmt: skip
+    if k_bits:
+        k_cache = QuantizedKV(k_cache, k_scales, k_offsets, k_bits, q.shape[-1], k_group).dequantize(q.dtype)
+    if v_bits:
+        v_cache = QuantizedKV(v_cache, v_scales, v_offsets, v_bits, value_dim, v_group).dequantize(q.dtype)
+    return decode(
+        q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale, softcap
+    )
+
+
+def decode(
     q, k_cache, v_cache, lengths, budgets, head_offsets, block_table, starts, sinks, sink, circular, scale, softcap
 ):  # fmt: skip
     slots, capacity = slots_of(k_cache, head_offsets, block_table)

@@ -6,6 +6,7 @@ Shape letters: B batch, Hq query heads, Hkv key heads, Lq, Lk lengths, P head di
 import torch
 
 from scalekern import masks
+from scalekern.reference import quantize_kv
 from scalekern.testing import Sample, Spec
 
 
@@ -78,9 +79,12 @@ SPECS = {
 
 def _decode(
     B, Hq, Hkv, T, P, lengths, *, S=None, Pv=None, budgets=None, capacities=None, pages=None, starts=None, sinks=False,
-    **plain,
+    k_format=None, v_format=None, **plain,
 ):
-    """S: slots of a contiguous cache. capacities: those of each key head of a ragged one. pages: (pages, page, table)."""
+    """S: slots of a contiguous cache. capacities: those of each key head of a ragged one. pages: (pages, page, table).
+
+    k_format, v_format: options of quantize_kv, for caches of codes.
+    """
 
     def build(f):
         kwargs = dict(plain)
@@ -99,6 +103,7 @@ def _decode(
         if sinks:
             kwargs["sinks"] = f.param(Hq)
         caches = f.io(*lead, P), f.io(*lead, P if Pv is None else Pv)
+        caches = (x if o is None else quantize_kv(x, **o) for x, o in zip(caches, (k_format, v_format)))
         return (f.io(B, Hq, T, P), *caches, f.integers(lengths)), kwargs
 
     return build
@@ -118,7 +123,56 @@ SPECS["sparse_attention_decode"] = Spec(
         Sample("paged", _decode(2, 4, 2, 2, 20, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
                                 budgets=[6, 9, 16, 4], sink=1)),
         Sample("padded", _decode(3, 4, 2, 2, 8, [12, 13, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
+        Sample("int8_keys", _decode(3, 4, 2, 1, 16, [37, 0, 70], S=71, Pv=24, budgets=[9, 37, 5, 70], sink=2, return_lse=True,
+                                    k_format={"scale_dtype": torch.float32})),
+        Sample("int4_groups", _decode(2, 4, 1, 2, 48, [45, 7], S=11, Pv=32, budgets=[10, 6, 3, 9], sink=3, circular=True,
+                                      k_format={"bits": 4, "group_size": 16}, v_format={"bits": 4, "group_size": 16, "symmetric": True})),
+        Sample("int4_odd", _decode(2, 6, 2, 1, 13, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33, sinks=True,
+                                   k_format={"bits": 4, "group_size": 5, "symmetric": True}, v_format={"bits": 4})),
         Sample("one", _decode(1, 1, 1, 1, 1, [1], S=1, sinks=True)),
+    ),
+    inference=True,
+)  # fmt: skip
+
+
+def _rows(*shape, **options):
+    return lambda f: ((f.io(*shape),), options)
+
+
+def _update(B, H, T, P, lengths, *, S=None, capacities=None, pages=None, starts=None, sink=0, circular=False, **format):
+    """Layouts as for _decode; the cache holds something already."""
+
+    def build(f):
+        kwargs = {"sink": sink, "circular": circular}
+        lead = (B, H, S)
+        if capacities is not None:
+            bounds = [sum(capacities[:g]) for g in range(H + 1)]
+            kwargs["head_offsets"], lead = f.integers(bounds), (B, bounds[-1])
+        elif pages is not None:
+            count, page, table = pages
+            kwargs["block_table"], lead = f.integers(table), (count, H, page)
+        if starts is not None:
+            kwargs["starts"] = f.integers(starts)
+        return (quantize_kv(f.io(*lead, P), **format), f.io(B, H, T, P, scale=3.0), f.integers(lengths)), kwargs
+
+    return build
+
+
+SPECS["quantize_kv"] = Spec(
+    (
+        Sample("int8", _rows(2, 3, 5, 16)),
+        Sample("int4_groups", _rows(3, 2, 70, bits=4, group_size=32, scale_dtype=torch.float32)),
+        Sample("symmetric", _rows(2, 7, 13, bits=4, group_size=5, symmetric=True)),
+    ),
+    inference=True,
+    free_rank=True,
+)
+SPECS["quantize_kv_update"] = Spec(
+    (
+        Sample("contiguous", _update(3, 2, 4, 16, [7, 2, 0], S=9)),
+        Sample("padded", _update(3, 2, 1, 13, [7, 2, 0], S=9, starts=[2, 0, 9], bits=4, group_size=8)),
+        Sample("ragged", _update(2, 2, 2, 8, [13, 1], capacities=(3, 8), sink=1, circular=True, symmetric=True)),
+        Sample("paged", _update(2, 2, 3, 8, [9, 16], pages=(7, 4, [[-5, 0, 6, -1], [99, 2, -1, 4]]), scale_dtype=torch.float32)),
     ),
     inference=True,
 )  # fmt: skip
