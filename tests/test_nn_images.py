@@ -95,7 +95,8 @@ def test_group_mamba_is_the_papers_layer(size):
     check_against(group_mamba, module, normal(2, 16, *size))
     if size == (4, 3):
         check_each_matters(group_mamba, module, normal(2, 16, *size), [
-            "fc2.weight", "skip_scale", "mamba_g1.A_logs", "mamba_g2.dt_projs_bias", "mamba_g3.x_proj_weight", "mamba_g4.Ds",
+            "fc2.weight", "skip_scale", "mamba_g1.A_logs", "mamba_g2.dt_projs_bias", "mamba_g3.x_proj_weight",
+            "mamba_g4.Ds",
         ])  # fmt: skip
         x = normal(2, 12, 16)
         image = module(x.transpose(1, 2).unflatten(2, size))

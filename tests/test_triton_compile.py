@@ -49,9 +49,9 @@ from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
     causal_conv1d, causal_conv1d_update, cross_scan, diag_ssm_kernel, fft_conv, fft_filters, hadamard_transform,
-    quant_matmul, quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_rows, selective_scan, selective_scan_bwd,
-    selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_decode,
-    sparse_attention_dq, sparse_attention_dtables, toeplitz_conv,
+    quant_matmul, quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_rows, selective_scan,
+    selective_scan_bwd, selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias,
+    sparse_attention_decode, sparse_attention_dq, sparse_attention_dtables, toeplitz_conv,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.

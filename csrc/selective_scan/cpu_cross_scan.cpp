@@ -6,7 +6,8 @@ namespace {
 
 using namespace scalekern;
 
-CrossArgs arguments(const Tensor& out, const Tensor& in, const Tensor& lines, const Tensor& image, int64_t code, bool grouped) {
+CrossArgs arguments(
+    const Tensor& out, const Tensor& in, const Tensor& lines, const Tensor& image, int64_t code, bool grouped) {
   CrossArgs a{data(in), data(out), int(dtype_of(in))};
   a.batch = in.size(0), a.directions = lines.size(1), a.channels = lines.size(2);
   a.rows = image.size(2), a.columns = image.size(3), a.code = code, a.grouped = grouped;

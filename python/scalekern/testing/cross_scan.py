@@ -31,9 +31,9 @@ SPECS = {
         (
             Sample("all", _image(2, 3, 5, 7, 0, 1, 2, 3)),
             Sample("grouped", _image(2, 8, 6, 5, 0, 1, 2, 3, grouped=True)),
-            Sample("two_columns", _image(3, 2, 4, 9, 3, 1)),
+            Sample("two_columns", _image(2, 1, 3, 34, 3, 1)),
             Sample("one_row", _image(2, 2, 1, 6, 2, grouped=True)),
-            Sample("beyond_a_tile", _image(1, 2, 37, 34, 3, 0)),
+            Sample("beyond_a_tile", _image(1, 2, 35, 3, 3, 0)),
         ),
         linear=True,
         grows_by_rows=True,
@@ -42,9 +42,9 @@ SPECS = {
         (
             Sample("all", _lines(2, 3, 5, 7, 0, 1, 2, 3)),
             Sample("grouped", _lines(2, 2, 6, 5, 0, 1, 2, 3, grouped=True)),
-            Sample("two_columns", _lines(3, 2, 4, 9, 3, 1)),
+            Sample("two_columns", _lines(2, 1, 3, 34, 3, 1)),
             Sample("one_row", _lines(2, 2, 1, 6, 2)),
-            Sample("beyond_a_tile", _lines(1, 2, 37, 34, 3, 0)),
+            Sample("beyond_a_tile", _lines(1, 2, 35, 3, 3, 0)),
         ),
         linear=True,
         grows_by_rows=True,
