@@ -10,6 +10,25 @@ OUT ?= out/gpu
 # All files but the contract's, by their first letters: parts of about two minutes keep two processes busy to the end.
 REST := test-rest-a-c test-rest-d-m test-rest-n-r test-rest-s-z
 
+# What Triton's interpreter runs; a file a line.
+INTERPRETED := $(addprefix tests/, \
+  test_causal_conv1d.py \
+  test_contract.py \
+  test_cross_scan.py \
+  test_hadamard_transform.py \
+  test_quantize_kv.py \
+  test_selective_scan.py \
+  test_selective_state_update.py \
+  test_sparse_attention.py \
+  test_sparse_attention_decode.py \
+  test_triton_diag_ssm_kernel.py \
+  test_triton_fft_conv.py \
+  test_triton_interpret.py \
+  test_triton_quant_matmul.py \
+  test_triton_sparse_attention.py \
+  test_triton_toeplitz_conv.py \
+  test_hstu_attention.py::test_agrees_with_the_oracle)
+
 .PHONY: demo test test-contract test-rest $(REST) test-interpret bench gpu report build clean \
   install-native install-extras
 
@@ -69,12 +88,7 @@ $(REST): test-rest-%:
 test-interpret:
 	@if $(PY) -c "import triton" 2>/dev/null; then \
 	  echo "Triton kernels through the interpreter:"; \
-	  TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py tests/test_selective_scan.py \
-	    tests/test_selective_state_update.py tests/test_causal_conv1d.py tests/test_triton_interpret.py \
-	    tests/test_triton_fft_conv.py tests/test_triton_toeplitz_conv.py tests/test_triton_diag_ssm_kernel.py \
-	    tests/test_triton_sparse_attention.py tests/test_triton_quant_matmul.py tests/test_sparse_attention.py \
-	    tests/test_sparse_attention_decode.py tests/test_quantize_kv.py tests/test_hadamard_transform.py \
-	    tests/test_hstu_attention.py::test_agrees_with_the_oracle; \
+	  TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider $(INTERPRETED); \
 	else echo "scalekern: Triton is not installed; its kernels were not tested"; fi
 
 bench: build

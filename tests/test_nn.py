@@ -12,6 +12,7 @@ MAKE = {
     "HSTU": lambda **kw: nn.HSTU(8, max_len=16, num_buckets=4, **kw),
     "FiTBlock": lambda **kw: nn.FiTBlock(8, 2, qk_norm=True, qk_norm_weight=True, adaln_lora_dim=3, **kw),
     "GatedRMSNorm": lambda **kw: nn.GatedRMSNorm(8, group_size=4, **kw),
+    "GroupMamba": lambda **kw: nn.GroupMamba(8, d_state=2, **kw),
     "H3": lambda **kw: nn.H3(4, d_state=4, n_ssm=1, **kw),
     "HyenaFilter": lambda **kw: nn.HyenaFilter(4, seq_len=8, **kw),
     "HyenaOperator": lambda **kw: nn.HyenaOperator(4, 8, **kw),
@@ -27,6 +28,8 @@ MAKE = {
     "QuantLinear": lambda **kw: nn.QuantLinear(8, 6, format="int1", group_size=4, **kw),
     "S4": lambda **kw: nn.S4(4, d_state=4, l_max=8, n_ssm=2, **kw),
     "S4D": lambda **kw: nn.S4D(4, d_state=4, **kw),
+    "SS2D": lambda **kw: nn.SS2D(8, d_state=4, **kw),
+    "SerpentBlock": lambda **kw: nn.SerpentBlock(4, scales=2, d_state=2, **kw),
     "UniRepLKNetBlock": lambda **kw: nn.UniRepLKNetBlock(8, 7, **kw),
     "VARBlock": lambda **kw: nn.VARBlock(8, 2, **kw),
     "WaveMixBlock": lambda **kw: nn.WaveMixBlock(final_dim=8, level=2, **kw),
@@ -34,6 +37,9 @@ MAKE = {
 # float32 whatever the dtype: as upstream; as the format's parts are
 KEPT_WIDE = {
     **dict.fromkeys(("Mamba", "Mamba2"), {"A_log", "D"}),
+    "GroupMamba": {f"mamba_g{k}.{name}" for k in range(1, 5) for name in ("A_logs", "Ds")},
+    "SS2D": {"A_logs", "Ds"},
+    "SerpentBlock": {f"{at}.0.op.{name}" for at in ("down.0", "down.1", "up.0") for name in ("A_logs", "Ds")},
     "QuantLinear": {"weight_scales", "weight_offsets"},
 }
 

@@ -3,6 +3,8 @@
 from scalekern import masks, quant
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.ops.cross_scan import cross_merge, cross_scan
+from scalekern.ops.cross_selective_scan import cross_selective_scan
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
 from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
@@ -31,6 +33,9 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "cross_merge",
+    "cross_scan",
+    "cross_selective_scan",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
     "diag_ssm",

@@ -6,7 +6,7 @@ test_contract.py lets each of them loose on a backend's kernel and holds the con
 import dataclasses
 from collections.abc import Callable
 
-from mutants import fft_conv, quant_matmul, selective_scan, sparse_attention
+from mutants import cross_scan, fft_conv, quant_matmul, selective_scan, sparse_attention
 from mutants.defects import NotHere
 from scalekern import _dispatch, _library
 
@@ -50,6 +50,8 @@ def inject(monkeypatch, mutant: Mutant) -> list:
 TABLES = [
     *((seen_by, "", table) for family in (selective_scan, fft_conv, sparse_attention, quant_matmul)
       for seen_by, table in (("forward", family.FORWARD), ("gradients", family.GRADIENTS))),
+    ("forward", "", cross_scan.FORWARD),
+    *(("gradients", op, table) for op, table in cross_scan.GRADIENTS.items()),
     ("forward", "hstu_attention", sparse_attention.HSTU_FORWARD),
     ("gradients", "hstu_attention", sparse_attention.HSTU_GRADIENTS),
 ]

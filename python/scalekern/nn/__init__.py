@@ -1,6 +1,7 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
 from scalekern.nn.fit import FiTBlock
+from scalekern.nn.group_mamba import GroupMamba
 from scalekern.nn.h3 import H3
 from scalekern.nn.hstu import HSTU
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
@@ -18,6 +19,8 @@ from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
 from scalekern.nn.s4 import DSS, S4, S4D
+from scalekern.nn.serpent import SerpentBlock
+from scalekern.nn.ss2d import SS2D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
 from scalekern.nn.wavemix import WaveMixBlock
@@ -28,10 +31,12 @@ __all__ = [
     "HSTU",
     "S4",
     "S4D",
+    "SS2D",
     "BlockdiagLinear",
     "DilatedReparamBlock",
     "FiTBlock",
     "GatedRMSNorm",
+    "GroupMamba",
     "HyenaFilter",
     "HyenaOperator",
     "Mamba",
@@ -44,6 +49,7 @@ __all__ = [
     "NBPBlock",
     "PrefixLMAttention",
     "QuantLinear",
+    "SerpentBlock",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",

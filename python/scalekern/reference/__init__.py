@@ -1,6 +1,7 @@
 """The oracles: every op in plain torch, in float64 when asked. They import no kernel."""
 
 from scalekern.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from scalekern.reference.cross_scan import cross_merge, cross_scan, cross_selective_scan
 from scalekern.reference.depthwise_conv2d import (
     depthwise_conv2d,
     depthwise_conv_transpose2d,
@@ -27,6 +28,9 @@ from scalekern.reference.ssd_scan import ssd_scan
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "cross_merge",
+    "cross_scan",
+    "cross_selective_scan",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
     "diag_ssm",
