@@ -6,6 +6,7 @@ import torch
 from scalekern import nn
 
 MAKE = {
+    "BiMamba": lambda **kw: nn.BiMamba(8, d_state=4, **kw),
     "BlockdiagLinear": lambda **kw: nn.BlockdiagLinear(6, 10, **kw),
     "DSS": lambda **kw: nn.DSS(4, d_state=4, **kw),
     "DilatedReparamBlock": lambda **kw: nn.DilatedReparamBlock(4, 7, **kw),
@@ -34,6 +35,7 @@ MAKE = {
 # float32 whatever the dtype: as upstream; as the format's parts are
 KEPT_WIDE = {
     **dict.fromkeys(("Mamba", "Mamba2"), {"A_log", "D"}),
+    "BiMamba": {"A_log", "A_b_log", "D", "D_b"},
     "QuantLinear": {"weight_scales", "weight_offsets"},
 }
 

@@ -1,5 +1,6 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
+from scalekern.nn.bimamba import BiMamba
 from scalekern.nn.fit import FiTBlock
 from scalekern.nn.h3 import H3
 from scalekern.nn.hstu import HSTU
@@ -28,6 +29,7 @@ __all__ = [
     "HSTU",
     "S4",
     "S4D",
+    "BiMamba",
     "BlockdiagLinear",
     "DilatedReparamBlock",
     "FiTBlock",
