@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from scalekern import masks, nn
-from scalekern.benchmarks import harness, peers
+from scalekern.benchmarks import harness, memory, peers
 from scalekern.benchmarks.bench_fft_conv import plain_fft_conv
 from scalekern.benchmarks.bench_selective_scan import FP32, case, gradient_tolerance, normal
 from scalekern.benchmarks.case import Work
@@ -85,6 +85,28 @@ def plain_moa(m, u):
     return m.o_proj(y.transpose(1, 2).flatten(2))
 
 
+def plain_bimamba(m, u):
+    """Both directions as upstream's slow path has them: flips, torch's convolution, a loop over time."""
+    x, z = m.in_proj(u).transpose(1, 2).chunk(2, 1)
+    y = plain_mamba_scan(x, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
+    y = y + plain_mamba_scan(x.flip(-1), m.conv1d_b, m.x_proj_b, m.dt_proj_b, m.A_b_log, m.D_b).flip(-1)
+    return m.out_proj((y * F.silu(z)).transpose(1, 2))
+
+
+def plain_mamba_scan(x, conv, x_proj, dt_proj, A_log, D):
+    """(B, D, L), not gated."""
+    u = F.silu(conv(x)[..., : x.shape[-1]])
+    N = A_log.shape[1]
+    dt, B, C = x_proj(u.transpose(1, 2)).split([x_proj.out_features - 2 * N, N, N], -1)
+    dt = F.softplus(dt_proj(dt)).transpose(1, 2)
+    decay, added = torch.exp(dt[..., None] * -A_log.exp()[:, None]), (dt * u)[..., None] * B[:, None]
+    h, ys = torch.zeros_like(added[:, :, 0]), []
+    for t in range(x.shape[-1]):
+        h = decay[:, :, t] * h + added[:, :, t]
+        ys.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(ys, -1) + D[:, None] * u
+
+
 def layer(device, dtype, make, plain, projections, others, B, D, L, op="fft_conv", call=lambda m, u: m(u)) -> Work:
     """A module's output and its gradients for the input and every parameter; `others`: flops besides projections."""
     torch.manual_seed(0)
@@ -129,6 +151,12 @@ def h3(device, dtype=FP32, *, B, D, L) -> Work:
     return layer(device, dtype, make, plain_h3, 4, 2 * convolution(B, D, L), B, D, L)
 
 
+def bimamba(device, dtype=FP32, *, B, D, L) -> Work:
+    make = lambda device: nn.BiMamba(D, device=device)
+    scans = 2 * 3 * 8 * B * 2 * D * 16 * L  # both directions, forward and twice as much backward
+    return layer(device, dtype, make, plain_bimamba, 6, scans, B, D, L, "selective_scan")
+
+
 def with_mask(module, mask, L, device, **buffers):
     """The dense mask as a buffer of the module, for the plain rendering."""
     module.register_buffer("seen", mask.to_dense(L, L).to(device))
@@ -155,7 +183,9 @@ def moa(device, dtype=FP32, *, B, D, H, L) -> Work:
     return layer(device, dtype, make_with, plain_moa, 4, attention(B, D, L, mask), B, D, L, "sparse_attention")
 
 
+_SCAN = ("selective_scan_fwd", "selective_scan_bwd", "causal_conv1d_fwd", "causal_conv1d_bwd")
 _OPS = {
+    bimamba: _SCAN,
     hyena: ("fft_conv_fwd", "fft_conv_bwd", "causal_conv1d_fwd", "causal_conv1d_bwd"),
     h3: ("fft_conv_fwd", "fft_conv_bwd", "diag_ssm_kernel_fwd", "diag_ssm_kernel_bwd"),
     var: ("sparse_attention_fwd", "sparse_attention_bwd"),
@@ -168,4 +198,6 @@ CASES = [
     case("h3", h3, _OPS[h3], "fwd+bwd", "cpu", 91, _WIDE, note="n64", backends=_FAST),
     case("var", var, _OPS[var], "fwd+bwd", "cpu", 92, {"B": 2, "D": 512, "H": 8, "L": 680}, backends=_FAST),
     case("moa", moa, _OPS[moa], "fwd+bwd", "cpu", 93, {"B": 1, "D": 512, "H": 8, "L": 4096}, backends=_FAST),
+    case("bimamba", bimamba, _OPS[bimamba], "fwd+bwd", "cpu", 94, {"B": 2, "D": 192, "L": 784}, backends=_FAST),
+    *(memory.layer_case(way, "cpu", 98, {"B": 1, "M": 96, "L": 50176}) for way in ("fwd", "bwd")),
 ]

@@ -1,9 +1,9 @@
-"""Peak memory of a selective scan or a long convolution beyond its inputs, measured in a fresh process.
+"""Peak memory of a selective scan, a long convolution or a bidirectional Mamba, beyond its inputs, in a fresh process.
 
 On the CPU it is the process's high-water mark of resident memory (reset just before the call), which sees scratch
 buffers of native code that no allocator of torch counts; on a GPU, torch's peak. The promise (a record's `bound`):
 of a scan forward, its outputs and checkpoints, and backward, twice its inputs; of a convolution, a third of what the
-plain one by torch.fft takes.
+plain one by torch.fft takes; of a bidirectional Mamba, four times what a quarter of the tokens take.
 """
 
 import argparse
@@ -33,6 +33,12 @@ def conv_case(direction: str, device: str, priority: int, shape: dict) -> Case:
     return _case("fft_conv", direction, ops, device, priority, shape, lambda d: _against_plain(direction, d, shape))
 
 
+def layer_case(direction: str, device: str, priority: int, shape: dict) -> Case:
+    """A bidirectional Mamba of shape B, M, L; direction: "fwd", or "bwd" for forward and backward."""
+    ops = ("selective_scan_fwd",) if direction == "fwd" else ("selective_scan_bwd", "selective_scan_fwd")
+    return _case("bimamba", direction, ops, device, priority, shape, lambda d: _linear(direction, d, shape))
+
+
 def _case(what, direction, ops, device, priority, shape, measure) -> Case:
     sizes = "_".join(f"{k.lower()}{v}" for k, v in shape.items())
     return Case(
@@ -49,6 +55,13 @@ def _against_plain(direction: str, device: torch.device, shape: dict) -> dict:
     ours, plain = (_peak_of(what, direction, device, shape) for what in ("fft_conv", "plain_fft_conv"))
     failed = next((found for found in (ours, plain) if "status" in found), None)
     return failed or _judged({**ours, "bound_bytes": plain["peak_extra_bytes"] // 3})
+
+
+def _linear(direction: str, device: torch.device, shape: dict) -> dict:
+    whole, part = (_peak_of("bimamba", direction, device, {**shape, "L": L}) for L in (shape["L"], shape["L"] // 4))
+    failed = next((found for found in (whole, part) if "status" in found), None)
+    # The quarter's resolution is not multiplied: both peaks are tens of megabytes or more.
+    return failed or _judged({**whole, "bound_bytes": 4 * part["peak_extra_bytes"] + RESOLUTION})
 
 
 def _judged(found: dict) -> dict:
@@ -71,18 +84,20 @@ def _peak_of(what: str, direction: str, device: torch.device, shape: dict) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("scan", "fft_conv", "plain_fft_conv"))
+    parser.add_argument("what", choices=("scan", "fft_conv", "plain_fft_conv", "bimamba"))
     parser.add_argument("direction", choices=("fwd", "bwd"))
     parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("shape", type=json.loads)
     args = parser.parse_args()
     from scalekern.benchmarks.trace import backends_used
 
-    device, is_scan = torch.device(args.device), args.what == "scan"
-    setup = _scan if is_scan else functools.partial(_conv, args.what)
-    check = _check if is_scan else functools.partial(_check_conv, setup)
+    device = torch.device(args.device)
+    setup = {"scan": _scan, "bimamba": _bimamba}.get(args.what) or functools.partial(_conv, args.what)
+    check = {"scan": _check, "bimamba": _check_bimamba}.get(args.what) or functools.partial(_check_conv, setup)
+    small = {**args.shape, "D": 64, "L": 128}
+    check(args.direction, device, small)  # starts libraries and threads, too
     with backends_used() as used:
-        check(args.direction, device, {**args.shape, "D": 64, "L": 128})  # starts libraries and threads, too
+        setup(args.direction, device, small)[1]()
     tensors, call = setup(args.direction, device, args.shape)
     inputs = sum(t.numel() * t.element_size() for t in tensors)
     gc.collect()
@@ -121,6 +136,21 @@ def _conv(what: str, direction: str, device: torch.device, shape: dict):
     return (u, k), lambda: torch.autograd.grad(function(u, k), (u, k), dout)
 
 
+def _bimamba(direction: str, device: torch.device, shape: dict):
+    """(u,) and the call, which gives (out,) or the gradients of u and every parameter."""
+    from scalekern import nn
+    from scalekern.benchmarks.bench_selective_scan import normal
+
+    torch.manual_seed(0)
+    module = nn.BiMamba(shape["M"], device=device)
+    randn = normal(device, 0)
+    u, dout = (randn(shape["B"], shape["L"], shape["M"]) for _ in range(2))
+    if direction == "fwd":
+        return (u,), lambda: (torch.no_grad()(module)(u),)
+    leaves = [u.requires_grad_(), *module.parameters()]
+    return (u,), lambda: torch.autograd.grad(module(u), leaves, dout)
+
+
 def _call(kw: dict, direction: str):
     """The call to be measured, ready to run: forward with checkpoints, or backward."""
     lead = [kw[k] for k in ("u", "delta", "A")]
@@ -153,6 +183,19 @@ def _check_conv(setup, direction: str, device: torch.device, shape: dict) -> Non
     from scalekern.benchmarks import harness
 
     found, expected = (make(direction, device, shape)[1]() for make in (setup, functools.partial(_conv, "oracle")))
+    error = harness.relative_error(found, expected)
+    if not error <= 1e-5:
+        raise SystemExit(f"the result is wrong: relative error {error:.1e}")
+
+
+def _check_bimamba(direction: str, device: torch.device, shape: dict) -> None:
+    """Against the module on the reference backend."""
+    import scalekern
+    from scalekern.benchmarks import harness
+
+    found = _bimamba(direction, device, shape)[1]()
+    with scalekern.backend("reference"):
+        expected = _bimamba(direction, device, shape)[1]()
     error = harness.relative_error(found, expected)
     if not error <= 1e-5:
         raise SystemExit(f"the result is wrong: relative error {error:.1e}")
