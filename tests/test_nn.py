@@ -16,6 +16,7 @@ MAKE = {
     "H3": lambda **kw: nn.H3(4, d_state=4, n_ssm=1, **kw),
     "HyenaFilter": lambda **kw: nn.HyenaFilter(4, seq_len=8, **kw),
     "HyenaOperator": lambda **kw: nn.HyenaOperator(4, 8, **kw),
+    "MVARBlock": lambda **kw: nn.MVARBlock(8, 2, d_state=4, headdim=8, **kw),
     "Mamba": lambda **kw: nn.Mamba(8, d_state=4, **kw),
     "Mamba2": lambda **kw: nn.Mamba2(8, d_state=4, headdim=4, ngroups=2, **kw),
     "MaskedCrossAttention": lambda **kw: nn.MaskedCrossAttention(8, 2, **kw),
@@ -36,6 +37,7 @@ MAKE = {
 KEPT_WIDE = {
     **dict.fromkeys(("Mamba", "Mamba2"), {"A_log", "D"}),
     "BiMamba": {"A_log", "A_b_log", "D", "D_b"},
+    "MVARBlock": {"mamba.A_log", "mamba.D"},
     "QuantLinear": {"weight_scales", "weight_offsets"},
 }
 

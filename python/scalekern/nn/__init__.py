@@ -15,6 +15,7 @@ from scalekern.nn.monarch_mixer import (
     MonarchMixerMLP,
     MonarchMixerSequenceMixing,
 )
+from scalekern.nn.mvar import MVARBlock
 from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
@@ -36,6 +37,7 @@ __all__ = [
     "GatedRMSNorm",
     "HyenaFilter",
     "HyenaOperator",
+    "MVARBlock",
     "Mamba",
     "Mamba2",
     "MaskedCrossAttention",
