@@ -10,6 +10,7 @@ MAKE = {
     "BlockdiagLinear": lambda **kw: nn.BlockdiagLinear(6, 10, **kw),
     "DSS": lambda **kw: nn.DSS(4, d_state=4, **kw),
     "DilatedReparamBlock": lambda **kw: nn.DilatedReparamBlock(4, 7, **kw),
+    "HSMSSD": lambda **kw: nn.HSMSSD(8, state_dim=3, **kw),
     "HSTU": lambda **kw: nn.HSTU(8, max_len=16, num_buckets=4, **kw),
     "FiTBlock": lambda **kw: nn.FiTBlock(8, 2, qk_norm=True, qk_norm_weight=True, adaln_lora_dim=3, **kw),
     "GatedRMSNorm": lambda **kw: nn.GatedRMSNorm(8, group_size=4, **kw),

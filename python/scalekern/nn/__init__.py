@@ -3,6 +3,7 @@
 from scalekern.nn.bimamba import BiMamba
 from scalekern.nn.fit import FiTBlock
 from scalekern.nn.h3 import H3
+from scalekern.nn.hsm_ssd import HSMSSD
 from scalekern.nn.hstu import HSTU
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
@@ -27,6 +28,7 @@ from scalekern.nn.wavemix import WaveMixBlock
 __all__ = [
     "DSS",
     "H3",
+    "HSMSSD",
     "HSTU",
     "S4",
     "S4D",
