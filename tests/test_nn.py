@@ -15,6 +15,7 @@ MAKE = {
     "FiTBlock": lambda **kw: nn.FiTBlock(8, 2, qk_norm=True, qk_norm_weight=True, adaln_lora_dim=3, **kw),
     "GatedRMSNorm": lambda **kw: nn.GatedRMSNorm(8, group_size=4, **kw),
     "H3": lambda **kw: nn.H3(4, d_state=4, n_ssm=1, **kw),
+    "HiSS": lambda **kw: nn.HiSS(3, 2, 4, 4, high="s4d", low_options={"d_state": 4}, **kw),
     "HyenaFilter": lambda **kw: nn.HyenaFilter(4, seq_len=8, **kw),
     "HyenaOperator": lambda **kw: nn.HyenaOperator(4, 8, **kw),
     "MVARBlock": lambda **kw: nn.MVARBlock(8, 2, d_state=4, headdim=8, **kw),
@@ -39,6 +40,7 @@ KEPT_WIDE = {
     **dict.fromkeys(("Mamba", "Mamba2"), {"A_log", "D"}),
     "BiMamba": {"A_log", "A_b_log", "D", "D_b"},
     "MVARBlock": {"mamba.A_log", "mamba.D"},
+    "HiSS": {"low.layers.0.A_log", "low.layers.0.D"},
     "QuantLinear": {"weight_scales", "weight_offsets"},
 }
 

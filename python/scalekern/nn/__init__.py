@@ -3,6 +3,7 @@
 from scalekern.nn.bimamba import BiMamba
 from scalekern.nn.fit import FiTBlock
 from scalekern.nn.h3 import H3
+from scalekern.nn.hiss import HiSS
 from scalekern.nn.hsm_ssd import HSMSSD
 from scalekern.nn.hstu import HSTU
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
@@ -37,6 +38,7 @@ __all__ = [
     "DilatedReparamBlock",
     "FiTBlock",
     "GatedRMSNorm",
+    "HiSS",
     "HyenaFilter",
     "HyenaOperator",
     "MVARBlock",

@@ -67,7 +67,8 @@ class HSMSSD(nn.Module):
         _checks.tensor(NAME, "x", x, dims=4, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "x", x, (None, self.d_model, None, None))
         pixels = x.flatten(2)
-        b, c, d = depthwise_conv2d(self.BCdt_proj(pixels).unflatten(2, x.shape[2:]), self.dw.conv.weight).flatten(2).chunk(3, 1)
+        bcd = depthwise_conv2d(self.BCdt_proj(pixels).unflatten(2, x.shape[2:]), self.dw.conv.weight)
+        b, c, d = bcd.flatten(2).chunk(3, 1)
         h = pixels @ (F.softmax(d + self.A[:, None], -1) * b).mT  # [B, M, N]
         u, z = self.hz_proj(h).chunk(2, 1)
         h = self.out_proj(u * (F.silu(z) + self.D))
