@@ -131,3 +131,18 @@ def by_heads(x, heads):
 
 def from_heads(x):
     return torch.cat(list(x.unbind(1)), -1)
+
+
+def mamba(p, x):
+    """Gu & Dao 2023, figure 3 and algorithm 2, rows x (B, L, width)."""
+    u, z = linear(p, "in_proj", x).chunk(2, -1)
+    taps, A = p["conv1d.weight"][:, 0], -p["A_log"].exp()
+    h, ys, rank, states = torch.zeros_like(A), [], p["dt_proj.weight"].shape[1], A.shape[1]
+    for t in range(x.shape[1]):
+        v = sum(taps[:, 3 - t + s] * u[:, s] for s in range(max(0, t - 3), t + 1)) + p["conv1d.bias"]
+        v = v * sigmoid(v)
+        r, B, C = linear(p, "x_proj", v).split([rank, states, states], -1)
+        step = torch.log1p(torch.exp(linear(p, "dt_proj", r)))[..., None]
+        h = torch.exp(step * A) * h + step * B[:, None] * v[..., None]
+        ys.append((h * C[:, None]).sum(-1) + p["D"] * v)
+    return linear(p, "out_proj", torch.stack(ys, 1) * z * sigmoid(z))

@@ -31,6 +31,8 @@ MAKE = {
     "QuantLinear": lambda **kw: nn.QuantLinear(8, 6, format="int1", group_size=4, **kw),
     "S4": lambda **kw: nn.S4(4, d_state=4, l_max=8, n_ssm=2, **kw),
     "S4D": lambda **kw: nn.S4D(4, d_state=4, **kw),
+    "SambaASRDecoder": lambda **kw: nn.SambaASRDecoder(7, 8, 1, 2, {"d_state": 2}, **kw),
+    "SambaASREncoder": lambda **kw: nn.SambaASREncoder(3, 8, 1, {"d_state": 2}, **kw),
     "UniRepLKNetBlock": lambda **kw: nn.UniRepLKNetBlock(8, 7, **kw),
     "VARBlock": lambda **kw: nn.VARBlock(8, 2, **kw),
     "WaveMixBlock": lambda **kw: nn.WaveMixBlock(final_dim=8, level=2, **kw),
@@ -40,6 +42,7 @@ KEPT_WIDE = {
     **dict.fromkeys(("Mamba", "Mamba2"), {"A_log", "D"}),
     "BiMamba": {"A_log", "A_b_log", "D", "D_b"},
     "MVARBlock": {"mamba.A_log", "mamba.D"},
+    **dict.fromkeys(("SambaASRDecoder", "SambaASREncoder"), {"layers.0.A_log", "layers.0.D"}),
     "HiSS": {"low.layers.0.A_log", "low.layers.0.D"},
     "QuantLinear": {"weight_scales", "weight_offsets"},
 }

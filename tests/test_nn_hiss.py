@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from nn_modules import check_against, check_each_matters, error, layer_norm, linear, normal, perturbed, sigmoid, tensors
+from nn_modules import (
+    check_against, check_each_matters, error, layer_norm, linear, mamba, normal, perturbed, sigmoid, tensors,
+)  # fmt: skip
 
 from scalekern.nn import HiSS
 
@@ -16,21 +18,6 @@ OPTIONS = {
         "low": "mamba2", "high": "s4d", "low_options": {"d_state": 3, "headdim": 4}, "high_options": {"d_state": 2},
     },
 }  # fmt: skip
-
-
-def mamba(p, x):
-    """Gu & Dao 2023, figure 3 and algorithm 2, rows x (B, L, width)."""
-    u, z = linear(p, "in_proj", x).chunk(2, -1)
-    taps, A = p["conv1d.weight"][:, 0], -p["A_log"].exp()
-    h, ys, rank, states = torch.zeros_like(A), [], p["dt_proj.weight"].shape[1], A.shape[1]
-    for t in range(x.shape[1]):
-        v = sum(taps[:, 3 - t + s] * u[:, s] for s in range(max(0, t - 3), t + 1)) + p["conv1d.bias"]
-        v = v * sigmoid(v)
-        r, B, C = linear(p, "x_proj", v).split([rank, states, states], -1)
-        step = torch.log1p(torch.exp(linear(p, "dt_proj", r)))[..., None]
-        h = torch.exp(step * A) * h + step * B[:, None] * v[..., None]
-        ys.append((h * C[:, None]).sum(-1) + p["D"] * v)
-    return linear(p, "out_proj", torch.stack(ys, 1) * z * sigmoid(z))
 
 
 def s4d(p, x):
@@ -116,5 +103,5 @@ def test_edges_and_wrong_use():
         module(normal(1, 3, 5))
     with pytest.raises(ValueError, match="nn.HiSS: high must be one of .*, got 'lstm'"):
         HiSS(3, 2, high="lstm")
-    with pytest.raises(ValueError, match="nn.HiSS: chunk_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="nn.HiSS: chunk_size must be an integer of at least 1, got 0"):
         HiSS(3, 2, chunk_size=0)

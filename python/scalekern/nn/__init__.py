@@ -22,6 +22,7 @@ from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
 from scalekern.nn.s4 import DSS, S4, S4D
+from scalekern.nn.samba_asr import SambaASRDecoder, SambaASREncoder
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
 from scalekern.nn.wavemix import WaveMixBlock
@@ -52,6 +53,8 @@ __all__ = [
     "NBPBlock",
     "PrefixLMAttention",
     "QuantLinear",
+    "SambaASRDecoder",
+    "SambaASREncoder",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",
