@@ -73,6 +73,45 @@ def plain_var(m, u):
     return u + gamma2 * m.ffn.fc2(F.gelu(y, approximate="tanh"))
 
 
+def plain_mvar(m, u):
+    """The block as upstream trains it: torch's attention under a dense mask, and Mamba-2 as a loop over time."""
+    nine = F.linear(F.silu(m.cond), m.ada_lin[1].weight, m.ada_lin[1].bias).view(-1, 1, 9, m.embed_dim).unbind(2)
+    norm = lambda x, i: F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + nine[3 + i]) + nine[6 + i]
+    bias = torch.cat([m.attn.q_bias, m.attn.zero_k_bias, m.attn.v_bias])
+    y = F.linear(norm(u, 0), m.attn.mat_qkv.weight, bias)
+    q, k, v = y.view(*u.shape[:2], 3, m.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q = F.normalize(q, dim=-1) * m.attn.scale_mul_1H11.clamp_max(math.log(100)).exp()
+    y = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, m.seen, scale=1.0)
+    u = u + nine[0] * m.attn.proj(y.transpose(1, 2).flatten(2))
+    u = u + nine[1] * plain_mamba2(m.mamba, norm(u, 1))
+    return u + nine[2] * m.ffn.fc2(F.gelu(m.ffn.fc1(norm(u, 2)), approximate="tanh"))
+
+
+def plain_mamba2(m, u):
+    D, N, P = m.d_inner, m.d_state, m.headdim
+    z, xBC, dt = m.in_proj(u).split([D, D + 2 * N, m.nheads], -1)
+    xBC = F.silu(m.conv1d(xBC.transpose(1, 2))[..., : u.shape[1]]).transpose(1, 2)
+    x, B, C = xBC.split([D, N, N], -1)
+    x, dt = x.unflatten(-1, (-1, P)), F.softplus(dt + m.dt_bias)
+    decay, added = torch.exp(-dt * m.A_log.exp()), dt[..., None] * x
+    h, ys = u.new_zeros(u.shape[0], m.nheads, P, N), []
+    for t in range(u.shape[1]):
+        h = decay[:, t, :, None, None] * h + added[:, t, ..., None] * B[:, t, None, None]
+        ys.append(h @ C[:, t, None, :, None])
+    y = (torch.stack(ys, 1)[..., 0] + m.D[:, None] * x).flatten(2) * F.silu(z)
+    return m.out_proj(F.rms_norm(y, (D,), m.norm.weight, 1e-5))
+
+
+def plain_hsm_ssd(m, u):
+    """As upstream: torch's convolutions, the image (D, L / W, W)."""
+    x = u.transpose(1, 2)
+    image = F.conv1d(x, m.BCdt_proj.conv.weight).unflatten(2, (-1, m.columns))
+    b, c, d = F.conv2d(image, m.dw.conv.weight, padding=1, groups=image.shape[1]).flatten(2).chunk(3, 1)
+    h = x @ ((d + m.A[:, None]).softmax(-1) * b).mT
+    h, z = F.conv1d(h, m.hz_proj.conv.weight).chunk(2, 1)
+    return (F.conv1d(h * F.silu(z) + h * m.D, m.out_proj.conv.weight) @ c).transpose(1, 2)
+
+
 def plain_moa(m, u):
     """Llama's attention under a dense mask for each head, which was made before."""
     split = lambda x: x.unflatten(-1, (-1, m.head_dim)).transpose(1, 2)
@@ -174,6 +213,32 @@ def var(device, dtype=FP32, *, B, D, H, L) -> Work:
     return layer(device, dtype, make, plain_var, 12, attention(B, D, L, mask), B, D, L, "sparse_attention", call)
 
 
+def mvar(device, dtype=FP32, *, B, D, H, L) -> Work:
+    ends = [end for end in scale_ends([1, 2, 3, 4, 5, 6, 8, 10, 13, 16]) if end <= L]
+    bounds = sorted({0, *ends, L})
+    mask, cond = masks.segments(cu_seqlens=torch.tensor(bounds)), normal(device, 2)(B, D)
+    block = lambda device: nn.MVARBlock(D, H, headdim=min(64, 2 * D), device=device)
+    make = lambda device: with_mask(block(device), mask, L, device, cond=cond)
+    others = attention(B, D, L, mask) + 3 * 2 * 3 * B * L * 2 * D * 64
+    return layer(
+        device, dtype, make, plain_mvar, 18, others, B, D, L, "sparse_attention", lambda m, u: m(u, m.cond, mask)
+    )
+
+
+def hsm_ssd(device, dtype=FP32, *, B, D, L, W) -> Work:
+    """N = 49, EfficientViM-M1's first stage."""
+
+    def make(device):
+        module = nn.HSMSSD(D, state_dim=49, device=device)
+        module.columns, A = W, module.A.detach()
+        del module.A  # its gradient is zero but for rounding
+        module.register_buffer("A", A)
+        return module
+
+    call = lambda m, u: m(u.transpose(1, 2).unflatten(2, (-1, W)))[0].flatten(2).transpose(1, 2)
+    return layer(device, dtype, make, plain_hsm_ssd, 1, 3 * 2 * 5 * B * L * D * 49, B, D, L, "depthwise_conv2d", call)
+
+
 def moa(device, dtype=FP32, *, B, D, H, L) -> Work:
     """Spans from 128 to half of the sequence, sinks of 64."""
     alpha, beta = [128 if h % 2 else 0 for h in range(H)], [0 if h % 2 else 2 ** -(1 + h % 4 * 2) for h in range(H)]
@@ -189,9 +254,12 @@ _OPS = {
     hyena: ("fft_conv_fwd", "fft_conv_bwd", "causal_conv1d_fwd", "causal_conv1d_bwd"),
     h3: ("fft_conv_fwd", "fft_conv_bwd", "diag_ssm_kernel_fwd", "diag_ssm_kernel_bwd"),
     var: ("sparse_attention_fwd", "sparse_attention_bwd"),
+    mvar: ("sparse_attention_fwd", "sparse_attention_bwd", "ssd_scan_fwd", "ssd_scan_bwd"),
+    hsm_ssd: ("depthwise_conv2d_fwd", "depthwise_conv2d_bwd"),
     moa: ("sparse_attention_fwd", "sparse_attention_bwd"),
 }
 _FAST = ("cuda", "triton", "cpu")  # without the reference, whose loops and sums take seconds
+_IMAGE = {"B": 8, "D": 128, "L": 784, "W": 28}
 _WIDE = {"B": 2, "D": 256, "L": 4096}
 CASES = [
     case("hyena", hyena, _OPS[hyena], "fwd+bwd", "cpu", 90, _WIDE, backends=_FAST),
@@ -199,5 +267,7 @@ CASES = [
     case("var", var, _OPS[var], "fwd+bwd", "cpu", 92, {"B": 2, "D": 512, "H": 8, "L": 680}, backends=_FAST),
     case("moa", moa, _OPS[moa], "fwd+bwd", "cpu", 93, {"B": 1, "D": 512, "H": 8, "L": 4096}, backends=_FAST),
     case("bimamba", bimamba, _OPS[bimamba], "fwd+bwd", "cpu", 94, {"B": 2, "D": 192, "L": 784}, backends=_FAST),
+    case("mvar", mvar, _OPS[mvar], "fwd+bwd", "cpu", 95, {"B": 2, "D": 512, "H": 8, "L": 680}, backends=_FAST),
+    case("hsm_ssd", hsm_ssd, _OPS[hsm_ssd], "fwd+bwd", "cpu", 96, _IMAGE, backends=_FAST),
     *(memory.layer_case(way, "cpu", 98, {"B": 1, "M": 96, "L": 50176}) for way in ("fwd", "bwd")),
 ]

@@ -53,7 +53,8 @@ def call(capsys, *arguments):
 @pytest.fixture
 def tiny(monkeypatch):
     """The same pipeline with a model that takes no time."""
-    monkeypatch.setattr(model, "Config", functools.partial(Config, width=16, layers=1, d_state=4, ssd_state=4, headdim=16))
+    small = functools.partial(Config, width=16, layers=1, d_state=4, ssd_state=4, headdim=16)
+    monkeypatch.setattr(model, "Config", small)
     monkeypatch.setattr(train, "Settings", functools.partial(Settings, batch=2, window=32, held_out_windows=3))
     train.Settings.window = 32
 

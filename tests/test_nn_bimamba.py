@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*slow reference.*")
 
 
 def scan(p, x, back):
-    """One direction of one row x (L, D): convolution, parameters and recurrence, from the first or the last token on."""
+    """One direction of one row x (L, D), from its first or its last token on: convolution, parameters, recurrence."""
     tokens, b = (list(x.flip(0)), "_b") if back else (list(x), "")
     taps, A = p[f"conv1d{b}.weight"][:, 0], -p[f"A{b}_log"].exp()
     window, h, ys = [torch.zeros_like(x[0])] * taps.shape[1], torch.zeros_like(A), []

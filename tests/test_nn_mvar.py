@@ -73,7 +73,7 @@ def test_output_and_gradients_match_the_paper(shared):
 
 
 def test_scale_by_scale_is_the_training_pass():
-    """Two scales in one call and one by itself, to the gradients; the cache's size does not change; a cache that is dropped would show."""
+    """Two scales in one call and one by itself, to the gradients; the cache does not grow; without one, it shows."""
     module, x, cond = build(), normal(2, 7, WIDTH).requires_grad_(), normal(2, WIDTH)
     cache, outs, sizes = module.new_cache(), [], set()
     for begin, end, mask in ((0, 5, masks.segments(cu_seqlens=torch.tensor([0, 1, 5]))), (5, 7, None)):

@@ -1,4 +1,4 @@
-"""nn.SambaASREncoder and nn.SambaASRDecoder against their equations in plain torch, sharing no code with the package."""
+"""nn.SambaASREncoder and SambaASRDecoder against their equations in plain torch, sharing no code with the package."""
 
 import math
 
@@ -25,8 +25,8 @@ def convolution(p, name, x, stride):
     """Three taps around each frame, zeros outside: (B, channels, T)."""
     taps, edge = p[f"{name}.weight"], x.new_zeros(*x.shape[:2], 1)
     x = torch.cat([edge, x, edge], -1)
-    frames = range(0, x.shape[-1] - 2, stride)
-    return torch.stack([torch.einsum("bct,oct->bo", x[..., t : t + 3], taps) for t in frames], -1) + p[f"{name}.bias"][:, None]
+    frames = [torch.einsum("bct,oct->bo", x[..., t : t + 3], taps) for t in range(0, x.shape[-1] - 2, stride)]
+    return torch.stack(frames, -1) + p[f"{name}.bias"][:, None]
 
 
 def layer(p, i):
@@ -98,7 +98,7 @@ def test_token_by_token_is_the_whole(decoder):
     for dtype, bound_ in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         module, x = decoder.to(dtype), audio.to(dtype)
         whole = module(TOKENS, x, lengths)
-        for cuts in ([1, 2, 3, 4, 5], [3, 4, 5], [2, 4, 5]):
+        for cuts in ([1, 2, 3, 4, 5], [3, 5]):
             cache, outs = module.new_cache(x, lengths), []
             for begin, end in zip([0, *cuts], cuts):
                 outs.append(module(TOKENS[:, begin:end], cache=cache))

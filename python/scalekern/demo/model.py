@@ -1,4 +1,4 @@
-"""A byte-level language model of Mamba (or Mamba-2), H3 and attention blocks, its one-token form and generation with it.
+"""A byte-level language model of Mamba or Mamba-2, H3 and attention blocks, its one-token form and generation with it.
 
 Shape letters: B batch, L length, D width of the model, H heads, P head dim; 256 byte values.
 """
@@ -74,8 +74,8 @@ def _recurrence(config: Config) -> nn.Module:
 
 
 class Block(nn.Module):
-    """x + mixer(RMSNorm(x)): a recurrence that its input controls (Mamba or Mamba-2), a long convolution between gates (H3), a
-    recurrence, attention, and so on."""
+    """x + mixer(RMSNorm(x)): a recurrence that its input controls (Mamba or Mamba-2), a long convolution between gates
+    (H3), a recurrence, attention, and so on."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()

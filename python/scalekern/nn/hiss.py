@@ -102,7 +102,7 @@ class HiSS(nn.Module):
         return self.output(torch.cat(outs, 1))
 
     def step(self, x, cache):
-        """One token, x (B, I): the output (B, O) of the chunk that it continues or begins, if the sequence ended there."""
+        """One token, x (B, I): the output (B, O) of the chunk that it is part of, if the sequence ended there."""
         return self.forward(x.unsqueeze(1), cache=cache).squeeze(1)
 
     def _feature(self, x, states=None, keep=False):

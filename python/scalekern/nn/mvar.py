@@ -46,8 +46,9 @@ class MVARBlock(VARBlock):
         drop_path=0.0, norm_eps=1e-6, d_state=64, d_conv=4, expand=2, headdim=64, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__(
-            embed_dim, num_heads, cond_dim, mlp_ratio, shared_aln, attn_l2_norm, drop, drop_path, norm_eps, device, dtype
-        )
+            embed_dim, num_heads, cond_dim, mlp_ratio, shared_aln, attn_l2_norm, drop, drop_path, norm_eps,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         self.mamba = Mamba2(embed_dim, d_state, d_conv, expand=expand, headdim=headdim, device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(_without_patch_nums)
 
@@ -61,8 +62,9 @@ class MVARBlock(VARBlock):
         Args:
             x: (B, L, C).
             cond: (B, D); with shared_aln the nine modulations (B, 1, 9, C).
-            mask: which of the L tokens see each other: `masks.segments(cu_seqlens=torch.tensor([0, *scale_ends(sizes)]))`
-                for several scales. None: all, which is right for one scale at a time.
+            mask: which of the L tokens see each other, for several scales
+                `masks.segments(cu_seqlens=torch.tensor([0, *scale_ends(sizes)]))`, made once and given to all blocks.
+                None: all, which is right for one scale at a time.
             cache: of `new_cache`, holds the state after the scales so far and moves on.
 
         Returns:
