@@ -269,5 +269,9 @@ CASES = [
     case("bimamba", bimamba, _OPS[bimamba], "fwd+bwd", "cpu", 94, {"B": 2, "D": 192, "L": 784}, backends=_FAST),
     case("mvar", mvar, _OPS[mvar], "fwd+bwd", "cpu", 95, {"B": 2, "D": 512, "H": 8, "L": 680}, backends=_FAST),
     case("hsm_ssd", hsm_ssd, _OPS[hsm_ssd], "fwd+bwd", "cpu", 96, _IMAGE, backends=_FAST),
-    *(memory.layer_case(way, "cpu", 98, {"B": 1, "M": 96, "L": 50176}) for way in ("fwd", "bwd")),
+    *(
+        memory.layer_case(what, way, "cpu", 98, {"B": 1, "M": 96, "L": 50176})
+        for what in memory.LAYERS
+        for way in ("fwd", "bwd")
+    ),
 ]

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from nn_modules import (
-    check_against, check_compiled, check_each_matters, check_loads, check_padding, error, linear, normal,
-    perturbed, sigmoid, tensors,
+    check_against, check_compiled, check_each_matters, check_loads, check_padding, error, linear, memory,
+    normal, perturbed, sigmoid, tensors,
 )  # fmt: skip
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalekern.nn import BiMamba
 
@@ -91,29 +90,6 @@ def test_compile_low_precision_and_wrong_use():
         module(x, mask=torch.ones(2, 6))
     expected = paper(tensors(module), x)
     assert error(module.bfloat16()(x.bfloat16()), expected) < 3e-2  # six roundings to 8 bits in a row
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that is made in it."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outs = function(*args, **(kwargs or {}))
-        made = [t for t in (outs if isinstance(outs, (tuple, list)) else [outs]) if isinstance(t, torch.Tensor)]
-        self.bytes = max([self.bytes, *(t.untyped_storage().nbytes() for t in made)])
-        return outs
-
-
-def memory(call, x):
-    """Bytes that forward keeps for backward, and of the largest tensor of either."""
-    x, kept = x.detach().clone().requires_grad_(), {}
-    keep = lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t  # noqa: E731
-    with Largest() as largest:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out = call(x)
-        out.sum().backward()
-    return sum(kept.values()), largest.bytes
 
 
 def test_memory_is_linear_in_the_length():

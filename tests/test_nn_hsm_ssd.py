@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from nn_modules import bound, check_against, check_each_matters, check_loads, error, normal, perturbed, sigmoid, tensors
+from nn_modules import (
+    bound, check_against, check_each_matters, check_loads, error, memory, normal, perturbed, sigmoid, tensors,
+)  # fmt: skip
 
 from scalekern.nn import HSMSSD
 
@@ -61,6 +63,12 @@ def test_the_order_of_rows_matters_only_to_the_filter():
     x = normal(1, WIDTH, 6, 5)
     (y, h), (mirrored, same) = module(x), module(x.flip(2))
     assert error(mirrored, y.flip(2)) < 1e-12 and error(same, h) < 1e-12
+
+
+def test_memory_is_linear_in_the_pixels():
+    module, x = HSMSSD(WIDTH, state_dim=STATES), torch.randn(1, WIDTH, 48, 32)
+    short, long = (memory(lambda x: module(x)[0], x[..., : 32 // n]) for n in (4, 1))
+    assert all(3 * s < b < 4.1 * s for s, b in zip(short, long)), (short, long)
 
 
 def test_upstreams_checkpoints_load_and_wrong_use():
