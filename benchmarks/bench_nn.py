@@ -95,9 +95,9 @@ def plain_mamba2(m, u):
     x, dt = x.unflatten(-1, (-1, P)), F.softplus(dt + m.dt_bias)
     decay, added = torch.exp(-dt * m.A_log.exp()), dt[..., None] * x
     h, ys = u.new_zeros(u.shape[0], m.nheads, P, N), []
-    for t in range(u.shape[1]):
-        h = decay[:, t, :, None, None] * h + added[:, t, ..., None] * B[:, t, None, None]
-        ys.append(h @ C[:, t, None, :, None])
+    for a, b, key, query in zip(*(t.unbind(1) for t in (decay, added, B, C))):
+        h = a[..., None, None] * h + b[..., None] * key[:, None, None]
+        ys.append(h @ query[:, None, :, None])
     y = (torch.stack(ys, 1)[..., 0] + m.D[:, None] * x).flatten(2) * F.silu(z)
     return m.out_proj(F.rms_norm(y, (D,), m.norm.weight, 1e-5))
 
@@ -140,9 +140,10 @@ def plain_mamba_scan(x, conv, x_proj, dt_proj, A_log, D):
     dt = F.softplus(dt_proj(dt)).transpose(1, 2)
     decay, added = torch.exp(dt[..., None] * -A_log.exp()[:, None]), (dt * u)[..., None] * B[:, None]
     h, ys = torch.zeros_like(added[:, :, 0]), []
-    for t in range(x.shape[-1]):
-        h = decay[:, :, t] * h + added[:, :, t]
-        ys.append((h * C[:, t, None]).sum(-1))
+    # Unbound: the gradient of an indexed token would be a tensor of all.
+    for a, b, c in zip(decay.unbind(2), added.unbind(2), C.unbind(1)):
+        h = a * h + b
+        ys.append((h * c[:, None]).sum(-1))
     return torch.stack(ys, -1) + D[:, None] * u
 
 

@@ -83,5 +83,8 @@ class _Convolution(nn.Module):
         self.conv = conv
 
     def forward(self, x):
-        """One tap: a product of channels."""
-        return self.conv.weight.squeeze(-1) @ x
+        """One tap: a product of channels, row by row of the batch, in x's layout.
+
+        As one product of a (N, M) and a (B, M, L) torch folds it through a copy: 25 % of the layer's time on two cores.
+        """
+        return torch.bmm(self.conv.weight.squeeze(-1).expand(x.shape[0], -1, -1), x)
