@@ -1,15 +1,16 @@
-"""Peak memory of a selective scan or a long convolution beyond its inputs, measured in a fresh process.
+"""Peak memory of a selective scan, a long convolution or a layer for images, beyond its inputs, in a fresh process.
 
 On the CPU it is the process's high-water mark of resident memory (reset just before the call), which sees scratch
 buffers of native code that no allocator of torch counts; on a GPU, torch's peak. The promise (a record's `bound`):
 of a scan forward, its outputs and checkpoints, and backward, twice its inputs; of a convolution, a third of what the
-plain one by torch.fft takes.
+plain one by torch.fft takes; of a layer, four times what a quarter of the tokens take.
 """
 
 import argparse
 import functools
 import gc
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,7 @@ import torch
 
 from scalekern.benchmarks.case import Case
 
+LAYERS = ("bimamba", "hsm_ssd")
 RESOLUTION = 2**20  # the kernel counts resident pages in batches for each thread
 
 
@@ -31,6 +33,13 @@ def conv_case(direction: str, device: str, priority: int, shape: dict) -> Case:
     """direction: "fwd", or "bwd" for forward and backward."""
     ops = ("fft_conv_fwd",) if direction == "fwd" else ("fft_conv_bwd", "fft_conv_fwd")
     return _case("fft_conv", direction, ops, device, priority, shape, lambda d: _against_plain(direction, d, shape))
+
+
+def layer_case(what: str, direction: str, device: str, priority: int, shape: dict) -> Case:
+    """what: "bimamba" or "hsm_ssd", of shape B, M, L; direction: "fwd", or "bwd" for forward and backward."""
+    op = {"bimamba": "selective_scan", "hsm_ssd": "depthwise_conv2d"}[what]
+    ops = (f"{op}_fwd",) if direction == "fwd" else (f"{op}_bwd", f"{op}_fwd")
+    return _case(what, direction, ops, device, priority, shape, lambda d: _linear(what, direction, d, shape))
 
 
 def _case(what, direction, ops, device, priority, shape, measure) -> Case:
@@ -49,6 +58,13 @@ def _against_plain(direction: str, device: torch.device, shape: dict) -> dict:
     ours, plain = (_peak_of(what, direction, device, shape) for what in ("fft_conv", "plain_fft_conv"))
     failed = next((found for found in (ours, plain) if "status" in found), None)
     return failed or _judged({**ours, "bound_bytes": plain["peak_extra_bytes"] // 3})
+
+
+def _linear(what: str, direction: str, device: torch.device, shape: dict) -> dict:
+    whole, part = (_peak_of(what, direction, device, {**shape, "L": L}) for L in (shape["L"], shape["L"] // 4))
+    failed = next((found for found in (whole, part) if "status" in found), None)
+    # The quarter's resolution is not multiplied: both peaks are tens of megabytes or more.
+    return failed or _judged({**whole, "bound_bytes": 4 * part["peak_extra_bytes"] + RESOLUTION})
 
 
 def _judged(found: dict) -> dict:
@@ -71,18 +87,22 @@ def _peak_of(what: str, direction: str, device: torch.device, shape: dict) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("scan", "fft_conv", "plain_fft_conv"))
+    parser.add_argument("what", choices=("scan", "fft_conv", "plain_fft_conv", *LAYERS))
     parser.add_argument("direction", choices=("fwd", "bwd"))
     parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("shape", type=json.loads)
     args = parser.parse_args()
     from scalekern.benchmarks.trace import backends_used
 
-    device, is_scan = torch.device(args.device), args.what == "scan"
-    setup = _scan if is_scan else functools.partial(_conv, args.what)
-    check = _check if is_scan else functools.partial(_check_conv, setup)
+    device = torch.device(args.device)
+    layer, conv = (functools.partial(f, args.what) for f in (_layer, _conv))
+    setup = _scan if args.what == "scan" else layer if args.what in LAYERS else conv
+    check = _check if args.what == "scan" else _check_layer if args.what in LAYERS else _check_conv
+    check = check if args.what == "scan" else functools.partial(check, setup)
+    small = {**args.shape, "D": 64, "L": 144}
+    check(args.direction, device, small)  # starts libraries and threads, too
     with backends_used() as used:
-        check(args.direction, device, {**args.shape, "D": 64, "L": 128})  # starts libraries and threads, too
+        setup(args.direction, device, small)[1]()
     tensors, call = setup(args.direction, device, args.shape)
     inputs = sum(t.numel() * t.element_size() for t in tensors)
     gc.collect()
@@ -121,6 +141,27 @@ def _conv(what: str, direction: str, device: torch.device, shape: dict):
     return (u, k), lambda: torch.autograd.grad(function(u, k), (u, k), dout)
 
 
+def _layer(what: str, direction: str, device: torch.device, shape: dict):
+    """(u,) and the call, which gives (out,) or the gradients of u and every parameter; an image is a square."""
+    from scalekern import nn
+    from scalekern.benchmarks.bench_selective_scan import normal
+
+    torch.manual_seed(0)
+    B, M, L, randn = shape["B"], shape["M"], shape["L"], normal(device, 0)
+    if what == "bimamba":
+        size, module = (B, L, M), nn.BiMamba(M, device=device)
+        function = module
+    else:
+        size, module = (B, M, math.isqrt(L), math.isqrt(L)), nn.HSMSSD(M, state_dim=49, device=device)
+        function = lambda u: module(u)[0]  # noqa: E731
+    u, dout = randn(*size), randn(*size)
+    if direction == "fwd":
+        return (u,), lambda: (torch.no_grad()(function)(u),)
+    named = module.named_parameters()
+    leaves = [u.requires_grad_(), *(p for n, p in named if (what, n) != ("hsm_ssd", "A"))]  # whose gradient is zero
+    return (u,), lambda: torch.autograd.grad(function(u), leaves, dout)
+
+
 def _call(kw: dict, direction: str):
     """The call to be measured, ready to run: forward with checkpoints, or backward."""
     lead = [kw[k] for k in ("u", "delta", "A")]
@@ -153,6 +194,19 @@ def _check_conv(setup, direction: str, device: torch.device, shape: dict) -> Non
     from scalekern.benchmarks import harness
 
     found, expected = (make(direction, device, shape)[1]() for make in (setup, functools.partial(_conv, "oracle")))
+    error = harness.relative_error(found, expected)
+    if not error <= 1e-5:
+        raise SystemExit(f"the result is wrong: relative error {error:.1e}")
+
+
+def _check_layer(setup, direction: str, device: torch.device, shape: dict) -> None:
+    """Against the module on the reference backend."""
+    import scalekern
+    from scalekern.benchmarks import harness
+
+    found = setup(direction, device, shape)[1]()
+    with scalekern.backend("reference"):
+        expected = setup(direction, device, shape)[1]()
     error = harness.relative_error(found, expected)
     if not error <= 1e-5:
         raise SystemExit(f"the result is wrong: relative error {error:.1e}")

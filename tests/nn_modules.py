@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def perturbed(module, seed=0, scale=0.3):
@@ -131,3 +132,41 @@ def by_heads(x, heads):
 
 def from_heads(x):
     return torch.cat(list(x.unbind(1)), -1)
+
+
+def mamba(p, x):
+    """Gu & Dao 2023, figure 3 and algorithm 2, rows x (B, L, width)."""
+    u, z = linear(p, "in_proj", x).chunk(2, -1)
+    taps, A = p["conv1d.weight"][:, 0], -p["A_log"].exp()
+    h, ys, rank, states = torch.zeros_like(A), [], p["dt_proj.weight"].shape[1], A.shape[1]
+    for t in range(x.shape[1]):
+        v = sum(taps[:, 3 - t + s] * u[:, s] for s in range(max(0, t - 3), t + 1)) + p["conv1d.bias"]
+        v = v * sigmoid(v)
+        r, B, C = linear(p, "x_proj", v).split([rank, states, states], -1)
+        step = torch.log1p(torch.exp(linear(p, "dt_proj", r)))[..., None]
+        h = torch.exp(step * A) * h + step * B[:, None] * v[..., None]
+        ys.append((h * C[:, None]).sum(-1) + p["D"] * v)
+    return linear(p, "out_proj", torch.stack(ys, 1) * z * sigmoid(z))
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made in it."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outs = function(*args, **(kwargs or {}))
+        made = [t for t in (outs if isinstance(outs, (tuple, list)) else [outs]) if isinstance(t, torch.Tensor)]
+        self.bytes = max([self.bytes, *(t.untyped_storage().nbytes() for t in made)])
+        return outs
+
+
+def memory(call, x):
+    """Bytes that forward keeps for backward, and of the largest tensor of either."""
+    x, kept = x.detach().clone().requires_grad_(), {}
+    keep = lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t  # noqa: E731
+    with Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = call(x)
+        out.sum().backward()
+    return sum(kept.values()), largest.bytes

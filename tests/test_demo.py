@@ -24,6 +24,7 @@ STEPS = 6
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = Settings(steps=7, batch=2, window=24, held_out_windows=5)
 TINY = Config(width=16, layers=2, d_state=4)
+TINY2 = Config(arch="mamba2", width=16, layers=2, ssd_state=4, headdim=16)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def call(capsys, *arguments):
 @pytest.fixture
 def tiny(monkeypatch):
     """The same pipeline with a model that takes no time."""
-    monkeypatch.setattr(model, "Config", functools.partial(Config, width=16, layers=1, d_state=4))
+    small = functools.partial(Config, width=16, layers=1, d_state=4, ssd_state=4, headdim=16)
+    monkeypatch.setattr(model, "Config", small)
     monkeypatch.setattr(train, "Settings", functools.partial(Settings, batch=2, window=32, held_out_windows=3))
     train.Settings.window = 32
 
@@ -114,6 +116,29 @@ def test_the_figure_shows_something(finished):
     half = pixels.shape[1] * 55 // 100
     assert dark[:, :half].sum() > 100  # the held-out curve
     assert dark[:, half:].sum() > 10_000  # the bars
+
+
+def test_mamba2_learns_agrees_and_resumes(tiny, text, tmp_path, capsys, monkeypatch):
+    """The whole of it but the figure with --arch mamba2; every column and row of both tables is there."""
+    monkeypatch.setattr(scalekern.demo, "_plot", lambda *args: None)
+    arguments = ("--text", text, "--steps", 8, "--out", tmp_path, "--device", "cpu")
+    code, printed, err = call(capsys, *arguments, "--arch", "mamba2")
+    assert code == 0 and "1 layers of width 16, Mamba-2, H3" in printed, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["config"]["arch"] == "mamba2"
+    state, tensors = train.read_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert tensors["model.blocks.0.mixer.dt_bias"].shape == (2,) and state["config"]["arch"] == "mamba2"
+    assert results["held_out_bits_per_byte"] < results["held_out_curve"][0][1] - 0.2
+    assert 0 < results["relative_errors"]["decode_logits"] <= results["tolerance"]
+    for t in results["timings"]:
+        row = [f"{t[side]:.2f}" for side in ("scalekern_ms", "pytorch_ms")] + [f"{t['speedup']:.1f}x"]
+        assert any(line.startswith(t["case"]) and line.split()[-3:] == row for line in printed.splitlines())
+    sizes = [v["size_bytes"] for v in results["quantized"][::2]]  # float32, and each format rotated
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    code, _, err = call(capsys, *arguments, "--resume", "--arch", "mamba")
+    assert code == 2 and "was trained with --arch mamba2, not mamba" in err
+    resumed = Trainer.resume(tmp_path / "checkpoint.safetensors", data.load(str(text), 32), 9, "cpu")
+    assert resumed.step == 8 and resumed.model.config.arch == "mamba2"
 
 
 def test_ctrl_c_saves_and_resume_ends_as_if_nothing_had_happened(text, finished, tmp_path):
@@ -278,9 +303,10 @@ def test_evaluation_counts_every_target_once():
     assert trainer.evaluate() == pytest.approx(-chosen.double().mean().item() / math.log(2), rel=1e-5)
 
 
-def test_generation_by_steps_equals_whole_passes():
+@pytest.mark.parametrize("config", [TINY, TINY2], ids=["mamba", "mamba2"])
+def test_generation_by_steps_equals_whole_passes(config):
     torch.manual_seed(5)
-    language = LanguageModel(TINY)
+    language = LanguageModel(config)
     with torch.no_grad():  # away from ties, and from repeating the last byte, which a shared head likes at first
         language.embedding.weight.mul_(20)
         for block in language.blocks:

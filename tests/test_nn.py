@@ -6,16 +6,20 @@ import torch
 from scalekern import nn
 
 MAKE = {
+    "BiMamba": lambda **kw: nn.BiMamba(8, d_state=4, **kw),
     "BlockdiagLinear": lambda **kw: nn.BlockdiagLinear(6, 10, **kw),
     "DSS": lambda **kw: nn.DSS(4, d_state=4, **kw),
     "DilatedReparamBlock": lambda **kw: nn.DilatedReparamBlock(4, 7, **kw),
+    "HSMSSD": lambda **kw: nn.HSMSSD(8, state_dim=3, **kw),
     "HSTU": lambda **kw: nn.HSTU(8, max_len=16, num_buckets=4, **kw),
     "FiTBlock": lambda **kw: nn.FiTBlock(8, 2, qk_norm=True, qk_norm_weight=True, adaln_lora_dim=3, **kw),
     "GatedRMSNorm": lambda **kw: nn.GatedRMSNorm(8, group_size=4, **kw),
     "GroupMamba": lambda **kw: nn.GroupMamba(8, d_state=2, **kw),
     "H3": lambda **kw: nn.H3(4, d_state=4, n_ssm=1, **kw),
+    "HiSS": lambda **kw: nn.HiSS(3, 2, 4, 4, high="s4d", low_options={"d_state": 4}, **kw),
     "HyenaFilter": lambda **kw: nn.HyenaFilter(4, seq_len=8, **kw),
     "HyenaOperator": lambda **kw: nn.HyenaOperator(4, 8, **kw),
+    "MVARBlock": lambda **kw: nn.MVARBlock(8, 2, d_state=4, headdim=8, **kw),
     "Mamba": lambda **kw: nn.Mamba(8, d_state=4, **kw),
     "Mamba2": lambda **kw: nn.Mamba2(8, d_state=4, headdim=4, ngroups=2, **kw),
     "MaskedCrossAttention": lambda **kw: nn.MaskedCrossAttention(8, 2, **kw),
@@ -30,6 +34,8 @@ MAKE = {
     "S4D": lambda **kw: nn.S4D(4, d_state=4, **kw),
     "SS2D": lambda **kw: nn.SS2D(8, d_state=4, **kw),
     "SerpentBlock": lambda **kw: nn.SerpentBlock(4, scales=2, d_state=2, **kw),
+    "SambaASRDecoder": lambda **kw: nn.SambaASRDecoder(7, 8, 1, 2, {"d_state": 2}, **kw),
+    "SambaASREncoder": lambda **kw: nn.SambaASREncoder(3, 8, 1, {"d_state": 2}, **kw),
     "UniRepLKNetBlock": lambda **kw: nn.UniRepLKNetBlock(8, 7, **kw),
     "VARBlock": lambda **kw: nn.VARBlock(8, 2, **kw),
     "WaveMixBlock": lambda **kw: nn.WaveMixBlock(final_dim=8, level=2, **kw),
@@ -40,6 +46,10 @@ KEPT_WIDE = {
     "GroupMamba": {f"mamba_g{k}.{name}" for k in range(1, 5) for name in ("A_logs", "Ds")},
     "SS2D": {"A_logs", "Ds"},
     "SerpentBlock": {f"{at}.0.op.{name}" for at in ("down.0", "down.1", "up.0") for name in ("A_logs", "Ds")},
+    "BiMamba": {"A_log", "A_b_log", "D", "D_b"},
+    "MVARBlock": {"mamba.A_log", "mamba.D"},
+    **dict.fromkeys(("SambaASRDecoder", "SambaASREncoder"), {"layers.0.A_log", "layers.0.D"}),
+    "HiSS": {"low.layers.0.A_log", "low.layers.0.D"},
     "QuantLinear": {"weight_scales", "weight_offsets"},
 }
 

@@ -21,6 +21,7 @@ TEMPERATURE = 0.7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to learn (default: Python's standard library)")
+    parser.add_argument("--arch", choices=("mamba", "mamba2"), help="the recurrent blocks (default: mamba)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: about three minutes' worth)")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"where results go (default: {OUT})")
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _resume_command(args) -> str:
     words = ["python -m scalekern demo"]
-    for name in ("text", "device"):
+    for name in ("text", "arch", "device"):
         if getattr(args, name) is not None:
             words.append(f"--{name} {getattr(args, name)}")
     if args.out != OUT:
@@ -57,6 +58,7 @@ def _run(args) -> int:
     import torch
 
     from scalekern.demo import compare, console, data, quantized
+    from scalekern.demo.model import ARCHES
     from scalekern.demo.train import Settings
 
     began = time.monotonic()
@@ -69,7 +71,8 @@ def _run(args) -> int:
     say(f"text      {corpus.name}: {corpus.train.numel():,} bytes to train on, {corpus.held_out.numel():,} held out")
     trainer = _trainer(args, corpus, out / CHECKPOINT, device)
     config, size = trainer.model.config, sum(p.numel() for p in trainer.model.parameters())
-    say(f"model     {config.layers} layers of width {config.width}, Mamba, H3 and window attention, {size:,} parameters")
+    kinds = f"{ARCHES[config.arch]}, H3 and window attention"
+    say(f"model     {config.layers} layers of width {config.width}, {kinds}, {size:,} parameters")
     chosen = compare.backends(torch.device(device).type)
     say(f"device    {device}, {torch.get_num_threads()} threads; backends: {', '.join(sorted(set(chosen.values())))}")
     for name, backend in chosen.items():
@@ -133,17 +136,20 @@ def _folder(name: str) -> pathlib.Path:
 
 def _trainer(args, corpus, checkpoint: pathlib.Path, device: str):
     from scalekern.demo import console
+    from scalekern.demo.data import InputError
     from scalekern.demo.model import Config
     from scalekern.demo.train import Settings, Trainer
 
     if args.resume:
         trainer = Trainer.resume(checkpoint, corpus, args.steps, device)
+        if args.arch not in (None, trainer.model.config.arch):
+            raise InputError(f"{checkpoint} was trained with --arch {trainer.model.config.arch}, not {args.arch}")
         console.say(f"resumed   after step {trainer.step} of {trainer.settings.steps}")
         return trainer
     if checkpoint.exists():
         console.say(f"          starting over: {checkpoint} will be replaced (--resume would go on from it)")
     settings = Settings() if args.steps is None else Settings(steps=args.steps)
-    return Trainer(corpus, Config(), settings, device)
+    return Trainer(corpus, Config(arch=args.arch or "mamba"), settings, device)
 
 
 def _train(trainer, checkpoint: pathlib.Path, adapt: bool) -> bool:
@@ -227,10 +233,11 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 def _plot(trainer, timings, formats, path: pathlib.Path) -> None:
     from scalekern.demo import console, plot
+    from scalekern.demo.model import ARCHES
 
     config = trainer.model.config
     title = (
-        f"Byte-level Mamba / H3 / attention, {config.layers} layers of width {config.width}, on {trainer.device}: "
+        f"Byte-level {ARCHES[config.arch]} / H3 / attention, {config.layers} layers of width {config.width}, on {trainer.device}: "
         f"{trainer.curve[-1][1]:.2f} held-out bits per byte after {trainer.seconds:.0f} s"
     )
     try:

@@ -1,4 +1,4 @@
-"""A byte-level language model of Mamba, H3 and attention blocks, its one-token form and generation with it.
+"""A byte-level language model of Mamba or Mamba-2, H3 and attention blocks, its one-token form and generation with it.
 
 Shape letters: B batch, L length, D width of the model, H heads, P head dim; 256 byte values.
 """
@@ -10,18 +10,22 @@ import torch.nn as nn
 
 import scalekern
 from scalekern import masks
-from scalekern.nn import H3, Mamba
+from scalekern.nn import H3, Mamba, Mamba2
 
 BYTES = 256
+ARCHES = {"mamba": "Mamba", "mamba2": "Mamba-2"}  # what --arch may name, and what it is called
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    arch: str = "mamba"
     width: int = 128
     layers: int = 4
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
+    ssd_state: int = 64  # Mamba-2's, whose states are cheaper than Mamba's
+    headdim: int = 64
     h3_state: int = 32
     heads: int = 4
     window: int = 64
@@ -62,15 +66,22 @@ class Attention(nn.Module):
         )
 
 
+def _recurrence(config: Config) -> nn.Module:
+    shape = {"d_conv": config.d_conv, "expand": config.expand}
+    if config.arch == "mamba2":
+        return Mamba2(config.width, d_state=config.ssd_state, headdim=config.headdim, **shape)
+    return Mamba(config.width, d_state=config.d_state, **shape)
+
+
 class Block(nn.Module):
-    """x + mixer(RMSNorm(x)): a recurrence that its input controls (Mamba), a long convolution between gates (H3), a
-    recurrence, attention, and so on."""
+    """x + mixer(RMSNorm(x)): a recurrence that its input controls (Mamba or Mamba-2), a long convolution between gates
+    (H3), a recurrence, attention, and so on."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         if index % 2 == 0:
-            self.mixer = Mamba(config.width, d_state=config.d_state, d_conv=config.d_conv, expand=config.expand)
+            self.mixer = _recurrence(config)
             last = self.mixer.out_proj
         elif index % 4 == 3:
             self.mixer = Attention(config)
@@ -84,7 +95,7 @@ class Block(nn.Module):
 
     def step(self, hidden: torch.Tensor, states: tuple) -> tuple[torch.Tensor, tuple]:
         """One token (B, 1, D), and the states after it."""
-        if isinstance(self.mixer, Mamba):  # in place
+        if isinstance(self.mixer, (Mamba, Mamba2)):  # in place
             mixed, _, _ = self.mixer.step(self.norm(hidden), *states)
         elif isinstance(self.mixer, H3):
             states, coefficients = states

@@ -1,8 +1,11 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
+from scalekern.nn.bimamba import BiMamba
 from scalekern.nn.fit import FiTBlock
 from scalekern.nn.group_mamba import GroupMamba
 from scalekern.nn.h3 import H3
+from scalekern.nn.hiss import HiSS
+from scalekern.nn.hsm_ssd import HSMSSD
 from scalekern.nn.hstu import HSTU
 from scalekern.nn.hyena import HyenaFilter, HyenaOperator
 from scalekern.nn.mamba import Mamba
@@ -15,12 +18,14 @@ from scalekern.nn.monarch_mixer import (
     MonarchMixerMLP,
     MonarchMixerSequenceMixing,
 )
+from scalekern.nn.mvar import MVARBlock
 from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.serpent import SerpentBlock
 from scalekern.nn.ss2d import SS2D
+from scalekern.nn.samba_asr import SambaASRDecoder, SambaASREncoder
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
 from scalekern.nn.wavemix import WaveMixBlock
@@ -28,17 +33,21 @@ from scalekern.nn.wavemix import WaveMixBlock
 __all__ = [
     "DSS",
     "H3",
+    "HSMSSD",
     "HSTU",
     "S4",
     "S4D",
     "SS2D",
+    "BiMamba",
     "BlockdiagLinear",
     "DilatedReparamBlock",
     "FiTBlock",
     "GatedRMSNorm",
     "GroupMamba",
+    "HiSS",
     "HyenaFilter",
     "HyenaOperator",
+    "MVARBlock",
     "Mamba",
     "Mamba2",
     "MaskedCrossAttention",
@@ -50,6 +59,8 @@ __all__ = [
     "PrefixLMAttention",
     "QuantLinear",
     "SerpentBlock",
+    "SambaASRDecoder",
+    "SambaASREncoder",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",

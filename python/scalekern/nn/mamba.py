@@ -23,6 +23,35 @@ from scalekern.ops.selective_state_update import selective_state_update
 NAME = "nn.Mamba"
 
 
+def step_projection(rank, channels, init, scale, low, high, floor, factory):
+    """dt_proj: softplus(bias) is log-uniform in [low, high]; the weight keeps the variance of its input."""
+    proj, bound = nn.Linear(rank, channels, **factory), rank**-0.5 * scale
+    with torch.no_grad():
+        if init == "constant":
+            nn.init.constant_(proj.weight, bound)
+        else:
+            nn.init.uniform_(proj.weight, -bound, bound)
+        low, high = math.log(low), math.log(high)
+        uniform = torch.rand(channels, dtype=torch.float32, device=proj.bias.device)
+        dt = torch.exp(uniform * (high - low) + low).clamp(min=floor)
+        proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    # Initializers that walk a model and zero every bias look for this mark.
+    proj.bias._no_reinit = True
+    return proj
+
+
+def diagonal(channels, d_state, device):
+    """A_log and D: A is -1 .. -N in every channel (S4D-real), kept as a logarithm, in float32 whatever the dtype."""
+    A = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).repeat(channels, 1)
+    A_log, D = nn.Parameter(torch.log(A)), nn.Parameter(torch.ones(channels, device=device))
+    A_log._no_weight_decay = D._no_weight_decay = True
+    return A_log, D
+
+
+def negative_exp(A_log):
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+
 class Mamba(CachedStates, nn.Module):
     """Maps (B, L, M) to (B, L, M).
 
@@ -60,29 +89,11 @@ class Mamba(CachedStates, nn.Module):
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory
         )
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
-        self._init_dt(dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
-        # A is -1 .. -N in every channel (S4D-real), kept as a logarithm, in float32 whatever `dtype`.
-        A = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).repeat(self.d_inner, 1)
-        self.A_log = nn.Parameter(torch.log(A))
-        self.D = nn.Parameter(torch.ones(self.d_inner, device=device))
-        self.A_log._no_weight_decay = self.D._no_weight_decay = True
+        self.dt_proj = step_projection(
+            self.dt_rank, self.d_inner, dt_init, dt_scale, dt_min, dt_max, dt_init_floor, factory
+        )
+        self.A_log, self.D = diagonal(self.d_inner, d_state, device)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
-
-    @torch.no_grad()
-    def _init_dt(self, dt_init, dt_scale, dt_min, dt_max, dt_init_floor):
-        """softplus(bias) is log-uniform in [dt_min, dt_max]; the weight keeps the variance of its input."""
-        bound = self.dt_rank**-0.5 * dt_scale
-        if dt_init == "constant":
-            nn.init.constant_(self.dt_proj.weight, bound)
-        else:
-            nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        low, high = math.log(dt_min), math.log(dt_max)
-        uniform = torch.rand(self.d_inner, dtype=torch.float32, device=self.dt_proj.bias.device)
-        dt = torch.exp(uniform * (high - low) + low).clamp(min=dt_init_floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        # Initializers that walk a model and zero every bias look for this mark.
-        self.dt_proj.bias._no_reinit = True
 
     def forward(
         self, hidden_states, inference_params=None, *, mask=None, cu_seqlens=None, initial_states=None,
@@ -159,7 +170,7 @@ class Mamba(CachedStates, nn.Module):
         )
 
     def _A(self):
-        return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
+        return negative_exp(self.A_log)
 
     def step(self, hidden_states, conv_state, ssm_state):
         """One token: hidden_states (B, 1, M); both states change in place. Returns (out, conv_state, ssm_state)."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from scalekern import _checks
 from scalekern.nn._cached import CachedStates
+from scalekern.nn.mamba import negative_exp
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.selective_state_update import selective_state_update
 from scalekern.ops.ssd_scan import ssd_scan
@@ -180,7 +181,7 @@ class Mamba2(CachedStates, nn.Module):
         return self.norm.weight, self.norm.eps, self.norm.group_size, self.norm_before_gate
 
     def _A(self):
-        return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
+        return negative_exp(self.A_log)
 
     def _from_states(self, hidden_states, mask, states):
         return self._forward_states(hidden_states, mask, None, None, states, True)

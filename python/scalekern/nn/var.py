@@ -112,6 +112,8 @@ class VARBlock(nn.Module):
         ValueError: heads that do not divide C.
     """
 
+    NAME, BRANCHES = NAME, 2
+
     def __init__(
         self, embed_dim, num_heads, cond_dim=None, mlp_ratio=4.0, shared_aln=False, attn_l2_norm=True, drop=0.0,
         drop_path=0.0, norm_eps=1e-6, device=None, dtype=None,
@@ -123,17 +125,18 @@ class VARBlock(nn.Module):
         self.ffn = VARMLP(embed_dim, round(embed_dim * mlp_ratio), drop, **factory)
         self.ln_wo_grad = nn.LayerNorm(embed_dim, norm_eps, elementwise_affine=False)
         self.drop_path = DropPath(drop_path)
+        count = 3 * self.BRANCHES  # a gate, a scale and a shift each
         if shared_aln:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, embed_dim, **factory) / embed_dim**0.5)
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, count, embed_dim, **factory) / embed_dim**0.5)
             modulations = self.ada_gss[0, 0]
         else:
-            linear = nn.Linear(cond_dim or embed_dim, 6 * embed_dim, **factory)
+            linear = nn.Linear(cond_dim or embed_dim, count * embed_dim, **factory)
             self.ada_lin = nn.Sequential(nn.SiLU(), linear)
             nn.init.zeros_(linear.bias)
-            modulations = linear.weight.unflatten(0, (6, embed_dim))
+            modulations = linear.weight.unflatten(0, (count, embed_dim))
         with torch.no_grad():  # as upstream: a block begins close to the identity
-            modulations[:2] *= 1e-5
-            modulations[2:] *= 0.5
+            modulations[: self.BRANCHES] *= 1e-5
+            modulations[self.BRANCHES :] *= 0.5
 
     def new_cache(self):
         """What `forward` takes as its cache before the first scale."""
@@ -155,10 +158,14 @@ class VARBlock(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type or shape.
         """
-        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
-        _checks.shape(NAME, "x", x, (None, None, self.embed_dim))
-        six = self.ada_gss + cond if self.shared_aln else self.ada_lin(cond).view(-1, 1, 6, self.embed_dim)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self._modulations(x, cond)
         y = self.attn(modulate(self.ln_wo_grad(x), shift1, scale1), mask, cache)
         x = x + self.drop_path(gamma1 * y)
         return x + self.drop_path(gamma2 * self.ffn(modulate(self.ln_wo_grad(x), shift2, scale2)))
+
+    def _modulations(self, x, cond):
+        """The gates, the scales and the shifts of the branches, (B, 1, C) each."""
+        _checks.tensor(self.NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
+        _checks.shape(self.NAME, "x", x, (None, None, self.embed_dim))
+        shape = (-1, 1, 3 * self.BRANCHES, self.embed_dim)
+        return (self.ada_gss + cond if self.shared_aln else self.ada_lin(cond).view(shape)).unbind(2)
