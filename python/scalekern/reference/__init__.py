@@ -17,6 +17,7 @@ from scalekern.reference.mamba_inner import mamba_inner
 from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.merge_attention import merge_attention
 from scalekern.reference.quant_matmul import quant_matmul
+from scalekern.reference.quantized_scan import quantized_selective_scan, quantized_ssd_scan, quantized_state_update
 from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
 from scalekern.reference.sparse_attention import sparse_attention
@@ -47,6 +48,9 @@ __all__ = [
     "merge_attention",
     "merge_dilated_branches",
     "quant_matmul",
+    "quantized_selective_scan",
+    "quantized_ssd_scan",
+    "quantized_state_update",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",
