@@ -17,6 +17,7 @@ from scalekern.nn.monarch_mixer import (
 from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
+from scalekern.nn.quant_mamba import QuantMamba, QuantMamba2
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
@@ -44,6 +45,8 @@ __all__ = [
     "NBPBlock",
     "PrefixLMAttention",
     "QuantLinear",
+    "QuantMamba",
+    "QuantMamba2",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",
