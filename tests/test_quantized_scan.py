@@ -83,6 +83,25 @@ def test_is_the_plain_scan_over_the_numbers(kind, make, packed):
     assert_close(kind["quantized"](*half, *scales, **more)[0], wanted[0], tolerance=2e-3)
 
 
+@pytest.mark.parametrize("shape", [dict(B=1, D=1, N=37, L=300, G=1), dict(B=1, D=18, N=16, L=3000, G=2)], ids=str)
+def test_lanes_of_states_segments_of_time_and_threads(shape):
+    """One channel, whose states are the lanes; few channels, whose time is split; channels last, and as many threads as
+    there are: no bit differs."""
+    codes, scales, numbers = coded(selective_inputs(**shape), SELECTIVE["seen"])
+    found = scalekern.quantized_selective_scan(*codes, *scales, return_last_state=True, delta_softplus=True)
+    wanted = scalekern.selective_scan(*numbers, return_last_state=True, delta_softplus=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        last = codes[0].mT.contiguous().mT, *codes[1:]
+        alone = scalekern.quantized_selective_scan(*last, *scales, return_last_state=True, delta_softplus=True)
+    finally:
+        torch.set_num_threads(threads)
+    for f, w, a in zip(found, wanted, alone):
+        assert torch.equal(f, w)
+        assert_close(a, w, tolerance=1e-6)  # split at other tokens
+
+
 @pytest.mark.parametrize("kind, make", [(SSD, ssd_inputs), (SELECTIVE, selective_inputs)], ids=["ssd", "selective"])
 def test_equal_steps_are_one_step(kind, make):
     """Whatever the clusters: with one step for all, the plain oracle on x as it is, where x lies on its grid."""

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from scalekern import _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._packing import checkpoint_count
 from scalekern.ops import _quantized
 from scalekern.ops._quantized import DTYPES, all_codes, check_scale, real_of, rounded, to
@@ -128,8 +128,9 @@ quantized_selective_scan_fwd = _library.define(
     f"quantized_selective_scan_fwd({_TENSORS}, bool delta_softplus, bool reverse, bool save_checkpoints) -> "
     "(Tensor, Tensor, Tensor)",
     backends=(
+        Backend("triton", filling(_allocate_fwd, triton("selective_scan", "quantized_selective_scan_fwd"))),
         Backend("cuda", _by_numbers),
-        Backend("cpu", _by_numbers),
+        Backend("cpu", filling(_allocate_fwd, native("quantized_selective_scan_fwd", "cpu"))),
         Backend("reference", reference_fwd),
     ),
     fake=_allocate_fwd,
@@ -144,7 +145,7 @@ quantized_selective_scan_bwd = _library.define(
     f"quantized_selective_scan_bwd(Tensor dout, Tensor? dlast_state, {_TENSORS}, Tensor checkpoints, "
     "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        *(Backend(name, functools.partial(_quantized.selective_backward, scan=selective_scan_bwd)) for name in ("cuda", "cpu")),
+        *(Backend(name, functools.partial(_quantized.selective_backward, scan=selective_scan_bwd)) for name in ("cuda", "triton", "cpu")),
         Backend("reference", reference_bwd),
     ),
     fake=_allocate_bwd,

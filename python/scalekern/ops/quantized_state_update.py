@@ -6,7 +6,7 @@ Shape letters: S state slots, B batch, H heads, P head dim (the channels), N sta
 import torch
 
 from scalekern import _library
-from scalekern._dispatch import Backend
+from scalekern._dispatch import Backend, filling, native, triton
 from scalekern.ops._quantized import check_scale, real_of, to
 from scalekern.ops.selective_state_update import check, with_heads
 from scalekern.reference.quantized_scan import quantized_state_update_op as reference_update
@@ -65,7 +65,11 @@ quantized_state_update_op = _library.define(
     NAME,
     "quantized_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state_scale, "
     "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> Tensor",
-    backends=(Backend("reference", reference_update),),
+    backends=(
+        Backend("triton", filling(_allocate, triton("selective_state_update", "quantized_state_update"))),
+        Backend("cpu", filling(_allocate, native("quantized_state_update", "cpu"))),
+        Backend("reference", reference_update),
+    ),
     fake=_allocate,
     empty=lambda state, x, *rest: state.numel() == 0 or x.numel() == 0,
 )
