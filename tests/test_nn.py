@@ -30,6 +30,8 @@ MAKE = {
     "NBPBlock": lambda **kw: nn.NBPBlock(8, 2, **kw),
     "PrefixLMAttention": lambda **kw: nn.PrefixLMAttention(8, 2, mp_num=1, **kw),
     "QuantLinear": lambda **kw: nn.QuantLinear(8, 6, format="int1", group_size=4, **kw),
+    "QuantMamba": lambda **kw: nn.QuantMamba(8, d_state=4, channel_groups=2, **kw),
+    "QuantMamba2": lambda **kw: nn.QuantMamba2(8, d_state=4, headdim=4, ngroups=2, state_dtype=torch.int8, **kw),
     "S4": lambda **kw: nn.S4(4, d_state=4, l_max=8, n_ssm=2, **kw),
     "S4D": lambda **kw: nn.S4D(4, d_state=4, **kw),
     "SS2D": lambda **kw: nn.SS2D(8, d_state=4, **kw),
@@ -51,6 +53,10 @@ KEPT_WIDE = {
     **dict.fromkeys(("SambaASRDecoder", "SambaASREncoder"), {"layers.0.A_log", "layers.0.D"}),
     "HiSS": {"low.layers.0.A_log", "low.layers.0.D"},
     "QuantLinear": {"weight_scales", "weight_offsets"},
+    **dict.fromkeys(("QuantMamba", "QuantMamba2"), {
+        "A_log", "D", *(f"{name}_steps" for name in ("x", "B", "C", "conv", "state")),
+        *(f"{name}_proj.{part}" for name in ("in", "x", "out") for part in ("weight_scales", "rotation_signs")),
+    }),
 }
 
 

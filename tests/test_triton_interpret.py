@@ -91,6 +91,44 @@ def compare(op, oracle, args, kwargs, dtype, names):
         assert_close(g, g64, dtype, f"d{name}")
 
 
+# --- scans over 8-bit inputs ------------------------------------------------------------------------------------------
+
+
+def codes(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("parts", (1, 3), ids=("whole", "split"))
+def test_scan_over_codes(parts, monkeypatch):
+    """Two blocks of channels of each of two groups, a partial one and a partial tile; time in parts; packed."""
+    torch.manual_seed(0)
+    B, D, L, N, G = 1, 70, 37, 5, 2
+    if parts > 1:
+        monkeypatch.setattr(scan_fwd_module, "_parts", lambda warps, length, chunk: (3, 16))
+    inputs = [codes(B, D, L), randn(B, D, L), -torch.rand(D, N) - 0.1, codes(B, G, N, L), codes(B, G, N, L),
+              *(torch.rand(n) / 50 for n in (D, G, G)), randn(D), randn(B, D, L), randn(D) - 1, True, True]  # fmt: skip
+    for options in ({"reverse": True}, {"cu_seqlens": torch.tensor([0, 9, 9, 30, L])})[: 1 if parts > 1 else 2]:
+        found = scalekern.quantized_selective_scan(*inputs, **options)
+        for f, e in zip(found, reference.quantized_selective_scan(*(double(x) for x in inputs), **options)):
+            assert_close(f, e, F32)
+
+
+def test_step_of_an_8_bit_state():
+    torch.manual_seed(0)
+    B, H, P, N = 2, 2, 300, 9
+    state, scale = codes(3, H, P, N), torch.rand(H, P) / 50
+    scale[0, 1] = 0
+    rest = randn(B, H, P), torch.rand(B, H, P), -torch.rand(H, P, N), randn(B, 1, N), randn(B, 1, N)
+    wide, slots = state.clone(), torch.tensor([2, 0])
+    out = scalekern.quantized_state_update(state, *rest, scale, state_batch_indices=slots)
+    expected = reference.quantized_state_update(
+        wide, *(double(t) for t in rest), double(scale), state_batch_indices=slots
+    )  # fmt: skip
+    assert_close(out, expected, F32)
+    gap = (state.long() - wide.long()).abs()
+    assert gap.max() <= 1 and gap.sum() < 5 and not state[[0, 2], 0, 1].any()
+
+
 # --- selective_scan ---------------------------------------------------------------------------------------------------
 
 

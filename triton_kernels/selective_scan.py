@@ -32,7 +32,7 @@ import triton.language as tl
 
 from .._packing import checkpoint_stride
 from . import scan_device as dev
-from .common import Launch, compile_spec, index, pick, put, sigmoid, strides, wide
+from .common import Launch, compile_spec, index, meta, pick, put, sigmoid, strides, wide
 from .scan_device import (
     advance,
     bounds,
@@ -49,13 +49,13 @@ from .scan_device import (
 from .selective_scan_bwd import selective_scan_bwd
 from .tuning import config
 
-__all__ = ["selective_scan_bwd", "selective_scan_fwd"]
+__all__ = ["quantized_selective_scan_fwd", "selective_scan_bwd", "selective_scan_fwd"]
 
 
 @triton.jit
 def _selective_scan_fwd_kernel(
     out_ptr, last_ptr, checkpoints_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr,
-    cu_ptr, parts_ptr, sums_ptr, L, D, unit, blocks_per_unit, units_per_group_B, units_per_group_C, slots, part_tokens,
+    cu_ptr, u_scale_ptr, B_scale_ptr, C_scale_ptr, parts_ptr, sums_ptr, L, D, unit, blocks_per_unit, units_per_group_B, units_per_group_C, slots, part_tokens,
     stride_out_b, stride_out_d, stride_out_l, stride_u_b, stride_u_d, stride_u_l,
     stride_delta_b, stride_delta_d, stride_delta_l, stride_z_b, stride_z_d, stride_z_l, stride_A_d, stride_A_n,
     stride_B_b, stride_B_g, stride_B_n, stride_B_l, stride_C_b, stride_C_g, stride_C_n, stride_C_l,
@@ -64,7 +64,9 @@ def _selective_scan_fwd_kernel(
     REVERSE: tl.constexpr, INT64: tl.constexpr, PADDED_N: tl.constexpr, PASS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """PASS 0: whole sequences. PASS 1: each part's own last state and sum of d. PASS 2: the parts, joined."""
+    """With steps (u_scale_ptr (D,), those of B and C (G,)), u, B and C are int8 codes.
+
+    PASS 0: whole sequences. PASS 1: each part's own last state and sum of d. PASS 2: the parts, joined."""
     acc: tl.constexpr = A_ptr.dtype.element_ty
     row, block = tl.program_id(0), tl.program_id(1)
     begin, end, b = bounds(cu_ptr, row, L)
@@ -82,6 +84,10 @@ def _selective_scan_fwd_kernel(
     group = tl.cast(block // blocks_per_unit, tl.int64)
     B_ptr += b * stride_B_b + group // units_per_group_B * stride_B_g
     C_ptr += b * stride_C_b + group // units_per_group_C * stride_C_g
+    if u_scale_ptr is not None:
+        u_step = load_channels(u_scale_ptr, 1, d_index, in_d, acc)[None, :]  # [1, BLOCK_D]
+        B_step = tl.load(B_scale_ptr + group // units_per_group_B)
+        C_step = tl.load(C_scale_ptr + group // units_per_group_C)
     u_ptr += b * stride_u_b
     delta_ptr += b * stride_delta_b
     out_ptr += b * stride_out_b
@@ -121,16 +127,22 @@ def _selective_scan_fwd_kernel(
         t = index(t, INT64)
         u = load_tile(u_ptr, stride_u_l, stride_u_d, t, d_index, loads, acc)  # [T, BLOCK_D]
         delta = load_tile(delta_ptr, stride_delta_l, stride_delta_d, t, d_index, loads, acc)  # [T, BLOCK_D]
+        if u_scale_ptr is not None:
+            u *= u_step
         raw, d = step_size(delta, bias, SOFTPLUS)
         d = tl.where(inside, d, 0.0)  # a step of size 0 that adds 0: the state stays
         du = tl.where(inside, d * u, 0.0)
         B = load_matrix(B_ptr, stride_B_l, stride_B_n, constant_B, t, n, in_t, in_n, valid, CONSTANT_B)
+        if u_scale_ptr is not None:
+            B *= B_step
         if PASS == 1:
             acc_d += tl.sum(d, axis=0)
             for i in tl.static_range(T - 1 if REVERSE else 0, -1 if REVERSE else T, -1 if REVERSE else 1):
                 h = advance(h, A, pick(d, i, rows), pick(du, i, rows), token(B, i, rows, CONSTANT_B))
         else:
             C = load_matrix(C_ptr, stride_C_l, stride_C_n, constant_C, t, n, in_t, in_n, valid, CONSTANT_C)
+            if u_scale_ptr is not None:
+                C *= C_step
             y = tl.zeros([T, BLOCK_D], acc)
             for i in tl.static_range(T - 1 if REVERSE else 0, -1 if REVERSE else T, -1 if REVERSE else 1):
                 h = advance(h, A, pick(d, i, rows), pick(du, i, rows), token(B, i, rows, CONSTANT_B))
@@ -176,14 +188,15 @@ def _default(u: torch.Tensor, block_n: int, unit: int) -> dict:
 
 def plan_selective_scan_fwd(
     out, last_state, checkpoints, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus,
-    reverse, save_checkpoints,
+    reverse, save_checkpoints, steps=(None, None, None),
 ):  # fmt: skip
-    """The launches, two when time is split, from shapes, strides and dtypes alone."""
+    """The launches, two when time is split, from shapes, strides and dtypes alone. steps: of u, B and C as int8 codes."""
     (batch, channels, length), states = u.shape, A.shape[1]
     units = dev.units(channels, B, C)
     block_n, chunk = dev.power_of_two(states), checkpoint_stride(states)
-    key = dev.tuning_key(u, block_n, units["unit"])
-    blocks = config("selective_scan_fwd", key, u.device, _default(u, block_n, units["unit"]))
+    numbers = u if steps[0] is None else delta  # tiles are as wide as those of numbers
+    key = dev.tuning_key(numbers, block_n, units["unit"])
+    blocks = config("selective_scan_fwd", key, u.device, _default(numbers, block_n, units["unit"]))
     per_unit = triton.cdiv(units["unit"], blocks["BLOCK_D"])
     grid = (last_state.shape[0], channels // units["unit"] * per_unit)
     parts, part_tokens = 1, length
@@ -192,7 +205,7 @@ def plan_selective_scan_fwd(
     args = dict(
         out_ptr=out, last_ptr=last_state, checkpoints_ptr=checkpoints if save_checkpoints else None, u_ptr=u,
         delta_ptr=delta, A_ptr=A, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z, bias_ptr=delta_bias, initial_ptr=initial_state,
-        cu_ptr=cu_seqlens, parts_ptr=None, sums_ptr=None, L=length, D=channels, blocks_per_unit=per_unit,
+        cu_ptr=cu_seqlens, **dict(zip(("u_scale_ptr", "B_scale_ptr", "C_scale_ptr"), steps)), parts_ptr=None, sums_ptr=None, L=length, D=channels, blocks_per_unit=per_unit,
         slots=checkpoints.shape[1], part_tokens=part_tokens, **units,
         **strides("out", out, "bdl"), **strides("u", u, "bdl"), **strides("delta", delta, "bdl"),
         **strides("z", z, "bdl"), **strides("A", A, "dn"), **dev.matrix_strides("B", B), **dev.matrix_strides("C", C),
@@ -216,6 +229,25 @@ def selective_scan_fwd(*args):
         launch.run()
 
 
+def quantized_selective_scan_fwd(
+    out, last_state, checkpoints, u, delta, A, B, C, u_scale, B_scale, C_scale, *rest
+):  # fmt: skip
+    """fill(out, last_state, checkpoints, *op arguments)"""
+    steps = tuple(s.contiguous() for s in (u_scale, B_scale, C_scale))
+    for launch in plan_selective_scan_fwd(out, last_state, checkpoints, u, delta, A, B, C, *rest, steps=steps):
+        launch.run()
+
+
+def _spec_int8(dtype: torch.dtype) -> Launch:
+    (u, delta, A, B, _, *rest), checkpoints = dev.sample(dtype, "")
+    codes, matrix = meta(*u.shape, dtype=torch.int8), meta(*B.shape, dtype=torch.int8)
+    steps = meta(u.shape[1], dtype=A.dtype), *(meta(1, dtype=A.dtype) for _ in range(2))
+    last = A.new_empty(u.shape[0], *A.shape)
+    return plan_selective_scan_fwd(
+        delta, last, checkpoints, codes, delta, A, matrix, matrix, *rest, True, False, True, steps=steps
+    )[0]  # fmt: skip
+
+
 def _spec(dtype: torch.dtype, options: str, number: int) -> Launch:
     inputs, checkpoints = dev.sample(dtype, options)
     u, A, initial = inputs[0], inputs[2], inputs[8]
@@ -228,3 +260,5 @@ for _name, _options, _number in (
     ("_wide_pass2", "wide", 1), ("_small_pass1", "small", 0), ("_small_pass2", "small", 1), ("_plain", "plain", 0),
 ):  # fmt: skip
     compile_spec(f"selective_scan_fwd{_name}")(lambda dtype, o=_options, n=_number: _spec(dtype, o, n))
+
+compile_spec("selective_scan_fwd_int8")(_spec_int8)

@@ -15,12 +15,16 @@ static inline Vec<F> load_as(const S* p) {
     if constexpr (__is_same(S, f16)) return (Vec<F>)_mm512_cvtph_ps(raw);
     else return (Vec<F>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
   }
+  if constexpr (__is_same(S, int8_t) && sizeof(F) == 4)
+    return (Vec<F>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
   if constexpr (sizeof(S) == 2 && sizeof(F) == 4) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (__is_same(S, f16)) return (Vec<F>)_mm256_cvtph_ps(raw);
     else return (Vec<F>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
   }
+  if constexpr (__is_same(S, int8_t) && sizeof(F) == 4)
+    return (Vec<F>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #endif
   F lanes[kLanes<F>];
   for (int i = 0; i < kLanes<F>; ++i) lanes[i] = to_float(p[i]);

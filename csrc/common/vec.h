@@ -294,6 +294,7 @@ struct f16 {
 
 static inline float to_float(float x) { return x; }
 static inline double to_float(double x) { return x; }
+static inline float to_float(int8_t x) { return x; }
 static inline float to_float(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float f;

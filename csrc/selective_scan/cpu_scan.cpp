@@ -9,20 +9,11 @@ namespace {
 
 using namespace scalekern;
 
-int64_t element_size(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f16: case Dtype::bf16: return 2;
-    case Dtype::f32: case Dtype::i32: return 4;
-    case Dtype::c128: return 16;
-    default: return 8;
-  }
-}
-
 ScanTensor view(const Tensor& t, int reversed_dim = -1) {
-  ScanTensor v{static_cast<char*>(data(t)), {}};
+  ScanTensor v{static_cast<char*>(data(t)), {}, nullptr, 0};
   for (int i = 0; i < t.dim(); ++i) v.s[i] = stride(t, i);
   if (reversed_dim >= 0 && t.size(reversed_dim) > 0) {
-    v.data += (t.size(reversed_dim) - 1) * v.s[reversed_dim] * element_size(dtype_of(t));
+    v.data += (t.size(reversed_dim) - 1) * v.s[reversed_dim] * int64_t(t.element_size());
     v.s[reversed_dim] = -v.s[reversed_dim];
   }
   return v;
@@ -64,7 +55,7 @@ ScanArgs arguments(
   a.chunk = checkpoint_stride(a.states), a.slots = checkpoints.size(1);
   const int64_t chunks = (a.length + a.chunk - 1) / a.chunk;
   a.pad = reverse ? chunks * a.chunk - a.length : 0;
-  a.io = int(dtype_of(u)), a.complex_A = dtype_of(A) == Dtype::c64 || dtype_of(A) == Dtype::c128, a.softplus = softplus;
+  a.io = int(dtype_of(delta)), a.complex_A = dtype_of(A) == Dtype::c64 || dtype_of(A) == Dtype::c128, a.softplus = softplus;
   const int time = reverse ? 2 : -1, row = reverse && a.batch == 1 ? 0 : -1;
   a.u = view(u, time), a.delta = view(delta, time), a.z = view(z, time), a.A = view(A);
   a.B = view(B, reverse && a.groups_B ? 3 : -1), a.C = view(C, reverse && a.groups_C ? 3 : -1);
@@ -77,18 +68,35 @@ Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
 }
 
+void run_fwd(ScanArgs& a, const Tensor& out, const Tensor& last_state, bool reverse) {
+  expect_writes(out);
+  a.out = view(out, reverse ? 2 : -1);
+  a.last = view(last_state, reverse && a.batch == 1 ? 0 : -1);
+  const Tensor workspace = allocate_workspace(out, SCALEKERN_CALL(selective_scan_fwd_workspace, (a)));
+  a.workspace = static_cast<char*>(data(workspace));
+  SCALEKERN_CALL(selective_scan_fwd, (a));
+}
+
 void selective_scan_fwd(
     Tensor out, Tensor last_state, Tensor checkpoints, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
     OptionalTensor D, OptionalTensor z, OptionalTensor bias, OptionalTensor initial, OptionalTensor cu_seqlens,
     bool softplus, bool reverse, bool save_checkpoints) {
   const auto starts = sequence_starts(cu_seqlens, u.size(2), reverse);
   ScanArgs a = arguments(u, delta, A, B, C, D, z, bias, initial, starts, checkpoints, softplus, reverse);
-  expect_writes(out);
-  a.out = view(out, reverse ? 2 : -1);
-  a.last = view(last_state, reverse && a.batch == 1 ? 0 : -1);
-  const Tensor workspace = allocate_workspace(u, SCALEKERN_CALL(selective_scan_fwd_workspace, (a)));
-  a.workspace = static_cast<char*>(data(workspace));
-  SCALEKERN_CALL(selective_scan_fwd, (a));
+  run_fwd(a, out, last_state, reverse);
+}
+
+void quantized_selective_scan_fwd(
+    Tensor out, Tensor last_state, Tensor checkpoints, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+    Tensor u_scale, Tensor B_scale, Tensor C_scale, OptionalTensor D, OptionalTensor z, OptionalTensor bias,
+    OptionalTensor initial, OptionalTensor cu_seqlens, bool softplus, bool reverse, bool save_checkpoints) {
+  const auto starts = sequence_starts(cu_seqlens, u.size(2), reverse);
+  ScanArgs a = arguments(u, delta, A, B, C, D, z, bias, initial, starts, checkpoints, softplus, reverse);
+  const auto add_steps = [](ScanTensor& x, const Tensor& steps) {
+    x.scale = static_cast<const char*>(data(steps)), x.scale_s = stride(steps, 0);
+  };
+  add_steps(a.u, u_scale), add_steps(a.B, B_scale), add_steps(a.C, C_scale);
+  run_fwd(a, out, last_state, reverse);
 }
 
 void selective_scan_bwd(
@@ -120,6 +128,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
       "Tensor? cu_seqlens, bool delta_softplus, bool reverse, bool save_checkpoints) -> ()");
   m.def(
+      "quantized_selective_scan_fwd_cpu(Tensor(a!) out, Tensor(b!) last_state, Tensor(c!) checkpoints, Tensor u, "
+      "Tensor delta, Tensor A, Tensor B, Tensor C, Tensor u_scale, Tensor B_scale, Tensor C_scale, Tensor? D, "
+      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool reverse, "
+      "bool save_checkpoints) -> ()");
+  m.def(
       "selective_scan_bwd_cpu(Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
       "Tensor(f!) dD, Tensor(g!) dz, Tensor(h!) ddelta_bias, Tensor(i!) dinitial_state, Tensor dout, "
       "Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
@@ -129,5 +142,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
   m.impl("selective_scan_fwd_cpu", TORCH_BOX(&selective_scan_fwd));
+  m.impl("quantized_selective_scan_fwd_cpu", TORCH_BOX(&quantized_selective_scan_fwd));
   m.impl("selective_scan_bwd_cpu", TORCH_BOX(&selective_scan_bwd));
 }

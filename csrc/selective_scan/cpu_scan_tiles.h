@@ -30,8 +30,23 @@ static inline int64_t flat_rows(const Plan& plan, int64_t count) {
 }
 
 template <class F>
+static Vec<F> load_channels(const Plan& plan, const ScanTensor& x, Block k);
+
+template <class F>
+static inline void scale_rows(F* rows, int64_t count, Vec<F> scale) {
+  for (int64_t i = 0; i < count; ++i) store(rows + i * kLanes<F>, load(rows + i * kLanes<F>) * scale);
+}
+
+template <class F>
 static void load_flat(
     const ScanArgs& a, const Plan& plan, const ScanTensor& x, int64_t b, Block k, int64_t t, int64_t count, F* flat) {
+  if (x.scale != nullptr) {
+    const int8_t* p = reinterpret_cast<const int8_t*>(x.data) + b * x.s[0] + k.channel * x.s[1] + t * x.s[2];
+    if (plan.state_lanes) load_line<F>(p, x.s[2], count, flat);
+    else load_tile<F>(p, x.s[1], x.s[2], k.channels, count, flat);
+    const ScanTensor steps{const_cast<char*>(x.scale), {x.scale_s}};
+    return scale_rows<F>(flat, flat_rows<F>(plan, count), load_channels<F>(plan, steps, k));
+  }
   with_storage<F>(a.io, [&](auto* type) {
     const auto* p = reinterpret_cast<decltype(type)>(x.data) + b * x.s[0] + k.channel * x.s[1] + t * x.s[2];
     if (plan.state_lanes) load_line<F>(p, x.s[2], count, flat);
@@ -149,6 +164,26 @@ static inline bool is_shared(const ScanArgs& a, const Plan& plan) {
   return !plan.state_lanes && a.groups_B > 0 && a.groups_C > 0;
 }
 
+// view_matrix of codes: the numbers in `scratch`, as they lie there for half-precision matrices.
+template <class O, class F = typename O::Scalar>
+static MatrixView<F> view_codes(
+    const ScanArgs& a, const Plan& plan, const ScanTensor& x, int64_t group, int64_t first, Block k, int64_t v,
+    int64_t count, int64_t times, F* scratch) {
+  constexpr int W = kLanes<F>;
+  const int8_t* p = reinterpret_cast<const int8_t*>(x.data) + first + v * (plan.state_lanes ? W : 1) * x.s[2];
+  const F scale = reinterpret_cast<const F*>(x.scale)[group * x.scale_s];
+  if (plan.state_lanes) {
+    load_tile<F>(p, x.s[2], x.s[3], lanes_of<F>(a, plan, k, v), times, scratch, O::row);
+    scale_rows<F>(scratch, times, splat(scale));
+    return {scratch, times, O::row};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    load_line<F>(p + i * x.s[2], x.s[3], times, scratch + i * times);
+    for (int64_t j = 0; j < times; ++j) scratch[i * times + j] *= scale;
+  }
+  return {scratch, times, 1};
+}
+
 // `scratch` has room for count * times elements (shared), else for max(times, 1) vectors; then count is 1.
 template <class O, class F = typename O::Scalar>
 static MatrixView<F> view_matrix(
@@ -162,6 +197,9 @@ static MatrixView<F> view_matrix(
     return {scratch, 0, 0};
   }
   const int64_t first = b * x.s[0] + k.channel / (a.channels / groups) * x.s[1] + t * x.s[3];
+  if constexpr (comps == 1)
+    if (x.scale != nullptr)
+      return view_codes<O>(a, plan, x, k.channel / (a.channels / groups), first, k, v, count, times, scratch);
   const auto fill = [&](const auto* p) {
     for (int c = 0; c < comps; ++c) {
       const auto* q = p + first * comps + c;

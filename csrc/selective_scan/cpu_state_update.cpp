@@ -6,9 +6,10 @@ namespace {
 
 using namespace scalekern;
 
-void selective_state_update(
-    Tensor out, Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-    OptionalTensor dt_bias, OptionalTensor indices, bool softplus) {
+void update(
+    const Tensor& out, const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+    const Tensor& C, const OptionalTensor& scale, const OptionalTensor& D, const OptionalTensor& z,
+    const OptionalTensor& dt_bias, const OptionalTensor& indices, bool softplus) {
   StateUpdateArgs a{};
   a.batch = x.size(0), a.heads = x.size(1), a.dim = x.size(2), a.states = A.size(2);
   a.heads_per_group = a.heads / B.size(1);
@@ -27,14 +28,27 @@ void selective_state_update(
   a.C_b = stride(C, 0), a.C_g = stride(C, 1), a.C_n = stride(C, 2);
   a.D_h = stride(D, 0), a.D_p = stride(D, 1), a.bias_h = stride(dt_bias, 0), a.bias_p = stride(dt_bias, 1);
   a.indices_b = stride(indices, 0);
+  a.state_scale = data(scale), a.scale_h = stride(scale, 0), a.scale_p = stride(scale, 1);
   for (int64_t b = 0; indices.has_value() && b < a.batch; ++b) {
     const int64_t slot = a.indices_are_int64 ? static_cast<const int64_t*>(a.indices)[b * a.indices_b]
                                              : static_cast<const int32_t*>(a.indices)[b * a.indices_b];
     STD_TORCH_CHECK(
-        slot < state.size(0), "selective_state_update: state_batch_indices must be below ", state.size(0), ", got ",
+        slot < state.size(0), scale.has_value() ? "quantized" : "selective", "_state_update: state_batch_indices must be below ", state.size(0), ", got ",
         slot);
   }
   SCALEKERN_CALL(selective_state_update, (a));
+}
+
+void selective_state_update(
+    Tensor out, Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+    OptionalTensor dt_bias, OptionalTensor indices, bool softplus) {
+  update(out, state, x, dt, A, B, C, OptionalTensor(), D, z, dt_bias, indices, softplus);
+}
+
+void quantized_state_update(
+    Tensor out, Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state_scale, OptionalTensor D,
+    OptionalTensor z, OptionalTensor dt_bias, OptionalTensor indices, bool softplus) {
+  update(out, state, x, dt, A, B, C, state_scale, D, z, dt_bias, indices, softplus);
 }
 
 }  // namespace
@@ -43,8 +57,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "selective_state_update_cpu(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> ()");
+  m.def(
+      "quantized_state_update_cpu(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor state_scale, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
+  m.impl("quantized_state_update_cpu", TORCH_BOX(&quantized_state_update));
   m.impl("selective_state_update_cpu", TORCH_BOX(&selective_state_update));
 }

@@ -39,6 +39,19 @@ static inline void scatter(S* p, int64_t stride, int64_t count, Vec<F> v) {
   for (int64_t i = 0; i < count; ++i) from_float(p[i * stride], lanes[i]);
 }
 
+// v / step as codes, rounded half to even; 0 for NaN and where the step is 0 (passed as Inf).
+template <class F>
+static inline void scatter_codes(int8_t* p, int64_t stride, int64_t count, Vec<F> v, F step) {
+  const Vec<F> most = splat(F(127));
+  Vec<F> code = v / splat(step);
+  code = code > most ? most : code;
+  code = code < -most ? -most : code;
+  code = (code + kRoundMagic<F>) - kRoundMagic<F>;
+  alignas(64) F lanes[kLanes<F>];
+  store(lanes, code == code ? code : Vec<F>{});
+  for (int64_t i = 0; i < count; ++i) p[i * stride] = int8_t(lanes[i]);
+}
+
 // A padded lane's state is NaN when d or x is not finite: it must not reach the sum of a row that ends before it.
 template <class F>
 static inline Vec<F> first_lanes(Vec<F> v, int64_t count) {
@@ -50,14 +63,18 @@ static inline Vec<F> first_lanes(Vec<F> v, int64_t count) {
 template <bool whole, class T, class S, class F>
 void states(
     const StateUpdateArgs& a, const T* B, const T* C, const F* A, S* state, int64_t left, int64_t channels,
-    const F* rate, const F* input, Vec<F>* sums) {
+    const F* rate, const F* input, const F* step, Vec<F>* sums) {
   const int64_t count = whole ? kLanes<F> : left;
   const int64_t A_n = whole ? 1 : a.A_n, state_n = whole ? 1 : a.state_n;
   const Vec<F> b = gather<F>(B, a.B_n, count), c = gather<F>(C, a.C_n, count);
   for (int64_t p = 0; p < channels; ++p, A += a.A_p, state += a.state_p) {
     const Vec<F> decay = exp2v(rate[p] * gather<F>(A, A_n, count));
-    const Vec<F> hidden = decay * gather<F>(state, state_n, count) + input[p] * b;
-    scatter<F>(state, state_n, count, hidden);
+    Vec<F> before = gather<F>(state, state_n, count);
+    if constexpr (__is_same(S, int8_t)) before *= step[p];
+    const Vec<F> hidden = decay * before + input[p] * b;
+    if constexpr (__is_same(S, int8_t))
+      scatter_codes<F>(state, state_n, count, hidden, step[p] == 0 ? F(__builtin_inf()) : step[p]);
+    else scatter<F>(state, state_n, count, hidden);
     const Vec<F> term = hidden * c;
     sums[p] += whole ? term : first_lanes<F>(term, count);
   }
@@ -80,7 +97,8 @@ void block(const StateUpdateArgs& a, int64_t b, int64_t h, int64_t first, int64_
   Vec<F> d = row(a.dt, a.dt_b, a.dt_h, a.dt_p);
   if (a.dt_bias) d += parameter(a.dt_bias, a.bias_h, a.bias_p);
   if (a.softplus) d = softplusv(d);
-  alignas(64) F rate[V], input[V];
+  alignas(64) F rate[V], input[V], step[V];
+  if (a.state_scale) store(step, parameter(a.state_scale, a.scale_h, a.scale_p));
   store(rate, d * F(1.44269504088896340736));  // decay = 2^(rate A)
   store(input, d * x);
   const F* A = at<F>(a.A, h * a.A_h + first * a.A_p);
@@ -90,7 +108,7 @@ void block(const StateUpdateArgs& a, int64_t b, int64_t h, int64_t first, int64_
   for (int64_t n = 0; n < a.states; n += V) {
     const int64_t left = a.states - n < V ? a.states - n : V;
     const auto loop = left == V && a.A_n == 1 && a.state_n == 1 ? &states<true, T, S, F> : &states<false, T, S, F>;
-    loop(a, B + n * a.B_n, C + n * a.C_n, A + n * a.A_n, state + n * a.state_n, left, channels, rate, input, sums);
+    loop(a, B + n * a.B_n, C + n * a.C_n, A + n * a.A_n, state + n * a.state_n, left, channels, rate, input, step, sums);
   }
   Vec<F> y = sum_lanes<F>(sums);
   if (a.D) y += parameter(a.D, a.D_h, a.D_p) * x;
@@ -119,6 +137,7 @@ void with_state(const StateUpdateArgs& a) {
     case 1: return run<T, double>(a);
     case 2: return run<T, f16>(a);
     case 3: return run<T, bf16>(a);
+    default: return run<T, int8_t>(a);
   }
 }
 

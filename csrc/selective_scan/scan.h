@@ -10,6 +10,9 @@ namespace scalekern {
 struct ScanTensor {
   char* data;  // nullptr: absent
   int64_t s[4];
+  // Of int8 codes (u, B and C of the quantized forward): the steps, of the state's type, one a channel or group.
+  const char* scale;
+  int64_t scale_s;
 };
 
 // Shape letters: B batch, D channels, L length, N state size, G groups, S sequences.

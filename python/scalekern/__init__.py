@@ -19,6 +19,9 @@ from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.merge_attention import merge_attention
 from scalekern.ops.quant_matmul import quant_matmul
 from scalekern.ops.quantize_kv import quantize_kv, quantize_kv_update
+from scalekern.ops.quantized_selective_scan import quantized_selective_scan
+from scalekern.ops.quantized_ssd_scan import quantized_ssd_scan
+from scalekern.ops.quantized_state_update import quantized_state_update
 from scalekern.ops.relative_position_buckets import relative_position_buckets
 from scalekern.ops.selective_scan import selective_scan
 from scalekern.ops.selective_state_update import selective_state_update
@@ -62,6 +65,9 @@ __all__ = [
     "quantize_kv",
     "quantize_kv_update",
     "relative_position_buckets",
+    "quantized_selective_scan",
+    "quantized_ssd_scan",
+    "quantized_state_update",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",

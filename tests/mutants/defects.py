@@ -82,6 +82,11 @@ def halved(x):
     return x * 0.5
 
 
+def averaged(x):
+    """One number for all."""
+    return x.mean().expand_as(x)
+
+
 def shifted(axis, by=1):
     return lambda x: x.roll(by, axis)
 

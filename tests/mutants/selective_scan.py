@@ -2,8 +2,18 @@
 
 import torch
 from mutants.defects import (
-    boundary_moved, flipped, given, halved, ignored, no_gate, output, shifted, state, swapped, zeroed,
+    averaged, boundary_moved, flipped, given, halved, ignored, no_gate, output, shifted, state, swapped, zeroed,
 )
+
+
+def last_kept(before, after):
+    after[..., -1] = before[..., -1]
+    return after
+
+
+def unsigned(codes):
+    return (codes.long() & 127).to(codes.dtype)
+
 
 FORWARD = {
     "selective_scan_fwd": {
@@ -69,6 +79,48 @@ FORWARD = {
         **ignored("D", "dt_bias", "initial_states"),
         **flipped("dt_softplus"),
     },
+    "quantized_selective_scan_fwd": {
+        "two channels swapped": output(0, swapped(1)),
+        "last state of another row": output(1, swapped(0)),
+        "u's steps swapped": given(u_scale=swapped(0)),
+        "one step for all channels": given(u_scale=averaged),
+        "a step of B for all groups": given(B_scale=averaged),
+        "groups' steps of C swapped": given(C_scale=swapped(0)),
+        "codes without sign": given(u=unsigned),
+        "last state's term dropped": given(C=zeroed(2, -1)),
+        "sequence boundary off by one": given(cu_seqlens=boundary_moved),
+        "z ignored": given(z=no_gate),
+        **ignored("D", "delta_bias", "initial_state"),
+        **flipped("delta_softplus", "reverse"),
+    },
+    "quantized_ssd_scan_fwd": {
+        "two heads swapped": output(0, swapped(2)),
+        "two sequences' states swapped": output(2, swapped(0)),
+        "heads' steps swapped": given(x_scale=swapped(0)),
+        "channels' steps swapped": given(x_scale=swapped(1)),
+        "one step for all channels": given(x_scale=averaged),
+        "groups' steps of B swapped": given(B_scale=swapped(0)),
+        "a step of C for all groups": given(C_scale=averaged),
+        "codes without sign": given(B=unsigned),
+        "a boundary moved": given(cu_seqlens=boundary_moved),
+        "sequences not told apart": given(seq_idx=torch.zeros_like),
+        "gate left out": given(z=no_gate),
+        "limit ignored": given(dt_max=lambda most: float("inf")),
+        **ignored("D", "dt_bias", "initial_states"),
+        **flipped("dt_softplus"),
+    },
+    "quantized_state_update": {
+        "two channels swapped": output(0, swapped(2)),
+        "state not written": state("state", lambda before, after: before),
+        "state of another slot": state("state", lambda before, after: after.roll(1, 0)),
+        "last state not written": state("state", last_kept),
+        "channels' steps swapped": given(state_scale=swapped(1)),
+        "one step for all channels": given(state_scale=averaged),
+        **ignored("D", "dt_bias"),
+        "z ignored": given(z=no_gate),
+        **flipped("dt_softplus"),
+        "slots in another order": given(state_batch_indices=lambda slots: slots.flip(0)),
+    },
     "mamba_inner_fwd": {
         "two rows swapped": output(0, swapped(0)),
         "last token not computed": output(0, zeroed(1, -1)),
@@ -119,6 +171,28 @@ GRADIENTS = {
         "half of dD's terms lost": output(5, halved),
         "two heads of dz swapped": output(6, swapped(2)),
         "half of ddt_bias's terms lost": output(7, halved),
+        "dinitial_states of the last sequence not computed": output(8, zeroed(0, -1)),
+        **ignored("dfinal", "dvarlen", "initial_states"),
+        **flipped("dt_softplus"),
+    },
+    "quantized_selective_scan_bwd": {
+        "last token of ddelta not computed": output(0, zeroed(2, -1)),
+        "half of dA's terms lost": output(1, halved),
+        "two channels of du_scale swapped": output(2, swapped(0)),
+        "two groups of dB_scale swapped": output(3, swapped(0)),
+        "half of dC_scale's terms lost": output(4, halved),
+        "two channels of dD swapped": output(5, swapped(0)),
+        "dinitial_state not computed": output(8, zeroed(0, -1)),
+        **ignored("dlast_state", "initial_state"),
+        **flipped("delta_softplus", "reverse"),
+    },
+    "quantized_ssd_scan_bwd": {
+        "last token of ddt not computed": output(0, zeroed(1, -1)),
+        "two heads of dx_scale swapped": output(2, swapped(0)),
+        "channels' gradients of dx_scale joined": output(2, lambda d: d.mean(1, keepdim=True).expand_as(d)),
+        "half of dB_scale's terms lost": output(3, halved),
+        "two groups of dC_scale swapped": output(4, swapped(0)),
+        "two heads of dz swapped": output(6, swapped(2)),
         "dinitial_states of the last sequence not computed": output(8, zeroed(0, -1)),
         **ignored("dfinal", "dvarlen", "initial_states"),
         **flipped("dt_softplus"),

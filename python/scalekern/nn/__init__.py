@@ -22,6 +22,7 @@ from scalekern.nn.mvar import MVARBlock
 from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
+from scalekern.nn.quant_mamba import QuantMamba, QuantMamba2
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.serpent import SerpentBlock
 from scalekern.nn.ss2d import SS2D
@@ -61,6 +62,8 @@ __all__ = [
     "SerpentBlock",
     "SambaASRDecoder",
     "SambaASREncoder",
+    "QuantMamba",
+    "QuantMamba2",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",

@@ -70,6 +70,12 @@ class Mamba(CachedStates, nn.Module):
     """
 
     NAME = NAME
+    # What QuantMamba puts other arithmetic in place of.
+    _scan = staticmethod(selective_scan)
+    _update = staticmethod(selective_state_update)
+
+    def _before_conv(self, x):
+        return x
 
     def __init__(
         self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto", dt_min=0.001, dt_max=0.1, dt_init="random",
@@ -149,13 +155,13 @@ class Mamba(CachedStates, nn.Module):
         xz = self.in_proj(hidden_states).transpose(1, 2)
         x, z = xz.chunk(2, dim=1)  # [B, D, L] each, channels-last
         x, conv_state = causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
+            self._before_conv(x), self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
             initial_states=None if conv_state is None else conv_state[..., 1:].to(x.dtype),
             return_final_states=True, activation=self.activation, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         dt, B, C = self.x_proj(x.transpose(1, 2)).transpose(1, 2).split([self.dt_rank, self.d_state, self.d_state], 1)
         dt = F.linear(dt.transpose(1, 2), self.dt_proj.weight).transpose(1, 2)  # its bias is the scan's delta_bias
-        y, ssm_state = selective_scan(
+        y, ssm_state = self._scan(
             x, dt, self._A(), B, C, self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True,
             return_last_state=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
@@ -187,9 +193,10 @@ class Mamba(CachedStates, nn.Module):
 
     def _step_by_parts(self, hidden_states, conv_state, ssm_state):
         x, z = self.in_proj(hidden_states).squeeze(1).chunk(2, -1)
+        x = self._before_conv(x)
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        y = selective_state_update(
+        y = self._update(
             ssm_state, x, F.linear(dt, self.dt_proj.weight), self._A(), B, C, self.D, z=z,
             dt_bias=self.dt_proj.bias, dt_softplus=True,
         )  # fmt: skip

@@ -73,6 +73,12 @@ class Mamba2(CachedStates, nn.Module):
     """
 
     NAME = NAME
+    # What QuantMamba2 puts other arithmetic in place of.
+    _scan = staticmethod(ssd_scan)
+    _update = staticmethod(selective_state_update)
+
+    def _before_conv(self, xBC):
+        return xBC
 
     def __init__(
         self, d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, d_ssm=None, ngroups=1,
@@ -159,7 +165,7 @@ class Mamba2(CachedStates, nn.Module):
         padding = seq_idx if mask is None else (mask != 0).to(torch.int32) - 1
         z0, x0, z, xBC, dt = self._split(self.in_proj(u))
         xBC = causal_conv1d(
-            xBC.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=padding,
+            self._before_conv(xBC).transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=padding,
             initial_states=None if conv_state is None else conv_state[..., 1:].to(xBC.dtype),
             return_final_states=states_wanted, activation=self.activation, cu_seqlens=cu_seqlens,
         )  # fmt: skip
@@ -167,7 +173,7 @@ class Mamba2(CachedStates, nn.Module):
         y, ssm_state = scan_and_norm(
             xBC.transpose(1, 2), z, dt, self._A(), self.D, self.dt_bias, headdim=self.headdim, ngroups=self.ngroups,
             d_state=self.d_state, dt_limit=self.dt_limit, norm=self._norm(), initial_states=ssm_state,
-            seq_idx=seq_idx, cu_seqlens=cu_seqlens, states_wanted=states_wanted,
+            seq_idx=seq_idx, cu_seqlens=cu_seqlens, states_wanted=states_wanted, scan=self._scan,
         )  # fmt: skip
         states = (F.pad(conv_state, (1, 0)), ssm_state) if states_wanted else None
         return self._project(z0, x0, y), states
@@ -191,6 +197,7 @@ class Mamba2(CachedStates, nn.Module):
         _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "hidden_states", hidden_states, (None, 1, self.d_model))
         z0, x0, z, xBC, dt = self._split(self.in_proj(hidden_states.squeeze(1)))
+        xBC = self._before_conv(xBC)
         xBC = causal_conv1d_update(xBC, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         x, B, C = xBC.split([self.d_ssm, self.ngroups * self.d_state, self.ngroups * self.d_state], -1)
         heads = lambda t: t[..., None].expand(*t.shape, self.headdim)  # noqa: E731
@@ -202,7 +209,7 @@ class Mamba2(CachedStates, nn.Module):
         gated = None if self.rmsnorm else z.unflatten(-1, (-1, self.headdim))
         D = self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else heads(self.D)
         A = self._A()[:, None, None].expand(-1, self.headdim, self.d_state)
-        y = selective_state_update(
+        y = self._update(
             ssm_state, x.unflatten(-1, (-1, self.headdim)), heads(dt), A, groups(B), groups(C), D, gated, bias, softplus
         ).flatten(-2)
         y = gated_rms_norm(y, z, *self._norm()) if self.rmsnorm else y
@@ -221,7 +228,7 @@ class Mamba2(CachedStates, nn.Module):
 
 def scan_and_norm(
     xBC, z, dt, A, D, dt_bias, *, headdim, ngroups, d_state, dt_limit, norm, initial_states=None, seq_idx=None,
-    cu_seqlens=None, states_wanted=False,
+    cu_seqlens=None, states_wanted=False, scan=ssd_scan,
 ):  # fmt: skip
     """(y [B, L, D], the states after it or None): the scan behind the convolution, then the gated norm, or the gate.
 
@@ -232,7 +239,7 @@ def scan_and_norm(
     heads = lambda t: t.unflatten(-1, (-1, headdim))  # noqa: E731
     groups = lambda t: t.unflatten(-1, (ngroups, -1))  # noqa: E731
     packed = cu_seqlens is not None
-    found = ssd_scan(
+    found = scan(
         heads(x), dt, A, groups(B), groups(C), D=D if D.shape[0] == width // headdim else heads(D),
         z=None if norm else heads(z), dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx,
         cu_seqlens=cu_seqlens, dt_softplus=True, dt_limit=dt_limit, return_final_states=states_wanted and not packed,

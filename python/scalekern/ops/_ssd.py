@@ -182,7 +182,7 @@ def forward(
 
 
 def _skip(x, D, dtype):
-    return x.to(dtype) * D.to(dtype).reshape(D.shape[0], -1)
+    return x.to(dtype) * (D if D.dim() == 2 else D[:, None]).to(dtype)
 
 
 def _finish(y, x, D, z):
@@ -230,7 +230,7 @@ def backward(
             dxs = dxd * ds[..., None]
             if D is not None:
                 total_D += (dy * xs).sum((0, 1))
-                dxs = dxs + dy * D.to(wide).reshape(D.shape[0], -1)
+                dxs = dxs + dy * (D if D.dim() == 2 else D[:, None]).to(wide)
             dx[rows, at] = dxs
             dd = ((dxd * xs).sum(-1) + da * A) * slope[rows, at]
             ddt[rows, at] = dd

@@ -54,7 +54,7 @@ def selective_scan(
     Source: Gu & Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, sections 3.2 and 3.3;
     argument order of state-spaces/mamba's selective_scan_fn.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     out_dtype = u.dtype
     io = out_dtype
     for x in (delta, z, *(m for m in (B, C) if not m.is_complex())):
@@ -77,43 +77,44 @@ def _to(tensor, dtype):
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens):
-    _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.FLOATING)
-    _checks.tensor(NAME, "A", A, dims=2, dtypes=_checks.FLOATING + COMPLEX)
+def check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, op=NAME, dtypes=_checks.FLOATING):
+    """Those of every selective scan; `dtypes` of u, B and C."""
+    _checks.tensor(op, "u", u, dims=3, dtypes=dtypes)
+    _checks.tensor(op, "A", A, dims=2, dtypes=_checks.FLOATING + COMPLEX)
     batch, channels, length = u.shape
     states = A.shape[1]
     for name, x in (("delta", delta), ("z", z)):
         if x is not None or name == "delta":
-            _checks.tensor(NAME, name, x, dims=3, dtypes=_checks.FLOATING)
-            _checks.shape(NAME, name, x, (batch, channels, length))
-    _checks.shape(NAME, "A", A, (channels, None))
+            _checks.tensor(op, name, x, dims=3, dtypes=_checks.FLOATING)
+            _checks.shape(op, name, x, (batch, channels, length))
+    _checks.shape(op, "A", A, (channels, None))
     for name, x in (("B", B), ("C", C)):
-        _checks.tensor(NAME, name, x, dims=(2, 3, 4), dtypes=_checks.FLOATING + (COMPLEX if A.is_complex() else ()))
+        _checks.tensor(op, name, x, dims=(2, 3, 4), dtypes=dtypes + (COMPLEX if A.is_complex() else ()))
         width = 2 * length if A.is_complex() and not x.is_complex() and x.dim() > 2 else length
         if x.dim() == 2:
-            _checks.shape(NAME, name, x, (channels, states))
+            _checks.shape(op, name, x, (channels, states))
         elif x.dim() == 3:
-            _checks.shape(NAME, name, x, (batch, states, width))
+            _checks.shape(op, name, x, (batch, states, width))
         else:
-            _checks.shape(NAME, name, x, (batch, None, states, width))
+            _checks.shape(op, name, x, (batch, None, states, width))
             groups = x.shape[1]
             if groups == 0 or channels % groups:
                 raise ValueError(
-                    f"{NAME}: the groups of {name} must divide the {channels} channels, got {groups} groups"
+                    f"{op}: the groups of {name} must divide the {channels} channels, got {groups} groups"
                 )
     for name, x in (("D", D), ("delta_bias", delta_bias)):
         if x is not None:
-            _checks.tensor(NAME, name, x, dims=1, dtypes=_checks.FLOATING)
-            _checks.shape(NAME, name, x, (channels,))
-    check_cu_seqlens(NAME, cu_seqlens, batch, length)
+            _checks.tensor(op, name, x, dims=1, dtypes=_checks.FLOATING)
+            _checks.shape(op, name, x, (channels,))
+    check_cu_seqlens(op, cu_seqlens, batch, length)
     if initial_state is not None:
         rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _checks.tensor(NAME, "initial_state", initial_state, dims=3, dtypes=_checks.FLOATING + COMPLEX)
-        _checks.shape(NAME, "initial_state", initial_state, (rows, channels, states))
+        _checks.tensor(op, "initial_state", initial_state, dims=3, dtypes=_checks.FLOATING + COMPLEX)
+        _checks.shape(op, "initial_state", initial_state, (rows, channels, states))
         if initial_state.is_complex() and not A.is_complex():
-            raise TypeError(f"{NAME}: initial_state must be real like A, got {initial_state.dtype}")
+            raise TypeError(f"{op}: initial_state must be real like A, got {initial_state.dtype}")
     _checks.same_device(
-        NAME, "u", u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
+        op, "u", u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
         initial_state=initial_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 

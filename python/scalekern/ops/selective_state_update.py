@@ -35,7 +35,7 @@ def selective_state_update(
 
     Source: Gu & Dao, Mamba, 2023, section 3.5.2; argument order of state-spaces/mamba's selective_state_update.
     """
-    _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     args = with_heads(state, x, dt, A, B, C, D, z, dt_bias)
     io = args[1].dtype
     for t in (dt, B, C, z):
@@ -65,40 +65,41 @@ def _to(tensor, dtype):
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices):
-    _checks.tensor(NAME, "state", state, dims=(3, 4), dtypes=STATE)
+def check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, op=NAME, dtypes=STATE):
+    """Those of every step; `dtypes` of the state."""
+    _checks.tensor(op, "state", state, dims=(3, 4), dtypes=dtypes)
     heads = state.shape[1:-2]
     slots, (dim, states) = state.shape[0], state.shape[-2:]
-    _checks.tensor(NAME, "x", x, dims=2 + len(heads), dtypes=_checks.FLOATING)
+    _checks.tensor(op, "x", x, dims=2 + len(heads), dtypes=_checks.FLOATING)
     batch = x.shape[0]
-    _checks.shape(NAME, "x", x, (batch, *heads, dim))
+    _checks.shape(op, "x", x, (batch, *heads, dim))
     for name, t in (("dt", dt), ("z", z)):
         if t is not None or name == "dt":
-            _checks.tensor(NAME, name, t, dims=2 + len(heads), dtypes=_checks.FLOATING)
-            _checks.shape(NAME, name, t, (batch, *heads, dim))
-    _checks.tensor(NAME, "A", A, dims=2 + len(heads), dtypes=_checks.FLOATING)
-    _checks.shape(NAME, "A", A, (*heads, dim, states))
+            _checks.tensor(op, name, t, dims=2 + len(heads), dtypes=_checks.FLOATING)
+            _checks.shape(op, name, t, (batch, *heads, dim))
+    _checks.tensor(op, "A", A, dims=2 + len(heads), dtypes=_checks.FLOATING)
+    _checks.shape(op, "A", A, (*heads, dim, states))
     for name, t in (("B", B), ("C", C)):
-        _checks.tensor(NAME, name, t, dims=(2, 3) if heads else 2, dtypes=_checks.FLOATING)
+        _checks.tensor(op, name, t, dims=(2, 3) if heads else 2, dtypes=_checks.FLOATING)
         if t.dim() == 2:
-            _checks.shape(NAME, name, t, (batch, states))
+            _checks.shape(op, name, t, (batch, states))
         else:
-            _checks.shape(NAME, name, t, (batch, None, states))
+            _checks.shape(op, name, t, (batch, None, states))
             if t.shape[1] == 0 or heads[0] % t.shape[1]:
                 raise ValueError(
-                    f"{NAME}: the groups of {name} must divide the {heads[0]} heads, got {t.shape[1]} groups"
+                    f"{op}: the groups of {name} must divide the {heads[0]} heads, got {t.shape[1]} groups"
                 )
     for name, t in (("D", D), ("dt_bias", dt_bias)):
         if t is not None:
-            _checks.tensor(NAME, name, t, dims=1 + len(heads), dtypes=_checks.FLOATING)
-            _checks.shape(NAME, name, t, (*heads, dim))
+            _checks.tensor(op, name, t, dims=1 + len(heads), dtypes=_checks.FLOATING)
+            _checks.shape(op, name, t, (*heads, dim))
     if state_batch_indices is not None:
-        _checks.tensor(NAME, "state_batch_indices", state_batch_indices, dims=1, dtypes=(torch.int32, torch.int64))
-        _checks.shape(NAME, "state_batch_indices", state_batch_indices, (batch,))
+        _checks.tensor(op, "state_batch_indices", state_batch_indices, dims=1, dtypes=(torch.int32, torch.int64))
+        _checks.shape(op, "state_batch_indices", state_batch_indices, (batch,))
     elif slots != batch:
-        raise ValueError(f"{NAME}: state must have {batch} slots like x (or pass state_batch_indices), got {slots}")
+        raise ValueError(f"{op}: state must have {batch} slots like x (or pass state_batch_indices), got {slots}")
     _checks.same_device(
-        NAME, "state", state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
+        op, "state", state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
         state_batch_indices=state_batch_indices,
     )  # fmt: skip
 

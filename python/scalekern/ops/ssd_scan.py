@@ -54,47 +54,12 @@ def ssd_scan(
     Source: Dao & Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
     Duality, 2024, section 6 and listing 1.
     """
-    floating = _checks.FLOATING
-    _checks.tensor(NAME, "x", x, dims=4, dtypes=floating)
-    batch, length, heads, width = x.shape
-    _checks.tensor(NAME, "dt", dt, dims=3, dtypes=floating)
-    _checks.shape(NAME, "dt", dt, (batch, length, heads))
-    _checks.tensor(NAME, "A", A, dims=1, dtypes=floating)
-    _checks.shape(NAME, "A", A, (heads,))
-    _checks.tensor(NAME, "B", B, dims=4, dtypes=floating)
-    _checks.shape(NAME, "B", B, (batch, length, None, None))
-    groups, states = B.shape[2:]
-    _checks.tensor(NAME, "C", C, dims=4, dtypes=floating)
-    _checks.shape(NAME, "C", C, (batch, length, groups, states))
-    if groups < 1 or heads % groups:
-        raise ValueError(f"{NAME}: the groups of B must divide the {heads} heads of x, got {groups}")
-    _checks.at_least(NAME, "chunk_size", chunk_size, 1)
-    if D is not None:
-        _checks.tensor(NAME, "D", D, dims=(1, 2), dtypes=floating)
-        _checks.shape(NAME, "D", D, (heads,), (heads, width))
-    if z is not None:
-        _checks.tensor(NAME, "z", z, dims=4, dtypes=floating)
-        _checks.shape(NAME, "z", z, x.shape)
-    if dt_bias is not None:
-        _checks.tensor(NAME, "dt_bias", dt_bias, dims=1, dtypes=floating)
-        _checks.shape(NAME, "dt_bias", dt_bias, (heads,))
-    check_cu_seqlens(NAME, cu_seqlens, batch, length)
-    if seq_idx is not None:
-        _checks.tensor(NAME, "seq_idx", seq_idx, dims=2, dtypes=(torch.int32, torch.int64))
-        _checks.shape(NAME, "seq_idx", seq_idx, (batch, length))
+    check(
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states
+    )  # fmt: skip
     if cu_seqlens is not None:
         seq_idx = None  # says the same once more, as upstream wants it
-    if initial_states is not None:
-        _checks.tensor(NAME, "initial_states", initial_states, dims=4, dtypes=floating)
-        lead = (batch,) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 1)
-        _checks.shape(NAME, "initial_states", initial_states, *((n, heads, width, states) for n in lead))
-    if return_varlen_states and cu_seqlens is None:
-        raise ValueError(f"{NAME}: return_varlen_states must come with cu_seqlens, got None")
     low, high = (float(v) for v in dt_limit)
-    _checks.same_device(
-        NAME, "x", x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states,
-        seq_idx=seq_idx, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
     # Backends see one dtype for what has a value a token, and that of the sums for the rest.
     io = functools.reduce(torch.promote_types, (t.dtype for t in (dt, B, C, z) if t is not None), x.dtype)
     real = torch.float64 if io == torch.float64 else torch.float32
@@ -106,6 +71,51 @@ def ssd_scan(
     out = out if io == x.dtype else out.to(x.dtype)  # under autocast it has the autocast dtype
     extra = [final] * bool(return_final_states) + [varlen] * bool(return_varlen_states)
     return (out, *extra) if extra else out
+
+
+def check(
+    x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states,
+    op=NAME, dtypes=_checks.FLOATING,
+):  # fmt: skip
+    """Those of every state-space-dual scan; `dtypes` of x, B and C."""
+    floating = _checks.FLOATING
+    _checks.tensor(op, "x", x, dims=4, dtypes=dtypes)
+    batch, length, heads, width = x.shape
+    _checks.tensor(op, "dt", dt, dims=3, dtypes=floating)
+    _checks.shape(op, "dt", dt, (batch, length, heads))
+    _checks.tensor(op, "A", A, dims=1, dtypes=floating)
+    _checks.shape(op, "A", A, (heads,))
+    _checks.tensor(op, "B", B, dims=4, dtypes=dtypes)
+    _checks.shape(op, "B", B, (batch, length, None, None))
+    groups, states = B.shape[2:]
+    _checks.tensor(op, "C", C, dims=4, dtypes=dtypes)
+    _checks.shape(op, "C", C, (batch, length, groups, states))
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{op}: the groups of B must divide the {heads} heads of x, got {groups}")
+    _checks.at_least(op, "chunk_size", chunk_size, 1)
+    if D is not None:
+        _checks.tensor(op, "D", D, dims=(1, 2), dtypes=floating)
+        _checks.shape(op, "D", D, (heads,), (heads, width))
+    if z is not None:
+        _checks.tensor(op, "z", z, dims=4, dtypes=floating)
+        _checks.shape(op, "z", z, x.shape)
+    if dt_bias is not None:
+        _checks.tensor(op, "dt_bias", dt_bias, dims=1, dtypes=floating)
+        _checks.shape(op, "dt_bias", dt_bias, (heads,))
+    check_cu_seqlens(op, cu_seqlens, batch, length)
+    if seq_idx is not None:
+        _checks.tensor(op, "seq_idx", seq_idx, dims=2, dtypes=(torch.int32, torch.int64))
+        _checks.shape(op, "seq_idx", seq_idx, (batch, length))
+    if initial_states is not None:
+        _checks.tensor(op, "initial_states", initial_states, dims=4, dtypes=floating)
+        lead = (batch,) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 1)
+        _checks.shape(op, "initial_states", initial_states, *((n, heads, width, states) for n in lead))
+    if return_varlen_states and cu_seqlens is None:
+        raise ValueError(f"{op}: return_varlen_states must come with cu_seqlens, got None")
+    _checks.same_device(
+        op, "x", x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states,
+        seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
 def _allocate_fwd(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high):

@@ -1,5 +1,6 @@
 """Low-bit weights: formats, their packed container, and how a float tensor becomes one and back."""
 
+from scalekern.quant._clusters import ChannelClusters, round_to_int8, sort_and_cluster
 from scalekern.quant._fold import FoldedRotation, fold_rotation
 from scalekern.quant._formats import FORMATS, Format
 from scalekern.quant._hqq import hqq
@@ -14,6 +15,7 @@ from scalekern.quant.tensor import QuantizedTensor
 __all__ = [
     "FORMATS",
     "METHODS",
+    "ChannelClusters",
     "FoldedRotation",
     "Format",
     "LayerReport",
@@ -28,5 +30,7 @@ __all__ = [
     "quantize",
     "quantize_model",
     "read_checkpoint",
+    "round_to_int8",
     "save_quantized",
+    "sort_and_cluster",
 ]

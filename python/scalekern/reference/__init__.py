@@ -19,6 +19,7 @@ from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.merge_attention import merge_attention
 from scalekern.reference.quant_matmul import quant_matmul
 from scalekern.reference.quantize_kv import quantize_kv, quantize_kv_update
+from scalekern.reference.quantized_scan import quantized_selective_scan, quantized_ssd_scan, quantized_state_update
 from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
 from scalekern.reference.sparse_attention import sparse_attention
@@ -54,6 +55,9 @@ __all__ = [
     "quant_matmul",
     "quantize_kv",
     "quantize_kv_update",
+    "quantized_selective_scan",
+    "quantized_ssd_scan",
+    "quantized_state_update",
     "selective_scan",
     "selective_state_update",
     "sparse_attention",

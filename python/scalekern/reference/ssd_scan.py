@@ -33,7 +33,7 @@ def ssd_scan_fwd(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seql
     states, varlen, final = _states(xs, d, A, B, C, initial_states, seq_idx, cu_seqlens)
     Cs = _heads(C, x.shape[2], real)
     y = (states @ Cs[..., None])[..., 0] if x.shape[1] else torch.zeros_like(xs)
-    out = y if D is None else y + D.to(real).reshape(D.shape[0], -1) * xs
+    out = y if D is None else y + (D if D.dim() == 2 else D[:, None]).to(real) * xs
     out = out if z is None else out * F.silu(z.to(real))
     return out.to(x.dtype), final, varlen
 
@@ -89,7 +89,7 @@ def ssd_scan_bwd(
     states, _, _ = _states(xs, d, A, B, C, initial_states, seq_idx, cu_seqlens)
     batch, length, heads, _ = x.shape
     Bs, Cs = (_heads(m, heads, real) for m in (B, C))
-    skip = 0 if D is None else D.to(real).reshape(D.shape[0], -1)
+    skip = 0 if D is None else (D if D.dim() == 2 else D[:, None]).to(real)
     dy, none, dz = dout.to(real), x.new_empty(0), x.new_empty(0)
     if z is not None:
         gate = z.to(real)

@@ -8,6 +8,8 @@ A family's samples are in the module of its name; a new op adds its list there a
 """
 
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Callable
 
 import torch
@@ -52,6 +54,9 @@ class Factory:
     def integers(self, values, dtype=torch.int32):
         return torch.tensor(values, dtype=dtype, device=self.device)
 
+    def codes(self, *shape):
+        return torch.randint(-128, 128, shape, generator=self.generator, dtype=torch.int8).to(self.device)
+
     def _randn(self, shape, scale):
         # A scale of its own for every slice of the first two axes, so that a permuted channel or group is seen.
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * scale
@@ -82,6 +87,7 @@ class Spec:
     linear           the op is linear in its one tensor, and its own backward: gradients of every order work
     integers_off     of an integer output, the share that may be off by one: where a value is a half of a step away from
                      two integers, the last bit of a float decides, and kernels add in orders of their own
+    like_another     its torch integration is that of the op that it computes by: compiled by aot_eager alone
     through          the public op whose registered ops do its work, if it has none of its own
     """
 
@@ -99,6 +105,7 @@ class Spec:
     straight_through: tuple[str, ...] = ()
     linear: bool = False
     integers_off: float = 0.0
+    like_another: bool = False
     through: str = ""
 
     @property
@@ -110,11 +117,8 @@ def specs() -> dict[str, Spec]:
     """Every public op. Samples may be here before their op is."""
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
-    from scalekern.testing import (
-        cross_scan, fake_quantize, fft_conv, hadamard, quant_matmul, selective_scan, sparse_attention, ssd_scan,
-    )  # fmt: skip
 
-    modules = (selective_scan, cross_scan, ssd_scan, fft_conv, sparse_attention, quant_matmul, fake_quantize, hadamard)
+    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
     families = {op: spec for module in modules for op, spec in module.SPECS.items()}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
     return {op: spec for op, spec in families.items() if (spec.through or op) in registered}

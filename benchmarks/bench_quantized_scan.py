@@ -1,0 +1,115 @@
+"""Cases of the scans over 8-bit inputs, against the plain scans over the numbers.
+
+Shape letters: B batch, L length, H heads, P head dim, D channels, G groups, N states.
+"""
+
+
+import torch
+
+import scalekern
+from scalekern import quant, reference
+from scalekern.benchmarks import bench_ssd, harness, peers
+from scalekern.benchmarks.bench_selective_scan import case, normal, scan_costs, scan_inputs
+from scalekern.benchmarks.case import Work
+from scalekern.testing import TOLERANCE
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_case(case, benchmark):
+    harness.run_in_pytest(case, benchmark)
+
+
+def _coded(x, axes):
+    """(codes, the steps of all axes but these)"""
+    scale = x.float().abs().amax(axes) / 127
+    wide = scale
+    for axis in sorted(axes):
+        wide = wide.unsqueeze(axis)
+    return quant.round_to_int8(x, wide), scale, wide
+
+
+def _as_work(call, wide, small, plain, exact, dtype, costs) -> Work:
+    """`plain` over the numbers is the rival; `exact` in float64 where the token by token oracle would take minutes."""
+    oracle = lambda: (wide(reference) if small else exact(),)
+    version = f"scalekern {scalekern.__version__}"
+    return Work(run=call, oracle=oracle, tolerance=TOLERANCE[dtype], peers={"float scan": lambda: peers.Peer(plain, version)},
+                **costs)  # fmt: skip
+
+
+def ssd(device, dtype=FP32, *, B, L, H, P, G, N) -> Work:
+    kw = bench_ssd.inputs(device, dtype, B, L, H, P, G, N) | {"dt_softplus": True}
+    names, axes = ("x", "B", "C"), ((0, 1), (0, 1, 3), (0, 1, 3))
+    coded = {name: _coded(kw[name], over) for name, over in zip(names, axes)}
+    codes = {name: c for name, (c, _, _) in coded.items()} | {f"{name}_scale": s for name, (_, s, _) in coded.items()}
+    numbers = {name: c.double() * w.double() for name, (c, _, w) in coded.items()}
+    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in (kw | codes).items()}
+    single = kw | {k: v.to(dtype) for k, v in numbers.items()}
+    tokens = B * L
+    flops = 2 * tokens * (G * bench_ssd.CHUNK * N + H * bench_ssd.CHUNK * P + 2 * H * P * N)
+    costs = dict(bytes_moved=tokens * (H * P + 2 * G * N + (H * P + H) * dtype.itemsize), flops=flops,
+                 exponentials=tokens * H * bench_ssd.CHUNK // 2)  # fmt: skip
+    with_float64 = lambda package: package.quantized_ssd_scan(**double)
+    exact = lambda: bench_ssd.in_float64({k: v for k, v in (kw | numbers).items() if k != "dt_softplus"})
+    return _as_work(lambda: scalekern.quantized_ssd_scan(**(kw | codes)), with_float64, tokens * H * P * N < 1e5,
+                    lambda: scalekern.ssd_scan(**single), exact, dtype, costs)  # fmt: skip
+
+
+def selective(device, dtype=FP32, *, B, D, N, L) -> Work:
+    kw = scan_inputs(device, dtype, B, D, N, L)
+    coded = {name: _coded(kw[name], axes) for name, axes in (("u", (0, 2)), ("B", (0, 1, 2)), ("C", (0, 1, 2)))}
+    codes = {name: c for name, (c, _, _) in coded.items()}
+    codes |= {f"{name}_scale": s.reshape(-1) for name, (_, s, _) in coded.items()}
+    numbers = {name: c.double() * w.double() for name, (c, _, w) in coded.items()}
+    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in (kw | codes).items()}
+    single = kw | {k: v.to(dtype) for k, v in numbers.items()}
+    costs = scan_costs(dtype, B, D, N, L)[0]
+    costs["bytes_moved"] -= (B * D * L + 2 * B * N * L) * (dtype.itemsize - 1)
+    with_float64 = lambda package: package.quantized_selective_scan(**double)
+    exact = lambda: scalekern.selective_scan(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in (kw | numbers).items()})  # fmt: skip
+    return _as_work(lambda: scalekern.quantized_selective_scan(**(kw | codes)), with_float64, B * D * N * L < 1e5,
+                    lambda: scalekern.selective_scan(**single), exact, dtype, costs)  # fmt: skip
+
+
+def state_update(device, dtype=FP32, *, B, H, P, N) -> Work:
+    randn = normal(device, 0)
+    hidden, x, dt = randn(B, H, P, N), randn(B, H, P).to(dtype), (randn(B, H, P) - 2).to(dtype)
+    scale = hidden.abs().amax((0, 3)) / 127
+    state = quant.round_to_int8(hidden, scale[..., None])
+    rest = x, dt, -randn(H, P, N).exp(), randn(B, 1, N).to(dtype), randn(B, 1, N).to(dtype)
+    plain = scale[..., None] * state
+    step = lambda f, s: f(s, *rest, scale, dt_softplus=True)
+    exact = lambda: reference.quantized_state_update(
+        state.clone(), *(t.double() for t in rest), scale.double(), dt_softplus=True
+    )  # fmt: skip
+    return Work(
+        run=lambda: step(scalekern.quantized_state_update, state),
+        sample=lambda: (step(scalekern.quantized_state_update, state.clone()),),
+        oracle=lambda: (exact(),), tolerance=TOLERANCE[dtype],
+        bytes_moved=2 * state.numel() + 4 * H * P * N + dtype.itemsize * 3 * x.numel(), flops=7 * state.numel(),
+        exponentials=state.numel(),
+        peers={"float state": lambda: peers.Peer(
+            lambda: scalekern.selective_state_update(plain, *rest, dt_softplus=True) is None or None,
+            f"scalekern {scalekern.__version__}",
+        )},
+    )  # fmt: skip
+
+
+_SSD = {"B": 1, "L": 2048, "H": 24, "P": 64, "G": 1, "N": 128}
+_MAMBA = {"B": 1, "D": 1536, "N": 16, "L": 2048}
+_STEP = {"B": 8, "H": 24, "P": 64, "N": 128}
+_FAST = ("cuda", "triton", "cpu")  # the reference is a loop over time
+_OP = lambda name: (f"quantized_{name}",)
+
+CPU = [
+    case("quantized ssd", ssd, _OP("ssd_scan_fwd"), "fwd", "cpu", 96, _SSD, backends=_FAST),
+    case("quantized scan", selective, _OP("selective_scan_fwd"), "fwd", "cpu", 96, _MAMBA, backends=_FAST),
+    case("quantized step", state_update, _OP("state_update"), "step", "cpu", 96, _STEP),
+]
+
+CUDA = [
+    case("quantized scan", selective, _OP("selective_scan_fwd"), "fwd", "cuda", 96,
+         {"B": 8, "D": 4096, "N": 16, "L": 4096}, BF16, backends=_FAST),
+]  # fmt: skip
+
+CASES = [*CPU, *CUDA]
