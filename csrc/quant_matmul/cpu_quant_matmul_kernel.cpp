@@ -261,8 +261,8 @@ static bool in_words(const QuantMatmulArgs& a, const Tokens& tokens) {
 static bool in_lanes(const QuantMatmulArgs& a, const Tokens& tokens) {
 #if defined(__AVX2__)
   if (a.w.table == nullptr) return InLanes<CodeLanes>::try_run(a, tokens);
+  if (a.w.bits == 4 && InLanes<TableLanes>::try_run(a, tokens)) return true;
   if (a.w.mantissa) return InLanes<FloatLanes>::try_run(a, tokens);
-  if (a.w.bits == 4) return InLanes<TableLanes>::try_run(a, tokens);
 #endif
   return false;
 }
