@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import INTERPRET
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalekern
 from scalekern import reference
+from scalekern.ops.quant_matmul import quant_matmul_fwd
 from scalekern.quant import quantize
 from scalekern.testing import assert_close
 from scalekern.testing.quant_matmul import weight
@@ -72,3 +74,40 @@ def test_a_vector_and_no_tokens():
     w, x = quantize(torch.randn(7, 40), "int4", group_size=16), torch.randn(40)
     assert_close(scalekern.quant_matmul(x, w), w.dequantize() @ x, tolerance=1e-6)
     assert scalekern.quant_matmul(x.expand(0, 3, 40), w).shape == (0, 3, 7)
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", ()), func.name()]
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_the_dispatcher_does_is_not_passed_over(monkeypatch):
+    """Plain calls go straight to a backend; modes, transforms, casts, graphs and lazy negation must still be seen."""
+    w, x = quantize(torch.randn(7, 40), "int4", group_size=16), torch.randn(3, 40)
+    out, dispatched = scalekern.quant_matmul(x, w), []
+    call = type(quant_matmul_fwd).__call__
+    monkeypatch.setattr(type(quant_matmul_fwd), "__call__", lambda op, *a: dispatched.append(op.name) or call(op, *a))
+
+    def passed(run, *args):
+        dispatched.clear()
+        return run(*args), not dispatched
+
+    run = lambda x: scalekern.quant_matmul(x, w)
+    again, light = passed(run, x)
+    assert light and torch.equal(again, out)
+    with torch.inference_mode():
+        assert passed(run, x)[1]
+    with Seen() as seen:
+        run(x)
+    assert seen.names == ["scalekern::quant_matmul_fwd"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(x).dtype == torch.bfloat16
+    mapped, light = passed(torch.vmap(run), x)
+    assert not light and torch.equal(mapped, out)
+    negated = torch.complex(torch.zeros(3, 40), x).conj().imag
+    assert negated.is_neg() and torch.equal(run(negated), -out)
+    leaf = x.clone().requires_grad_()
+    assert not passed(run, leaf)[1] and run(leaf).requires_grad
+    with torch.no_grad():
+        assert passed(run, leaf)[1]

@@ -65,6 +65,26 @@ def test_every_format_and_group(format, symmetric):
             assert error(out, exact) <= FLOOR[dtype], (group, M, N, K, dtype)
 
 
+IN_REGISTERS = ("int3", "int5", "int6", "int7", "nf4", "fp4_e2m1", "fp4_bnb", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2")
+
+
+@pytest.mark.parametrize("format", IN_REGISTERS)
+def test_few_tokens_in_many_groups(format):
+    """A step is 16 or 32 columns: groups of one, of several, and a row that ends inside a step, a group and a byte."""
+    symmetric = not FORMATS[format].is_integer
+    for M, (N, K, group) in zip((1, 2, 3, 4, 1, 2), itertools.cycle([(17, 333, 32), (6, 125, 16), (9, 1000, 64), (3, 9, None)])):
+        w, x = spoiled(weight(N, K, format, group, symmetric)), randn(M, K, seed=1)
+        assert error(scalekern.quant_matmul(x, w), x.double() @ w.dequantize(torch.float64).mT) <= 3e-7, (M, N, K)
+
+
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_a_weight_that_is_no_number_stays_in_its_row(format):
+    w = weight(9, 200, format, 32)
+    w.data[4, 77] = 0x7F  # a NaN of both
+    out = scalekern.quant_matmul(randn(1, 200), w)[0]
+    assert out[4].isnan() and out.isnan().sum() == 1
+
+
 @pytest.mark.parametrize("M", [1, 257])
 @pytest.mark.parametrize("format", ["int4", "int3", "nf4", "int8"])
 def test_long_rows(format, M):

@@ -35,11 +35,14 @@ static inline float from_bits(uint32_t bits) {
   return f;
 }
 
+// Without branches: nvfp4 has a scale for every 16 weights, and a loop of this becomes vectors.
 static inline float e4m3_to_float(uint8_t code) {
   const uint32_t magnitude = code & 0x7f, sign = uint32_t(code & 0x80) << 24;
-  if (magnitude == 0x7f) return __builtin_nanf("");
-  const float x = magnitude >= 8 ? from_bits((magnitude << 20) + (120u << 23)) : float(magnitude) * 0x1p-9f;
-  return sign ? -x : x;
+  const float normal = from_bits((magnitude << 20) + (120u << 23)), small = float(int32_t(magnitude)) * 0x1p-9f;
+  const float x = magnitude >= 8 ? normal : small;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return from_bits((magnitude == 0x7f ? 0x7fc00000u : bits) | sign);
 }
 static inline float e8m0_to_float(uint8_t code) {
   return code == 255 ? __builtin_nanf("") : from_bits(code ? uint32_t(code) << 23 : 0x400000u);
@@ -48,7 +51,10 @@ static inline float e8m0_to_float(uint8_t code) {
 static inline void load_part(const QuantPart& p, int64_t offset, int64_t step, int64_t count, float* dst) {
   const auto each = [&](const auto* __restrict data, const auto& convert) {
     float* __restrict to = dst;
-    for (int64_t i = 0; i < count; ++i) to[i] = float(convert(data[offset + i * step]));
+    if (step == 1)
+      for (int64_t i = 0; i < count; ++i) to[i] = float(convert(data[offset + i]));
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = float(convert(data[offset + i * step]));
   };
   const auto plain = [](auto x) { return float(x); };
   switch (p.dtype) {

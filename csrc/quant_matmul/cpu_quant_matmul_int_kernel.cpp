@@ -25,6 +25,7 @@ struct Layout {
   int64_t blocks;        // of a row
   int64_t pairs;         // blocks between two widenings of the int16 sums
   float middle;          // of the codes: what zeros are near to
+  bool brief;            // a group's sums fit in int16: they begin with -middle times the activations'
 
   explicit Layout(const QuantWeight& w) {
 #if defined(__AVX2__)
@@ -40,6 +41,11 @@ struct Layout {
     const int64_t last = w.columns - (w.groups - 1) * w.group;
     blocks = (w.groups - 1) * group_blocks + pieces(last, unit);
     pairs = most(1, 32767 / (2 * 127 * ((1 << w.bits) - 1)) / planes);
+#if defined(__AVX2__)
+    brief = w.bits < 8 && w.groups > 1 && w.group <= kLaneGroup && group_blocks <= pairs;
+#else
+    brief = false;
+#endif
   }
   int64_t begin(int64_t g) const { return g * group_blocks; }
   int64_t end(const QuantWeight& w, int64_t g) const { return g + 1 < w.groups ? begin(g + 1) : blocks; }
@@ -52,7 +58,7 @@ struct Whole {
   int64_t pitch, groups;
   Buffer<X> x;
   Buffer<float> scale, sum;
-  Buffer<float> middle;  // the middle code times a group's sum in each of 8 lanes
+  Buffer<float> middle;  // the middle code times a group's sum in each of 8 lanes; brief: its negative in 16 of int16
   Buffer<int64_t> exact_sum;
 
   Whole(const QuantMatmulArgs& a, const Layout& layout)
@@ -80,7 +86,9 @@ struct Whole {
           exact_sum[m * groups + g] = total, sum[m * groups + g] = float(total);
           X* group = dst + layout.begin(g) * layout.unit;
           place(group, plain + first, count, layout);
-          sum_in_lanes(group, round_up(count, layout.unit), layout.middle, middle + (m * groups + g) * 8);
+          float* lanes = middle + (m * groups + g) * 8;
+          if (layout.brief) minus_in_pairs(group, round_up(count, layout.unit), int(layout.middle), lanes);
+          else sum_in_lanes(group, round_up(count, layout.unit), layout.middle, lanes);
         }
       }
     });
@@ -93,6 +101,13 @@ struct Whole {
     for (int64_t k = 0; k < count; k += kVector)
       for (int64_t i = 0; i < kVector; ++i) sums[i / kEach] += x[k + i];
     for (int i = 0; i < 8; ++i) lanes[i] = float(sums[i]) * middle;
+  }
+
+  static void minus_in_pairs(const X* x, int64_t count, int middle, void* lanes) {
+    int16_t sums[16] = {};
+    for (int64_t k = 0; k < count; k += kLaneBytes)
+      for (int i = 0; i < 16; ++i) sums[i] = int16_t(sums[i] - middle * (x[k + 2 * i] + x[k + 2 * i + 1]));
+    __builtin_memcpy(lanes, sums, sizeof sums);
   }
 
   static void place(X* dst, const X* src, int64_t count, const Layout& layout) {
@@ -251,6 +266,63 @@ static inline void multiply(
     }
 }
 
+// code times 32 activations that are read where they lie: left to itself, the compiler keeps them for the next row in the
+// registers that the sums need.
+static inline __m256i multiply_pairs(__m256i code, const int8_t* x) {
+  __m256i product;
+  asm("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(code), "m"(*reinterpret_cast<const __m256i_u*>(x)));
+  return product;
+}
+
+// total[r][t] += scale_r (code - middle) . x_t over all groups. A group's sums are in registers, the totals in L1.
+template <int P, int R, int T>
+static __attribute__((noinline)) void brief_groups(
+    const Problem<int8_t>& p, const uint8_t* const* rows, const RowParts* parts, int64_t m, __m256 (&total)[R][T]) {
+  const int64_t pitch = p.tokens.pitch, groups = p.w.groups, each = p.layout.group_blocks;
+  const int64_t last = p.layout.blocks - (groups - 1) * each, next = R * p.w.pitch;
+  const __m256i mask = _mm256_set1_epi8(char((1 << 8 / P) - 1)), ones = _mm256_set1_epi16(1);
+  const float* start = p.tokens.middle + m * groups * 8;
+  const int8_t* x = p.tokens.x + m * pitch;
+  const uint8_t* row[R];
+  const float* scales[R];
+  for (int r = 0; r < R; ++r) row[r] = rows[r], scales[r] = parts[r].scale;
+  int64_t offset = 0;
+  for (int64_t g = 0; g < groups; ++g, start += 8) {
+    __m256i acc[R][T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][t] = load_256(start + t * groups * 8);
+    for (int64_t b = g + 1 < groups ? each : last; b > 0; --b, x += P * kLaneBytes, offset += kLaneBytes) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        if (T == 1) __builtin_prefetch(row[r] + offset + next);  // four short streams: nothing that the machine foresees
+        const __m256i bytes = load_256(row[r] + offset);
+#pragma GCC unroll 8
+        for (int i = 0; i < P; ++i) {
+          const __m256i code = P == 1 ? bytes : _mm256_and_si256(i ? _mm256_srli_epi16(bytes, i * 8 / P) : bytes, mask);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t) {
+            __m256i sum = _mm256_add_epi16(acc[r][t], multiply_pairs(code, x + t * pitch + i * kLaneBytes));
+            asm("" : "+x"(sum));  // one after the other: sums of products are not added up first
+            acc[r][t] = sum;
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m256 scale = _mm256_broadcast_ss(scales[r] + g);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t)
+        total[r][t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(_mm256_madd_epi16(acc[r][t], ones)), total[r][t]);
+    }
+    if (R * T > 4) asm volatile("" ::: "memory");
+  }
+}
+template <int P, int R, int T>
+static inline void brief_groups(const Problem<int16_t>&, const uint8_t* const*, const RowParts*, int64_t, __m256 (&)[R][T]) {}
+
 template <int P, int R, int T, class X>
 static __attribute__((noinline)) void tile(
     const Problem<X>& p, const uint8_t* const* rows, const RowParts* parts, int64_t m, float* c, int64_t ldc) {
@@ -286,22 +358,8 @@ static __attribute__((noinline)) void tile(
         total[r][t] = _mm256_fmadd_ps(scale[r], _mm256_sub_ps(_mm256_cvtepi32_ps(sums[r][t]), middle), total[r][t]);
     }
   };
-  if (sizeof(X) == 1 && p.layout.group_blocks <= p.layout.pairs) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int64_t g = 0; g < groups; ++g) {
-      __m256i sums[R][T] = {};
-      const int64_t end = p.layout.end(p.w, g);
-      for (int64_t b = p.layout.begin(g); b < end; ++b) {
-        if (T == 1)  // the rows of the next tile: four short streams are nothing that the machine foresees
-          for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r] + R * p.w.pitch + b * kLaneBytes);
-        add_block<P, R, T>(rows, x, pitch, b, sums);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) sums[r][t] = _mm256_madd_epi16(sums[r][t], ones);
-      add_group(g, sums);
-    }
+  if (p.layout.brief) {
+    brief_groups<P, R, T>(p, rows, parts, m, total);
   } else {
     for (int64_t g = 0; g < groups; ++g) {
       __m256i sums[R][T] = {};

@@ -8,7 +8,7 @@
 // More tokens, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a block at a
 //   time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
-#include "quant_matmul/cpu_quant_tokens.h"
+#include "quant_matmul/cpu_quant_few_tokens.h"
 
 namespace {
 
@@ -99,8 +99,6 @@ static void by_blocks(const QuantMatmulArgs& a) {
 }
 
 // --- a few tokens ---
-
-
 
 template <int B>
 struct InWords {
@@ -243,24 +241,38 @@ static bool finite(const float* x, int64_t count) {
 }
 
 template <int B>
-static bool few(const QuantMatmulArgs& a) {
+static bool few(const QuantMatmulArgs& a, const Tokens& tokens) {
   if (!InWords<B>::fit(a.w)) return false;
-  const Tokens tokens(a, 1);
-  for (int64_t t = 0; t < a.tokens; ++t)
-    if (!finite(tokens[t], a.w.columns)) return false;  // Inf would be NaN beside a code of 0
   InWords<B>::run(a, tokens);
   return true;
 }
 
-static bool few_tokens(const QuantMatmulArgs& a) {
-  if (a.tokens > kFewTokens || a.w.table) return false;
+static bool in_words(const QuantMatmulArgs& a, const Tokens& tokens) {
+  if (a.w.table) return false;
   switch (a.w.bits) {
-    case 1: return few<1>(a);
-    case 2: return few<2>(a);
-    case 4: return few<4>(a);
-    case 8: return few<8>(a);
+    case 1: return few<1>(a, tokens);
+    case 2: return few<2>(a, tokens);
+    case 4: return few<4>(a, tokens);
+    case 8: return few<8>(a, tokens);
   }
   return false;
+}
+
+static bool in_lanes(const QuantMatmulArgs& a, const Tokens& tokens) {
+#if defined(__AVX2__)
+  if (a.w.table == nullptr) return InLanes<CodeLanes>::try_run(a, tokens);
+  if (a.w.bits == 4 && InLanes<TableLanes>::try_run(a, tokens)) return true;
+  if (a.w.mantissa) return InLanes<FloatLanes>::try_run(a, tokens);
+#endif
+  return false;
+}
+
+static bool few_tokens(const QuantMatmulArgs& a) {
+  if (a.tokens > kFewTokens) return false;
+  const Tokens tokens(a, 1);
+  for (int64_t t = 0; t < a.tokens; ++t)
+    if (!finite(tokens[t], a.w.columns)) return false;  // Inf would be NaN beside a code of 0
+  return in_words(a, tokens) || in_lanes(a, tokens);
 }
 
 }  // namespace

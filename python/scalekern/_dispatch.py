@@ -30,7 +30,7 @@ class BackendError(NotImplementedError):
     """No allowed backend can run this call; the message lists each one's reason."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # itself alone: looked up in every call, by its address
 class Backend:
     """One implementation of an op. `run` takes the op's arguments and returns its outputs.
 

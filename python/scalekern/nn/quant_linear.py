@@ -152,7 +152,7 @@ class QuantLinear(nn.Module):
         if fits and own["weight_perm"] is None and x.device == data.device:
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"]
-            return quant_matmul_fwd(
+            return quant_matmul_fwd.light(
                 x, data, *parts, own["bias"], self.format, self.group_size, self.activation or "",
                 self.activation_scale, None,
             )  # fmt: skip

@@ -3,6 +3,8 @@
 Shape letters: M tokens, N outputs, K inputs, G groups.
 """
 
+import functools
+
 import torch
 
 from scalekern._dispatch import native
@@ -11,9 +13,10 @@ from scalekern.quant import FORMATS
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
 
 _fwd, _bwd = native("quant_matmul_fwd", "cpu"), native("quant_matmul_bwd", "cpu")
-MANTISSA = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e3m2": 2, "fp6_e2m3": 3}  # bits of the small floats
+MANTISSA = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e3m2": 2, "fp6_e2m3": 3, "fp4_e2m1": 1}  # bits of the small floats
 
 
+@functools.lru_cache(256)
 def code_values(format: str, device) -> tuple:
     """(table, bits, step, base, mantissa, zero): a code stands for table[code], or for step * code + base."""
     fmt = FORMATS[format]
@@ -29,6 +32,10 @@ def _parts(data, scales):
     return data, scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
 
 
+def _rows(x):
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
 def _options(format, group_size, scales, device):
     return *code_values(format, device), group_size, scales.dtype == torch.float8_e8m0fnu
 
@@ -40,7 +47,7 @@ def forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_siz
             out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
         )
     _fwd(
-        out.flatten(0, -2), x.flatten(0, -2), *_parts(data, scales), zeros, offsets, outer, bias,
+        _rows(out), _rows(x), *_parts(data, scales), zeros, offsets, outer, bias,
         *_options(format, group_size, scales, x.device), ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0,
     )  # fmt: skip
 

@@ -42,7 +42,8 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     Source: Frantar et al., GPTQ, 2023 (weight-only, groups); Dettmers et al., LLM.int8(), 2022, section 2.1 (a scale a
     token and a row).
     """
-    _checks.tensor(NAME, "x", x, dims=range(1, 65), dtypes=_checks.FLOATING)
+    if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.dtype not in _checks.FLOATING:
+        _checks.tensor(NAME, "x", x, dims=range(1, 65), dtypes=_checks.FLOATING)
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"{NAME}: w must be a scalekern.quant.QuantizedTensor, got {type(w).__name__}")
     w.check(NAME)
@@ -54,17 +55,19 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     if bias is not None:
         _checks.tensor(NAME, "bias", bias, dims=1, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "bias", bias, (N,))
-    _checks.choice(NAME, "activation", activation, ACTIVATIONS)
+    if activation is not None:
+        _checks.choice(NAME, "activation", activation, ACTIVATIONS)
     if activation_scale is not None and (activation is None or not activation_scale > 0):
         got = f"{activation_scale!r} and {activation!r}"
         raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
     if out_dtype is not None:
         _checks.choice(NAME, "out_dtype", out_dtype, _checks.FLOATING)
-    _checks.same_device(NAME, "x", x, bias=bias, w=w.data)
+    if x.device != w.data.device or bias is not None:
+        _checks.same_device(NAME, "x", x, bias=bias, w=w.data)
     if w.perm is not None:
         x = x.index_select(-1, w.perm)
     rows = x if x.dim() > 1 else x[None]
-    out = quant_matmul_fwd(
+    out = quant_matmul_fwd.light(
         rows, w.data, w.scales, w.zeros, w.offsets, w.outer, bias,
         w.format, w.group_size, activation or "", activation_scale, out_dtype,
     )  # fmt: skip
@@ -73,7 +76,8 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
 
 def _allocate_fwd(x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, scale, out_dtype):
     """The output, uninitialized: what the fake returns and what the backends fill."""
-    return x.new_empty((*x.shape[:-1], data.shape[0]), dtype=out_dtype or x.dtype)
+    sizes = (*x.shape[:-1], data.shape[0])
+    return x.new_empty(sizes) if out_dtype is None else x.new_empty(sizes, dtype=out_dtype)
 
 
 def _allocate_bwd(
