@@ -4,6 +4,7 @@ from scalekern import masks, quant
 from scalekern._dispatch import BackendError, backend
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
+from scalekern.ops.diag_scan import diag_scan
 from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel, truncate_C
@@ -32,6 +33,7 @@ __all__ = [
     "causal_conv1d_update",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "diag_scan",
     "diag_ssm",
     "diag_ssm_discretize",
     "diag_ssm_kernel",

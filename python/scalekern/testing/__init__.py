@@ -111,10 +111,12 @@ def specs() -> dict[str, Spec]:
     import scalekern  # noqa: F401 (defines the ops)
     from scalekern import _library
     from scalekern.testing import (
-        fake_quantize, fft_conv, hadamard, quant_matmul, selective_scan, sparse_attention, ssd_scan,
+        diag_scan, fake_quantize, fft_conv, hadamard, quant_matmul, selective_scan, sparse_attention, ssd_scan,
     )  # fmt: skip
 
-    modules = (selective_scan, ssd_scan, fft_conv, sparse_attention, quant_matmul, fake_quantize, hadamard)
+    modules = (
+        selective_scan, ssd_scan, diag_scan, fft_conv, sparse_attention, quant_matmul, fake_quantize, hadamard,
+    )  # fmt: skip
     families = {op: spec for module in modules for op, spec in module.SPECS.items()}
     registered = {o.public for o in _library.OPS.values()} | set(_library.OPS)
     return {op: spec for op, spec in families.items() if (spec.through or op) in registered}
