@@ -6,7 +6,7 @@ Shape letters: L length, S packed sequences. The registered ops have time last; 
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import Backend, filling, native
+from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._packing import check_cu_seqlens
 from scalekern.reference.diag_scan import diag_scan_bwd as reference_bwd
 from scalekern.reference.diag_scan import diag_scan_fwd as reference_fwd
@@ -115,6 +115,7 @@ diag_scan_fwd = _library.define(
     NAME,
     "diag_scan_fwd(Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens, bool reverse) -> (Tensor, Tensor)",
     backends=(
+        Backend("triton", filling(_allocate_fwd, triton(NAME, "diag_scan_fwd"))),
         Backend("cpu", filling(_allocate_fwd, native("diag_scan_fwd", "cpu"))),
         Backend("reference", reference_fwd),
     ),
@@ -129,6 +130,7 @@ diag_scan_bwd = _library.define(
     "diag_scan_bwd(Tensor dout, Tensor? dlast_state, Tensor a, Tensor out, Tensor? initial_state, Tensor? cu_seqlens, "
     "bool reverse) -> (Tensor, Tensor, Tensor)",
     backends=(
+        Backend("triton", filling(_allocate_bwd, triton(NAME, "diag_scan_bwd"))),
         Backend("cpu", filling(_allocate_bwd, native("diag_scan_bwd", "cpu"))),
         Backend("reference", reference_bwd),
     ),
