@@ -158,7 +158,7 @@ def _diag_scan_kernel(
         # Of the parts of a split row, the one that comes last has the last state.
         is_last = True if PASS == 0 else part == (0 if DOWN else parts - 1)
         if BACKWARD:
-            at = index(stop - 1 if REVERSE else first, INT64) * stride_a_t + d * stride_a_d
+            at = tl.cast(stop - 1 if REVERSE else first, tl.int64) * stride_a_t + d * stride_a_d
             ar, ai = _load(a_ptr, at, in_d & (stop > first), 1.0, acc, COMPLEX)  # [BLOCK_D]
             sr, si = _apply(ar, -ai, zero, zero, sr, si, COMPLEX)
         after_ptr += r0 * stride_after_r0 + r1 * stride_after_r1 + s64 * stride_after_s

@@ -30,17 +30,16 @@ def state_dtype(io):
 def diag_scan_fwd(a, b, initial_state, cu_seqlens, reverse):
     """(out, last_state): a and b (.., L); the states (..), packed (S, ..) for b (1, .., L)."""
     wide, length = state_dtype(b.dtype), b.shape[-1]
-    a, x = a.to(wide), b.to(wide)
-    hs, lasts = [None] * length, []
+    x = b.to(wide)
+    decays, inputs, hs, lasts = a.to(wide).unbind(-1), x.unbind(-1), [None] * length, []
     for states, begin, end in _segments(b, cu_seqlens):
         h = x.new_zeros(x.shape[:-1]) if initial_state is None else initial_state[states].to(wide)
         for t in _times(begin, end, reverse):
-            h = a[..., t] * h + x[..., t]
+            h = decays[t] * h + inputs[t]
             hs[t] = h
         lasts.append(h)
     out = torch.stack(hs, -1) if length else torch.zeros_like(x)
-    last = torch.cat(lasts) if lasts else x.new_zeros(0, *b.shape[1:-1])
-    return out.to(b.dtype).reshape(b.shape), last.reshape(_state_shape(b, cu_seqlens))
+    return out.to(b.dtype), _joined(lasts, cu_seqlens, x.new_zeros(0, *b.shape[1:-1]))
 
 
 def diag_scan_bwd(dout, dlast_state, a, out, initial_state, cu_seqlens, reverse):
@@ -63,15 +62,14 @@ def diag_scan_bwd(dout, dlast_state, a, out, initial_state, cu_seqlens, reverse)
             db[..., t] = g
             g = a_[..., t] * g
         dinitial.append(g)
-    if initial_state is None:
-        dinitial = out.new_empty(0, dtype=wide)
-    else:
-        dinitial = (torch.cat(dinitial) if dinitial else torch.zeros_like(initial_state)).reshape(initial_state.shape)
-    return da.to(a.dtype), db.to(out.dtype), dinitial.to(wide)
+    none = h.new_zeros(0, *out.shape[1:-1])
+    dinitial = out.new_empty(0, dtype=wide) if initial_state is None else _joined(dinitial, cu_seqlens, none)
+    return da.to(a.dtype), db.to(out.dtype), dinitial
 
 
-def _state_shape(b, cu_seqlens):
-    return b.shape[:-1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, *b.shape[1:-1])
+def _joined(states, cu_seqlens, none):
+    """Of all sequences, or of the one scan that there is."""
+    return states[0] if cu_seqlens is None else torch.cat(states) if states else none
 
 
 def _segments(b, cu_seqlens):
