@@ -17,6 +17,8 @@ from scalekern.nn.monarch_mixer import (
 from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
+from scalekern.nn.quasi_lstm import QuasiLSTM, QuasiLSTMBlock
+from scalekern.nn.rglru import RGLRU
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from scalekern.nn.var import VARBlock
@@ -26,6 +28,7 @@ __all__ = [
     "DSS",
     "H3",
     "HSTU",
+    "RGLRU",
     "S4",
     "S4D",
     "BlockdiagLinear",
@@ -44,6 +47,8 @@ __all__ = [
     "NBPBlock",
     "PrefixLMAttention",
     "QuantLinear",
+    "QuasiLSTM",
+    "QuasiLSTMBlock",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",
