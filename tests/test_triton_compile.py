@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from scalekern.triton_kernels import (  # noqa: E402
     causal_conv1d,
     causal_conv1d_update,
+    diag_scan,
     diag_ssm_kernel,
     fft_conv,
     fft_filters,
@@ -47,10 +48,10 @@ from scalekern.triton_kernels import (  # noqa: E402
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = (
-    causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, hadamard_transform, quant_matmul,
-    quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_rows, selective_scan, selective_scan_bwd,
-    selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_decode,
-    sparse_attention_dq, sparse_attention_dtables, toeplitz_conv,
+    causal_conv1d, causal_conv1d_update, diag_scan, diag_ssm_kernel, fft_conv, fft_filters, hadamard_transform,
+    quant_matmul, quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_rows, selective_scan,
+    selective_scan_bwd, selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias,
+    sparse_attention_decode, sparse_attention_dq, sparse_attention_dtables, toeplitz_conv,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.
@@ -60,7 +61,7 @@ MAIN = (
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
     "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv", "toeplitz_conv_fwd", "toeplitz_conv_bwd",
     "sparse_attention_decode", "hadamard_rows", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_gemv",
-    "quant_matmul_bwd",
+    "quant_matmul_bwd", "diag_scan_fwd", "diag_scan_bwd",
 )  # fmt: skip
 # Compiled for sm_90 alone, since each takes seconds.
 ONCE = (
