@@ -77,7 +77,7 @@ def cases(device, priority, shape, dtype=FP32, note="", targets=None, **options)
         )  # fmt: skip
 
 
-_LAYER, _ROW = {"B": 1, "L": 2048, "D": 1024}, {"B": 1, "L": 1 << 20, "D": 1}
+_LAYER, _ROW = {"B": 1, "L": 2048, "D": 1024}, {"B": 1, "L": 1 << 19, "D": 1}
 CPU = [
     *cases("cpu", 48, _LAYER, targets={LOOP: 20, ASSOCIATIVE: 3}),
     *cases("cpu", 92, _LAYER, note="time_last", dim=2, rivals=()),
