@@ -5,6 +5,7 @@ Imported once by conftest.py, where TRITON_INTERPRET=1. The kernels of selective
 
 import builtins
 
+import numpy as np
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -77,10 +78,28 @@ def _broadcasts():
     TritonSemantic.broadcast_impl_value = broadcast
 
 
+def _scans():
+    """generic_scan calls the combining function for every element; here once a step, for all of it side by side."""
+
+    def generic_scan(self, input):
+        given = [np.moveaxis(arg.handle.data, self.axis, 0) for arg in input]
+        found = [np.empty_like(data) for data in given]
+        wrap = lambda step: tuple(self.to_tensor(data[step], arg.dtype) for data, arg in zip(given, input))  # noqa: E731
+        state = wrap(0)
+        for step in range(len(given[0])):
+            state = self.combine_fn.fn(*state, *wrap(step)) if step else state
+            for data, part in zip(found, state):
+                data[step] = part.handle.data
+        return [self.to_tensor(np.moveaxis(data, 0, self.axis), arg.dtype) for data, arg in zip(found, input)]
+
+    interpreter.ScanOps.generic_scan = generic_scan
+
+
 _call()
 _numpy_types()
 _types_of_blocks()
 _broadcasts()
+_scans()
 # Every sum of integers is computed again in int64 for an assertion that Triton drops without debug=True.
 assert not interpreter.interpreter_builder.options.debug
 object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)

@@ -38,7 +38,7 @@ MAIN = (
     "selective_state_update", "fft_conv_fwd", "fft_conv_bwd", "fft_conv_spectrum", "fft_conv_lags", "fft_conv_taps",
     "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv", "toeplitz_conv_fwd", "toeplitz_conv_bwd",
     "sparse_attention_decode", "hadamard_rows", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_gemv",
-    "quant_matmul_bwd", "cross_scan_fwd", "cross_merge_fwd", "quantize_kv",
+    "quant_matmul_bwd", "cross_scan_fwd", "cross_merge_fwd", "quantize_kv", "diag_scan_fwd", "diag_scan_bwd",
 )  # fmt: skip
 # Compiled for sm_90 alone, since each takes seconds.
 ONCE = (

@@ -6,6 +6,7 @@ from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.cross_scan import cross_merge, cross_scan
 from scalekern.ops.cross_selective_scan import cross_selective_scan
 from scalekern.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv_transpose2d, merge_dilated_branches
+from scalekern.ops.diag_scan import diag_scan
 from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel, truncate_C
@@ -41,6 +42,7 @@ __all__ = [
     "cross_selective_scan",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "diag_scan",
     "diag_ssm",
     "diag_ssm_discretize",
     "diag_ssm_kernel",

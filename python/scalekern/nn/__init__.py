@@ -23,6 +23,8 @@ from scalekern.nn.nbp import NBPBlock
 from scalekern.nn.prefix_lm import PrefixLMAttention
 from scalekern.nn.quant_linear import QuantLinear
 from scalekern.nn.quant_mamba import QuantMamba, QuantMamba2
+from scalekern.nn.quasi_lstm import QuasiLSTM, QuasiLSTMBlock
+from scalekern.nn.rglru import RGLRU
 from scalekern.nn.s4 import DSS, S4, S4D
 from scalekern.nn.serpent import SerpentBlock
 from scalekern.nn.ss2d import SS2D
@@ -36,6 +38,7 @@ __all__ = [
     "H3",
     "HSMSSD",
     "HSTU",
+    "RGLRU",
     "S4",
     "S4D",
     "SS2D",
@@ -64,6 +67,8 @@ __all__ = [
     "SambaASREncoder",
     "QuantMamba",
     "QuantMamba2",
+    "QuasiLSTM",
+    "QuasiLSTMBlock",
     "UniRepLKNetBlock",
     "VARBlock",
     "WaveMixBlock",

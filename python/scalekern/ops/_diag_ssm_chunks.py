@@ -28,7 +28,7 @@ from scalekern.ops._diag_ssm import as_real_as, discretized, kernel_of, kernel_o
 from scalekern.reference._complex import as_dtype, conj, wide
 from scalekern.reference.diag_ssm import diag_ssm_fwd, discretize_bwd, scale, state_dtype
 
-_scan_cpu = native("diag_scan", "cpu")
+_scan_cpu = native("diag_ssm_scan", "cpu")
 METHODS = ("auto", "scan", "conv")
 SCAN_TOKENS, NATIVE_SCAN_TOKENS = 32, 256  # up to which "auto" scans: by products of matrices, natively
 SCAN_CHUNK = 64

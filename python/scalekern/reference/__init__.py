@@ -7,6 +7,7 @@ from scalekern.reference.depthwise_conv2d import (
     depthwise_conv_transpose2d,
     merge_dilated_branches,
 )
+from scalekern.reference.diag_scan import diag_scan
 from scalekern.reference.diag_ssm import diag_ssm, diag_ssm_discretize, diag_ssm_kernel
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel, truncate_C
 from scalekern.reference.dwt2d import dwt2d, idwt2d
@@ -34,6 +35,7 @@ __all__ = [
     "cross_selective_scan",
     "depthwise_conv2d",
     "depthwise_conv_transpose2d",
+    "diag_scan",
     "diag_ssm",
     "diag_ssm_discretize",
     "diag_ssm_kernel",

@@ -7,7 +7,7 @@
 namespace scalekern {
 
 // Shape letters: B batch, H heads, N states, L length. Everything is contiguous; parameters and states are double.
-struct DiagScanArgs {
+struct DiagSsmScanArgs {
   int64_t batch, heads, states, length;
   int wide;                    // u and out are double, not float
   int complex;                 // a, b, c and the states are complex128, not float64
@@ -27,5 +27,5 @@ struct DiscretizeArgs {
 
 }  // namespace scalekern
 
-SCALEKERN_DECLARE(void, diag_scan, (const scalekern::DiagScanArgs&))
+SCALEKERN_DECLARE(void, diag_ssm_scan, (const scalekern::DiagSsmScanArgs&))
 SCALEKERN_DECLARE(void, discretize_zoh, (const scalekern::DiscretizeArgs&))

@@ -6,11 +6,11 @@
 // Split: rows (b, h) over threads.
 #include "common/parallel.h"
 #include "common/vec.h"
-#include "fft_conv/diag_scan.h"
+#include "fft_conv/diag_ssm_scan.h"
 
 namespace {
 
-using scalekern::DiagScanArgs;
+using scalekern::DiagSsmScanArgs;
 using scalekern::DiscretizeArgs;
 
 constexpr int kD = kLanes<double>, kTokens = 4;
@@ -78,7 +78,7 @@ static inline void split(double* to, const double* from, int64_t N) {
 }
 
 template <class F, bool complex>
-static void scan(const DiagScanArgs& a) {
+static void scan(const DiagSsmScanArgs& a) {
   constexpr int parts = complex ? 2 : 1;
   const int64_t N = a.states, size = parts * N;
   const auto rows = [&](int64_t begin, int64_t end) {
@@ -145,7 +145,7 @@ static inline void exp_and_phi(VecComplex z, VecComplex& power, VecComplex& phi)
 
 namespace scalekern::SCALEKERN_ISA {
 
-void diag_scan(const DiagScanArgs& a) {
+void diag_ssm_scan(const DiagSsmScanArgs& a) {
   if (a.wide) return a.complex ? scan<double, true>(a) : scan<double, false>(a);
   return a.complex ? scan<float, true>(a) : scan<float, false>(a);
 }
