@@ -1,0 +1,288 @@
+"""What the kernels of ssd_scan share: windows of tokens, step sizes and decays, products, states between windows.
+
+Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S packed sequences, Q tokens of a chunk, K of a
+segment. States are [BLOCK_N, BLOCK_P]; the buffers that hold them between kernels (slots, H, N, P).
+
+Windows. Rows, or packed sequences, are cut where the token's number is a multiple of K (or of Q: K is one of Q's). Window
+w of sequence i has the slot w + i, which no other has, since neither decreases along the tokens; L / K + S slots hold
+all, with gaps. A kernel finds i by bisection, so that no sequence's length is needed on the host.
+
+Decays are powers of two. A running sum of 64 logarithms loses the digits of the weak ones behind a strong one (90 x 2^-24 =
+5e-6). It is kept in two parts, multiples of 2^-8, which float32 adds without error up to 2^15, and what is left, which
+stays below 1/2; differences of the parts have an error of 2^-25. Logarithms below -256 are cut there: their decay is 0.
+So is one where seq_idx changes, which masks every pair across the boundary; nothing else has to know of sequences.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import LOG2E, index, meta, softplus, strides
+from .fft_device import INTERPRETED
+from .scan_device import bounds
+
+TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float32, torch.bfloat16: tl.bfloat16}
+
+# --- device functions -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def window_of(cu_ptr, slot, S, L, windows, K):
+    """(batch row, sequence, window, [begin, end) of its tokens, [first, last) of its sequence's).
+
+    The end of a slot that no window has is -1.
+    """
+    if cu_ptr is None:
+        sequence, window = slot // windows, slot % windows
+        first, last, row = bounds(cu_ptr, sequence, L)
+    else:
+        low, high = slot * 0, slot * 0 + S - 1  # the last sequence whose first slot is not after this one
+        while low < high:
+            middle = (low + high + 1) // 2
+            after = bounds(cu_ptr, middle, L)[0] // K + middle > slot
+            low, high = tl.where(after, low, middle), tl.where(after, middle - 1, high)
+        sequence, window = low, slot - low
+        first, last, row = bounds(cu_ptr, sequence, L)
+    begin, end = tl.maximum(first, window * K), tl.minimum(last, (window + 1) * K)
+    exists = (window * K < last) | (window == first // K)
+    return row, sequence, window, begin, tl.where(exists, tl.maximum(begin, end), -1), first, last
+
+
+@triton.jit
+def operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """x as an operand of a product, rounded as a GPU does.
+
+    The interpreter keeps bfloat16 as integers and truncates: there it is a float32 of eight bits (Dekker's splitting).
+    """
+    if INTERPRETED and OPERAND == tl.bfloat16:
+        x = x.to(tl.float32)
+        high = x * 65537.0
+        return tl.where(tl.abs(x) < 1e33, high - (high - x), x)
+    elif PRECISION == "tf32" and x.dtype == tl.float32:  # the matrix unit would cut the bits off
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(tl.abs(x) < 1e38, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(OPERAND)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b of operands."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def load_tile(rows, t, x, valid, in_x):
+    """[Q, X] out of (pointer, stride of tokens, of the other axis); zeros outside."""
+    at = rows[0] + t[:, None] * rows[1] + x[None, :] * rows[2]
+    return tl.load(at, mask=valid[:, None] & in_x[None, :], other=0.0)
+
+
+@triton.jit
+def steps(dt, bias, t, valid, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """(dt + bias, d before the limits, d), [Q]; d = 0, which neither decays nor adds, outside. bias [1]."""
+    raw = tl.load(dt[0] + t * dt[1], mask=valid, other=0.0).to(bias.dtype) + bias
+    free = raw
+    if SOFTPLUS:
+        free = softplus(raw)
+    d = tl.where(free < LOW, tl.full(free.shape, LOW, free.dtype), free)
+    d = tl.where(d > HIGH, tl.full(free.shape, HIGH, free.dtype), d)
+    return raw, free, tl.where(valid, d, 0.0)
+
+
+@triton.jit
+def changes(seq, t, valid, first):
+    """Where another sequence begins, [Q]; seq: (pointer or None, stride)."""
+    if seq[0] is None:
+        return valid & False
+    else:
+        here = tl.load(seq[0] + t * seq[1], mask=valid, other=0)
+        before = tl.load(seq[0] + (t - 1) * seq[1], mask=valid & (t > first), other=0)
+        return valid & (t > first) & (here != before)
+
+
+@triton.jit
+def exponents(d, A, valid, changed):
+    """The logarithms of the decays by two as (coarse, fine), [Q]. A [1]."""
+    a = tl.where(valid, d * (A * LOG2E), 0.0)
+    floor: tl.constexpr = -2048.0 if d.dtype == tl.float64 else -256.0
+    a = tl.where((a < floor) | changed, floor, tl.where(a > -floor, -floor, a))
+    coarse = tl.floor(a * 256.0) * (1.0 / 256.0)
+    return coarse, a - coarse
+
+
+@triton.jit
+def decays(d, A, valid, changed):
+    """(coarse, fine running sums, the decay of the whole chunk, from its start to each token, from each to its end)."""
+    coarse, fine = exponents(d, A, valid, changed)
+    all_coarse, all_fine = tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
+    coarse, fine = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
+    to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
+    return coarse, fine, tl.exp2(all_coarse + all_fine), tl.exp2(coarse + fine), to_end
+
+
+@triton.jit
+def between(coarse, fine, seen, later: tl.constexpr):
+    """The decay between two tokens of a chunk, [Q, Q], 0 where not `seen`; the axis of the later token is `later`."""
+    if later == 0:
+        gap = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    else:
+        gap = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
+    return tl.exp2(tl.where(seen, gap, -float("inf")))
+
+
+@triton.jit
+def broken(state):
+    """Whether a value of the tile is NaN or Inf."""
+    return tl.max(tl.max(tl.where(tl.abs(state) < float("inf"), 0, 1), axis=1), axis=0) > 0
+
+
+@triton.jit
+def state_before(state, local_ptr, through_ptr, slot, count, H, h, at, inside, STEP: tl.constexpr):
+    """The state after `count` windows, of which `slot` has the first, that begin with `state`."""
+    for k in range(count):
+        one = tl.cast(slot + k * STEP, tl.int64) * H + h
+        through = tl.load(through_ptr + one)
+        state = tl.where(through < 0, 0.0, through * state)  # a boundary, which stops NaN too
+        state += tl.load(local_ptr + one * at[1] + at[0], mask=inside, other=0.0)
+    return state
+
+
+@triton.jit
+def token_by_token(
+    state, out, x, dt, B, C, seq, z, A, bias, skip, begin, end, first, n, p, in_n, in_p,
+    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """The recurrence as it is written, for what is not finite: in products 0 x NaN of a later token reaches earlier ones.
+
+    Returns the state after it; stores what C reads of it, unless `out` has no pointer.
+    """
+    one = tl.arange(0, 1)
+    for token in range(begin, end):
+        t, valid = index(token + one, INT64), one == 0
+        raw, free, d = steps(dt, bias, t, valid, SOFTPLUS, LOW, HIGH)
+        changed = changes(seq, t, valid, first)
+        coarse, fine = exponents(d, A, valid, changed)
+        x_t = load_tile(x, t, p, valid, in_p).to(state.dtype)  # [1, BLOCK_P]
+        B_t = tl.trans(load_tile(B, t, n, valid, in_n)).to(state.dtype)  # [BLOCK_N, 1]
+        state = tl.where(changed[:, None], 0.0, tl.exp2(coarse + fine)[:, None] * state)
+        state = tl.where(in_n[:, None], state + B_t * (d[:, None] * x_t), 0.0)
+        if out[0] is not None:
+            C_t = tl.trans(load_tile(C, t, n, valid, in_n)).to(state.dtype)
+            read = tl.where(in_n[:, None], state * C_t, 0.0)
+            store_out(out, tl.sum(read, axis=0)[None, :], x_t, z, skip, t, p, valid, in_p)
+    return state
+
+
+@triton.jit
+def store_out(out, y, x, z, skip, t, p, valid, in_p):
+    """(y + D x) silu(z), [Q, BLOCK_P]."""
+    y += skip[None, :] * x
+    if z[0] is not None:
+        gate = load_tile(z, t, p, valid, in_p).to(y.dtype)
+        y *= gate / (1 + tl.exp(-gate))
+    at = out[0] + t[:, None] * out[1] + p[None, :] * out[2]
+    tl.store(at, y.to(out[0].dtype.element_ty), mask=valid[:, None] & in_p[None, :])
+
+
+@triton.jit
+def load_head(ptr, stride, h, dtype: tl.constexpr):
+    """A or dt_bias of a head, [1]; 0 when absent."""
+    if ptr is None:
+        return tl.zeros([1], dtype)
+    else:
+        return tl.load(ptr + h * stride + tl.arange(0, 1))
+
+
+@triton.jit
+def load_skip(ptr, stride_h, stride_p, h, p, in_p, dtype: tl.constexpr):
+    """D of a head, [BLOCK_P]; zeros when absent."""
+    if ptr is None:
+        return tl.zeros(p.shape, dtype)
+    else:
+        return tl.load(ptr + h * stride_h + p * stride_p, mask=in_p, other=0.0)
+
+
+# --- host side ------------------------------------------------------------------------------------------------------
+
+WANTED = 2 * 132  # programs, two a multiprocessor of an H100/H200: one waits while the other multiplies
+LEAST_SEGMENT = 512
+
+
+def real_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def precision_of(dtype: torch.dtype) -> dict:
+    """float16's products are tf32's: as many bits, with the range that states need. float32's are three of tf32."""
+    precision = {torch.float16: "tf32", torch.float32: "tf32x3"}.get(dtype, "ieee")
+    return dict(OPERAND=TYPES[dtype], PRECISION=precision)
+
+
+def default_blocks(x: torch.Tensor, states: int, *, most_p: int = 64) -> dict:
+    """Q, BLOCK_P and num_warps: a state in 64 registers a thread, and 4 warps, where the sizes allow."""
+    block_n = block_of(states)
+    size = {torch.float64: 16, torch.float32: 32}.get(x.dtype, most_p)
+    block_p = max(16, min(block_of(x.shape[3]), size, 2**15 // block_n))
+    return {"Q": size, "BLOCK_P": block_p, "num_warps": 8 if block_n * block_p > 2**13 else 4}
+
+
+def block_of(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def tuning_key(x: torch.Tensor, states: int) -> str:
+    return f"{str(x.dtype)[6:]}-N{block_of(states)}-P{block_of(x.shape[3])}"
+
+
+def segment_of(x: torch.Tensor, blocks: dict) -> int:
+    """K: as many segments as give every multiprocessor its programs, a multiple of Q."""
+    batch, length, heads, width = x.shape
+    programs = batch * heads * triton.cdiv(width, blocks["BLOCK_P"])
+    segments = max(1, min(WANTED // programs, length // LEAST_SEGMENT))
+    return triton.cdiv(triton.cdiv(length, segments), blocks["Q"]) * blocks["Q"]
+
+
+def windows_of(x: torch.Tensor, cu_seqlens: torch.Tensor | None, K: int) -> dict:
+    """The numbers that `window_of` takes, and the slots."""
+    batch, length = x.shape[:2]
+    windows = triton.cdiv(length, K)
+    if cu_seqlens is None:
+        return dict(S=batch, windows=windows, slots=batch * windows)
+    sequences = cu_seqlens.shape[0] - 1
+    return dict(S=sequences, windows=windows, slots=length // K + sequences)
+
+
+def common_args(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, softplus, low, high) -> dict:
+    """What the kernels of the op take of its arguments."""
+    skip = D if D is None or D.dim() == 2 else D[:, None].expand(-1, x.shape[3])
+    return dict(
+        x_ptr=x, dt_ptr=dt, A_ptr=A, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z, bias_ptr=dt_bias, seq_ptr=seq_idx,
+        cu_ptr=cu_seqlens, L=x.shape[1], H=x.shape[2], heads=x.shape[2] // B.shape[2], **strides("x", x, "blhp"),
+        **strides("dt", dt, "blh"), **strides("A", A, "h"), **strides("B", B, "blgn"), **strides("C", C, "blgn"),
+        **strides("D", skip, "hp"), **strides("z", z, "blhp"), **strides("bias", dt_bias, "h"),
+        **strides("seq", seq_idx, "bl"), N=B.shape[3], P=x.shape[3], SOFTPLUS=softplus, LOW=low, HIGH=high,
+        **precision_of(x.dtype), BLOCK_N=block_of(B.shape[3]),
+    )  # fmt: skip
+
+
+def chosen(kernel, arguments: dict) -> dict:
+    """Those that the kernel takes."""
+    return {name: arguments[name] for name in kernel.arg_names}
+
+
+def sample(dtype: torch.dtype, options: str) -> tuple[tuple, tuple]:
+    """(the op's arguments, (out, final_states, varlen_states)) on the meta device, 16,384 tokens of a large layer.
+
+    "segments": few heads. "packed": cu_seqlens, seq_idx's place taken; every option there is. "wide": 64-bit offsets.
+    """
+    real, length = real_of(dtype), 2**22 if options == "wide" else 2**14
+    H, P, G, N = 24 if options == "segments" else 128, 64, 2 if options == "packed" else 1, 128
+    x, dt, matrix = meta(1, length, H, P, dtype=dtype), meta(1, length, H, dtype=dtype), meta(1, length, G, N, dtype=dtype)
+    head = meta(H, dtype=real)
+    cu = meta(9, dtype=torch.int32) if options == "packed" else None
+    seq = meta(1, length, dtype=torch.int32) if options == "segments" else None
+    states = meta(8 if options == "packed" else 1, H, P, N, dtype=real)
+    initial = states if options in ("packed", "segments") else None
+    args = (x, dt, head, matrix, matrix, head, x if options == "packed" else None, head, initial, seq, cu, True, 0.0, float("inf"))
+    return args, (x, meta(1, H, P, N, dtype=real), states)
