@@ -79,15 +79,13 @@ def load_tile(rows, t, x, valid, in_x):
 
 
 @triton.jit
-def steps(dt, bias, t, valid, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """(dt + bias, d before the limits, d), [Q]; d = 0, which neither decays nor adds, outside. bias [1]."""
-    raw = tl.load(dt[0] + t * dt[1], mask=valid, other=0.0).to(bias.dtype) + bias
+def limited(raw, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """(d before the limits, d) of dt + dt_bias."""
     free = raw
     if SOFTPLUS:
         free = softplus(raw)
     d = tl.where(free < LOW, tl.full(free.shape, LOW, free.dtype), free)
-    d = tl.where(d > HIGH, tl.full(free.shape, HIGH, free.dtype), d)
-    return raw, free, tl.where(valid, d, 0.0)
+    return free, tl.where(d > HIGH, tl.full(free.shape, HIGH, free.dtype), d)
 
 
 @triton.jit
@@ -103,7 +101,7 @@ def changes(seq, t, valid, first):
 
 @triton.jit
 def exponents(d, A, valid, changed):
-    """The logarithms of the decays by two as (coarse, fine), [Q]. A [1]."""
+    """The logarithms of the decays by two as (coarse, fine)."""
     a = tl.where(valid, d * (A * LOG2E), 0.0)
     floor: tl.constexpr = -2048.0 if d.dtype == tl.float64 else -256.0
     a = tl.where((a < floor) | changed, floor, tl.where(a > -floor, -floor, a))
@@ -112,13 +110,11 @@ def exponents(d, A, valid, changed):
 
 
 @triton.jit
-def decays(d, A, valid, changed):
-    """(coarse, fine running sums, the decay of the whole chunk, from its start to each token, from each to its end)."""
-    coarse, fine = exponents(d, A, valid, changed)
-    all_coarse, all_fine = tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
-    coarse, fine = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
-    to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
-    return coarse, fine, tl.exp2(all_coarse + all_fine), tl.exp2(coarse + fine), to_end
+def sums(steps, t, valid, at):
+    """(coarse, fine) sums at tokens t, [Q], and at token `at`; steps: (pointer to a head's d, distance of the parts)."""
+    coarse = tl.load(steps[0] + steps[1] + t, mask=valid, other=0.0)
+    fine = tl.load(steps[0] + 2 * steps[1] + t, mask=valid, other=0.0)
+    return coarse, fine, tl.load(steps[0] + steps[1] + at), tl.load(steps[0] + 2 * steps[1] + at)
 
 
 @triton.jit
@@ -133,8 +129,8 @@ def between(coarse, fine, seen, later: tl.constexpr):
 
 @triton.jit
 def broken(state):
-    """Whether a value of the tile is NaN or Inf."""
-    return tl.max(tl.max(tl.where(tl.abs(state) < float("inf"), 0, 1), axis=1), axis=0) > 0
+    """1 when a value of the tile is NaN or Inf, else 0."""
+    return tl.max(tl.max(tl.where(tl.abs(state) < float("inf"), 0, 1), axis=1), axis=0)
 
 
 @triton.jit
@@ -145,32 +141,6 @@ def state_before(state, local_ptr, through_ptr, slot, count, H, h, at, inside, S
         through = tl.load(through_ptr + one)
         state = tl.where(through < 0, 0.0, through * state)  # a boundary, which stops NaN too
         state += tl.load(local_ptr + one * at[1] + at[0], mask=inside, other=0.0)
-    return state
-
-
-@triton.jit
-def token_by_token(
-    state, out, x, dt, B, C, seq, z, A, bias, skip, begin, end, first, n, p, in_n, in_p,
-    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, INT64: tl.constexpr,
-):  # fmt: skip
-    """The recurrence as it is written, for what is not finite: in products 0 x NaN of a later token reaches earlier ones.
-
-    Returns the state after it; stores what C reads of it, unless `out` has no pointer.
-    """
-    one = tl.arange(0, 1)
-    for token in range(begin, end):
-        t, valid = index(token + one, INT64), one == 0
-        raw, free, d = steps(dt, bias, t, valid, SOFTPLUS, LOW, HIGH)
-        changed = changes(seq, t, valid, first)
-        coarse, fine = exponents(d, A, valid, changed)
-        x_t = load_tile(x, t, p, valid, in_p).to(state.dtype)  # [1, BLOCK_P]
-        B_t = tl.trans(load_tile(B, t, n, valid, in_n)).to(state.dtype)  # [BLOCK_N, 1]
-        state = tl.where(changed[:, None], 0.0, tl.exp2(coarse + fine)[:, None] * state)
-        state = tl.where(in_n[:, None], state + B_t * (d[:, None] * x_t), 0.0)
-        if out[0] is not None:
-            C_t = tl.trans(load_tile(C, t, n, valid, in_n)).to(state.dtype)
-            read = tl.where(in_n[:, None], state * C_t, 0.0)
-            store_out(out, tl.sum(read, axis=0)[None, :], x_t, z, skip, t, p, valid, in_p)
     return state
 
 

@@ -29,7 +29,7 @@ joining the states of the segments before its own: no kernel for that, and no st
 What stays in registers: the state, 64 a thread (128 x 64 float32 over 4 warps), M o C B^T and Y, 32 each.
 
 NaN and Inf: a product reads 0 x NaN of later tokens. A state that holds NaN keeps it, so that one look at the last state
-tells whether any came up, and the walk is repeated token by token.
+tells whether any came up; ssd_scan_tokens.py then goes the same way token by token.
 Determinism: every sum has a fixed order; K depends on the shapes alone. Offsets are 64-bit where they need be.
 """
 
@@ -41,12 +41,9 @@ from .common import Launch, compile_spec, index, strides, wide
 from .ssd_device import (
     between,
     broken,
-    changes,
     common_args,
     chosen,
-    decays,
     default_blocks,
-    load_head,
     load_skip,
     load_tile,
     operand,
@@ -54,14 +51,15 @@ from .ssd_device import (
     sample,
     segment_of,
     state_before,
-    steps,
     store_out,
-    token_by_token,
+    sums,
     tuning_key,
     window_of,
     windows_of,
 )  # fmt: skip
-from .ssd_scan_states import plan_totals, totals_of
+from .ssd_scan_states import plan_totals, steps_of, totals_of
+from .ssd_scan_steps import plan_steps
+from .ssd_scan_tokens import plan_tokens
 from .tuning import config
 
 __all__ = ["ssd_scan_fwd", "supports"]
@@ -69,20 +67,19 @@ __all__ = ["ssd_scan_fwd", "supports"]
 
 @triton.jit
 def _ssd_scan_fwd_kernel(
-    out_ptr, final_ptr, varlen_ptr, local_ptr, through_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
-    initial_ptr, seq_ptr, cu_ptr, L, H, heads, S, windows, K, initials,
-    stride_out_b, stride_out_l, stride_out_h, stride_out_p, stride_final_b, stride_final_h, stride_final_p, stride_final_n,
-    stride_varlen_s, stride_varlen_h, stride_varlen_p, stride_varlen_n, stride_x_b, stride_x_l, stride_x_h, stride_x_p,
-    stride_dt_b, stride_dt_l, stride_dt_h, stride_A_h, stride_B_b, stride_B_l, stride_B_g, stride_B_n,
+    broken_ptr, out_ptr, final_ptr, varlen_ptr, local_ptr, through_ptr, steps_ptr, x_ptr, B_ptr, C_ptr, D_ptr, z_ptr,
+    initial_ptr, cu_ptr, size, L, H, heads, S, windows, K, initials,
+    stride_out_b, stride_out_l, stride_out_h, stride_out_p,
+    stride_x_b, stride_x_l, stride_x_h, stride_x_p,
+    stride_B_b, stride_B_l, stride_B_g, stride_B_n,
     stride_C_b, stride_C_l, stride_C_g, stride_C_n, stride_D_h, stride_D_p,
-    stride_z_b, stride_z_l, stride_z_h, stride_z_p, stride_bias_h,
-    stride_initial_b, stride_initial_h, stride_initial_p, stride_initial_n, stride_seq_b, stride_seq_l,
-    N: tl.constexpr, P: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    stride_z_b, stride_z_l, stride_z_h, stride_z_p,
+    stride_initial_b, stride_initial_h, stride_initial_p, stride_initial_n,
+    N: tl.constexpr, P: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """heads: of a group. initials: how many sequences have an initial state. Grid (slots blocks of P x H,)."""
-    acc: tl.constexpr = A_ptr.dtype.element_ty
+    acc: tl.constexpr = steps_ptr.dtype.element_ty
     program = tl.program_id(0)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     slot = program // (H * blocks)
@@ -92,63 +89,55 @@ def _ssd_scan_fwd_kernel(
     in_n, in_p = n < N, p < P
     in_np = in_n[:, None] & in_p[None, :]
     x = (x_ptr + row * stride_x_b + h * stride_x_h, stride_x_l, stride_x_p)
-    dt = (dt_ptr + row * stride_dt_b + h * stride_dt_h, stride_dt_l)
+    steps = (steps_ptr + (tl.cast(row, tl.int64) * H + h) * L, tl.cast(size, tl.int64))
     B = (B_ptr + row * stride_B_b + g * stride_B_g, stride_B_l, stride_B_n)
     C = (C_ptr + row * stride_C_b + g * stride_C_g, stride_C_l, stride_C_n)
     out = (out_ptr + row * stride_out_b + h * stride_out_h, stride_out_l, stride_out_p)
     z = (None, stride_z_l, stride_z_p)
     if z_ptr is not None:
         z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
-    seq = (None, stride_seq_l)
-    if seq_ptr is not None:
-        seq = (seq_ptr + row * stride_seq_b, stride_seq_l)
-    A, bias = load_head(A_ptr, stride_A_h, h, acc), load_head(bias_ptr, stride_bias_h, h, acc)
     skip = load_skip(D_ptr, stride_D_h, stride_D_p, h, p, in_p, acc)
     i = tl.arange(0, Q)
     seen = i[:, None] >= i[None, :]
 
-    entering = tl.zeros([BLOCK_N, BLOCK_P], acc)
+    state = tl.zeros([BLOCK_N, BLOCK_P], acc)
     if initial_ptr is not None:
         initial_ptr += tl.cast(sequence, tl.int64) * stride_initial_b + h * stride_initial_h
         at = p[None, :] * stride_initial_p + n[:, None] * stride_initial_n
-        entering = tl.load(initial_ptr + at, mask=in_np & (sequence < initials), other=0.0)  # [BLOCK_N, BLOCK_P]
+        state = tl.load(initial_ptr + at, mask=in_np & (sequence < initials), other=0.0)  # [BLOCK_N, BLOCK_P]
     if local_ptr is not None:
         before = window - first // K
         cell = (n[:, None] * P + p[None, :], N * P)
-        entering = state_before(entering, local_ptr, through_ptr, slot - before, before, H, h, cell, in_np, 1)
+        state = state_before(state, local_ptr, through_ptr, slot - before, before, H, h, cell, in_np, 1)
 
-    state = entering
-    for chunk in range(begin // Q, tl.cdiv(end, Q)):
+    for chunk in range(begin // Q, tl.where(end > begin, tl.cdiv(end, Q), 0)):
         t = chunk * Q + i
         valid = (t >= begin) & (t < end)
         t = index(t, INT64)
         x_t = load_tile(x, t, p, valid, in_p)  # [Q, BLOCK_P]
         B_t = operand(load_tile(B, t, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
         C_t = operand(load_tile(C, t, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
-        raw, free, d = steps(dt, bias, t, valid, SOFTPLUS, LOW, HIGH)
-        coarse, fine, through, from_start, to_end = decays(d, A, valid, changes(seq, t, valid, first))
+        d = tl.load(steps[0] + t, mask=valid, other=0.0)
+        coarse, fine, all_coarse, all_fine = sums(steps, t, valid, tl.minimum(chunk * Q + Q, end) - 1)
         scores = product(C_t, tl.trans(B_t), tl.zeros([Q, Q], acc), PRECISION)
         pairs = tl.where(seen, scores * between(coarse, fine, seen, 0) * d[None, :], 0.0)  # [Q, Q]
         y = product(C_t, operand(state, OPERAND, PRECISION), tl.zeros([Q, BLOCK_P], acc), PRECISION)
-        y *= from_start[:, None]
+        y *= tl.exp2(coarse + fine)[:, None]
         y = product(operand(pairs, OPERAND, PRECISION), operand(x_t, OPERAND, PRECISION), y, PRECISION)
+        to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
         added = operand(x_t.to(acc) * (to_end * d)[:, None], OPERAND, PRECISION)
-        state = product(tl.trans(B_t), added, state * through, PRECISION)
+        state = product(tl.trans(B_t), added, state * tl.exp2(all_coarse + all_fine), PRECISION)
         store_out(out, y, x_t.to(acc), z, skip, t, p, valid, in_p)
 
-    if broken(state):
-        tl.debug_barrier()  # what was written is written over, by other threads
-        state = token_by_token(
-            entering, out, x, dt, B, C, seq, z, A, bias, skip, begin, end, first, n, p, in_n, in_p, SOFTPLUS, LOW, HIGH,
-            INT64,
-        )  # fmt: skip
+    tl.store(broken_ptr + program, broken(state))
     if end == last:
+        in_state = p[None, :] * N + n[:, None]  # ours has no gaps
         if cu_ptr is not None:
-            to = varlen_ptr + tl.cast(sequence, tl.int64) * stride_varlen_s + h * stride_varlen_h
-            tl.store(to + p[None, :] * stride_varlen_p + n[:, None] * stride_varlen_n, state, mask=in_np)
+            one = tl.cast(sequence, tl.int64) * H + h
+            tl.store(varlen_ptr + one * (P * N) + in_state, state, mask=in_np)
         if (last == L) & (last > first):
-            to = final_ptr + row * stride_final_b + h * stride_final_h
-            tl.store(to + p[None, :] * stride_final_p + n[:, None] * stride_final_n, state, mask=in_np)
+            one = tl.cast(row, tl.int64) * H + h
+            tl.store(final_ptr + one * (P * N) + in_state, state, mask=in_np)
 
 
 MOST_STATES = 256  # B, C and a state in shared memory, two chunks at once
@@ -166,19 +155,20 @@ def plan_ssd_scan_fwd(out, final, varlen, *args) -> list[Launch]:
     blocks = config("ssd_scan_fwd", tuning_key(x, states), x.device, default_blocks(x, states))
     K = segment_of(x, blocks)
     windows = windows_of(x, cu_seqlens, K)
-    totals = plan_totals(args, K)
+    steps = plan_steps(args, blocks["Q"])
+    totals = plan_totals(args, K, blocks, steps)
     programs = windows.pop("slots") * x.shape[2] * triton.cdiv(x.shape[3], blocks["BLOCK_P"])
     packed = None if cu_seqlens is None else varlen
     arguments = dict(
-        common_args(*args), **totals_of(totals), out_ptr=out, final_ptr=final, varlen_ptr=packed,
+        broken_ptr=x.new_empty(programs, dtype=torch.int8), **common_args(*args), **totals_of(totals), **steps_of(steps),
+        out_ptr=out, final_ptr=final, varlen_ptr=packed,
         initial_ptr=initial, initials=0 if initial is None else initial.shape[0], **windows, K=K,
-        **strides("out", out, "blhp"), **strides("final", final, "bhpn"), **strides("varlen", packed, "shpn"),
-        **strides("initial", initial, "bhpn"), INT64=wide(out, x, *args[1:2], B, args[4], args[6]), Q=blocks["Q"],
+        **strides("out", out, "blhp"), **strides("initial", initial, "bhpn"), INT64=wide(out, x, *args[1:2], B, args[4], args[6]), Q=blocks["Q"],
         BLOCK_P=blocks["BLOCK_P"],
     )  # fmt: skip
     kernel = _ssd_scan_fwd_kernel
     launch = Launch(kernel, (programs,), chosen(kernel, arguments), blocks["num_warps"], blocks.get("num_stages"))
-    return [*totals, launch]
+    return [steps, *totals, launch, plan_tokens(arguments, programs)]
 
 
 def ssd_scan_fwd(out, final_states, varlen_states, *args) -> None:
@@ -189,7 +179,7 @@ def ssd_scan_fwd(out, final_states, varlen_states, *args) -> None:
 
 def _spec(dtype: torch.dtype, options: str) -> Launch:
     args, outputs = sample(dtype, options)
-    return plan_ssd_scan_fwd(*outputs, *args)[-1]
+    return plan_ssd_scan_fwd(*outputs, *args)[-2]
 
 
 for _options in ("", "segments", "packed", "wide"):

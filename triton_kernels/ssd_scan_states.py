@@ -16,6 +16,7 @@ L2), 2 N P / Q = 256 written by the second use; 2 N P = 16,384 FLOP. HBM bounds 
 The work is split, and states are held, as in the forward (ssd_scan.py).
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -26,9 +27,6 @@ from .ssd_device import (
     changes,
     chosen,
     common_args,
-    decays,
-    default_blocks,
-    load_head,
     load_tile,
     operand,
     product,
@@ -36,39 +34,38 @@ from .ssd_device import (
     sample,
     segment_of,
     state_before,
-    steps,
-    token_by_token,
-    tuning_key,
+    sums,
     window_of,
     windows_of,
 )  # fmt: skip
-from .tuning import config
+from .ssd_scan_tokens import plan_tokens
 
-__all__ = ["plan_all", "plan_totals", "totals_of"]
+__all__ = ["plan_all", "plan_totals", "steps_of", "totals_of"]
 
 
 @triton.jit
 def _ssd_scan_states_kernel(
-    saved_ptr, local_ptr, through_ptr, dinitial_ptr, x_ptr, z_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, initial_ptr,
-    dfinal_ptr, dvarlen_ptr, seq_ptr, cu_ptr, L, H, heads, S, windows, K, chunks, initials,
+    broken_ptr, saved_ptr, local_ptr, through_ptr, dinitial_ptr, steps_ptr, x_ptr, z_ptr, B_ptr, initial_ptr,
+    dfinal_ptr, dvarlen_ptr, seq_ptr, cu_ptr, size, L, H, heads, S, windows, K, chunks, initials,
     stride_dinitial_b, stride_dinitial_h, stride_dinitial_p, stride_dinitial_n,
     stride_x_b, stride_x_l, stride_x_h, stride_x_p, stride_z_b, stride_z_l, stride_z_h, stride_z_p,
-    stride_dt_b, stride_dt_l, stride_dt_h, stride_A_h, stride_B_b, stride_B_l, stride_B_g, stride_B_n, stride_bias_h,
+    stride_B_b, stride_B_l, stride_B_g, stride_B_n,
     stride_initial_b, stride_initial_h, stride_initial_p, stride_initial_n,
     stride_dfinal_b, stride_dfinal_h, stride_dfinal_p, stride_dfinal_n,
     stride_dvarlen_s, stride_dvarlen_h, stride_dvarlen_p, stride_dvarlen_n, stride_seq_b, stride_seq_l,
-    N: tl.constexpr, P: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """REVERSE: x is dout, B is C. Without saved_ptr totals are written, else read. Grid (slots blocks of P x H,)."""
-    acc: tl.constexpr = A_ptr.dtype.element_ty
+    acc: tl.constexpr = steps_ptr.dtype.element_ty
     program = tl.program_id(0)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     slot = program // (H * blocks)
     row, sequence, window, begin, end, first, last = window_of(cu_ptr, slot, S, L, windows, K)
     if saved_ptr is None:
         if (begin == first if REVERSE else end == last) | (end < begin):
+            if not REVERSE:
+                tl.store(broken_ptr + program, 0)
             return
     h, g = index(program % H, INT64), index(program % H // heads, INT64)
     n, p = index(tl.arange(0, BLOCK_N), INT64), program // H % blocks * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
@@ -76,7 +73,7 @@ def _ssd_scan_states_kernel(
     in_np = in_n[:, None] & in_p[None, :]
     cell = n[:, None] * P + p[None, :]  # of a buffer's state
     x = (x_ptr + row * stride_x_b + h * stride_x_h, stride_x_l, stride_x_p)
-    dt = (dt_ptr + row * stride_dt_b + h * stride_dt_h, stride_dt_l)
+    steps = (steps_ptr + (tl.cast(row, tl.int64) * H + h) * L, tl.cast(size, tl.int64))
     B = (B_ptr + row * stride_B_b + g * stride_B_g, stride_B_l, stride_B_n)
     z = (None, stride_z_l, stride_z_p)
     if z_ptr is not None:
@@ -84,7 +81,6 @@ def _ssd_scan_states_kernel(
     seq = (None, stride_seq_l)
     if seq_ptr is not None:
         seq = (seq_ptr + row * stride_seq_b, stride_seq_l)
-    A, bias = load_head(A_ptr, stride_A_h, h, acc), load_head(bias_ptr, stride_bias_h, h, acc)
 
     state = tl.zeros([BLOCK_N, BLOCK_P], acc)
     if saved_ptr is not None:
@@ -108,8 +104,8 @@ def _ssd_scan_states_kernel(
                 count = window - first // K
                 state = state_before(state, local_ptr, through_ptr, slot - count, count, H, h, (cell, N * P), in_np, 1)
 
-    all_through = tl.full([], 1.0, acc)
-    passed, past = begin // Q, tl.cdiv(end, Q)
+    all_through, cut = tl.full([], 1.0, acc), 0
+    passed, past = begin // Q, tl.where(end > begin, tl.cdiv(end, Q), 0)
     for chunk in range(passed, past):
         if REVERSE:
             chunk = passed + past - 1 - chunk
@@ -121,32 +117,27 @@ def _ssd_scan_states_kernel(
         t = index(t, INT64)
         x_t = load_tile(x, t, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
         B_t = operand(load_tile(B, t, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
-        raw, free, d = steps(dt, bias, t, valid, SOFTPLUS, LOW, HIGH)
-        changed = changes(seq, t, valid, first)
-        coarse, fine, through, from_start, to_end = decays(d, A, valid, changed)
+        coarse, fine, all_coarse, all_fine = sums(steps, t, valid, tl.minimum(chunk * Q + Q, end) - 1)
+        through = tl.exp2(all_coarse + all_fine)
         if REVERSE:
-            x_t *= from_start[:, None]
+            x_t *= tl.exp2(coarse + fine)[:, None]
             if z_ptr is not None:
                 gate = load_tile(z, t, p, valid, in_p).to(acc)
                 x_t *= gate * sigmoid(gate)
         else:
-            x_t *= (to_end * d)[:, None]
+            d = tl.load(steps[0] + t, mask=valid, other=0.0)
+            x_t *= (tl.exp2((all_coarse - coarse) + (all_fine - fine)) * d)[:, None]
         state = product(tl.trans(B_t), operand(x_t, OPERAND, PRECISION), state * through, PRECISION)
         if saved_ptr is None:
-            all_through *= tl.where(tl.max(changed.to(tl.int32), axis=0) > 0, -through, through)
-            all_through = tl.where(tl.max(changed.to(tl.int32), axis=0) > 0, -1.0, all_through)
+            all_through *= through
+            cut = tl.maximum(cut, tl.max(changes(seq, t, valid, first).to(tl.int32), axis=0))
 
     if saved_ptr is None:
         if not REVERSE:
-            if broken(state):
-                nothing = (None, stride_x_l, stride_x_p)
-                state = token_by_token(
-                    tl.zeros([BLOCK_N, BLOCK_P], acc), nothing, x, dt, B, B, seq, nothing, A, bias,
-                    tl.zeros([BLOCK_P], acc), begin, end, first, n, p, in_n, in_p, SOFTPLUS, LOW, HIGH, INT64,
-                )  # fmt: skip
+            tl.store(broken_ptr + program, broken(state))
         one = tl.cast(slot, tl.int64) * H + h
         tl.store(local_ptr + one * (N * P) + cell, state, mask=in_np)
-        tl.store(through_ptr + one, all_through)
+        tl.store(through_ptr + one, tl.where(cut > 0, -1.0, all_through))
     elif dinitial_ptr is not None:
         if begin == first:
             to = dinitial_ptr + tl.cast(sequence, tl.int64) * stride_dinitial_b + h * stride_dinitial_h
@@ -154,8 +145,8 @@ def _ssd_scan_states_kernel(
             tl.store(to, state, mask=in_np & (sequence < initials) & (end >= begin))
 
 
-def _plan(args, K, blocks, totals=(), *, dout=None, saved=None, initial=None, dinitial=None, dfinal=None, dvarlen=None):
-    """The launch over the op's arguments; with dout in reverse."""
+def _plan(args, K, blocks, steps, totals=(), *, dout=None, saved=None, initial=None, dinitial=None, dfinal=None, dvarlen=None):
+    """The launches over the op's arguments; with dout in reverse."""
     x, B, C, z, cu_seqlens = args[0], args[3], args[4], args[6], args[10]
     reverse = dout is not None
     common, windows = common_args(*args), windows_of(x, cu_seqlens, K)
@@ -171,24 +162,29 @@ def _plan(args, K, blocks, totals=(), *, dout=None, saved=None, initial=None, di
         totals = totals_of(totals)
     starts = next((t for t in (initial, dinitial) if t is not None), None)
     arguments = dict(
-        common, **windows, **totals, saved_ptr=saved, dinitial_ptr=dinitial, initial_ptr=initial, dfinal_ptr=dfinal,
+        common, **windows, **totals, **steps_of(steps), saved_ptr=saved, dinitial_ptr=dinitial, initial_ptr=initial, dfinal_ptr=dfinal,
         dvarlen_ptr=dvarlen, K=K, chunks=triton.cdiv(x.shape[1], blocks["Q"]),
         initials=0 if starts is None else starts.shape[0], **strides("dinitial", dinitial, "bhpn"),
         **strides("initial", initial, "bhpn"), **strides("dfinal", dfinal, "bhpn"), **strides("dvarlen", dvarlen, "shpn"),
         REVERSE=reverse, INT64=wide(x, args[1], B, C, z, dout), Q=blocks["Q"], BLOCK_P=blocks["BLOCK_P"],
     )  # fmt: skip
-    grid, kernel = (slots * heads * triton.cdiv(width, blocks["BLOCK_P"]),), _ssd_scan_states_kernel
-    return Launch(kernel, grid, chosen(kernel, arguments), blocks["num_warps"], blocks.get("num_stages"))
+    programs, kernel = slots * heads * triton.cdiv(width, blocks["BLOCK_P"]), _ssd_scan_states_kernel
+    arguments["broken_ptr"] = x.new_empty(programs, dtype=torch.int8)
+    launch = Launch(kernel, (programs,), chosen(kernel, arguments), blocks["num_warps"], blocks.get("num_stages"))
+    if saved is not None or reverse:
+        return [launch]
+    nothing = dict(out_ptr=None, C_ptr=B, z_ptr=None, **{f"stride_{name}": 0 for name in ("out_b", "out_l", "out_h", "out_p")})
+    return [launch, plan_tokens(arguments | nothing, programs)]
 
 
-def blocks_for(args) -> dict:
-    x, states = args[0], args[3].shape[3]
-    return config("ssd_scan_states", tuning_key(x, states), x.device, default_blocks(x, states))
+def plan_totals(args, K, blocks, steps, dout=None) -> list[Launch]:
+    """The launches that write what each segment of K adds, none when there is one segment."""
+    return _plan(args, K, blocks, steps, dout=dout) if K < args[0].shape[1] else []
 
 
-def plan_totals(args, K, blocks=None, dout=None) -> list[Launch]:
-    """The launch that writes what each segment of K adds, none when there is one segment."""
-    return [_plan(args, K, blocks or blocks_for(args), dout=dout)] if K < args[0].shape[1] else []
+def steps_of(steps: Launch) -> dict:
+    """As arguments of a kernel that reads them."""
+    return {name: steps.args[name] for name in ("steps_ptr", "size")}
 
 
 def totals_of(totals: list[Launch]) -> dict:
@@ -196,8 +192,8 @@ def totals_of(totals: list[Launch]) -> dict:
     return {name: totals[0].args[name] if totals else None for name in ("local_ptr", "through_ptr")}
 
 
-def plan_all(saved, args, blocks, **options) -> list[Launch]:
+def plan_all(saved, args, blocks, steps, **options) -> list[Launch]:
     """The launches that write the state before each chunk, or, of `dout`, the gradient of that after it."""
     K = segment_of(args[0], blocks)
-    totals = plan_totals(args, K, blocks, options.get("dout"))
-    return [*totals, _plan(args, K, blocks, totals, saved=saved, **options)]
+    totals = plan_totals(args, K, blocks, steps, options.get("dout"))
+    return [*totals, *_plan(args, K, blocks, steps, totals, saved=saved, **options)]
