@@ -62,7 +62,7 @@ from .ssd_scan_steps import plan_steps
 from .ssd_scan_tokens import plan_tokens
 from .tuning import config
 
-__all__ = ["ssd_scan_fwd", "supports"]
+__all__ = ["ssd_scan_fwd"]
 
 
 @triton.jit
@@ -138,14 +138,6 @@ def _ssd_scan_fwd_kernel(
         if (last == L) & (last > first):
             one = tl.cast(row, tl.int64) * H + h
             tl.store(final_ptr + one * (P * N) + in_state, state, mask=in_np)
-
-
-MOST_STATES = 256  # B, C and a state in shared memory, two chunks at once
-
-
-def supports(x, dt, A, B, *rest) -> str | None:
-    most = MOST_STATES // (2 if x.dtype in (torch.float32, torch.float64) else 1)
-    return None if B.shape[3] <= most else f"B has more than {most} states"
 
 
 def plan_ssd_scan_fwd(out, final, varlen, *args) -> list[Launch]:
