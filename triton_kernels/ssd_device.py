@@ -72,9 +72,12 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_tile(rows, t, x, valid, in_x):
-    """[Q, X] out of (pointer, stride of tokens, of the other axis); zeros outside."""
-    at = rows[0] + t[:, None] * rows[1] + x[None, :] * rows[2]
+def load_tile(rows, start, i, x, valid, in_x):
+    """[Q, X] of tokens start + i, out of (pointer, stride of tokens, of the other axis); zeros outside.
+
+    The scalar part of the offset has 64 bits, and is kept apart: what varies by thread then stays the same in a loop.
+    """
+    at = rows[0] + tl.cast(start, tl.int64) * rows[1] + (i[:, None] * rows[1] + x[None, :] * rows[2])
     return tl.load(at, mask=valid[:, None] & in_x[None, :], other=0.0)
 
 
@@ -110,11 +113,15 @@ def exponents(d, A, valid, changed):
 
 
 @triton.jit
-def sums(steps, t, valid, at):
-    """(coarse, fine) sums at tokens t, [Q], and at token `at`; steps: (pointer to a head's d, distance of the parts)."""
-    coarse = tl.load(steps[0] + steps[1] + t, mask=valid, other=0.0)
-    fine = tl.load(steps[0] + 2 * steps[1] + t, mask=valid, other=0.0)
-    return coarse, fine, tl.load(steps[0] + steps[1] + at), tl.load(steps[0] + 2 * steps[1] + at)
+def sums(steps, start, i, begin, end, Q: tl.constexpr):
+    """(coarse, fine) sums at tokens start + i, [Q], and at the last of them; those outside have their neighbour's.
+
+    steps: (pointer to a head's d, distance of the parts).
+    """
+    near = tl.minimum(tl.maximum(i, begin - start), end - 1 - start)
+    last = tl.minimum(Q, end - start) - 1
+    coarse, fine = steps[0] + steps[1] + start, steps[0] + 2 * steps[1] + start
+    return tl.load(coarse + near), tl.load(fine + near), tl.load(coarse + last), tl.load(fine + last)
 
 
 @triton.jit
@@ -145,13 +152,13 @@ def state_before(state, local_ptr, through_ptr, slot, count, H, h, at, inside, S
 
 
 @triton.jit
-def store_out(out, y, x, z, skip, t, p, valid, in_p):
-    """(y + D x) silu(z), [Q, BLOCK_P]."""
+def store_out(out, y, x, z, skip, start, i, p, valid, in_p):
+    """(y + D x) silu(z) of tokens start + i, [Q, BLOCK_P]."""
     y += skip[None, :] * x
     if z[0] is not None:
-        gate = load_tile(z, t, p, valid, in_p).to(y.dtype)
+        gate = load_tile(z, start, i, p, valid, in_p).to(y.dtype)
         y *= gate / (1 + tl.exp(-gate))
-    at = out[0] + t[:, None] * out[1] + p[None, :] * out[2]
+    at = out[0] + tl.cast(start, tl.int64) * out[1] + (i[:, None] * out[1] + p[None, :] * out[2])
     tl.store(at, y.to(out[0].dtype.element_ty), mask=valid[:, None] & in_p[None, :])
 
 

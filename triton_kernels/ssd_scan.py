@@ -97,7 +97,7 @@ def _ssd_scan_fwd_kernel(
     if z_ptr is not None:
         z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
     skip = load_skip(D_ptr, stride_D_h, stride_D_p, h, p, in_p, acc)
-    i = tl.arange(0, Q)
+    i = index(tl.arange(0, Q), INT64)
     seen = i[:, None] >= i[None, :]
 
     state = tl.zeros([BLOCK_N, BLOCK_P], acc)
@@ -111,14 +111,13 @@ def _ssd_scan_fwd_kernel(
         state = state_before(state, local_ptr, through_ptr, slot - before, before, H, h, cell, in_np, 1)
 
     for chunk in range(begin // Q, tl.where(end > begin, tl.cdiv(end, Q), 0)):
-        t = chunk * Q + i
-        valid = (t >= begin) & (t < end)
-        t = index(t, INT64)
-        x_t = load_tile(x, t, p, valid, in_p)  # [Q, BLOCK_P]
-        B_t = operand(load_tile(B, t, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
-        C_t = operand(load_tile(C, t, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
-        d = tl.load(steps[0] + t, mask=valid, other=0.0)
-        coarse, fine, all_coarse, all_fine = sums(steps, t, valid, tl.minimum(chunk * Q + Q, end) - 1)
+        start = chunk * Q
+        valid = (i >= begin - start) & (i < end - start)
+        x_t = load_tile(x, start, i, p, valid, in_p)  # [Q, BLOCK_P]
+        B_t = operand(load_tile(B, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+        C_t = operand(load_tile(C, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+        d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
+        coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
         scores = product(C_t, tl.trans(B_t), tl.zeros([Q, Q], acc), PRECISION)
         pairs = tl.where(seen, scores * between(coarse, fine, seen, 0) * d[None, :], 0.0)  # [Q, Q]
         y = product(C_t, operand(state, OPERAND, PRECISION), tl.zeros([Q, BLOCK_P], acc), PRECISION)
@@ -127,7 +126,7 @@ def _ssd_scan_fwd_kernel(
         to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
         added = operand(x_t.to(acc) * (to_end * d)[:, None], OPERAND, PRECISION)
         state = product(tl.trans(B_t), added, state * tl.exp2(all_coarse + all_fine), PRECISION)
-        store_out(out, y, x_t.to(acc), z, skip, t, p, valid, in_p)
+        store_out(out, y, x_t.to(acc), z, skip, start, i, p, valid, in_p)
 
     tl.store(broken_ptr + program, broken(state))
     if end == last:

@@ -112,25 +112,24 @@ def _ssd_scan_states_kernel(
         if saved_ptr is not None:
             one = tl.cast(chunk + (row * chunks if cu_ptr is None else sequence), tl.int64) * H + h
             tl.store(saved_ptr + one * (N * P) + cell, operand(state, OPERAND, PRECISION), mask=in_np)
-        t = chunk * Q + tl.arange(0, Q)
-        valid = (t >= begin) & (t < end)
-        t = index(t, INT64)
-        x_t = load_tile(x, t, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
-        B_t = operand(load_tile(B, t, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
-        coarse, fine, all_coarse, all_fine = sums(steps, t, valid, tl.minimum(chunk * Q + Q, end) - 1)
+        start, i = chunk * Q, index(tl.arange(0, Q), INT64)
+        valid = (i >= begin - start) & (i < end - start)
+        x_t = load_tile(x, start, i, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
+        B_t = operand(load_tile(B, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+        coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
         through = tl.exp2(all_coarse + all_fine)
         if REVERSE:
             x_t *= tl.exp2(coarse + fine)[:, None]
             if z_ptr is not None:
-                gate = load_tile(z, t, p, valid, in_p).to(acc)
+                gate = load_tile(z, start, i, p, valid, in_p).to(acc)
                 x_t *= gate * sigmoid(gate)
         else:
-            d = tl.load(steps[0] + t, mask=valid, other=0.0)
+            d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
             x_t *= (tl.exp2((all_coarse - coarse) + (all_fine - fine)) * d)[:, None]
         state = product(tl.trans(B_t), operand(x_t, OPERAND, PRECISION), state * through, PRECISION)
         if saved_ptr is None:
             all_through *= through
-            cut = tl.maximum(cut, tl.max(changes(seq, t, valid, first).to(tl.int32), axis=0))
+            cut = tl.maximum(cut, tl.max(changes(seq, start + i, valid, first).to(tl.int32), axis=0))
 
     if saved_ptr is None:
         if not REVERSE:

@@ -73,19 +73,19 @@ def _ssd_scan_tokens_kernel(
             before = window - first // K
             state = state_before(state, local_ptr, through_ptr, slot - before, before, H, h, (cell, N * P), in_np, 1)
     for token in range(begin, end):
-        t, valid = index(token + one, INT64), one == 0
+        t, valid = index(token, INT64) + one, one == 0
         d = limited(tl.load(dt + t * stride_dt_l).to(acc) + bias, SOFTPLUS, LOW, HIGH)[1]
         changed = changes(seq, t, valid, first)
         coarse, fine = exponents(d, A, valid, changed)
-        x_t = load_tile(x, t, p, valid, in_p).to(acc)  # [1, BLOCK_P]
-        B_t = tl.trans(load_tile(B, t, n, valid, in_n)).to(acc)  # [BLOCK_N, 1]
+        x_t = load_tile(x, token, one, p, valid, in_p).to(acc)  # [1, BLOCK_P]
+        B_t = tl.trans(load_tile(B, token, one, n, valid, in_n)).to(acc)  # [BLOCK_N, 1]
         state = tl.where(changed[:, None], 0.0, tl.exp2(coarse + fine)[:, None] * state)
         state = tl.where(in_n[:, None], state + B_t * (d[:, None] * x_t), 0.0)
         if out_ptr is not None:
-            C_t = tl.trans(load_tile(C, t, n, valid, in_n)).to(acc)  # [BLOCK_N, 1]
+            C_t = tl.trans(load_tile(C, token, one, n, valid, in_n)).to(acc)  # [BLOCK_N, 1]
             y = tl.sum(tl.where(in_n[:, None], state * C_t, 0.0), axis=0)
             out = (out_ptr + row * stride_out_b + h * stride_out_h, stride_out_l, stride_out_p)
-            store_out(out, y[None, :], x_t, z, skip, t, p, valid, in_p)
+            store_out(out, y[None, :], x_t, z, skip, token, one, p, valid, in_p)
 
     if out_ptr is None:
         one_state = tl.cast(slot, tl.int64) * H + h
