@@ -201,7 +201,7 @@ def default_blocks(x: torch.Tensor, states: int, *, most_p: int = 64) -> dict:
     block_n = block_of(states)
     size = {torch.float64: 16, torch.float32: 32}.get(x.dtype, most_p)
     block_p = max(16, min(block_of(x.shape[3]), size, 2**15 // block_n))
-    return {"Q": size, "BLOCK_P": block_p, "num_warps": 8 if block_n * block_p > 2**13 else 4}
+    return {"Q": size, "BLOCK_P": block_p, "num_warps": 8 if block_n * block_p > 2**13 else 4, "num_stages": 2}
 
 
 def block_of(size: int) -> int:

@@ -1,0 +1,272 @@
+"""Mamba-2's scan backwards: the kernel that has all of a chunk, and the launcher of the walks before it.
+
+Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S packed sequences, Q tokens of a chunk.
+
+With S the state before a chunk, G the gradient of that after it, M, s and d as in ssd_scan.py, e = 2^(s_Q - s) d:
+
+    dX' = (M o C B^T)^T dY + 2^(s_Q - s) B G         dx = d dX' + D dY
+    dB  = R^T C + sum over heads of e x G^T           R = sum over heads of M o d o dY x^T
+    dC  = R B   + sum over heads of 2^s dY S^T
+    da_t = what passes token t: pairs i >= t > j of M o C B^T o d o dY x^T, outputs i >= t that read S, inputs j < t
+           that G holds, and 2^(s_Q) S . G. No sum cancels another, however strong a decay lies between.
+
+The account, a token and head, in half precision at P 64, N 128, Q 64, H 128, G 1:
+
+    HBM   2 P for each of x, dout (3 times each: two walks' and this), dx = 896; S and G, 2 N P / Q = 256, written and read:
+          1,024; steps and the rest 60: 1,980 bytes
+    FLOP  4 N P in the walks; here 2 Q P for dY x^T, W^T dY (and with z, W x), 2 N P for each of B G, C S, dB, dC, and 2 Q^2
+          for da: 32,768 + 16,384 + 65,536 + 8,192 = 122,880
+    dB and dC a head apart would be 8 N = 1,024 bytes written and read again: a program has all heads of a group
+          instead, in turn, and sums in registers; R takes one product for all of them, and C B^T is made once.
+    S recomputed in this kernel instead of read: 4 N P FLOP for each chunk between, no.
+
+On an H200: 16,384 tokens of 128 heads are 1.0 ms of HBM, 0.26 ms of products at their peak, 0.6 at two fifths of it. Never
+measured; 1.1 to 1.4 ms expected. Q 128 would halve the states (0.75 ms of HBM) and needs 128 x 128 sums in registers.
+
+How the work is split: a program has a chunk, a group and a part of its heads: 256 programs of 8 warps for 16,384 tokens, one
+a multiprocessor, since its tiles of S, G, x and dout for the next head load meanwhile. Where chunks and groups are few, a
+group has several parts, whose dB and dC leave as partial sums, which torch adds in a fixed order.
+
+Memory besides inputs and outputs: S and G, each N / Q times x (twice for N 128), in half precision for bfloat16, else in
+float32; steps, 12 bytes a token and head; partial dB and dC where there are parts, at most as large as B H / G / 8.
+Determinism: nothing is atomic; the parts depend on the shapes alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import Launch, compile_spec, index, sigmoid, silu_slope, strides, wide
+from .ssd_device import (
+    between,
+    chosen,
+    common_args,
+    default_blocks,
+    limited,
+    load_head,
+    load_skip,
+    load_tile,
+    operand,
+    product,
+    real_of,
+    sample,
+    sums,
+    tuning_key,
+    window_of,
+    windows_of,
+)  # fmt: skip
+from .ssd_scan_states import plan_all, steps_of
+from .ssd_scan_steps import plan_steps
+from .tuning import config
+
+__all__ = ["ssd_scan_bwd"]
+
+
+@triton.jit
+def _ssd_scan_bwd_kernel(
+    dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dz_ptr, heads_ptr, dD_ptr, before_ptr, after_ptr, dout_ptr, steps_ptr, x_ptr, dt_ptr,
+    A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cu_ptr, size, L, H, heads, parts, part_heads, S, windows, slots,
+    stride_dx_b, stride_dx_l, stride_dx_h, stride_dx_p, stride_ddt_b, stride_ddt_l, stride_ddt_h,
+    stride_dB_s, stride_dB_b, stride_dB_l, stride_dB_g, stride_dB_n,
+    stride_dC_s, stride_dC_b, stride_dC_l, stride_dC_g, stride_dC_n,
+    stride_dz_b, stride_dz_l, stride_dz_h, stride_dz_p, stride_dout_b, stride_dout_l, stride_dout_h, stride_dout_p,
+    stride_x_b, stride_x_l, stride_x_h, stride_x_p, stride_dt_b, stride_dt_l, stride_dt_h, stride_A_h,
+    stride_B_b, stride_B_l, stride_B_g, stride_B_n, stride_C_b, stride_C_l, stride_C_g, stride_C_n,
+    stride_D_h, stride_D_p, stride_z_b, stride_z_l, stride_z_h, stride_z_p, stride_bias_h,
+    N: tl.constexpr, P: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """before, after (slots, H, N, P): S and G. heads (2, slots, H): sums of d da and ddt; dD (slots, H, P).
+
+    Grid (slots groups parts,). Matrices of pairs are [Q, Q] of (source j, reader i).
+    """
+    acc: tl.constexpr = steps_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    part, group, slot = program % parts, program // parts % (H // heads), program // parts // (H // heads)
+    row, sequence, window, begin, end, first, last = window_of(cu_ptr, slot, S, L, windows, Q)
+    if end <= begin:
+        return
+    i, start = index(tl.arange(0, Q), INT64), window * Q
+    g, n = index(group, INT64), index(tl.arange(0, BLOCK_N), INT64)
+    valid, in_n = (i >= begin - start) & (i < end - start), n < N
+    B = (B_ptr + row * stride_B_b + g * stride_B_g, stride_B_l, stride_B_n)
+    C = (C_ptr + row * stride_C_b + g * stride_C_g, stride_C_l, stride_C_n)
+    B_t = operand(load_tile(B, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+    C_t = operand(load_tile(C, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+    scores = product(B_t, tl.trans(C_t), tl.zeros([Q, Q], acc), PRECISION)
+    seen = i[:, None] <= i[None, :]
+    earlier = operand(tl.where(i[:, None] > i[None, :], 1.0, 0.0).to(acc), OPERAND, PRECISION)
+    acc_pairs = tl.zeros([Q, Q], acc)
+    acc_dB, acc_dC = tl.zeros([Q, BLOCK_N], acc), tl.zeros([Q, BLOCK_N], acc)
+    steps_ptr += tl.cast(row, tl.int64) * H * L
+
+    for k in range(part * part_heads, tl.minimum((part + 1) * part_heads, heads)):
+        head = group * heads + k
+        h = index(head, INT64)
+        steps = (steps_ptr + tl.cast(head, tl.int64) * L, tl.cast(size, tl.int64))
+        d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
+        coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
+        from_start, through = tl.exp2(coarse + fine), tl.exp2(all_coarse + all_fine)
+        to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
+        decay = between(coarse, fine, seen, 1)
+        w = decay * scores
+        da, dd, kept = tl.zeros([Q], acc), tl.zeros([Q], acc), tl.zeros([BLOCK_P], acc)
+        pairs = tl.zeros([Q, Q], acc)
+        for block in tl.static_range((P + BLOCK_P - 1) // BLOCK_P):
+            p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
+            in_p = p < P
+            skip = load_skip(D_ptr, stride_D_h, stride_D_p, h, p, in_p, acc)
+            one = (tl.cast(slot, tl.int64) * H + head) * (N * P)
+            at = one + n[:, None] * P + p[None, :]
+            state = tl.load(before_ptr + at, mask=in_n[:, None] & in_p[None, :], other=0.0)  # [BLOCK_N, BLOCK_P]
+            dstate = tl.load(after_ptr + at, mask=in_n[:, None] & in_p[None, :], other=0.0)  # [BLOCK_N, BLOCK_P]
+            x = (x_ptr + row * stride_x_b + h * stride_x_h, stride_x_l, stride_x_p)
+            dout = (dout_ptr + row * stride_dout_b + h * stride_dout_h, stride_dout_l, stride_dout_p)
+            x_in = load_tile(x, start, i, p, valid, in_p)  # [Q, BLOCK_P]
+            dy = load_tile(dout, start, i, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
+            x_op, x_t = operand(x_in, OPERAND, PRECISION), x_in.to(acc)
+            none = tl.zeros([Q, BLOCK_P], acc)
+            read = product(C_t, state.to(C_t.dtype), none, PRECISION) * from_start[:, None]
+            if z_ptr is not None:
+                y = product(tl.trans(operand(w * d[:, None], OPERAND, PRECISION)), x_op, read, PRECISION)
+                z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
+                z_t = load_tile(z, start, i, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
+                gate = sigmoid(z_t)
+                dz = dy * (y + skip[None, :] * x_t) * silu_slope(z_t, gate)
+                to = dz_ptr + row * stride_dz_b + h * stride_dz_h + tl.cast(start, tl.int64) * stride_dz_l
+                to += i[:, None] * stride_dz_l + p[None, :] * stride_dz_p
+                tl.store(to, dz.to(dz_ptr.dtype.element_ty), mask=valid[:, None] & in_p[None, :])
+                dy *= z_t * gate
+            dy_op = operand(dy, OPERAND, PRECISION)
+            held = product(B_t, dstate.to(B_t.dtype), none, PRECISION) * to_end[:, None]
+            dxd = product(operand(w, OPERAND, PRECISION), dy_op, held, PRECISION)
+            pairs = product(x_op, tl.trans(dy_op), pairs, PRECISION)
+            decayed = operand(dy * from_start[:, None], OPERAND, PRECISION)
+            acc_dC = product(decayed, tl.trans(state).to(C_t.dtype), acc_dC, PRECISION)
+            added = operand(x_t * (to_end * d)[:, None], OPERAND, PRECISION)
+            acc_dB = product(added, tl.trans(dstate).to(B_t.dtype), acc_dB, PRECISION)
+            # Once for what a token reads and once for what is held of it, where it meets the tokens t below.
+            reads, helds = tl.sum(dy * read, axis=1), tl.sum(x_t * held, axis=1) * d
+            da += tl.sum(tl.where(i[:, None] <= i[None, :], reads[None, :], helds[None, :]), axis=1)
+            dd += tl.sum(dxd * x_t, axis=1)
+            kept += tl.sum(state.to(acc) * dstate.to(acc), axis=0)
+            dx = dxd * d[:, None] + skip[None, :] * dy
+            to = dx_ptr + row * stride_dx_b + h * stride_dx_h + tl.cast(start, tl.int64) * stride_dx_l
+            to += i[:, None] * stride_dx_l + p[None, :] * stride_dx_p
+            tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=valid[:, None] & in_p[None, :])
+            if D_ptr is not None:
+                tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, tl.sum(dy * x_t, axis=0), mask=in_p)
+        pairs *= decay * d[:, None]
+        acc_pairs += pairs
+        carried = operand(pairs * scores, OPERAND, PRECISION)
+        passing = product(earlier, carried, tl.zeros([Q, Q], acc), PRECISION)  # [t, i]: the sources before t
+        da += tl.sum(tl.where(seen, passing, 0.0), axis=1) + through * tl.sum(kept, axis=0)
+        da = tl.where(valid, da, 0.0)
+        A, bias = load_head(A_ptr, stride_A_h, h, acc), load_head(bias_ptr, stride_bias_h, h, acc)
+        dt = dt_ptr + row * stride_dt_b + h * stride_dt_h + tl.cast(start, tl.int64) * stride_dt_l
+        raw = tl.load(dt + i * stride_dt_l, mask=valid, other=0.0).to(acc) + bias
+        free, _ = limited(raw, SOFTPLUS, LOW, HIGH)
+        inside = (free >= LOW) & (free <= HIGH)
+        ddt = tl.where(inside & valid, (da * A + dd) * (sigmoid(raw) if SOFTPLUS else 1.0), 0.0)
+        to = ddt_ptr + row * stride_ddt_b + h * stride_ddt_h + tl.cast(start, tl.int64) * stride_ddt_l
+        tl.store(to + i * stride_ddt_l, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
+        to = heads_ptr + tl.cast(slot, tl.int64) * H + head
+        tl.store(to, tl.sum(da * d, axis=0))
+        tl.store(to + tl.cast(slots, tl.int64) * H, tl.sum(ddt, axis=0))
+
+    pairs = operand(acc_pairs, OPERAND, PRECISION)
+    acc_dB = product(pairs, C_t, acc_dB, PRECISION)
+    acc_dC = product(tl.trans(pairs), B_t, acc_dC, PRECISION)
+    inside = valid[:, None] & in_n[None, :]
+    to = dB_ptr + part * tl.cast(stride_dB_s, tl.int64) + row * stride_dB_b + g * stride_dB_g
+    to += tl.cast(start, tl.int64) * stride_dB_l + (i[:, None] * stride_dB_l + n[None, :] * stride_dB_n)
+    tl.store(to, acc_dB.to(dB_ptr.dtype.element_ty), mask=inside)
+    to = dC_ptr + part * tl.cast(stride_dC_s, tl.int64) + row * stride_dC_b + g * stride_dC_g
+    to += tl.cast(start, tl.int64) * stride_dC_l + (i[:, None] * stride_dC_l + n[None, :] * stride_dC_n)
+    tl.store(to, acc_dC.to(dC_ptr.dtype.element_ty), mask=inside)
+
+
+WANTED = 132  # programs, one a multiprocessor
+
+
+def _parts(programs: int, heads: int) -> tuple[int, int]:
+    """(parts of a group's heads, heads of a part)"""
+    parts = max(1, min(heads, WANTED // programs, triton.cdiv(heads, 8)))
+    each = triton.cdiv(heads, parts)
+    return triton.cdiv(heads, each), each
+
+
+def plan_ssd_scan_bwd(
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial, dout, dfinal, dvarlen, *args,
+) -> tuple[list[Launch], dict]:  # fmt: skip
+    """(the launches, in order, {gradient: partial sums}), from shapes, strides and dtypes alone."""
+    x, B, C, D, z, initial, cu_seqlens = args[0], *args[3:7], args[8], args[10]
+    (batch, length, heads, width), (groups, states), real = x.shape, B.shape[2:], real_of(x.dtype)
+    key, device = tuning_key(x, states), x.device
+    blocks = config("ssd_scan_states", key, device, default_blocks(x, states))
+    own = config("ssd_scan_bwd", key, device, {**default_blocks(x, states), "num_warps": 8})
+    walk, Q = {**blocks, "Q": own["Q"]}, own["Q"]
+    windows = windows_of(x, cu_seqlens, Q)
+    slots = windows["slots"]
+    parts, part_heads = _parts(slots * groups, heads // groups)
+    steps = plan_steps(args, Q)
+    saved = (slots, heads, states, width)
+    kind = torch.bfloat16 if x.dtype == torch.bfloat16 else real
+    before, after = x.new_empty(saved, dtype=kind), x.new_empty(saved, dtype=kind)
+    initials = {} if initial is None else dict(dinitial=dinitial)
+    walks = [
+        *plan_all(before, args, walk, steps, initial=initial),
+        *plan_all(after, args, walk, steps, dout=dout, dfinal=dfinal, dvarlen=dvarlen, **initials),
+    ]
+    sums_ = {"heads": x.new_zeros(2, slots, heads, dtype=real)}
+    if D is not None:
+        sums_["dD"] = x.new_zeros(slots, heads, width, dtype=real)
+    if parts > 1:
+        sums_ |= {name: x.new_empty(parts, *B.shape, dtype=real) for name in ("dB", "dC")}
+    to_B, to_C = (sums_[name] if name in sums_ else t[None] for name, t in (("dB", dB), ("dC", dC)))
+    arguments = dict(
+        common_args(*args), **windows, **steps_of(steps), dx_ptr=dx, ddt_ptr=ddt, dB_ptr=to_B, dC_ptr=to_C,
+        dz_ptr=None if z is None else dz, heads_ptr=sums_["heads"], dD_ptr=sums_.get("dD"), before_ptr=before,
+        after_ptr=after, dout_ptr=dout, parts=parts, part_heads=part_heads, **strides("dx", dx, "blhp"),
+        **strides("ddt", ddt, "blh"), **strides("dB", to_B, "sblgn"), **strides("dC", to_C, "sblgn"),
+        **strides("dz", None if z is None else dz, "blhp"), **strides("dout", dout, "blhp"),
+        INT64=wide(x, args[1], B, C, z, dout, dx, ddt), Q=Q, BLOCK_P=own["BLOCK_P"],
+    )  # fmt: skip
+    kernel, grid = _ssd_scan_bwd_kernel, (slots * groups * parts,)
+    launch = Launch(kernel, grid, chosen(kernel, arguments), own["num_warps"], own.get("num_stages"))
+    return [steps, *walks, launch], sums_
+
+
+def ssd_scan_bwd(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *args) -> None:
+    """fill(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *op arguments)"""
+    gradients = dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states
+    launches, partial = plan_ssd_scan_bwd(*gradients, *args)
+    for launch in launches:
+        launch.run()
+    by_head = partial["heads"].sum(1)
+    dA.copy_(by_head[0])
+    if ddt_bias.numel():
+        ddt_bias.copy_(by_head[1])
+    if "dD" in partial:
+        total = partial["dD"].sum(0)
+        dD.copy_(total if dD.dim() == 2 else total.sum(1))
+    for name, gradient in (("dB", dB), ("dC", dC)):
+        if name in partial:
+            gradient.copy_(partial[name].sum(0))
+
+
+def _spec(dtype: torch.dtype, options: str, place: int = -1) -> Launch:
+    args, (out, final, varlen) = sample(dtype, options)
+    x, dt, A, B, C, D, z, bias, initial = args[:9]
+    grads = (x, dt, A, B, C, D, x, bias, varlen)
+    dvarlen = varlen if options == "packed" else None
+    return plan_ssd_scan_bwd(*grads, out, final, dvarlen, *args)[0][place]
+
+
+for _options in ("", "segments", "packed", "wide"):
+    _name = "ssd_scan_bwd" + (f"_{_options}" if _options else "")
+    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
+compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "", 2))
+compile_spec("ssd_scan_states_reverse")(lambda dtype: _spec(dtype, "packed", -2))
+compile_spec("ssd_scan_states_totals")(lambda dtype: _spec(dtype, "segments", 1))
