@@ -38,6 +38,7 @@ import triton.language as tl
 
 from .common import Launch, compile_spec, index, sigmoid, silu_slope, strides, wide
 from .ssd_device import (
+    WANTED,
     between,
     chosen,
     common_args,
@@ -55,6 +56,7 @@ from .ssd_device import (
     window_of,
     windows_of,
 )  # fmt: skip
+from .ssd_scan_matrices import plan_matrices
 from .ssd_scan_states import plan_all, steps_of
 from .ssd_scan_steps import plan_steps
 from .tuning import config
@@ -64,11 +66,9 @@ __all__ = ["ssd_scan_bwd"]
 
 @triton.jit
 def _ssd_scan_bwd_kernel(
-    dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dz_ptr, heads_ptr, dD_ptr, before_ptr, after_ptr, dout_ptr, steps_ptr, x_ptr, dt_ptr,
+    dx_ptr, ddt_ptr, dz_ptr, pairs_ptr, heads_ptr, dD_ptr, before_ptr, after_ptr, dout_ptr, steps_ptr, x_ptr, dt_ptr,
     A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cu_ptr, size, L, H, heads, parts, part_heads, S, windows, slots,
     stride_dx_b, stride_dx_l, stride_dx_h, stride_dx_p, stride_ddt_b, stride_ddt_l, stride_ddt_h,
-    stride_dB_s, stride_dB_b, stride_dB_l, stride_dB_g, stride_dB_n,
-    stride_dC_s, stride_dC_b, stride_dC_l, stride_dC_g, stride_dC_n,
     stride_dz_b, stride_dz_l, stride_dz_h, stride_dz_p, stride_dout_b, stride_dout_l, stride_dout_h, stride_dout_p,
     stride_x_b, stride_x_l, stride_x_h, stride_x_p, stride_dt_b, stride_dt_l, stride_dt_h, stride_A_h,
     stride_B_b, stride_B_l, stride_B_g, stride_B_n, stride_C_b, stride_C_l, stride_C_g, stride_C_n,
@@ -98,7 +98,6 @@ def _ssd_scan_bwd_kernel(
     seen = i[:, None] <= i[None, :]
     earlier = operand(tl.where(i[:, None] > i[None, :], 1.0, 0.0).to(acc), OPERAND, PRECISION)
     acc_pairs = tl.zeros([Q, Q], acc)
-    acc_dB, acc_dC = tl.zeros([Q, BLOCK_N], acc), tl.zeros([Q, BLOCK_N], acc)
     steps_ptr += tl.cast(row, tl.int64) * H * L
 
     for k in range(part * part_heads, tl.minimum((part + 1) * part_heads, heads)):
@@ -142,10 +141,6 @@ def _ssd_scan_bwd_kernel(
             held = product(B_t, dstate.to(B_t.dtype), none, PRECISION) * to_end[:, None]
             dxd = product(operand(w, OPERAND, PRECISION), dy_op, held, PRECISION)
             pairs = product(x_op, tl.trans(dy_op), pairs, PRECISION)
-            decayed = operand(dy * from_start[:, None], OPERAND, PRECISION)
-            acc_dC = product(decayed, tl.trans(state).to(C_t.dtype), acc_dC, PRECISION)
-            added = operand(x_t * (to_end * d)[:, None], OPERAND, PRECISION)
-            acc_dB = product(added, tl.trans(dstate).to(B_t.dtype), acc_dB, PRECISION)
             # Once for what a token reads and once for what is held of it, where it meets the tokens t below.
             reads, helds = tl.sum(dy * read, axis=1), tl.sum(x_t * held, axis=1) * d
             da += tl.sum(tl.where(i[:, None] <= i[None, :], reads[None, :], helds[None, :]), axis=1)
@@ -175,24 +170,13 @@ def _ssd_scan_bwd_kernel(
         tl.store(to, tl.sum(da * d, axis=0))
         tl.store(to + tl.cast(slots, tl.int64) * H, tl.sum(ddt, axis=0))
 
-    pairs = operand(acc_pairs, OPERAND, PRECISION)
-    acc_dB = product(pairs, C_t, acc_dB, PRECISION)
-    acc_dC = product(tl.trans(pairs), B_t, acc_dC, PRECISION)
-    inside = valid[:, None] & in_n[None, :]
-    to = dB_ptr + part * tl.cast(stride_dB_s, tl.int64) + row * stride_dB_b + g * stride_dB_g
-    to += tl.cast(start, tl.int64) * stride_dB_l + (i[:, None] * stride_dB_l + n[None, :] * stride_dB_n)
-    tl.store(to, acc_dB.to(dB_ptr.dtype.element_ty), mask=inside)
-    to = dC_ptr + part * tl.cast(stride_dC_s, tl.int64) + row * stride_dC_b + g * stride_dC_g
-    to += tl.cast(start, tl.int64) * stride_dC_l + (i[:, None] * stride_dC_l + n[None, :] * stride_dC_n)
-    tl.store(to, acc_dC.to(dC_ptr.dtype.element_ty), mask=inside)
+    to = pairs_ptr + (tl.cast(slot, tl.int64) * (H // heads) * parts + group * parts + part) * (Q * Q)
+    tl.store(to + i[:, None] * Q + i[None, :], acc_pairs)
 
 
-WANTED = 132  # programs, one a multiprocessor
-
-
-def _parts(programs: int, heads: int) -> tuple[int, int]:
-    """(parts of a group's heads, heads of a part)"""
-    parts = max(1, min(heads, WANTED // programs, triton.cdiv(heads, 8)))
+def _parts(wanted: int, programs: int, heads: int) -> tuple[int, int]:
+    """(parts of a group's heads, heads of a part), for so many programs, at least 8 heads each"""
+    parts = max(1, min(wanted // programs, triton.cdiv(heads, 8)))
     each = triton.cdiv(heads, parts)
     return triton.cdiv(heads, each), each
 
@@ -205,37 +189,39 @@ def plan_ssd_scan_bwd(
     (batch, length, heads, width), (groups, states), real = x.shape, B.shape[2:], real_of(x.dtype)
     key, device = tuning_key(x, states), x.device
     blocks = config("ssd_scan_states", key, device, default_blocks(x, states))
-    own = config("ssd_scan_bwd", key, device, {**default_blocks(x, states), "num_warps": 8})
+    own = config("ssd_scan_bwd", key, device, default_blocks(x, states))
     walk, Q = {**blocks, "Q": own["Q"]}, own["Q"]
+    matrices = config("ssd_scan_matrices", key, device, {**default_blocks(x, states), "num_warps": 8})
     windows = windows_of(x, cu_seqlens, Q)
     slots = windows["slots"]
-    parts, part_heads = _parts(slots * groups, heads // groups)
     steps = plan_steps(args, Q)
-    saved = (slots, heads, states, width)
     kind = torch.bfloat16 if x.dtype == torch.bfloat16 else real
-    before, after = x.new_empty(saved, dtype=kind), x.new_empty(saved, dtype=kind)
+    before, after = (x.new_empty(slots, heads, states, width, dtype=kind) for _ in range(2))
     initials = {} if initial is None else dict(dinitial=dinitial)
     walks = [
         *plan_all(before, args, walk, steps, initial=initial),
         *plan_all(after, args, walk, steps, dout=dout, dfinal=dfinal, dvarlen=dvarlen, **initials),
     ]
-    sums_ = {"heads": x.new_zeros(2, slots, heads, dtype=real)}
+    parts, part_heads = _parts(WANTED, slots * groups, heads // groups)
+    pairs = x.new_empty(slots, groups, parts, Q, Q, dtype=real)
+    partial = {"heads": x.new_zeros(2, slots, heads, dtype=real)}
     if D is not None:
-        sums_["dD"] = x.new_zeros(slots, heads, width, dtype=real)
-    if parts > 1:
-        sums_ |= {name: x.new_empty(parts, *B.shape, dtype=real) for name in ("dB", "dC")}
-    to_B, to_C = (sums_[name] if name in sums_ else t[None] for name, t in (("dB", dB), ("dC", dC)))
+        partial["dD"] = x.new_zeros(slots, heads, width, dtype=real)
     arguments = dict(
-        common_args(*args), **windows, **steps_of(steps), dx_ptr=dx, ddt_ptr=ddt, dB_ptr=to_B, dC_ptr=to_C,
-        dz_ptr=None if z is None else dz, heads_ptr=sums_["heads"], dD_ptr=sums_.get("dD"), before_ptr=before,
-        after_ptr=after, dout_ptr=dout, parts=parts, part_heads=part_heads, **strides("dx", dx, "blhp"),
-        **strides("ddt", ddt, "blh"), **strides("dB", to_B, "sblgn"), **strides("dC", to_C, "sblgn"),
+        common_args(*args), **windows, **steps_of(steps), dx_ptr=dx, ddt_ptr=ddt, dz_ptr=None if z is None else dz,
+        pairs_ptr=pairs, heads_ptr=partial["heads"], dD_ptr=partial.get("dD"), before_ptr=before, after_ptr=after,
+        dout_ptr=dout, parts=parts, part_heads=part_heads, **strides("dx", dx, "blhp"), **strides("ddt", ddt, "blh"),
         **strides("dz", None if z is None else dz, "blhp"), **strides("dout", dout, "blhp"),
         INT64=wide(x, args[1], B, C, z, dout, dx, ddt), Q=Q, BLOCK_P=own["BLOCK_P"],
     )  # fmt: skip
     kernel, grid = _ssd_scan_bwd_kernel, (slots * groups * parts,)
     launch = Launch(kernel, grid, chosen(kernel, arguments), own["num_warps"], own.get("num_stages"))
-    return [steps, *walks, launch], sums_
+    parts, part_heads = _parts(WANTED // 2, slots * groups, heads // groups)
+    if parts > 1:
+        partial |= {name: x.new_empty(parts, *B.shape, dtype=real) for name in ("dB", "dC")}
+    sums_of = (partial[name] if parts > 1 else gradient[None] for name, gradient in (("dB", dB), ("dC", dC)))
+    last = plan_matrices(arguments, *sums_of, slots, parts, part_heads, matrices)
+    return [steps, *walks, launch, last], partial
 
 
 def ssd_scan_bwd(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *args) -> None:
@@ -256,7 +242,7 @@ def ssd_scan_bwd(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *args) 
             gradient.copy_(partial[name].sum(0))
 
 
-def _spec(dtype: torch.dtype, options: str, place: int = -1) -> Launch:
+def _spec(dtype: torch.dtype, options: str, place: int = -2) -> Launch:
     args, (out, final, varlen) = sample(dtype, options)
     x, dt, A, B, C, D, z, bias, initial = args[:9]
     grads = (x, dt, A, B, C, D, x, bias, varlen)
@@ -267,6 +253,8 @@ def _spec(dtype: torch.dtype, options: str, place: int = -1) -> Launch:
 for _options in ("", "segments", "packed", "wide"):
     _name = "ssd_scan_bwd" + (f"_{_options}" if _options else "")
     compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
-compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "", 2))
-compile_spec("ssd_scan_states_reverse")(lambda dtype: _spec(dtype, "packed", -2))
+compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "", 3))
+compile_spec("ssd_scan_tokens")(lambda dtype: _spec(dtype, "packed", 2))
+compile_spec("ssd_scan_states_reverse")(lambda dtype: _spec(dtype, "packed", -3))
 compile_spec("ssd_scan_states_totals")(lambda dtype: _spec(dtype, "segments", 1))
+compile_spec("ssd_scan_matrices")(lambda dtype: _spec(dtype, "packed", -1))
