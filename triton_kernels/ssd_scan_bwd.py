@@ -98,6 +98,7 @@ def _ssd_scan_bwd_kernel(
     seen = i[:, None] <= i[None, :]
     earlier = operand(tl.where(i[:, None] > i[None, :], 1.0, 0.0).to(acc), OPERAND, PRECISION)
     acc_pairs = tl.zeros([Q, Q], acc)
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     steps_ptr += tl.cast(row, tl.int64) * H * L
 
     for k in range(part * part_heads, tl.minimum((part + 1) * part_heads, heads)):
@@ -106,64 +107,75 @@ def _ssd_scan_bwd_kernel(
         steps = (steps_ptr + tl.cast(head, tl.int64) * L, tl.cast(size, tl.int64))
         d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
         coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
+        x = (x_ptr + row * stride_x_b + h * stride_x_h, stride_x_l, stride_x_p)
+        z = (None, stride_z_l, stride_z_p)
+        if z_ptr is not None:
+            z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
+        dout = (dout_ptr + row * stride_dout_b + h * stride_dout_h, stride_dout_l, stride_dout_p)
+
+        xs, dys, pairs = (), (), tl.zeros([Q, Q], acc)
+        for block in tl.static_range(blocks):
+            p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
+            xs = xs + (operand(load_tile(x, start, i, p, valid, p < P), OPERAND, PRECISION),)  # [Q, BLOCK_P]
+            dy = load_tile(dout, start, i, p, valid, p < P)  # [Q, BLOCK_P]
+            if z_ptr is not None:
+                z_t = load_tile(z, start, i, p, valid, p < P).to(acc)  # [Q, BLOCK_P]
+                dy = dy.to(acc) * z_t * sigmoid(z_t)
+            dys = dys + (operand(dy, OPERAND, PRECISION),)
+            pairs = product(xs[block], tl.trans(dys[block]), pairs, PRECISION)
+        w = between(coarse, fine, seen, 1)
+        pairs *= w * d[:, None]
+        acc_pairs += pairs
+        w *= scores
+        carried, w = operand(pairs * scores, OPERAND, PRECISION), operand(w, OPERAND, PRECISION)
+        passing = product(earlier, carried, tl.zeros([Q, Q], acc), PRECISION)  # [t, i]: the sources before t
+        da, dd = tl.sum(tl.where(seen, passing, 0.0), axis=1), tl.zeros([Q], acc)
+
         from_start, through = tl.exp2(coarse + fine), tl.exp2(all_coarse + all_fine)
         to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
-        decay = between(coarse, fine, seen, 1)
-        w = decay * scores
-        da, dd, kept = tl.zeros([Q], acc), tl.zeros([Q], acc), tl.zeros([BLOCK_P], acc)
-        pairs = tl.zeros([Q, Q], acc)
-        for block in tl.static_range((P + BLOCK_P - 1) // BLOCK_P):
+        for block in tl.static_range(blocks):
             p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
             in_p = p < P
-            skip = load_skip(D_ptr, stride_D_h, stride_D_p, h, p, in_p, acc)
-            one = (tl.cast(slot, tl.int64) * H + head) * (N * P)
-            at = one + n[:, None] * P + p[None, :]
-            state = tl.load(before_ptr + at, mask=in_n[:, None] & in_p[None, :], other=0.0)  # [BLOCK_N, BLOCK_P]
-            dstate = tl.load(after_ptr + at, mask=in_n[:, None] & in_p[None, :], other=0.0)  # [BLOCK_N, BLOCK_P]
-            x = (x_ptr + row * stride_x_b + h * stride_x_h, stride_x_l, stride_x_p)
-            dout = (dout_ptr + row * stride_dout_b + h * stride_dout_h, stride_dout_l, stride_dout_p)
-            x_in = load_tile(x, start, i, p, valid, in_p)  # [Q, BLOCK_P]
-            dy = load_tile(dout, start, i, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
-            x_op, x_t = operand(x_in, OPERAND, PRECISION), x_in.to(acc)
+            at = (tl.cast(slot, tl.int64) * H + head) * (N * P) + (n[:, None] * P + p[None, :])
+            inside = in_n[:, None] & in_p[None, :]
+            state = operand(tl.load(before_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)  # [BLOCK_N, BLOCK_P]
+            dstate = operand(tl.load(after_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)  # [BLOCK_N, BLOCK_P]
             none = tl.zeros([Q, BLOCK_P], acc)
-            read = product(C_t, state.to(C_t.dtype), none, PRECISION) * from_start[:, None]
+            read = product(C_t, state, none, PRECISION) * from_start[:, None]
+            reads = tl.sum(dys[block].to(acc) * read, axis=1)
+            skip = load_skip(D_ptr, stride_D_h, stride_D_p, h, p, in_p, acc)
             if z_ptr is not None:
-                y = product(tl.trans(operand(w * d[:, None], OPERAND, PRECISION)), x_op, read, PRECISION)
-                z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
+                scaled = operand(xs[block].to(acc) * d[:, None], OPERAND, PRECISION)
+                y = product(tl.trans(w), scaled, read, PRECISION) + skip[None, :] * xs[block].to(acc)
                 z_t = load_tile(z, start, i, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
-                gate = sigmoid(z_t)
-                dz = dy * (y + skip[None, :] * x_t) * silu_slope(z_t, gate)
+                dz = load_tile(dout, start, i, p, valid, in_p).to(acc) * y * silu_slope(z_t, sigmoid(z_t))
                 to = dz_ptr + row * stride_dz_b + h * stride_dz_h + tl.cast(start, tl.int64) * stride_dz_l
                 to += i[:, None] * stride_dz_l + p[None, :] * stride_dz_p
                 tl.store(to, dz.to(dz_ptr.dtype.element_ty), mask=valid[:, None] & in_p[None, :])
-                dy *= z_t * gate
-            dy_op = operand(dy, OPERAND, PRECISION)
-            held = product(B_t, dstate.to(B_t.dtype), none, PRECISION) * to_end[:, None]
-            dxd = product(operand(w, OPERAND, PRECISION), dy_op, held, PRECISION)
-            pairs = product(x_op, tl.trans(dy_op), pairs, PRECISION)
-            # Once for what a token reads and once for what is held of it, where it meets the tokens t below.
-            reads, helds = tl.sum(dy * read, axis=1), tl.sum(x_t * held, axis=1) * d
-            da += tl.sum(tl.where(i[:, None] <= i[None, :], reads[None, :], helds[None, :]), axis=1)
-            dd += tl.sum(dxd * x_t, axis=1)
-            kept += tl.sum(state.to(acc) * dstate.to(acc), axis=0)
-            dx = dxd * d[:, None] + skip[None, :] * dy
+            held = product(B_t, dstate, none, PRECISION) * to_end[:, None]
+            helds = tl.sum(xs[block].to(acc) * held, axis=1) * d
+            dxd = product(w, dys[block], held, PRECISION)
+            dd += tl.sum(dxd * xs[block].to(acc), axis=1)
+            dx = dxd * d[:, None] + skip[None, :] * dys[block].to(acc)
             to = dx_ptr + row * stride_dx_b + h * stride_dx_h + tl.cast(start, tl.int64) * stride_dx_l
             to += i[:, None] * stride_dx_l + p[None, :] * stride_dx_p
             tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=valid[:, None] & in_p[None, :])
+            # Once for what a token reads and once for what is held of it, where it meets the tokens t below.
+            da += tl.sum(tl.where(seen, reads[None, :], helds[None, :]), axis=1)
+            # S . G as the trace of a product: element by element both would have to be in registers.
+            kept = product(tl.trans(state), dstate, tl.zeros([BLOCK_P, BLOCK_P], acc), PRECISION)
+            q = tl.arange(0, BLOCK_P)
+            da += through * tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], kept, 0.0), axis=1), axis=0)
             if D_ptr is not None:
-                tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, tl.sum(dy * x_t, axis=0), mask=in_p)
-        pairs *= decay * d[:, None]
-        acc_pairs += pairs
-        carried = operand(pairs * scores, OPERAND, PRECISION)
-        passing = product(earlier, carried, tl.zeros([Q, Q], acc), PRECISION)  # [t, i]: the sources before t
-        da += tl.sum(tl.where(seen, passing, 0.0), axis=1) + through * tl.sum(kept, axis=0)
+                ddD = tl.sum(dys[block].to(acc) * xs[block].to(acc), axis=0)
+                tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, ddD, mask=in_p)
         da = tl.where(valid, da, 0.0)
         A, bias = load_head(A_ptr, stride_A_h, h, acc), load_head(bias_ptr, stride_bias_h, h, acc)
         dt = dt_ptr + row * stride_dt_b + h * stride_dt_h + tl.cast(start, tl.int64) * stride_dt_l
         raw = tl.load(dt + i * stride_dt_l, mask=valid, other=0.0).to(acc) + bias
         free, _ = limited(raw, SOFTPLUS, LOW, HIGH)
-        inside = (free >= LOW) & (free <= HIGH)
-        ddt = tl.where(inside & valid, (da * A + dd) * (sigmoid(raw) if SOFTPLUS else 1.0), 0.0)
+        within = (free >= LOW) & (free <= HIGH)
+        ddt = tl.where(within & valid, (da * A + dd) * (sigmoid(raw) if SOFTPLUS else 1.0), 0.0)
         to = ddt_ptr + row * stride_ddt_b + h * stride_ddt_h + tl.cast(start, tl.int64) * stride_ddt_l
         tl.store(to + i * stride_ddt_l, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
         to = heads_ptr + tl.cast(slot, tl.int64) * H + head
