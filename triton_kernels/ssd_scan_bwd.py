@@ -201,7 +201,7 @@ def plan_ssd_scan_bwd(
     (batch, length, heads, width), (groups, states), real = x.shape, B.shape[2:], real_of(x.dtype)
     key, device = tuning_key(x, states), x.device
     blocks = config("ssd_scan_states", key, device, default_blocks(x, states))
-    own = config("ssd_scan_bwd", key, device, default_blocks(x, states))
+    own = config("ssd_scan_bwd", key, device, {**default_blocks(x, states), "num_warps": 8})
     walk, Q = {**blocks, "Q": own["Q"]}, own["Q"]
     matrices = config("ssd_scan_matrices", key, device, {**default_blocks(x, states), "num_warps": 8})
     windows = windows_of(x, cu_seqlens, Q)
