@@ -42,6 +42,12 @@ from scalekern.triton_kernels import (  # noqa: E402
     sparse_attention_decode,
     toeplitz_conv,
     sparse_attention_dtables,
+    ssd_scan,
+    ssd_scan_bwd,
+    ssd_scan_matrices,
+    ssd_scan_states,
+    ssd_scan_steps,
+    ssd_scan_tokens,
     tuning,
 )
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
@@ -50,7 +56,8 @@ MODULES = (
     causal_conv1d, causal_conv1d_update, diag_ssm_kernel, fft_conv, fft_filters, hadamard_transform, quant_matmul,
     quant_matmul_bwd, quant_matmul_dense, quant_matmul_gemv, quantize_rows, selective_scan, selective_scan_bwd,
     selective_state_update, sparse_attention, sparse_attention_bwd, sparse_attention_dbias, sparse_attention_decode,
-    sparse_attention_dq, sparse_attention_dtables, toeplitz_conv,
+    sparse_attention_dq, sparse_attention_dtables, toeplitz_conv, ssd_scan, ssd_scan_bwd, ssd_scan_matrices,
+    ssd_scan_states, ssd_scan_steps, ssd_scan_tokens,
 )  # fmt: skip
 RECORD = pathlib.Path(__file__).with_name("triton_resources.json")
 # ptxas allocates a little differently from release to release; a spill or a dropped wave of blocks shows as more.

@@ -190,18 +190,27 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def precision_of(dtype: torch.dtype) -> dict:
-    """float16's products are tf32's: as many bits, with the range that states need. float32's are three of tf32."""
-    precision = {torch.float16: "tf32", torch.float32: "tf32x3"}.get(dtype, "ieee")
-    return dict(OPERAND=TYPES[dtype], PRECISION=precision)
+FEW_TOKENS = 16
 
 
-def default_blocks(x: torch.Tensor, states: int, *, most_p: int = 64) -> dict:
-    """Q, BLOCK_P and num_warps: a state in 64 registers a thread, and 4 warps, where the sizes allow."""
+def precision_of(x: torch.Tensor) -> dict:
+    """float16's products are tf32's: as many bits, with the range that states need. float32's are three of tf32.
+
+    So are those of few tokens, where one rounded term can be most of an output (one token in bfloat16: 1.2e-2).
+    """
+    if x.element_size() == 2 and x.shape[1] < FEW_TOKENS:
+        return dict(OPERAND=tl.float32, PRECISION="tf32x3")
+    precision = {torch.float16: "tf32", torch.float32: "tf32x3"}.get(x.dtype, "ieee")
+    return dict(OPERAND=TYPES[x.dtype], PRECISION=precision)
+
+
+def default_blocks(x: torch.Tensor, states: int) -> dict:
+    """Q, BLOCK_P and num_warps: a state in 64 registers a thread of 4 warps, where the sizes allow."""
     block_n = block_of(states)
-    size = {torch.float64: 16, torch.float32: 32}.get(x.dtype, most_p)
+    size = 16 if x.dtype == torch.float64 else 32 if precision_of(x)["PRECISION"] == "tf32x3" else 64
     block_p = max(16, min(block_of(x.shape[3]), size, 2**15 // block_n))
-    return {"Q": size, "BLOCK_P": block_p, "num_warps": 8 if block_n * block_p > 2**13 else 4, "num_stages": 2}
+    warps = 8 if block_n * block_p > 2**13 else 4
+    return {"Q": size, "BLOCK_P": block_p, "num_warps": warps, "num_stages": 2}
 
 
 def block_of(size: int) -> int:
@@ -239,7 +248,7 @@ def common_args(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqle
         **strides("dt", dt, "blh"), **strides("A", A, "h"), **strides("B", B, "blgn"), **strides("C", C, "blgn"),
         **strides("D", skip, "hp"), **strides("z", z, "blhp"), **strides("bias", dt_bias, "h"),
         **strides("seq", seq_idx, "bl"), N=B.shape[3], P=x.shape[3], SOFTPLUS=softplus, LOW=low, HIGH=high,
-        **precision_of(x.dtype), BLOCK_N=block_of(B.shape[3]),
+        **precision_of(x), BLOCK_N=block_of(B.shape[3]),
     )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ from .ssd_device import (
     load_skip,
     load_tile,
     operand,
+    precision_of,
     product,
     real_of,
     sample,
@@ -207,7 +208,7 @@ def plan_ssd_scan_bwd(
     windows = windows_of(x, cu_seqlens, Q)
     slots = windows["slots"]
     steps = plan_steps(args, Q)
-    kind = torch.bfloat16 if x.dtype == torch.bfloat16 else real
+    kind = torch.bfloat16 if precision_of(x)["OPERAND"] == tl.bfloat16 else real
     before, after = (x.new_empty(slots, heads, states, width, dtype=kind) for _ in range(2))
     initials = {} if initial is None else dict(dinitial=dinitial)
     walks = [
