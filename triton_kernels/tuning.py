@@ -93,6 +93,8 @@ CANDIDATES = {
     "quant_matmul_gemv": [c for c in _grid(BLOCK_U=(32, 64, 128, 256), BLOCK_N=(8, 16, 32, 64), STEPS=(1, 2, 4, 8),
                                            num_warps=(2, 4, 8)) if 512 <= c["BLOCK_U"] * c["BLOCK_N"] <= 4096],
     "quant_matmul_bwd": _grid(BLOCK_M=(64, 128), BLOCK_N=(32, 64), BLOCK_K=(64, 128), num_warps=(4, 8)),
+    **{kernel: _grid(Q=(32, 64, 128), BLOCK_P=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
+       for kernel in ("ssd_scan_fwd", "ssd_scan_states", "ssd_scan_bwd", "ssd_scan_matrices")},
     "powers_sum": _grid(F=(32, 64, 128), Q=(32, 64, 128), BLOCK_N=(8, 16), num_warps=(4, 8)),
     "moments": _grid(F=(32, 64, 128), Q=(16, 32, 64), BLOCK_N=(8, 16), num_warps=(4, 8)),
 }

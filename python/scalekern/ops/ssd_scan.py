@@ -8,7 +8,7 @@ import functools
 import torch
 
 from scalekern import _checks, _library
-from scalekern._dispatch import composed, filling
+from scalekern._dispatch import Backend, composed, filling, triton
 from scalekern._packing import check_cu_seqlens
 from scalekern.ops import _ssd
 from scalekern.reference.ssd_scan import ssd_scan_bwd as reference_bwd
@@ -153,6 +153,14 @@ def _backward(ctx, dout, dfinal, dvarlen):
     return *grads[:9], None, None, None, None, None
 
 
+MOST_STATES = 256  # chunks of B and C, two at once, and a state share a multiprocessor's memory
+
+
+def _triton_supports(x, dt, A, B, *rest):
+    most = MOST_STATES // (1 if x.element_size() == 2 else 2)
+    return None if B.shape[3] <= most else f"B has more than {most} states"
+
+
 _TENSORS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, "
     "Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max"
@@ -161,7 +169,10 @@ _TENSORS = (
 ssd_scan_fwd = _library.define(
     NAME,
     f"ssd_scan_fwd({_TENSORS}) -> (Tensor, Tensor, Tensor)",
-    backends=composed(filling(_allocate_fwd, _ssd.forward), reference_fwd),
+    backends=(
+        Backend("triton", filling(_allocate_fwd, triton(NAME, "ssd_scan_fwd")), _triton_supports),
+        *composed(filling(_allocate_fwd, _ssd.forward), reference_fwd),
+    ),
     fake=_allocate_fwd,
     empty=lambda x, dt, A, B, *rest: x.numel() == 0 or B.numel() == 0,
     setup_context=_setup_context,
@@ -173,7 +184,13 @@ ssd_scan_bwd = _library.define(
     NAME,
     f"ssd_scan_bwd(Tensor dout, Tensor? dfinal, Tensor? dvarlen, {_TENSORS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=composed(filling(_allocate_bwd, _library.without_autocast(_ssd.backward)), reference_bwd),
+    backends=(
+        Backend(
+            "triton", filling(_allocate_bwd, _library.without_autocast(triton(NAME + "_bwd", "ssd_scan_bwd"))),
+            lambda dout, dfinal, dvarlen, *rest: _triton_supports(*rest),
+        ),
+        *composed(filling(_allocate_bwd, _library.without_autocast(_ssd.backward)), reference_bwd),
+    ),
     fake=_allocate_bwd,
     empty=lambda dout, dfinal, dvarlen, x, dt, A, B, *rest: x.numel() == 0 or B.numel() == 0,
 )

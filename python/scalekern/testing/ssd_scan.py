@@ -35,7 +35,7 @@ def _runs(*lengths):
 SPECS = {
     "ssd_scan": Spec(
         (
-            Sample("plain", _ssd(2, 7, 3, 4, 5, softplus=False)),
+            Sample("plain", _ssd(2, 9, 3, 4, 5, softplus=False)),
             Sample("mamba2", _ssd(2, 67, 4, 6, 8, G=2, D=1, gate=True, bias=True, state=2, final=True)),
             Sample("many_chunks", _ssd(1, 131, 2, 3, 5, D=2, state=1, final=True)),
             Sample("one_token", _ssd(1, 1, 1, 1, 1, state=1, final=True)),
@@ -46,5 +46,6 @@ SPECS = {
         ),
         grows_by_rows=True,
         reorders=True,
+        operand_error=4e-3,  # a state and the weights of a chunk are rounded to the inputs' type
     ),
 }

@@ -1,0 +1,273 @@
+"""Mamba-2's scan backwards: the kernel that has all of a chunk, and the launcher of the walks before it.
+
+Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S packed sequences, Q tokens of a chunk.
+
+With S the state before a chunk, G the gradient of that after it, M, s and d as in ssd_scan.py, e = 2^(s_Q - s) d:
+
+    dX' = (M o C B^T)^T dY + 2^(s_Q - s) B G         dx = d dX' + D dY
+    dB  = R^T C + sum over heads of e x G^T           R = sum over heads of M o d o dY x^T
+    dC  = R B   + sum over heads of 2^s dY S^T
+    da_t = what passes token t: pairs i >= t > j of M o C B^T o d o dY x^T, outputs i >= t that read S, inputs j < t
+           that G holds, and 2^(s_Q) S . G. No sum cancels another, however strong a decay lies between.
+
+The account, a token and head, in half precision at P 64, N 128, Q 64, H 128, G 1:
+
+    HBM   2 P for each of x, dout (3 times each: two walks' and this), dx = 896; S and G, 2 N P / Q = 256, written and read:
+          1,024; steps and the rest 60: 1,980 bytes
+    FLOP  4 N P in the walks; here 2 Q P for dY x^T, W^T dY (and with z, W x), 2 N P for each of B G, C S, dB, dC, and 2 Q^2
+          for da: 32,768 + 16,384 + 65,536 + 8,192 = 122,880
+    dB and dC a head apart would be 8 N = 1,024 bytes written and read again: a program has all heads of a group
+          instead, in turn, and sums in registers; R takes one product for all of them, and C B^T is made once.
+    S recomputed in this kernel instead of read: 4 N P FLOP for each chunk between, no.
+
+On an H200: 16,384 tokens of 128 heads are 1.0 ms of HBM, 0.26 ms of products at their peak, 0.6 at two fifths of it. Never
+measured; 1.1 to 1.4 ms expected. Q 128 would halve the states (0.75 ms of HBM) and needs 128 x 128 sums in registers.
+
+How the work is split: a program has a chunk, a group and a part of its heads: 256 programs of 8 warps for 16,384 tokens, one
+a multiprocessor, since its tiles of S, G, x and dout for the next head load meanwhile. Where chunks and groups are few, a
+group has several parts, whose dB and dC leave as partial sums, which torch adds in a fixed order.
+
+Memory besides inputs and outputs: S and G, each N / Q times x (twice for N 128), in half precision for bfloat16, else in
+float32; steps, 12 bytes a token and head; partial dB and dC where there are parts, at most as large as B H / G / 8.
+Determinism: nothing is atomic; the parts depend on the shapes alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import Launch, compile_spec, index, sigmoid, silu_slope, strides, wide
+from .ssd_device import (
+    WANTED,
+    between,
+    chosen,
+    common_args,
+    default_blocks,
+    limited,
+    load_head,
+    load_skip,
+    load_tile,
+    operand,
+    precision_of,
+    product,
+    real_of,
+    sample,
+    sums,
+    tuning_key,
+    window_of,
+    windows_of,
+)  # fmt: skip
+from .ssd_scan_matrices import plan_matrices
+from .ssd_scan_states import plan_all, steps_of
+from .ssd_scan_steps import plan_steps
+from .tuning import config
+
+__all__ = ["ssd_scan_bwd"]
+
+
+@triton.jit
+def _ssd_scan_bwd_kernel(
+    dx_ptr, ddt_ptr, dz_ptr, pairs_ptr, heads_ptr, dD_ptr, before_ptr, after_ptr, dout_ptr, steps_ptr, x_ptr, dt_ptr,
+    A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cu_ptr, size, L, H, heads, parts, part_heads, S, windows, slots,
+    stride_dx_b, stride_dx_l, stride_dx_h, stride_dx_p, stride_ddt_b, stride_ddt_l, stride_ddt_h,
+    stride_dz_b, stride_dz_l, stride_dz_h, stride_dz_p, stride_dout_b, stride_dout_l, stride_dout_h, stride_dout_p,
+    stride_x_b, stride_x_l, stride_x_h, stride_x_p, stride_dt_b, stride_dt_l, stride_dt_h, stride_A_h,
+    stride_B_b, stride_B_l, stride_B_g, stride_B_n, stride_C_b, stride_C_l, stride_C_g, stride_C_n,
+    stride_D_h, stride_D_p, stride_z_b, stride_z_l, stride_z_h, stride_z_p, stride_bias_h,
+    N: tl.constexpr, P: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """before, after (slots, H, N, P): S and G. heads (2, slots, H): sums of d da and ddt; dD (slots, H, P).
+
+    Grid (slots groups parts,). Matrices of pairs are [Q, Q] of (source j, reader i).
+    """
+    acc: tl.constexpr = steps_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    part, group, slot = program % parts, program // parts % (H // heads), program // parts // (H // heads)
+    row, sequence, window, begin, end, first, last = window_of(cu_ptr, slot, S, L, windows, Q)
+    if end <= begin:
+        return
+    i, start = index(tl.arange(0, Q), INT64), window * Q
+    g, n = index(group, INT64), index(tl.arange(0, BLOCK_N), INT64)
+    valid, in_n = (i >= begin - start) & (i < end - start), n < N
+    B = (B_ptr + row * stride_B_b + g * stride_B_g, stride_B_l, stride_B_n)
+    C = (C_ptr + row * stride_C_b + g * stride_C_g, stride_C_l, stride_C_n)
+    B_t = operand(load_tile(B, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+    C_t = operand(load_tile(C, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+    scores = product(B_t, tl.trans(C_t), tl.zeros([Q, Q], acc), PRECISION)
+    seen = i[:, None] <= i[None, :]
+    earlier = operand(tl.where(i[:, None] > i[None, :], 1.0, 0.0).to(acc), OPERAND, PRECISION)
+    acc_pairs = tl.zeros([Q, Q], acc)
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    steps_ptr += tl.cast(row, tl.int64) * H * L
+
+    for k in range(part * part_heads, tl.minimum((part + 1) * part_heads, heads)):
+        head = group * heads + k
+        h = index(head, INT64)
+        steps = (steps_ptr + tl.cast(head, tl.int64) * L, tl.cast(size, tl.int64))
+        d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
+        coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
+        x = (x_ptr + row * stride_x_b + h * stride_x_h, stride_x_l, stride_x_p)
+        z = (None, stride_z_l, stride_z_p)
+        if z_ptr is not None:
+            z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
+        dout = (dout_ptr + row * stride_dout_b + h * stride_dout_h, stride_dout_l, stride_dout_p)
+
+        xs, dys, pairs = (), (), tl.zeros([Q, Q], acc)
+        for block in tl.static_range(blocks):
+            p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
+            xs = xs + (operand(load_tile(x, start, i, p, valid, p < P), OPERAND, PRECISION),)  # [Q, BLOCK_P]
+            dy = load_tile(dout, start, i, p, valid, p < P)  # [Q, BLOCK_P]
+            if z_ptr is not None:
+                z_t = load_tile(z, start, i, p, valid, p < P).to(acc)  # [Q, BLOCK_P]
+                dy = dy.to(acc) * z_t * sigmoid(z_t)
+            dys = dys + (operand(dy, OPERAND, PRECISION),)
+            pairs = product(xs[block], tl.trans(dys[block]), pairs, PRECISION)
+        w = between(coarse, fine, seen, 1)
+        pairs *= w * d[:, None]
+        acc_pairs += pairs
+        w *= scores
+        carried, w = operand(pairs * scores, OPERAND, PRECISION), operand(w, OPERAND, PRECISION)
+        passing = product(earlier, carried, tl.zeros([Q, Q], acc), PRECISION)  # [t, i]: the sources before t
+        da, dd = tl.sum(tl.where(seen, passing, 0.0), axis=1), tl.zeros([Q], acc)
+
+        from_start, through = tl.exp2(coarse + fine), tl.exp2(all_coarse + all_fine)
+        to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
+        for block in tl.static_range(blocks):
+            p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
+            in_p = p < P
+            at = (tl.cast(slot, tl.int64) * H + head) * (N * P) + (n[:, None] * P + p[None, :])
+            inside = in_n[:, None] & in_p[None, :]
+            state = operand(tl.load(before_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)  # [BLOCK_N, BLOCK_P]
+            dstate = operand(tl.load(after_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)  # [BLOCK_N, BLOCK_P]
+            none = tl.zeros([Q, BLOCK_P], acc)
+            read = product(C_t, state, none, PRECISION) * from_start[:, None]
+            reads = tl.sum(dys[block].to(acc) * read, axis=1)
+            skip = load_skip(D_ptr, stride_D_h, stride_D_p, h, p, in_p, acc)
+            if z_ptr is not None:
+                scaled = operand(xs[block].to(acc) * d[:, None], OPERAND, PRECISION)
+                y = product(tl.trans(w), scaled, read, PRECISION) + skip[None, :] * xs[block].to(acc)
+                z_t = load_tile(z, start, i, p, valid, in_p).to(acc)  # [Q, BLOCK_P]
+                dz = load_tile(dout, start, i, p, valid, in_p).to(acc) * y * silu_slope(z_t, sigmoid(z_t))
+                to = dz_ptr + row * stride_dz_b + h * stride_dz_h + tl.cast(start, tl.int64) * stride_dz_l
+                to += i[:, None] * stride_dz_l + p[None, :] * stride_dz_p
+                tl.store(to, dz.to(dz_ptr.dtype.element_ty), mask=valid[:, None] & in_p[None, :])
+            held = product(B_t, dstate, none, PRECISION) * to_end[:, None]
+            helds = tl.sum(xs[block].to(acc) * held, axis=1) * d
+            dxd = product(w, dys[block], held, PRECISION)
+            dd += tl.sum(dxd * xs[block].to(acc), axis=1)
+            dx = dxd * d[:, None] + skip[None, :] * dys[block].to(acc)
+            to = dx_ptr + row * stride_dx_b + h * stride_dx_h + tl.cast(start, tl.int64) * stride_dx_l
+            to += i[:, None] * stride_dx_l + p[None, :] * stride_dx_p
+            tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=valid[:, None] & in_p[None, :])
+            # Once for what a token reads and once for what is held of it, where it meets the tokens t below.
+            da += tl.sum(tl.where(seen, reads[None, :], helds[None, :]), axis=1)
+            # S . G as the trace of a product: element by element both would have to be in registers.
+            kept = product(tl.trans(state), dstate, tl.zeros([BLOCK_P, BLOCK_P], acc), PRECISION)
+            q = tl.arange(0, BLOCK_P)
+            da += through * tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], kept, 0.0), axis=1), axis=0)
+            if D_ptr is not None:
+                ddD = tl.sum(dys[block].to(acc) * xs[block].to(acc), axis=0)
+                tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, ddD, mask=in_p)
+        da = tl.where(valid, da, 0.0)
+        A, bias = load_head(A_ptr, stride_A_h, h, acc), load_head(bias_ptr, stride_bias_h, h, acc)
+        dt = dt_ptr + row * stride_dt_b + h * stride_dt_h + tl.cast(start, tl.int64) * stride_dt_l
+        raw = tl.load(dt + i * stride_dt_l, mask=valid, other=0.0).to(acc) + bias
+        free, _ = limited(raw, SOFTPLUS, LOW, HIGH)
+        within = (free >= LOW) & (free <= HIGH)
+        ddt = tl.where(within & valid, (da * A + dd) * (sigmoid(raw) if SOFTPLUS else 1.0), 0.0)
+        to = ddt_ptr + row * stride_ddt_b + h * stride_ddt_h + tl.cast(start, tl.int64) * stride_ddt_l
+        tl.store(to + i * stride_ddt_l, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
+        to = heads_ptr + tl.cast(slot, tl.int64) * H + head
+        tl.store(to, tl.sum(da * d, axis=0))
+        tl.store(to + tl.cast(slots, tl.int64) * H, tl.sum(ddt, axis=0))
+
+    to = pairs_ptr + (tl.cast(slot, tl.int64) * (H // heads) * parts + group * parts + part) * (Q * Q)
+    tl.store(to + i[:, None] * Q + i[None, :], acc_pairs)
+
+
+def _parts(wanted: int, programs: int, heads: int) -> tuple[int, int]:
+    """(parts of a group's heads, heads of a part), for so many programs, at least 8 heads each"""
+    parts = max(1, min(wanted // programs, triton.cdiv(heads, 8)))
+    each = triton.cdiv(heads, parts)
+    return triton.cdiv(heads, each), each
+
+
+def plan_ssd_scan_bwd(
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial, dout, dfinal, dvarlen, *args,
+) -> tuple[list[Launch], dict]:  # fmt: skip
+    """(the launches, in order, {gradient: partial sums}), from shapes, strides and dtypes alone."""
+    x, B, C, D, z, initial, cu_seqlens = args[0], *args[3:7], args[8], args[10]
+    (batch, length, heads, width), (groups, states), real = x.shape, B.shape[2:], real_of(x.dtype)
+    key, device = tuning_key(x, states), x.device
+    blocks = config("ssd_scan_states", key, device, default_blocks(x, states))
+    own = config("ssd_scan_bwd", key, device, {**default_blocks(x, states), "num_warps": 8})
+    walk, Q = {**blocks, "Q": own["Q"]}, own["Q"]
+    matrices = config("ssd_scan_matrices", key, device, {**default_blocks(x, states), "num_warps": 8})
+    windows = windows_of(x, cu_seqlens, Q)
+    slots = windows["slots"]
+    steps = plan_steps(args, Q)
+    kind = torch.bfloat16 if precision_of(x)["OPERAND"] == tl.bfloat16 else real
+    before, after = (x.new_empty(slots, heads, states, width, dtype=kind) for _ in range(2))
+    initials = {} if initial is None else dict(dinitial=dinitial)
+    walks = [
+        *plan_all(before, args, walk, steps, initial=initial),
+        *plan_all(after, args, walk, steps, dout=dout, dfinal=dfinal, dvarlen=dvarlen, **initials),
+    ]
+    parts, part_heads = _parts(WANTED, slots * groups, heads // groups)
+    pairs = x.new_empty(slots, groups, parts, Q, Q, dtype=real)
+    partial = {"heads": x.new_zeros(2, slots, heads, dtype=real)}
+    if D is not None:
+        partial["dD"] = x.new_zeros(slots, heads, width, dtype=real)
+    arguments = dict(
+        common_args(*args), **windows, **steps_of(steps), dx_ptr=dx, ddt_ptr=ddt, dz_ptr=None if z is None else dz,
+        pairs_ptr=pairs, heads_ptr=partial["heads"], dD_ptr=partial.get("dD"), before_ptr=before, after_ptr=after,
+        dout_ptr=dout, parts=parts, part_heads=part_heads, **strides("dx", dx, "blhp"), **strides("ddt", ddt, "blh"),
+        **strides("dz", None if z is None else dz, "blhp"), **strides("dout", dout, "blhp"),
+        INT64=wide(x, args[1], B, C, z, dout, dx, ddt), Q=Q, BLOCK_P=own["BLOCK_P"],
+    )  # fmt: skip
+    kernel, grid = _ssd_scan_bwd_kernel, (slots * groups * parts,)
+    launch = Launch(kernel, grid, chosen(kernel, arguments), own["num_warps"], own.get("num_stages"))
+    parts, part_heads = _parts(WANTED // 2, slots * groups, heads // groups)
+    if parts > 1:
+        partial |= {name: x.new_empty(parts, *B.shape, dtype=real) for name in ("dB", "dC")}
+    sums_of = (partial[name] if parts > 1 else gradient[None] for name, gradient in (("dB", dB), ("dC", dC)))
+    last = plan_matrices(arguments, *sums_of, slots, parts, part_heads, matrices)
+    return [steps, *walks, launch, last], partial
+
+
+def ssd_scan_bwd(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *args) -> None:
+    """fill(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *op arguments)"""
+    gradients = dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states
+    launches, partial = plan_ssd_scan_bwd(*gradients, *args)
+    for launch in launches:
+        launch.run()
+    by_head = partial["heads"].sum(1)
+    dA.copy_(by_head[0])
+    if ddt_bias.numel():
+        ddt_bias.copy_(by_head[1])
+    if "dD" in partial:
+        total = partial["dD"].sum(0)
+        dD.copy_(total if dD.dim() == 2 else total.sum(1))
+    for name, gradient in (("dB", dB), ("dC", dC)):
+        if name in partial:
+            gradient.copy_(partial[name].sum(0))
+
+
+def _spec(dtype: torch.dtype, options: str, place: int = -2) -> Launch:
+    args, (out, final, varlen) = sample(dtype, options)
+    x, dt, A, B, C, D, z, bias, initial = args[:9]
+    grads = (x, dt, A, B, C, D, x, bias, varlen)
+    dvarlen = varlen if options == "packed" else None
+    return plan_ssd_scan_bwd(*grads, out, final, dvarlen, *args)[0][place]
+
+
+for _options in ("", "segments", "packed", "wide"):
+    _name = "ssd_scan_bwd" + (f"_{_options}" if _options else "")
+    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
+compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "", 3))
+compile_spec("ssd_scan_tokens")(lambda dtype: _spec(dtype, "packed", 2))
+compile_spec("ssd_scan_states_reverse")(lambda dtype: _spec(dtype, "packed", -3))
+compile_spec("ssd_scan_states_totals")(lambda dtype: _spec(dtype, "segments", 1))
+compile_spec("ssd_scan_matrices")(lambda dtype: _spec(dtype, "packed", -1))
