@@ -84,6 +84,7 @@ def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, 
     _checks.tensor(NAME, "q", q, dims=4, dtypes=_checks.FLOATING)
     batch, heads, _, dim = q.shape
     ragged, paged = head_offsets is not None, block_table is not None
+    check_layout(NAME, batch, lengths, circular, head_offsets, block_table, starts)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if isinstance(x, QuantizedKV):
             _checks.tensor(NAME, f"{name}.data", x.data, dims=3 if ragged else 4)
@@ -97,7 +98,6 @@ def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, 
     if not 1 <= dim <= 256 or not 1 <= v_cache.shape[-1] <= 256:
         got = f"{dim} and {v_cache.shape[-1]}"
         raise ValueError(f"{NAME}: the last axes of q and v_cache must have 1 to 256 elements, got {got}")
-    check_layout(NAME, batch, lengths, circular, head_offsets, block_table, starts)
     key_heads = head_offsets.shape[0] - 1 if ragged else k_cache.shape[1]
     if heads and (key_heads <= 0 or heads % key_heads):
         raise ValueError(f"{NAME}: the key heads must divide the {heads} heads of q, got {key_heads}")
