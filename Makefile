@@ -16,6 +16,7 @@ INTERPRETED := $(addprefix tests/, \
   test_contract.py \
   test_cross_scan.py \
   test_hadamard_transform.py \
+  test_quant_matmul_experts.py \
   test_quantize_kv.py \
   test_selective_scan.py \
   test_selective_state_update.py \

@@ -184,6 +184,22 @@ def finish(acc, n, m, in_n, in_m, outer_ptr, stride_outer_n, tokens_ptr, bias_pt
     return acc
 
 
+@triton.jit
+def expert_of(offs_ptr, tile, M, E: tl.constexpr, BLOCK_M: tl.constexpr, LANES: tl.constexpr):
+    """(e, first token, end of its tokens) of the tile-th BLOCK_M tokens, no tile reaching over two experts.
+
+    Found in E <= LANES ends that each program reads for itself, so that the host need not know them. No tokens: e = E.
+    """
+    e = tl.arange(0, LANES)
+    ends = tl.minimum(tl.load(offs_ptr + e, mask=e < E, other=0), M)
+    starts = tl.minimum(tl.load(offs_ptr + e - 1, mask=(e > 0) & (e < E), other=0), M)
+    tiles = tl.where(e < E, tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M), 0)
+    behind = tl.cumsum(tiles, 0)  # tiles up to an expert's last
+    own = (behind > tile) & (behind - tiles <= tile)
+    first = tl.sum(tl.where(own, starts + (tile - behind + tiles) * BLOCK_M, 0), 0)
+    return tl.sum(tl.where(behind <= tile, 1, 0), 0), first, tl.sum(tl.where(own, ends, 0), 0)
+
+
 # --- host side --------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +230,13 @@ def parts_args(scales, zeros, offsets) -> dict:
     for name, part in (("scales", stored), ("zeros", zeros), ("offsets", offsets)):
         args |= part_strides(name, part)
     return args
+
+
+def experts_args(offs: torch.Tensor | None) -> dict:
+    """The arguments of expert_of; EXPERTS is 0 for a product that has none."""
+    if offs is None:
+        return {"offs_ptr": None, "EXPERTS": 0, "LANES": 0}
+    return {"offs_ptr": offs.contiguous(), "EXPERTS": len(offs), "LANES": triton.next_power_of_2(len(offs))}
 
 
 def table_of(format: str, dtype: torch.dtype, device) -> torch.Tensor | None:

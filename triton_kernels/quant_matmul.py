@@ -42,7 +42,7 @@ import triton.language as tl
 from ..quant._formats import FORMATS
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .quant_device import (
-    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, finish, is_whole, operand, part_strides, parts_args, plain,
+    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, expert_of, experts_args, finish, is_whole, operand, part_strides, parts_args, plain,
     rows_first, scales_of, store, table_of, values_of,
 )  # fmt: skip
 from .quant_matmul_dense import dense_fwd, dense_serves
@@ -110,27 +110,34 @@ def _scaled(part, sums, n, g, zeros_ptr, stride_n, stride_g, FORMAT: tl.constexp
 
 @triton.jit
 def _quant_matmul_fwd_kernel(
-    out_ptr, x_ptr, data_ptr, scales_ptr, zeros_ptr, offsets_ptr, table_ptr, outer_ptr, tokens_ptr, bias_ptr,
+    out_ptr, x_ptr, data_ptr, scales_ptr, zeros_ptr, offsets_ptr, table_ptr, outer_ptr, tokens_ptr, bias_ptr, offs_ptr,
     M, N, K, group, segment, segments, each, stride_out_s, stride_out_m, stride_out_n, stride_x_m, stride_x_u,
     stride_x_p, stride_data_n, stride_scales_n, stride_scales_g, stride_zeros_n, stride_zeros_g, stride_offsets_n,
     stride_offsets_g, stride_outer_n, stride_bias_n,
     FORMAT: tl.constexpr, SCALES: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     P: tl.constexpr, PER_GROUP: tl.constexpr, ONE_STEP: tl.constexpr, MASKED: tl.constexpr, INT64: tl.constexpr,
     SMALL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    EXPERTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out (S, M, N). Grid (tiles, S); `each`: segments of a part. tokens (M,): the scales of x.
 
     SMALL: 0, or the columns of groups so small that their scales go into the operand; `group` is the whole row then.
     """
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M) + EXPERTS, tl.cdiv(N, BLOCK_N)
     # Tiles of NEIGHBOURS x BLOCK_M tokens come one after the other and share the weight's rows in L2.
     band = tl.program_id(0) // (NEIGHBOURS * tiles_n) * NEIGHBOURS
     height = tl.minimum(tiles_m - band, NEIGHBOURS)
     place = tl.program_id(0) % (NEIGHBOURS * tiles_n)
     n = place // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = (band + place % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_n, in_m = n < N, m < M
+    expert, first_m, end_m = 0, (band + place % height) * BLOCK_M, M
+    if EXPERTS > 0:
+        expert, first_m, end_m = expert_of(offs_ptr, band + place % height, M, EXPERTS, BLOCK_M, LANES)
+        if expert >= EXPERTS:
+            return
+    m = first_m + tl.arange(0, BLOCK_M)
+    in_n, in_m = n < N, m < end_m
     row, token = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)  # no mask: the last one again
+    row += tl.cast(expert, tl.int64) * N
     row_ptr = data_ptr + row[:, None] * stride_data_n
     x = (x_ptr + token[None, :] * stride_x_m, stride_x_u, stride_x_p)
     WHOLE: tl.constexpr = x_ptr.dtype.element_ty == tl.int8 and is_whole(FORMAT)
@@ -169,7 +176,7 @@ def _quant_matmul_fwd_kernel(
         if offsets_ptr is not None:
             offset = tl.load(offsets_ptr + row * stride_offsets_n + g * stride_offsets_g).to(ACC)
             acc += offset[:, None] * sums[None, :].to(ACC)
-    acc = finish(acc, n, m, in_n, in_m, outer_ptr, stride_outer_n, tokens_ptr, bias_ptr, stride_bias_n)
+    acc = finish(acc, row, m, in_n, in_m, outer_ptr, stride_outer_n, tokens_ptr, bias_ptr, stride_bias_n)
     at = out_ptr + tl.program_id(1).to(tl.int64) * stride_out_s + m.to(tl.int64)[None, :] * stride_out_m
     at += n[:, None] * stride_out_n
     store(at, acc, in_n[:, None] & in_m[None, :])
@@ -253,23 +260,24 @@ def _tiles(kind, per, M, N, K, bits, groups, group, device) -> dict:
 
 
 def plan_quant_matmul_fwd(
-    out, x, tokens, data, scales, zeros, offsets, outer, bias, format, group_size, K, dtype
+    out, x, tokens, data, scales, zeros, offsets, outer, bias, offs, format, group_size, K, dtype
 ) -> tuple[Launch, Launch | None]:  # fmt: skip
     """The launches, from shapes, strides and dtypes: the product and, where it is split, the sum of its parts.
 
     out (M, N); x (M, K), or in planes, (M, P, U); x has another dtype than `dtype` where it was rounded, with the
     scales tokens (M,).
     """
-    M, N, groups = x.shape[0], data.shape[0], scales.shape[1]
+    M, N, groups, experts = x.shape[0], out.shape[1], scales.shape[1], experts_args(offs)
+    E = experts["EXPERTS"]
     small = _small(format, group_size, groups, scales, zeros, offsets, dtype)
     groups = 1 if small else groups
     bits, group = FORMATS[format].bits, K if groups == 1 else group_size
     kind = _operand(dtype, None if tokens is None else x.dtype, format, zeros, group, groups)
     per = _planes(kind, bits, group, groups)
-    tiles = _tiles(kind, per, M, N, K, bits, groups, group, x.device)
+    tiles = _tiles(kind, per, triton.cdiv(M, E or 1), N, K, bits, groups, group, x.device)
     block, acc = per * tiles["BLOCK_U"], real_of(dtype)
-    programs = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"])
-    wanted = max(1, min(WANTED // programs, triton.cdiv(K, LEAST_COLUMNS)))
+    programs = (triton.cdiv(M, tiles["BLOCK_M"]) + E) * triton.cdiv(N, tiles["BLOCK_N"])
+    wanted = 1 if E else max(1, min(WANTED // programs, triton.cdiv(K, LEAST_COLUMNS)))
     segment = group
     if groups == 1:
         segment = triton.cdiv(triton.cdiv(K, wanted), block) * block
@@ -290,7 +298,7 @@ def plan_quant_matmul_fwd(
         ACC=TYPES[acc], PRECISION="tf32x3" if kind == tl.float32 else "ieee", PER_GROUP=per_group,
         ONE_STEP=segment <= block, MASKED=bool(K % block or segment % block or group % block),
         INT64=wide(x) or K * bits >= 2**31,
-        SMALL=small, **{name: tiles[name] for name in ("P", "BLOCK_N", "BLOCK_M", "BLOCK_U")}, NEIGHBOURS=8,
+        SMALL=small, **{name: tiles[name] for name in ("P", "BLOCK_N", "BLOCK_M", "BLOCK_U")}, NEIGHBOURS=8, **experts,
     )  # fmt: skip
     launch = Launch(_quant_matmul_fwd_kernel, (programs, parts), args, tiles["num_warps"], tiles["num_stages"])
     return launch, None if parts == 1 else plan_sum(out, to, ends)
@@ -323,18 +331,21 @@ def plan_sum(out, parts, ends) -> Launch:
 
 
 def quant_matmul_fwd(
-    out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
+    out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
 ) -> None:  # fmt: skip
     """fill(out, *op arguments)"""
     flat, to, data = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), rows_first(data)
     weight = data, scales, zeros, offsets, outer, bias, format, group_size
-    if not activation and dense_serves(to, flat):
+    if offs is not None:
+        out.zero_()  # the rows beyond the last expert's
+    elif not activation and dense_serves(to, flat):
         dense_fwd(to, flat, *weight)
         return
-    if not activation and gemv_serves(flat, format, group_size, scales.shape[1]):
+    if offs is None and not activation and gemv_serves(flat, format, group_size, scales.shape[1]):
         launches = _gemv(to, flat, *weight)
     else:
         planes, tokens = _tokens(flat, scales, zeros, offsets, format, group_size, activation, activation_scale)
+        weight = *weight[:-2], offs, *weight[-2:]
         launches = plan_quant_matmul_fwd(to, planes, tokens, *weight, flat.shape[1], x.dtype)
     for launch in filter(None, launches):
         launch.run()
@@ -380,12 +391,15 @@ def sample(M, dtype, format="int4", group=128, *, zeros=None, offsets=False, N=8
     return meta(M, N, dtype=dtype), meta(M, K, dtype=dtype), data, part(scales), zeros, offsets
 
 
-def _spec(dtype, M, format="int4", group=128, activation=None, **options) -> tuple[Launch, Launch | None]:
+def _spec(dtype, M, format="int4", group=128, activation=None, experts=0, **options) -> tuple[Launch, Launch | None]:
     out, x, data, *parts = sample(M, dtype, format, group, **options)
     (_, K), per = x.shape, _planes_of(dtype, *parts, format, group or x.shape[1], activation)
     if activation or per > 1 and M > PLANE_TOKENS:
         x = meta(M, per, K // per, dtype=rounded_type(activation) if activation else dtype)
-    weight = data, *parts, None, meta(out.shape[1], dtype=dtype), format, group or K
+    bias, offs = meta(out.shape[1], dtype=dtype), None
+    if experts:
+        offs, out = meta(experts, dtype=torch.int32), meta(M, out.shape[1] // experts, dtype=dtype)
+    weight = data, *parts, None, bias, offs, format, group or K
     return plan_quant_matmul_fwd(out, x, meta(M) if activation else None, *weight, K, dtype)
 
 
@@ -393,7 +407,7 @@ for _name, _args, _options in (
     ("", (64,), {}), ("_16_zeros", (16,), {"zeros": torch.uint8}), ("_int8", (4096, "int8", None, "int8"), {}),
     ("_int4_int8", (4096, "int4", 128, "int8"), {"zeros": torch.uint8}),
     ("_int3", (256, "int3", 100), {"offsets": True}),
-    ("_nvfp4", (64, "fp4_e2m1", 16), {"scales": torch.float8_e4m3fn}),
+    ("_nvfp4", (64, "fp4_e2m1", 16), {"scales": torch.float8_e4m3fn}), ("_experts", (64,), {"experts": 8}),
 ):  # fmt: skip
     compile_spec(f"quant_matmul_fwd{_name}")(lambda dtype, a=_args, o=_options: _spec(dtype, *a, **o)[0])
 compile_spec("quant_matmul_sum")(lambda dtype: _spec(dtype, 16)[1])

@@ -42,9 +42,22 @@ QuantWeight weight(
   return w;
 }
 
+// run(e, its first token, their number) for each expert; a call without offs has one.
+template <class Run>
+void for_experts(const OptionalTensor& offs, int64_t tokens, Run run) {
+  if (!offs.has_value()) return run(0, 0, tokens);
+  const int32_t* ends = static_cast<const int32_t*>(offs->data_ptr());
+  for (int64_t e = 0, first = 0; e < offs->size(0); first = ends[e++]) {
+    STD_TORCH_CHECK(
+        first <= ends[e] && ends[e] <= tokens, "quant_matmul: offs must rise from 0 to at most ", tokens,
+        ", the rows of x, got ", ends[e], " after ", first);
+    if (ends[e] > first) run(e, first, ends[e] - first);
+  }
+}
+
 void forward(
     Tensor out, Tensor x, Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets,
-    OptionalTensor outer, OptionalTensor bias, OptionalTensor table, int64_t bits, double step, double base,
+    OptionalTensor outer, OptionalTensor bias, OptionalTensor offs, OptionalTensor table, int64_t bits, double step, double base,
     int64_t mantissa, double zero, int64_t group_size, bool powers, double activation_max, double activation_scale) {
   expect_writes(out);
   QuantMatmulArgs a{};
@@ -52,20 +65,29 @@ void forward(
                powers);
   a.tokens = x.size(0), a.x = part(x), a.out = part(out), a.bias = part(bias);
   a.activation_max = float(activation_max), a.activation_scale = float(activation_scale);
-  if (a.integer()) SCALEKERN_CALL(quant_matmul_integer, (a));
-  else SCALEKERN_CALL(quant_matmul_float, (a));
+  for_experts(offs, a.tokens, [&, rows = out.size(1)](int64_t e, int64_t first, int64_t tokens) {
+    QuantMatmulArgs own = a;
+    own.w = a.w.from(e * rows, rows), own.tokens = tokens, own.x = a.x.from(first), own.out = a.out.from(first);
+    own.bias = a.bias.behind(e * rows * a.bias.column);
+    if (own.integer()) SCALEKERN_CALL(quant_matmul_integer, (own));
+    else SCALEKERN_CALL(quant_matmul_float, (own));
+  });
 }
 
 void backward(
     Tensor dx, Tensor dout, Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets,
-    OptionalTensor outer, OptionalTensor table, int64_t bits, double step, double base, int64_t mantissa, double zero,
-    int64_t group_size, bool powers) {
+    OptionalTensor outer, OptionalTensor offs, OptionalTensor table, int64_t bits, double step, double base,
+    int64_t mantissa, double zero, int64_t group_size, bool powers) {
   expect_writes(dx);
   QuantMatmulBwdArgs a{};
   a.w = weight(data, scales, zeros, offsets, outer, table, dx.size(1), bits, step, base, mantissa, zero, group_size,
                powers);
   a.tokens = dout.size(0), a.dout = part(dout), a.dx = part(dx);
-  SCALEKERN_CALL(quant_matmul_bwd, (a));
+  for_experts(offs, a.tokens, [&, rows = dout.size(1)](int64_t e, int64_t first, int64_t tokens) {
+    QuantMatmulBwdArgs own = a;
+    own.w = a.w.from(e * rows, rows), own.tokens = tokens, own.dout = a.dout.from(first), own.dx = a.dx.from(first);
+    SCALEKERN_CALL(quant_matmul_bwd, (own));
+  });
 }
 
 }  // namespace
@@ -73,11 +95,11 @@ void backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "quant_matmul_fwd_cpu(Tensor(a!) out, Tensor x, Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, "
-      "Tensor? outer, Tensor? bias, Tensor? table, int bits, float step, float base, int mantissa, float zero, "
+      "Tensor? outer, Tensor? bias, Tensor? offs, Tensor? table, int bits, float step, float base, int mantissa, float zero, "
       "int group_size, bool powers, float activation_max, float activation_scale) -> ()");
   m.def(
       "quant_matmul_bwd_cpu(Tensor(a!) dx, Tensor dout, Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, "
-      "Tensor? outer, Tensor? table, int bits, float step, float base, int mantissa, float zero, int group_size, "
+      "Tensor? outer, Tensor? offs, Tensor? table, int bits, float step, float base, int mantissa, float zero, int group_size, "
       "bool powers) -> ()");
 }
 

@@ -14,6 +14,15 @@ struct QuantPart {
   const void* data = nullptr;
   QuantDtype dtype = QuantDtype::f32;
   int64_t row = 0, column = 0;
+
+  // The same from its r-th row on, or from another element on.
+  QuantPart from(int64_t r) const { return behind(r * row); }
+  QuantPart behind(int64_t elements) const {
+    static constexpr int kBytes[] = {4, 8, 2, 2, 1, 1, 1, 1};
+    QuantPart rest = *this;
+    if (data) rest.data = static_cast<const char*>(data) + elements * kBytes[int(dtype)];
+    return rest;
+  }
 };
 
 // Shape letters: N rows, K columns, G groups of columns.
@@ -34,6 +43,13 @@ struct QuantWeight {
 
   // Whether w is more than scale (code - middle).
   bool has_rest(float middle) const { return zeros.data || offsets.data || (zero - base) / step != middle; }
+  // `count` rows from the r-th on.
+  QuantWeight from(int64_t r, int64_t count) const {
+    QuantWeight some = *this;
+    some.data += r * pitch, some.rows = count;
+    some.scales = scales.from(r), some.zeros = zeros.from(r), some.offsets = offsets.from(r), some.outer = outer.from(r);
+    return some;
+  }
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
 };
 

@@ -33,10 +33,27 @@ def activations(x, activation, activation_scale, dtype):
     return round_activation(x, activation, scale).to(dtype) * scale.to(dtype)
 
 
-def forward(
-    out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
-):
+def experts(offs, tokens: int, rows: int):
+    """(rows of x, rows of the weight) of each expert; of offs None, of one."""
+    if offs is None:
+        return [(slice(0, tokens), slice(0, rows))]
+    ends, N = offs.tolist(), rows // offs.shape[0]
+    if any(a > b for a, b in zip([0, *ends], [*ends, tokens])):
+        raise ValueError(f"quant_matmul: offs must rise from 0 to at most {tokens}, the rows of x, got {ends}")
+    return [(slice(a, b), slice(e * N, (e + 1) * N)) for e, (a, b) in enumerate(zip([0, *ends], ends))]
+
+
+def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
     """Fill out (..., N)."""
+    if offs is not None:
+        out.zero_()
+        for own, rows in experts(offs, x.shape[0], data.shape[0]):
+            parts = [_rows(p, rows) for p in (scales, zeros, offsets, outer)]
+            forward(
+                out[own], x[own], data[rows], *parts, None if bias is None else bias[rows], None, format, group_size,
+                activation, activation_scale, out_dtype,
+            )  # fmt: skip
+        return
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     flat, K = activations(x, activation, activation_scale, wide).flatten(0, -2), x.shape[-1]
     for rows, weight in _pieces(data, scales, zeros, offsets, outer, format, K, group_size, wide):
@@ -48,9 +65,14 @@ def forward(
 
 def backward(
     dx, dscales, dzeros, doffsets, douter, dbias,
-    dout, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, weight_grads,
+    dout, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale,
+    weight_grads,
 ):  # fmt: skip
     """Fill dx (..., K), and dscales, dzeros, doffsets, douter, dbias where they have elements."""
+    if offs is not None:
+        grads, parts = (dscales, dzeros, doffsets, douter), (scales, zeros, offsets, outer)
+        options = format, group_size, activation, activation_scale, weight_grads
+        return _experts_backward(dx.zero_(), grads, dbias, dout, x, data, parts, bias, offs, options)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     K, flat = x.shape[-1], dout.to(wide).flatten(0, -2)
     total = torch.zeros_like(dx, dtype=wide).flatten(0, -2)
@@ -64,6 +86,24 @@ def backward(
         _parts_backward(
             (dscales, dzeros, doffsets, douter), flat, values, data, (scales, zeros, offsets, outer), format, group_size
         )
+
+
+def _experts_backward(dx, grads, dbias, dout, x, data, parts, bias, offs, options):
+    """Each expert's gradients into its rows; what all rows share is summed over the experts."""
+    shared = [g.numel() and g.shape[0] == 1 != data.shape[0] for g in grads]
+    totals = [torch.zeros_like(g, dtype=torch.float64) if one else g for g, one in zip(grads, shared)]
+    for own, rows in experts(offs, x.shape[0], data.shape[0]):
+        into = [torch.empty_like(t) if one else t[rows] if t.numel() else t for t, one in zip(totals, shared)]
+        backward(
+            dx[own], *into, dbias[rows] if bias is not None else dbias, dout[own], x[own], data[rows],
+            *(_rows(p, rows) for p in parts), None if bias is None else bias[rows], None, *options,
+        )  # fmt: skip
+        for total, one, part in zip(totals, shared, into):
+            if one:
+                total += part
+    for grad, total, one in zip(grads, totals, shared):
+        if one:
+            grad.copy_(total)
 
 
 def _parts_backward(grads, dout, x, data, parts, format, group_size):

@@ -36,39 +36,50 @@ def _rows(x):
     return x if x.dim() == 2 else x.flatten(0, -2)
 
 
+def _ends(offs):
+    return None if offs is None else offs.contiguous()
+
+
 def _options(format, group_size, scales, device):
     return *code_values(format, device), group_size, scales.dtype == torch.float8_e8m0fnu
 
 
-def forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
+def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
     """Fill out (..., N)."""
     if x.dtype == torch.float64:
         return _quant_matmul.forward(
-            out, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
-        )
+            out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale,
+            out_dtype,
+        )  # fmt: skip
+    if offs is not None:
+        out.zero_()  # the rows beyond the last expert's
     _fwd(
-        _rows(out), _rows(x), *_parts(data, scales), zeros, offsets, outer, bias,
+        _rows(out), _rows(x), *_parts(data, scales), zeros, offsets, outer, bias, _ends(offs),
         *_options(format, group_size, scales, x.device), ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0,
     )  # fmt: skip
 
 
 def backward(
     dx, dscales, dzeros, doffsets, douter, dbias,
-    dout, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, weight_grads,
+    dout, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale,
+    weight_grads,
 ):  # fmt: skip
     """Fill dx (..., K), and the others where they have elements."""
     if x.dtype == torch.float64 or weight_grads:
         return _quant_matmul.backward(
-            dx, dscales, dzeros, doffsets, douter, dbias, dout, x, data, scales, zeros, offsets, outer, bias,
+            dx, dscales, dzeros, doffsets, douter, dbias, dout, x, data, scales, zeros, offsets, outer, bias, offs,
             format, group_size, activation, activation_scale, weight_grads,
         )  # fmt: skip
     flat = dout.flatten(0, -2)
+    if offs is not None:
+        dx.zero_()
     _bwd(
-        dx.flatten(0, -2), flat, *_parts(data, scales), zeros, offsets, outer,
+        dx.flatten(0, -2), flat, *_parts(data, scales), zeros, offsets, outer, _ends(offs),
         *_options(format, group_size, scales, x.device),
     )  # fmt: skip
     if bias is not None:
-        dbias.copy_(flat.sum(0, dtype=torch.float32))
+        for own, rows in _quant_matmul.experts(offs, flat.shape[0], data.shape[0]):
+            dbias[rows].copy_(flat[own].sum(0, dtype=torch.float32))
 
 
 forward.native_op, backward.native_op = _fwd.native_op, _bwd.native_op

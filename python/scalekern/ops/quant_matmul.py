@@ -1,6 +1,6 @@
 """Matrix product with a low-bit weight: public function, checks, schemas, backends, fakes and gradient.
 
-Shape letters: M tokens, N outputs, K inputs, G groups.
+Shape letters: M tokens, N outputs, K inputs, G groups of columns, E experts.
 """
 
 import torch
@@ -17,20 +17,25 @@ NAME = "quant_matmul"
 ACTIVATIONS = (None, *ACTIVATION_MAX)
 
 
-def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None):
+def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None, offs=None):
     """x @ dequantize(w).T + bias, with the weight read as it is stored. Differentiable for x, bias and w's scales.
 
     With an activation kind, each token of x is first rounded to it, so that the product is one of integers (or of
     float8): exact but for the scales, and straight-through for the gradient of x.
 
+    With offs it is the grouped product of a mixture of experts: w holds E matrices one below the other, and each run of
+    x's rows meets its own, all in one launch, with no word from the GPU to the host about how many rows each has.
+
     Args:
         x: (..., K), float64, float32, float16 or bfloat16, any strides.
-        w: QuantizedTensor (N, K) of any format and group size; a view of a larger one too.
-        bias: (N,) floating or None.
+        w: QuantizedTensor (N, K) of any format and group size; a view of a larger one too. (E * N, K) with offs.
+        bias: (N,) floating or None; (E, N) with offs.
         activation: None (weight-only), "int8", "int4" or "fp8" (e4m3): how x is rounded, x / scale to the nearest
             number, halves to even, with the scale max |x| / 127 (7, 448) of a token, all in float32.
         activation_scale: float above 0, a static scale in place of the tokens' own.
         out_dtype: of the result; None for x's dtype (under autocast, the autocast dtype).
+        offs: (E,) int32 or None: x is (M, K), and its rows offs[e - 1] (0 for e = 0) to offs[e] meet matrix e. Rising,
+            at most M (checked on the CPU; on a GPU other values give undefined results). Rows beyond the last give 0.
 
     Returns:
         (..., N) in out_dtype, accumulated in float32, float64 for float64 x, and in int32 within a group where both
@@ -50,11 +55,15 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     if w.data.dim() != 2:
         raise ValueError(f"{NAME}: w must have 2 dimensions, got shape {tuple(w.shape)}")
     N, K = w.data.shape[0], w.columns
+    if offs is not None:
+        N = _rows_an_expert(x, N, offs)
     if x.shape[-1] != K:
         _checks.shape(NAME, "x", x, (*x.shape[:-1], K))
     if bias is not None:
-        _checks.tensor(NAME, "bias", bias, dims=1, dtypes=_checks.FLOATING)
-        _checks.shape(NAME, "bias", bias, (N,))
+        wanted = (N,) if offs is None else (offs.shape[0], N)
+        _checks.tensor(NAME, "bias", bias, dims=len(wanted), dtypes=_checks.FLOATING)
+        _checks.shape(NAME, "bias", bias, wanted)
+        bias = bias if offs is None else bias.reshape(-1)
     if activation is not None:
         _checks.choice(NAME, "activation", activation, ACTIVATIONS)
     if activation_scale is not None and (activation is None or not activation_scale > 0):
@@ -62,26 +71,36 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
         raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
     if out_dtype is not None:
         _checks.choice(NAME, "out_dtype", out_dtype, _checks.FLOATING)
-    if x.device != w.data.device or bias is not None:
-        _checks.same_device(NAME, "x", x, bias=bias, w=w.data)
+    if x.device != w.data.device or bias is not None or offs is not None:
+        _checks.same_device(NAME, "x", x, bias=bias, w=w.data, offs=offs)
     if w.perm is not None:
         x = x.index_select(-1, w.perm)
     rows = x if x.dim() > 1 else x[None]
     out = quant_matmul_fwd.light(
-        rows, w.data, w.scales, w.zeros, w.offsets, w.outer, bias,
+        rows, w.data, w.scales, w.zeros, w.offsets, w.outer, bias, offs,
         w.format, w.group_size, activation or "", activation_scale, out_dtype,
     )  # fmt: skip
     return out if x.dim() > 1 else out[0]
 
 
-def _allocate_fwd(x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, scale, out_dtype):
+def _rows_an_expert(x, rows: int, offs) -> int:
+    """N, of a weight that holds the matrices of all experts."""
+    _checks.tensor(NAME, "offs", offs, dims=1, dtypes=(torch.int32,))
+    if x.dim() != 2:
+        raise ValueError(f"{NAME}: x must have 2 dimensions when offs is given, got shape {tuple(x.shape)}")
+    if not offs.shape[0] or rows % offs.shape[0]:
+        raise ValueError(f"{NAME}: offs must have as many elements as w has matrices, got {offs.shape[0]} for {rows} rows")
+    return rows // offs.shape[0]
+
+
+def _allocate_fwd(x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, scale, out_dtype):
     """The output, uninitialized: what the fake returns and what the backends fill."""
-    sizes = (*x.shape[:-1], data.shape[0])
+    sizes = (*x.shape[:-1], data.shape[0] if offs is None else data.shape[0] // offs.shape[0])
     return x.new_empty(sizes) if out_dtype is None else x.new_empty(sizes, dtype=out_dtype)
 
 
 def _allocate_bwd(
-    dout, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, scale, weight_grads
+    dout, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, scale, weight_grads
 ):
     def like(part, wanted):
         return torch.empty_like(part, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
@@ -101,10 +120,10 @@ def _backward(ctx, dout):
         dout, *tensors, ctx.format, ctx.group_size, ctx.activation, ctx.scale, any(needed[2:6])
     )
     parts = [g if n and g.numel() else None for g, n in zip(grads[1:], needed[2:])]
-    return grads[0] if needed[0] else None, None, *parts, None, None, None, None, None
+    return grads[0] if needed[0] else None, None, *parts, None, None, None, None, None, None
 
 
-_PARTS = "Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor? outer, Tensor? bias"
+_PARTS = "Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor? outer, Tensor? bias, Tensor? offs"
 _OPTIONS = "str format, int group_size, str activation, float? activation_scale"
 
 quant_matmul_fwd = _library.define(

@@ -33,8 +33,13 @@ def round_activation(x, activation, scale):
     return scaled.round().clamp(-top, top)
 
 
-def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None):
-    """x @ dequantize(w).T + bias in float32, float64 for float64 x; straight-through where activations are rounded."""
+def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None, offs=None):
+    """x @ dequantize(w).T + bias in float32, float64 for float64 x; straight-through where activations are rounded.
+
+    With offs, rows offs[e - 1] to offs[e] of x meet the e-th of the matrices that w holds one below the other.
+    """
+    if offs is not None:
+        return _grouped(x, w, bias, activation, activation_scale, out_dtype, offs.tolist())
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = dequantize(w.replace(perm=None), wide)
     xs = x if w.perm is None else x[..., w.perm.long()]
@@ -46,6 +51,16 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     if bias is not None:
         out = out + bias.to(wide)
     return out.to(out_dtype or x.dtype)
+
+
+def _grouped(x, w, bias, activation, activation_scale, out_dtype, ends):
+    count, N = len(ends), w.data.shape[0] // max(1, len(ends))
+    bias = [None] * count if bias is None else bias.unflatten(0, (count, N)) if bias.dim() == 1 else bias
+    options = dict(activation=activation, activation_scale=activation_scale, out_dtype=out_dtype)
+    out = [x.new_zeros(0, N, dtype=out_dtype)]
+    for e, (first, last) in enumerate(zip([0, *ends], ends)):
+        out.append(quant_matmul(x[first:last], w[e * N : (e + 1) * N], bias=bias[e], **options))
+    return F.pad(torch.cat(out), (0, 0, 0, x.shape[0] - (ends[-1] if ends else 0)))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -61,21 +76,26 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quant_matmul_fwd(
-    x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, out_dtype
+    x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
 ):
     """The registered op's arguments: the parts of w one by one."""
     w = QuantizedTensor(
         data, scales, zeros, offsets, outer, format=format, columns=x.shape[-1], group_size=group_size
     )
     return quant_matmul(
-        x, w, bias=bias, activation=activation or None, activation_scale=activation_scale, out_dtype=out_dtype
+        x, w, bias=bias, activation=activation or None, activation_scale=activation_scale, out_dtype=out_dtype, offs=offs
     )
 
 
 def quant_matmul_bwd(
-    dout, x, data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale, weight_grads
-):
+    dout, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale,
+    weight_grads,
+):  # fmt: skip
     """(dx, dscales, dzeros, doffsets, douter, dbias); those of parts that have none are of no elements."""
+    if offs is not None:
+        parts, ends = (data, scales, zeros, offsets, outer, bias), offs.tolist()
+        options = format, group_size, activation, activation_scale, weight_grads
+        return _grouped_bwd(dout, x, parts, ends, options)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     K = x.shape[-1]
     w = QuantizedTensor(data, scales, zeros, offsets, outer, format=format, columns=K, group_size=group_size)
@@ -98,3 +118,15 @@ def quant_matmul_bwd(
         for grad, part in zip(grads, (scales, zeros, offsets, outer))
     ]
     return dx.to(x.dtype), *found, none if bias is None else dout.sum(0).to(bias.dtype)
+
+
+def _grouped_bwd(dout, x, parts, ends, options):
+    N, found = parts[0].shape[0] // max(1, len(ends)), []
+    for e, (first, last) in enumerate(zip([0, *ends], ends)):
+        own = [p if p is None or p.shape[0] == 1 != len(ends) * N else p[e * N : (e + 1) * N] for p in parts]
+        found.append(quant_matmul_bwd(dout[first:last], x[first:last], *own, None, *options))
+    dx, *rest = zip(*found) if found else [[x.new_zeros(0, x.shape[1])], *[[x.new_empty(0)]] * 5]
+    left = x.shape[0] - (ends[-1] if ends else 0)
+    shared = [p is not None and p.shape[0] == 1 != len(ends) * N for p in parts[1:]]
+    grads = (sum(g) if one and g[0].numel() else torch.cat(g) for one, g in zip(shared, rest))
+    return F.pad(torch.cat(dx), (0, 0, 0, left)), *grads

@@ -22,13 +22,15 @@ def weight(N, K, format, group_size, *, symmetric=True, act_order=False, two_lev
     return w.to(device)
 
 
-def _matmul(M, N, K, format, group_size=None, *, bias=False, static=False, cut=None, activation=None, **options):
-    """M: the leading sizes of x. cut: (rows, columns) of the whole weight that are used, as a view."""
+def _matmul(M, N, K, format, group_size=None, *, bias=False, static=False, cut=None, activation=None, ends=None, **options):
+    """M: the leading sizes of x. cut: (rows, columns) of the whole weight that are used, as a view. ends: offs."""
 
     def build(f):
         w = weight(*(cut or (N, K)), format, group_size, device=f.device, **options)
         w = w[:N, :K] if cut else w
-        kwargs = {"bias": f.param(N)} if bias else {}
+        kwargs = {"bias": f.param(N) if ends is None else f.param(len(ends), N // len(ends))} if bias else {}
+        if ends is not None:
+            kwargs["offs"] = torch.tensor(ends, dtype=torch.int32, device=f.device)
         if activation:
             kwargs["activation"] = activation
         if static:
@@ -54,6 +56,8 @@ QUANT_MATMUL = tuple(
         ("w8a8", ((9,), 20, 70, "int8"), {"activation": "int8", "bias": True}),
         ("w4a8", ((2, 2), 20, 100, "int4", 32), {"activation": "int8", "symmetric": False}),
         ("w4a4_static", ((3,), 11, 64, "int4", 32), {"activation": "int4", "static": True}),
+        ("experts", ((11,), 3 * 18, 70, "int4", 32), {"ends": (4, 4, 9), "bias": True, "symmetric": False}),
+        ("experts_w8a8", ((8,), 2 * 17, 40, "int8"), {"ends": (3, 8), "activation": "int8"}),
         ("fp8_fp8", ((3,), 11, 40, "fp8_e4m3"), {"activation": "fp8"}),
     )
 )
@@ -64,6 +68,6 @@ SPECS = {
         dense_oracle=True,
         free_rank=True,
         grows_by_rows=True,
-        straight_through=("w8a8", "w4a8", "w4a4_static", "fp8_fp8"),
+        straight_through=("w8a8", "w4a8", "w4a4_static", "experts_w8a8", "fp8_fp8"),
     )
 }
