@@ -10,7 +10,7 @@
 //   table   of 16 numbers, a byte of each in one shuffle: 4, and 8 to bring the bytes of 32 weights together (0.19).
 //           Permutations of floats, two and a blend, took twice as long: one a cycle.
 // Decoded into blocks of L1, as for more tokens, 4096 x 4096 took 2.6 ms (nf4) to 6.5 (fp8) on two cores of a Zen 3, the
-// dense bfloat16 product 1.8; so 0.7 to 1.3.
+// dense bfloat16 product 1.8; so 0.9 (nf4, 3 to 7 bits) to 1.6 (fp8, fp6), and 2.1 with nvfp4's groups of 16.
 #pragma once
 #include "quant_matmul/cpu_quant_tokens.h"
 

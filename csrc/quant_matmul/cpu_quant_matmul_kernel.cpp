@@ -76,8 +76,9 @@ static void by_blocks(const QuantMatmulArgs& a) {
   const bool few = a.tokens <= kFewTokens;
   const int64_t depth = least(few ? kFewDepth : kDepth, round_up(w.columns, kStep));
   const int64_t block_rows = few ? kFewRows : kBlockRows;
+  const int64_t ld = depth + kStep;  // rows a power of two apart would share the sets of L1
   parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, block_rows), [&](int64_t begin, int64_t end) {
-    const Buffer<float> block(block_rows * depth + 8), c(block_rows * a.tokens), parts(block_rows * 3 * w.groups);
+    const Buffer<float> block(block_rows * ld + 8), c(block_rows * a.tokens), parts(block_rows * 3 * w.groups);
     float bias[kBlockRows];
     for (int64_t first = begin * block_rows; first < least(end * block_rows, w.rows); first += block_rows) {
       const int64_t rows = least(block_rows, w.rows - first);
@@ -87,10 +88,10 @@ static void by_blocks(const QuantMatmulArgs& a) {
       for (int64_t k = 0; k < w.columns; k += depth) {
         const int64_t count = least(depth, w.columns - k), padded = round_up(count, kStep);
         for (int64_t r = 0; r < rows; ++r) {
-          decode(w, first + r, parts_of(r), k, count, block + r * depth);
-          zero(block + r * depth + count, padded - count);
+          decode(w, first + r, parts_of(r), k, count, block + r * ld);
+          zero(block + r * ld + count, padded - count);
         }
-        dot_block(rows, a.tokens, block, depth, x[0] + k, x.pitch(), padded, c, block_rows);
+        dot_block(rows, a.tokens, block, ld, x[0] + k, x.pitch(), padded, c, block_rows);
       }
       load_bias(a, first, rows, bias);
       for (int64_t m = 0; m < a.tokens; ++m) store_results(a, m, first, rows, c + m * block_rows, 1, bias);

@@ -36,7 +36,7 @@ class Op:
         return self.overload(*args)
 
     def light(self, *args):
-        """The same, past the dispatcher where it has nothing to do: a call of plain tensors in 15 us instead of 45."""
+        """The same, past the dispatcher where it has nothing to do: 29 us instead of 43 for a small product."""
         return self.run(*args) if _is_plain(args) else self(*args)
 
     def run(self, *args):
