@@ -51,12 +51,13 @@ SPECS = {
     ),
     "cross_selective_scan": Spec(
         (
-            Sample("all", _scans(2, 5, 6, 7, 3, 2, 0, 1, 2, 3)),
+            Sample("all", _scans(2, 5, 6, 7, 3, 4, 0, 1, 2, 3)),  # sizes that differ: equal ones become one symbol
             Sample("grouped", _scans(2, 3, 5, 8, 1, 1, 0, 1, 2, 3, grouped=True)),
             Sample("columns", _scans(1, 4, 7, 3, 2, 2, 3, 1, skip=False)),
         ),
         gradient_factor=6,  # two products, a scan and a sum, each rounded to the io dtype
         grows_by_rows=True,
+        reorders=True,  # the sum of the directions
         through="selective_scan",
     ),
 }
