@@ -79,7 +79,8 @@ def cases(device, priority, shape, dtype=FP32, note="", targets=None, **options)
 
 _LAYER, _ROW = {"B": 1, "L": 2048, "D": 1024}, {"B": 1, "L": 1 << 19, "D": 1}
 CPU = [
-    *cases("cpu", 48, _LAYER, targets={LOOP: 20, ASSOCIATIVE: 3}),
+    *cases("cpu", 48, {**_LAYER, "D": 256}, targets={LOOP: 20, ASSOCIATIVE: 3}),
+    *cases("cpu", 48, _LAYER, targets={LOOP: 10, ASSOCIATIVE: 3}),  # memory, of the loop too
     *cases("cpu", 92, _LAYER, note="time_last", dim=2, rivals=()),
     *cases("cpu", 92, _ROW, note="one_row", dim=2, rivals=()),
 ]

@@ -84,7 +84,10 @@ def _scans():
     def generic_scan(self, input):
         given = [np.moveaxis(arg.handle.data, self.axis, 0) for arg in input]
         found = [np.empty_like(data) for data in given]
-        wrap = lambda step: tuple(self.to_tensor(data[step], arg.dtype) for data, arg in zip(given, input))  # noqa: E731
+
+        def wrap(step):
+            return tuple(self.to_tensor(data[step], arg.dtype) for data, arg in zip(given, input))
+
         state = wrap(0)
         for step in range(len(given[0])):
             state = self.combine_fn.fn(*state, *wrap(step)) if step else state

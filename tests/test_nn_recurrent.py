@@ -12,7 +12,9 @@ pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tes
 
 
 def quasi_lstm(p, x, prefix=""):
-    linear = lambda name, v: F.linear(v, p[f"{prefix}linear_{name}.weight"], p[f"{prefix}linear_{name}.bias"])  # noqa: E731
+    def linear(name, v):
+        return F.linear(v, p[f"{prefix}linear_{name}.weight"], p[f"{prefix}linear_{name}.bias"])
+
     c, outputs = 0, []
     for t in range(x.shape[1]):
         forget = 1 / (1 + torch.exp(-linear("Fx", x[:, t]) - 1))

@@ -17,7 +17,8 @@ struct Operand {
 };
 
 // Fills the sizes and every operand's strides. `like` is what the recurrence writes: it orders the axes.
-void lay_out(DiagScanArgs& args, const Tensor& like, const std::vector<Operand>& operands, bool packed, bool backwards) {
+void lay_out(
+    DiagScanArgs& args, const Tensor& like, const std::vector<Operand>& operands, bool packed, bool backwards) {
   const int time = int(like.dim()) - 1;
   args.length = like.size(time), args.io = int(dtype_of(like));
   std::vector<int> axes;  // those that have more than one element; a batch of packed sequences has one

@@ -9,6 +9,8 @@
 //   a first pass leaves each span's product of a and its end from a zero state, from which the states on entering the
 //   spans follow; the second pass runs them (five streams instead of three). A product that is not finite is not used:
 //   the span is run from its state. What is split and where depends on shapes and the level, never on threads.
+// B1 L2048 D1024 fp32 on two cores of an AMD EPYC (AVX2): 0.7 ms into memory that is there, 1.3 with a fresh output, whose
+//   pages the system clears; a loop over time 16, torch's associative scan 21. Prefetching 8 KB ahead: 2.0 to 1.3 ms.
 // Complex numbers lie in vectors as in memory, real and imaginary part beside each other; time-contiguous complex64 is
 //   transposed as doubles.
 #include "common/parallel.h"
@@ -127,6 +129,8 @@ struct Scan {
   static void channels(const Stream& a, const Stream& x, const Stream& y, const Stream& h, const Stream& da,
                        int64_t width, int64_t steps, F* s, F* product, const F* opening) {
     const bool shared = a.lane == 0;
+    // Where a thread's part of a row ends, so does what the hardware prefetches: some 8 KB ahead of each stream.
+    const int64_t bytes = width * parts * int64_t(sizeof(S)), ahead = 8192 / bytes + 1;
     for (int64_t t = 0; t < steps; ++t) {
       const S *at = element(a.p, t * a.time), *xt = element(x.p, t * x.time);
       S* yt = element(y.p, t * y.time);
@@ -135,6 +139,9 @@ struct Scan {
       const bool first = opening && t + 1 == steps;  // before it there is no h, but an initial state
       const V one = shared ? load_one(at) : V{};
       const auto body = [&](int64_t i, auto get, auto put) __attribute__((always_inline)) {
+        if (!shared) __builtin_prefetch(at + ahead * a.time * parts + i, 0);
+        __builtin_prefetch(xt + ahead * x.time * parts + i, 0);
+        if constexpr (!summary) __builtin_prefetch(yt + ahead * y.time * parts + i, 1);
         const V av = shared ? one : get(at + i);
         V state = load(s + i);
         const V yv = step(av, get(xt + i), state);
@@ -365,7 +372,10 @@ struct Scan {
       } else {
         const int64_t count = cut_rows(plan.split, n, size);
         any = any || count > 1;
-        for (int64_t k = 0; k < count; ++k) plan.cuts[plan.cut_count++] = {plan.piece_count, 1}, add(begin, size, q);
+        for (int64_t k = 0; k < count; ++k) {
+          plan.cuts[plan.cut_count++] = {plan.piece_count, 1};
+          add(begin, size, q);
+        }
       }
     }
     plan.split = any;
@@ -418,7 +428,7 @@ struct Scan {
     const bool large = across * args.length >= kThreads;
     if (beside && (args.y.time != 1 && args.y.time != -1)) {
       // Enough groups for the threads, each a line of memory or more.
-      const int64_t line = 64 / int64_t(sizeof(S) * parts), wanted = 2 * scalekern::num_threads();
+      const int64_t line = 64 / int64_t(sizeof(S) * parts), wanted = scalekern::num_threads();
       int64_t width = kWidth;
       while (width > line && args.rows * ((args.lanes + width - 1) / width) < wanted) width /= 2;
       const bool few = args.rows * args.lanes * parts * int64_t(sizeof(S)) < kFewBytes;

@@ -49,8 +49,8 @@ class RGLRU(nn.Module):
         Args:
             x: (B, L, D).
             state: h before the first token, (B, D), or (S, D) when packed; zeros when None.
-            position_ids: (B, L) integers: where one is 0 a sequence begins, whose first input is taken as it is, without
-                sqrt(1 - a^2), as RecurrentGemma has it. None: all tokens are alike, as in the paper.
+            position_ids: (B, L) integers: where one is 0 a sequence begins, whose first input is taken as it is,
+                without sqrt(1 - a^2), as RecurrentGemma has it. None: all tokens are alike, as in the paper.
             cu_seqlens: (S + 1,) int32 or int64: the batch of 1 holds S sequences end to end.
             return_final_state: also return h after the last token (with cu_seqlens, of each sequence).
 
