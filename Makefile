@@ -71,7 +71,7 @@ test-interpret:
 	  echo "Triton kernels through the interpreter:"; \
 	  TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py tests/test_selective_scan.py \
 	    tests/test_selective_state_update.py tests/test_causal_conv1d.py tests/test_triton_interpret.py \
-	    tests/test_triton_fft_conv.py tests/test_triton_toeplitz_conv.py tests/test_triton_diag_ssm_kernel.py \
+	    tests/test_triton_fft_conv.py tests/test_triton_toeplitz_conv.py tests/test_triton_diag_ssm_kernel.py tests/test_triton_ssd_scan.py \
 	    tests/test_triton_sparse_attention.py tests/test_triton_quant_matmul.py tests/test_sparse_attention.py \
 	    tests/test_sparse_attention_decode.py tests/test_hadamard_transform.py \
 	    tests/test_hstu_attention.py::test_agrees_with_the_oracle; \

@@ -154,8 +154,8 @@ def plan_ssd_scan_fwd(out, final, varlen, *args) -> list[Launch]:
         broken_ptr=x.new_empty(programs, dtype=torch.int8), **common_args(*args), **totals_of(totals), **steps_of(steps),
         out_ptr=out, final_ptr=final, varlen_ptr=packed,
         initial_ptr=initial, initials=0 if initial is None else initial.shape[0], **windows, K=K,
-        **strides("out", out, "blhp"), **strides("initial", initial, "bhpn"), INT64=wide(out, x, *args[1:2], B, args[4], args[6]), Q=blocks["Q"],
-        BLOCK_P=blocks["BLOCK_P"],
+        **strides("out", out, "blhp"), **strides("initial", initial, "bhpn"),
+        INT64=wide(out, x, B, args[4], args[6]), Q=blocks["Q"], BLOCK_P=blocks["BLOCK_P"],
     )  # fmt: skip
     kernel = _ssd_scan_fwd_kernel
     launch = Launch(kernel, (programs,), chosen(kernel, arguments), blocks["num_warps"], blocks.get("num_stages"))
@@ -173,6 +173,4 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_ssd_scan_fwd(*outputs, *args)[-2]
 
 
-for _options in ("", "segments", "packed", "wide"):
-    _name = "ssd_scan_fwd" + (f"_{_options}" if _options else "")
-    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
+compile_spec("ssd_scan_fwd")(lambda dtype: _spec(dtype, ""))

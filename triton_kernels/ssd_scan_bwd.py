@@ -166,7 +166,7 @@ def _ssd_scan_bwd_kernel(
             # S . G as the trace of a product: element by element both would have to be in registers.
             kept = product(tl.trans(state), dstate, tl.zeros([BLOCK_P, BLOCK_P], acc), PRECISION)
             q = tl.arange(0, BLOCK_P)
-            da += through * tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], kept, 0.0), axis=1), axis=0)
+            da += through * tl.sum(tl.where(q[:, None] == q[None, :], kept, 0.0), axis=None)
             if D_ptr is not None:
                 ddD = tl.sum(dys[block].to(acc) * xs[block].to(acc), axis=0)
                 tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, ddD, mask=in_p)
@@ -180,8 +180,8 @@ def _ssd_scan_bwd_kernel(
         to = ddt_ptr + row * stride_ddt_b + h * stride_ddt_h + tl.cast(start, tl.int64) * stride_ddt_l
         tl.store(to + i * stride_ddt_l, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
         to = heads_ptr + tl.cast(slot, tl.int64) * H + head
-        tl.store(to, tl.sum(da * d, axis=0))
-        tl.store(to + tl.cast(slots, tl.int64) * H, tl.sum(ddt, axis=0))
+        tl.store(to, tl.sum((da * d)[:, None], axis=None))
+        tl.store(to + tl.cast(slots, tl.int64) * H, tl.sum(ddt[:, None], axis=None))
 
     to = pairs_ptr + (tl.cast(slot, tl.int64) * (H // heads) * parts + group * parts + part) * (Q * Q)
     tl.store(to + i[:, None] * Q + i[None, :], acc_pairs)
@@ -263,11 +263,7 @@ def _spec(dtype: torch.dtype, options: str, place: int = -2) -> Launch:
     return plan_ssd_scan_bwd(*grads, out, final, dvarlen, *args)[0][place]
 
 
-for _options in ("", "segments", "packed", "wide"):
-    _name = "ssd_scan_bwd" + (f"_{_options}" if _options else "")
-    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
-compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "", 3))
+compile_spec("ssd_scan_bwd")(lambda dtype: _spec(dtype, ""))
+compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "packed", -3))
 compile_spec("ssd_scan_tokens")(lambda dtype: _spec(dtype, "packed", 2))
-compile_spec("ssd_scan_states_reverse")(lambda dtype: _spec(dtype, "packed", -3))
-compile_spec("ssd_scan_states_totals")(lambda dtype: _spec(dtype, "segments", 1))
 compile_spec("ssd_scan_matrices")(lambda dtype: _spec(dtype, "packed", -1))
