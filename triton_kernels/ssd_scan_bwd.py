@@ -255,15 +255,16 @@ def ssd_scan_bwd(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *args) 
             gradient.copy_(partial[name].sum(0))
 
 
-def _spec(dtype: torch.dtype, options: str, place: int = -2) -> Launch:
+def _spec(dtype: torch.dtype, kernel: str, options: str = "packed") -> Launch:
+    """The last launch of a kernel. Few heads ("segments") have totals, which `tokens` follows."""
     args, (out, final, varlen) = sample(dtype, options)
     x, dt, A, B, C, D, z, bias, initial = args[:9]
     grads = (x, dt, A, B, C, D, x, bias, varlen)
-    dvarlen = varlen if options == "packed" else None
-    return plan_ssd_scan_bwd(*grads, out, final, dvarlen, *args)[0][place]
+    launches = plan_ssd_scan_bwd(*grads, out, final, varlen if options == "packed" else None, *args)[0]
+    return [launch for launch in launches if kernel in launch.kernel.__name__][-1]
 
 
-compile_spec("ssd_scan_bwd")(lambda dtype: _spec(dtype, ""))
-compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "packed", -3))
-compile_spec("ssd_scan_tokens")(lambda dtype: _spec(dtype, "packed", 2))
-compile_spec("ssd_scan_matrices")(lambda dtype: _spec(dtype, "packed", -1))
+compile_spec("ssd_scan_bwd")(lambda dtype: _spec(dtype, "bwd", ""))
+compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "states"))
+compile_spec("ssd_scan_tokens")(lambda dtype: _spec(dtype, "tokens", "segments"))
+compile_spec("ssd_scan_matrices")(lambda dtype: _spec(dtype, "matrices"))
