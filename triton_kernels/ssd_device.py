@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, index, meta, softplus, strides
+from .common import LOG2E, meta, softplus, strides
 from .fft_device import INTERPRETED
 from .scan_device import bounds
 

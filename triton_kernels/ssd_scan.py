@@ -26,7 +26,9 @@ leave most idle. So L is cut into as many segments as give 264 programs. Then a 
 but the last segment without C and out, for 2 P + 2 N bytes and 2 N P of the FLOP a token, and every program begins by
 joining the states of the segments before its own: no kernel for that, and no state a chunk in memory.
 
-What stays in registers: the state, 64 a thread (128 x 64 float32 over 4 warps), M o C B^T and Y, 32 each.
+What stays in registers: the state, 64 a thread (128 x 64 float32 over 4 warps), M o C B^T and Y, 32 each. Tried in the
+compiler (sm_90): softplus and sums in this kernel were repeated for each column of M (ssd_scan_steps.py has them), the
+token by token form as a branch of it took 824 bytes of stack; 224 are left.
 
 NaN and Inf: a product reads 0 x NaN of later tokens. A state that holds NaN keeps it, so that one look at the last state
 tells whether any came up; ssd_scan_tokens.py then goes the same way token by token.
