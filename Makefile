@@ -28,6 +28,7 @@ INTERPRETED := $(addprefix tests/, \
   test_triton_interpret.py \
   test_triton_quant_matmul.py \
   test_triton_sparse_attention.py \
+  test_triton_ssd_scan.py \
   test_triton_toeplitz_conv.py \
   test_hstu_attention.py::test_agrees_with_the_oracle)
 

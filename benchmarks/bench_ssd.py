@@ -74,15 +74,19 @@ def scan(device, dtype=FP32, *, train, **shape) -> Work:
         peer = build(kw)
         return peers.Peer(passes(peer.run), peer.version)
 
+    # Forward: x, out, dt, B and C once; C B^T, its product with x, and a state in and out of each chunk. Backward beside:
+    # what the forward reads and its gradients, dout; two products for each, dY x^T, and the states once more.
     tokens = B * L
     flops = 2 * tokens * (G * CHUNK * N + H * CHUNK * P + 2 * H * P * N)
     bytes_moved = tokens * (2 * H * P + H + 2 * G * N) * dtype.itemsize
+    if train:
+        flops += 2 * tokens * (3 * G * CHUNK * N + 2 * H * CHUNK * P + 6 * H * P * N)
+        bytes_moved += tokens * (3 * H * P + 2 * H + 4 * G * N) * dtype.itemsize
     return Work(
         run=passes(lambda: scalekern.ssd_scan(**kw, dt_softplus=True)),
         oracle=lambda: tuple(t.detach() for t in exact()) if train else (exact(),),
         tolerance=gradient_tolerance("ssd_scan", dtype) if train else TOLERANCE[dtype],
-        bytes_moved=(3 if train else 1) * bytes_moved, flops=(4 if train else 1) * flops,
-        exponentials=tokens * H * CHUNK // 2,
+        bytes_moved=bytes_moved, flops=flops, exponentials=(2 if train else 1) * tokens * H * CHUNK // 2,
         peers={"transformers mamba2_chunk_scan": lambda: against(transformers_scan),
                "mamba_ssm": lambda: against(mamba_ssm_scan)},
     )  # fmt: skip
@@ -91,6 +95,8 @@ def scan(device, dtype=FP32, *, train, **shape) -> Work:
 _SCAN, _TRAIN = (functools.partial(scan, train=train) for train in (False, True))
 _LAYER = {"B": 1, "L": 2048, "H": 24, "P": 64, "G": 1, "N": 128}
 _LARGE = {"B": 1, "L": 16384, "H": 128, "P": 64, "G": 1, "N": 128}
+_FEW_HEADS = {"B": 1, "L": 16384, "H": 24, "P": 64, "G": 1, "N": 128}
+_MILLION = {"B": 1, "L": 2**20 + 64, "H": 8, "P": 64, "G": 1, "N": 128}  # its products in float64 fit beside it
 _FAST = ("cuda", "triton", "cpu")  # the reference is a loop over time
 _TARGET = {"transformers mamba2_chunk_scan": 3}
 
@@ -102,6 +108,9 @@ CPU = [
 CUDA = [
     case("ssd", _SCAN, OPS[:1], "fwd", "cuda", 40, _LARGE, BF16, backends=_FAST, targets={"mamba_ssm": 2}),
     case("ssd", _TRAIN, OPS, "fwd+bwd", "cuda", 41, _LARGE, BF16, backends=_FAST, targets={"mamba_ssm": 1.5}),
+    case("ssd", _SCAN, OPS[:1], "fwd", "cuda", 42, _FEW_HEADS, BF16, backends=_FAST, targets={"mamba_ssm": 2}),
+    case("ssd", _TRAIN, OPS, "fwd+bwd", "cuda", 43, _FEW_HEADS, BF16, backends=_FAST, targets={"mamba_ssm": 1.5}),
+    case("ssd", _SCAN, OPS[:1], "fwd", "cuda", 44, _MILLION, BF16, backends=_FAST),
 ]
 
 CASES = [*CPU, *CUDA]

@@ -39,11 +39,13 @@ MAIN = (
     "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv", "toeplitz_conv_fwd", "toeplitz_conv_bwd",
     "sparse_attention_decode", "hadamard_rows", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_gemv",
     "quant_matmul_bwd", "cross_scan_fwd", "cross_merge_fwd", "quantize_kv", "diag_scan_fwd", "diag_scan_bwd",
+    "ssd_scan_fwd",
 )  # fmt: skip
 # Compiled for sm_90 alone, since each takes seconds.
 ONCE = (
     "sparse_attention_rows", "sparse_attention_dbias", "sparse_attention_dtables", "sparse_attention_decode_merge",
     "powers_sum", "moments", "quant_matmul_sum", "quantize_rows", "dequantize",
+    "ssd_scan_bwd", "ssd_scan_matrices", "ssd_scan_states", "ssd_scan_steps", "ssd_scan_tokens",
 )  # fmt: skip
 CODES = ("sparse_attention_decode_int8", "sparse_attention_decode_int4")  # 90 is among the branches
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
@@ -103,10 +105,15 @@ def test_compiles_within_its_record(name, dtype, arch):
 @pytest.mark.parametrize(
     "name",
     ("fft_conv_fwd", "fft_conv_bwd", "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv",
-     "toeplitz_conv_fwd", "toeplitz_conv_bwd", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_bwd"),
+     "toeplitz_conv_fwd", "toeplitz_conv_bwd", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_bwd", "ssd_scan_fwd"),
 )  # fmt: skip
 def test_products_run_on_the_matrix_units(name, arch, instruction):
     assert instruction in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", arch, 32)).asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ("ssd_scan_bwd", "ssd_scan_matrices", "ssd_scan_states"))
+def test_products_of_the_backward_run_on_wgmma(name):
+    assert "wgmma.mma_async" in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
 SHAPES = [

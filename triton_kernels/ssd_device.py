@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, index, meta, softplus, strides
+from .common import LOG2E, meta, softplus, strides
 from .fft_device import INTERPRETED
 from .scan_device import bounds
 
@@ -137,7 +137,7 @@ def between(coarse, fine, seen, later: tl.constexpr):
 @triton.jit
 def broken(state):
     """1 when a value of the tile is NaN or Inf, else 0."""
-    return tl.max(tl.max(tl.where(tl.abs(state) < float("inf"), 0, 1), axis=1), axis=0)
+    return tl.max(tl.where(tl.abs(state) < float("inf"), 0, 1), axis=None)
 
 
 @triton.jit

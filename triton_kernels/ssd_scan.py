@@ -26,7 +26,9 @@ leave most idle. So L is cut into as many segments as give 264 programs. Then a 
 but the last segment without C and out, for 2 P + 2 N bytes and 2 N P of the FLOP a token, and every program begins by
 joining the states of the segments before its own: no kernel for that, and no state a chunk in memory.
 
-What stays in registers: the state, 64 a thread (128 x 64 float32 over 4 warps), M o C B^T and Y, 32 each.
+What stays in registers: the state, 64 a thread (128 x 64 float32 over 4 warps), M o C B^T and Y, 32 each. Tried in the
+compiler (sm_90): softplus and sums in this kernel were repeated for each column of M (ssd_scan_steps.py has them), the
+token by token form as a branch of it took 824 bytes of stack; 224 are left.
 
 NaN and Inf: a product reads 0 x NaN of later tokens. A state that holds NaN keeps it, so that one look at the last state
 tells whether any came up; ssd_scan_tokens.py then goes the same way token by token.
@@ -154,8 +156,8 @@ def plan_ssd_scan_fwd(out, final, varlen, *args) -> list[Launch]:
         broken_ptr=x.new_empty(programs, dtype=torch.int8), **common_args(*args), **totals_of(totals), **steps_of(steps),
         out_ptr=out, final_ptr=final, varlen_ptr=packed,
         initial_ptr=initial, initials=0 if initial is None else initial.shape[0], **windows, K=K,
-        **strides("out", out, "blhp"), **strides("initial", initial, "bhpn"), INT64=wide(out, x, *args[1:2], B, args[4], args[6]), Q=blocks["Q"],
-        BLOCK_P=blocks["BLOCK_P"],
+        **strides("out", out, "blhp"), **strides("initial", initial, "bhpn"),
+        INT64=wide(out, x, B, args[4], args[6]), Q=blocks["Q"], BLOCK_P=blocks["BLOCK_P"],
     )  # fmt: skip
     kernel = _ssd_scan_fwd_kernel
     launch = Launch(kernel, (programs,), chosen(kernel, arguments), blocks["num_warps"], blocks.get("num_stages"))
@@ -173,6 +175,4 @@ def _spec(dtype: torch.dtype, options: str) -> Launch:
     return plan_ssd_scan_fwd(*outputs, *args)[-2]
 
 
-for _options in ("", "segments", "packed", "wide"):
-    _name = "ssd_scan_fwd" + (f"_{_options}" if _options else "")
-    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
+compile_spec("ssd_scan_fwd")(lambda dtype: _spec(dtype, ""))

@@ -5,31 +5,32 @@ Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S pac
 With S the state before a chunk, G the gradient of that after it, M, s and d as in ssd_scan.py, e = 2^(s_Q - s) d:
 
     dX' = (M o C B^T)^T dY + 2^(s_Q - s) B G         dx = d dX' + D dY
-    dB  = R^T C + sum over heads of e x G^T           R = sum over heads of M o d o dY x^T
+    dB  = R^T C + sum over heads of e x G^T           R = sum over heads of M o d o dY x^T   (ssd_scan_matrices.py)
     dC  = R B   + sum over heads of 2^s dY S^T
     da_t = what passes token t: pairs i >= t > j of M o C B^T o d o dY x^T, outputs i >= t that read S, inputs j < t
            that G holds, and 2^(s_Q) S . G. No sum cancels another, however strong a decay lies between.
 
 The account, a token and head, in half precision at P 64, N 128, Q 64, H 128, G 1:
 
-    HBM   2 P for each of x, dout (3 times each: two walks' and this), dx = 896; S and G, 2 N P / Q = 256, written and read:
-          1,024; steps and the rest 60: 1,980 bytes
-    FLOP  4 N P in the walks; here 2 Q P for dY x^T, W^T dY (and with z, W x), 2 N P for each of B G, C S, dB, dC, and 2 Q^2
-          for da: 32,768 + 16,384 + 65,536 + 8,192 = 122,880
+    HBM   x and dout for three kernels each and dx, 7 x 2 P = 896; S and G, 2 N P / Q = 256, written once and read twice:
+          1,536; steps, four times 12, and the rest 60: 2,550 bytes
+    FLOP  4 N P in the walks and 4 N P for dB and dC; here 6 Q P for dY x^T, W^T dY and, with z, W x, 2 N P each for B G
+          and C S, 2 P N for S . G, 2 Q^2 for da: 65,536 + 24,576 + 49,152 + 8,192 = 147,456
     dB and dC a head apart would be 8 N = 1,024 bytes written and read again: a program has all heads of a group
           instead, in turn, and sums in registers; R takes one product for all of them, and C B^T is made once.
-    S recomputed in this kernel instead of read: 4 N P FLOP for each chunk between, no.
+    S recomputed here instead of read: a walk through all chunks before. No.
 
-On an H200: 16,384 tokens of 128 heads are 1.0 ms of HBM, 0.26 ms of products at their peak, 0.6 at two fifths of it. Never
-measured; 1.1 to 1.4 ms expected. Q 128 would halve the states (0.75 ms of HBM) and needs 128 x 128 sums in registers.
+On an H200: 16,384 tokens of 128 heads are 1.3 ms of HBM, 0.31 ms of products at their peak, 0.8 at two fifths of it. Never
+measured; 1.5 to 2 ms expected. Q 128 would halve the states' bytes, and needs sums of 128 x 128 in registers.
 
-How the work is split: a program has a chunk, a group and a part of its heads: 256 programs of 8 warps for 16,384 tokens, one
-a multiprocessor, since its tiles of S, G, x and dout for the next head load meanwhile. Where chunks and groups are few, a
-group has several parts, whose dB and dC leave as partial sums, which torch adds in a fixed order.
+How the work is split: a program has a chunk, a group and a part of its heads; the tiles of the next head load meanwhile.
+Tried in the compiler (sm_90, bfloat16): dB and dC summed here too spill 1,552 bytes a thread; S . G element by element
+424 more than as a trace. What is left, 690 bytes with 8 warps and 1,030 with 4, is this kernel's weak point. Without wgmma (sm_80,
+float32) ptxas gives up: 32 registers and 7 to 12 KiB of stack, right and slow.
 
 Memory besides inputs and outputs: S and G, each N / Q times x (twice for N 128), in half precision for bfloat16, else in
-float32; steps, 12 bytes a token and head; partial dB and dC where there are parts, at most as large as B H / G / 8.
-Determinism: nothing is atomic; the parts depend on the shapes alone.
+float32, and one a packed sequence more; steps, 12 bytes a token and head; R, 4 Q bytes a token, group and part; partial dB
+and dC where a group's heads are in parts. Determinism: nothing is atomic; the parts depend on the shapes alone.
 """
 
 import torch
@@ -166,7 +167,7 @@ def _ssd_scan_bwd_kernel(
             # S . G as the trace of a product: element by element both would have to be in registers.
             kept = product(tl.trans(state), dstate, tl.zeros([BLOCK_P, BLOCK_P], acc), PRECISION)
             q = tl.arange(0, BLOCK_P)
-            da += through * tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], kept, 0.0), axis=1), axis=0)
+            da += through * tl.sum(tl.where(q[:, None] == q[None, :], kept, 0.0), axis=None)
             if D_ptr is not None:
                 ddD = tl.sum(dys[block].to(acc) * xs[block].to(acc), axis=0)
                 tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, ddD, mask=in_p)
@@ -180,8 +181,8 @@ def _ssd_scan_bwd_kernel(
         to = ddt_ptr + row * stride_ddt_b + h * stride_ddt_h + tl.cast(start, tl.int64) * stride_ddt_l
         tl.store(to + i * stride_ddt_l, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
         to = heads_ptr + tl.cast(slot, tl.int64) * H + head
-        tl.store(to, tl.sum(da * d, axis=0))
-        tl.store(to + tl.cast(slots, tl.int64) * H, tl.sum(ddt, axis=0))
+        tl.store(to, tl.sum((da * d)[:, None], axis=None))
+        tl.store(to + tl.cast(slots, tl.int64) * H, tl.sum(ddt[:, None], axis=None))
 
     to = pairs_ptr + (tl.cast(slot, tl.int64) * (H // heads) * parts + group * parts + part) * (Q * Q)
     tl.store(to + i[:, None] * Q + i[None, :], acc_pairs)
@@ -255,19 +256,16 @@ def ssd_scan_bwd(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states, *args) 
             gradient.copy_(partial[name].sum(0))
 
 
-def _spec(dtype: torch.dtype, options: str, place: int = -2) -> Launch:
+def _spec(dtype: torch.dtype, kernel: str, options: str = "packed") -> Launch:
+    """The last launch of a kernel. Few heads ("segments") have totals, which `tokens` follows."""
     args, (out, final, varlen) = sample(dtype, options)
     x, dt, A, B, C, D, z, bias, initial = args[:9]
     grads = (x, dt, A, B, C, D, x, bias, varlen)
-    dvarlen = varlen if options == "packed" else None
-    return plan_ssd_scan_bwd(*grads, out, final, dvarlen, *args)[0][place]
+    launches = plan_ssd_scan_bwd(*grads, out, final, varlen if options == "packed" else None, *args)[0]
+    return [launch for launch in launches if kernel in launch.kernel.__name__][-1]
 
 
-for _options in ("", "segments", "packed", "wide"):
-    _name = "ssd_scan_bwd" + (f"_{_options}" if _options else "")
-    compile_spec(_name)(lambda dtype, options=_options: _spec(dtype, options))
-compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "", 3))
-compile_spec("ssd_scan_tokens")(lambda dtype: _spec(dtype, "packed", 2))
-compile_spec("ssd_scan_states_reverse")(lambda dtype: _spec(dtype, "packed", -3))
-compile_spec("ssd_scan_states_totals")(lambda dtype: _spec(dtype, "segments", 1))
-compile_spec("ssd_scan_matrices")(lambda dtype: _spec(dtype, "packed", -1))
+compile_spec("ssd_scan_bwd")(lambda dtype: _spec(dtype, "bwd", ""))
+compile_spec("ssd_scan_states")(lambda dtype: _spec(dtype, "states"))
+compile_spec("ssd_scan_tokens")(lambda dtype: _spec(dtype, "tokens", "segments"))
+compile_spec("ssd_scan_matrices")(lambda dtype: _spec(dtype, "matrices"))

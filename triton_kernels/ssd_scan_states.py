@@ -20,9 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Launch, compile_spec, index, sigmoid, strides, wide
+from .common import Launch, index, sigmoid, strides, wide
 from .ssd_device import (
-    block_of,
     broken,
     changes,
     chosen,
@@ -31,7 +30,6 @@ from .ssd_device import (
     operand,
     product,
     real_of,
-    sample,
     segment_of,
     state_before,
     sums,
