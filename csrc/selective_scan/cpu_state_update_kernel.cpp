@@ -39,6 +39,8 @@ static inline void scatter(S* p, int64_t stride, int64_t count, Vec<F> v) {
   for (int64_t i = 0; i < count; ++i) from_float(p[i * stride], lanes[i]);
 }
 
+typedef int8_t Bytes __attribute__((vector_size(SCALEKERN_VEC_BYTES / 4)));  // as many as floats in a vector
+
 // v / step as codes, rounded half to even; 0 for NaN and where the step is 0 (passed as Inf).
 template <class F>
 static inline void scatter_codes(int8_t* p, int64_t stride, int64_t count, Vec<F> v, F step) {
@@ -47,8 +49,15 @@ static inline void scatter_codes(int8_t* p, int64_t stride, int64_t count, Vec<F
   code = code > most ? most : code;
   code = code < -most ? -most : code;
   code = (code + kRoundMagic<F>) - kRoundMagic<F>;
+  code = code == code ? code : Vec<F>{};
+  if constexpr (sizeof(F) == 4)
+    if (count == kLanes<F> && stride == 1) {
+      const Bytes bytes = __builtin_convertvector(__builtin_convertvector(code, VecInt<F>), Bytes);
+      __builtin_memcpy(p, &bytes, sizeof bytes);
+      return;
+    }
   alignas(64) F lanes[kLanes<F>];
-  store(lanes, code == code ? code : Vec<F>{});
+  store(lanes, code);
   for (int64_t i = 0; i < count; ++i) p[i * stride] = int8_t(lanes[i]);
 }
 
