@@ -117,7 +117,8 @@ void block(const StateUpdateArgs& a, int64_t b, int64_t h, int64_t first, int64_
   for (int64_t n = 0; n < a.states; n += V) {
     const int64_t left = a.states - n < V ? a.states - n : V;
     const auto loop = left == V && a.A_n == 1 && a.state_n == 1 ? &states<true, T, S, F> : &states<false, T, S, F>;
-    loop(a, B + n * a.B_n, C + n * a.C_n, A + n * a.A_n, state + n * a.state_n, left, channels, rate, input, step, sums);
+    loop(
+        a, B + n * a.B_n, C + n * a.C_n, A + n * a.A_n, state + n * a.state_n, left, channels, rate, input, step, sums);
   }
   Vec<F> y = sum_lanes<F>(sums);
   if (a.D) y += parameter(a.D, a.D_h, a.D_p) * x;
