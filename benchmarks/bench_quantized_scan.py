@@ -29,12 +29,16 @@ def _coded(x, axes):
     return quant.round_to_int8(x, wide), scale, wide
 
 
+def _double(v):
+    return v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+
+
 def _as_work(call, wide, small, plain, exact, dtype, costs) -> Work:
     """`plain` over the numbers is the rival; `exact` in float64 where the token by token oracle would take minutes."""
     oracle = lambda: (wide(reference) if small else exact(),)
     version = f"scalekern {scalekern.__version__}"
-    return Work(run=call, oracle=oracle, tolerance=TOLERANCE[dtype], peers={"float scan": lambda: peers.Peer(plain, version)},
-                **costs)  # fmt: skip
+    rivals = {"float scan": lambda: peers.Peer(plain, version)}
+    return Work(run=call, oracle=oracle, tolerance=TOLERANCE[dtype], peers=rivals, **costs)
 
 
 def ssd(device, dtype=FP32, *, B, L, H, P, G, N) -> Work:
@@ -43,7 +47,7 @@ def ssd(device, dtype=FP32, *, B, L, H, P, G, N) -> Work:
     coded = {name: _coded(kw[name], over) for name, over in zip(names, axes)}
     codes = {name: c for name, (c, _, _) in coded.items()} | {f"{name}_scale": s for name, (_, s, _) in coded.items()}
     numbers = {name: c.double() * w.double() for name, (c, _, w) in coded.items()}
-    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in (kw | codes).items()}
+    double = {k: _double(v) for k, v in (kw | codes).items()}
     single = kw | {k: v.to(dtype) for k, v in numbers.items()}
     tokens = B * L
     flops = 2 * tokens * (G * bench_ssd.CHUNK * N + H * bench_ssd.CHUNK * P + 2 * H * P * N)
@@ -61,12 +65,12 @@ def selective(device, dtype=FP32, *, B, D, N, L) -> Work:
     codes = {name: c for name, (c, _, _) in coded.items()}
     codes |= {f"{name}_scale": s.reshape(-1) for name, (_, s, _) in coded.items()}
     numbers = {name: c.double() * w.double() for name, (c, _, w) in coded.items()}
-    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in (kw | codes).items()}
+    double = {k: _double(v) for k, v in (kw | codes).items()}
     single = kw | {k: v.to(dtype) for k, v in numbers.items()}
     costs = scan_costs(dtype, B, D, N, L)[0]
     costs["bytes_moved"] -= (B * D * L + 2 * B * N * L) * (dtype.itemsize - 1)
     with_float64 = lambda package: package.quantized_selective_scan(**double)
-    exact = lambda: scalekern.selective_scan(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in (kw | numbers).items()})  # fmt: skip
+    exact = lambda: scalekern.selective_scan(**{k: _double(v) for k, v in (kw | numbers).items()})
     return _as_work(lambda: scalekern.quantized_selective_scan(**(kw | codes)), with_float64, B * D * N * L < 1e5,
                     lambda: scalekern.selective_scan(**single), exact, dtype, costs)  # fmt: skip
 

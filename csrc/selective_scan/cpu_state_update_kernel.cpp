@@ -39,6 +39,8 @@ static inline void scatter(S* p, int64_t stride, int64_t count, Vec<F> v) {
   for (int64_t i = 0; i < count; ++i) from_float(p[i * stride], lanes[i]);
 }
 
+typedef int8_t Bytes __attribute__((vector_size(SCALEKERN_VEC_BYTES / 4)));  // as many as floats in a vector
+
 // v / step as codes, rounded half to even; 0 for NaN and where the step is 0 (passed as Inf).
 template <class F>
 static inline void scatter_codes(int8_t* p, int64_t stride, int64_t count, Vec<F> v, F step) {
@@ -47,8 +49,15 @@ static inline void scatter_codes(int8_t* p, int64_t stride, int64_t count, Vec<F
   code = code > most ? most : code;
   code = code < -most ? -most : code;
   code = (code + kRoundMagic<F>) - kRoundMagic<F>;
+  code = code == code ? code : Vec<F>{};
+  if constexpr (sizeof(F) == 4)
+    if (count == kLanes<F> && stride == 1) {
+      const Bytes bytes = __builtin_convertvector(__builtin_convertvector(code, VecInt<F>), Bytes);
+      __builtin_memcpy(p, &bytes, sizeof bytes);
+      return;
+    }
   alignas(64) F lanes[kLanes<F>];
-  store(lanes, code == code ? code : Vec<F>{});
+  store(lanes, code);
   for (int64_t i = 0; i < count; ++i) p[i * stride] = int8_t(lanes[i]);
 }
 
@@ -108,7 +117,8 @@ void block(const StateUpdateArgs& a, int64_t b, int64_t h, int64_t first, int64_
   for (int64_t n = 0; n < a.states; n += V) {
     const int64_t left = a.states - n < V ? a.states - n : V;
     const auto loop = left == V && a.A_n == 1 && a.state_n == 1 ? &states<true, T, S, F> : &states<false, T, S, F>;
-    loop(a, B + n * a.B_n, C + n * a.C_n, A + n * a.A_n, state + n * a.state_n, left, channels, rate, input, step, sums);
+    loop(
+        a, B + n * a.B_n, C + n * a.C_n, A + n * a.A_n, state + n * a.state_n, left, channels, rate, input, step, sums);
   }
   Vec<F> y = sum_lanes<F>(sums);
   if (a.D) y += parameter(a.D, a.D_h, a.D_p) * x;

@@ -114,7 +114,8 @@ class _QuantizedBlock:
     def _before_conv(self, x):
         if self._seen is not None:
             self._saw("conv", self._conv_ranges(x))
-        return x if self._seen is not None or self.rounding is None else fake_quantize(x, self._conv_scale())
+        plain = self._seen is not None or self.rounding is None
+        return x if plain else fake_quantize(x, self._conv_scale())
 
     def _codes(self, x, scale):
         """int8 codes, or where gradients are wanted x itself, which the scan then rounds."""
@@ -180,7 +181,8 @@ class QuantMamba2(_QuantizedBlock, Mamba2):
     NO_STATES = (None, None, None, True)
 
     def __init__(
-        self, *args, precision="w8a8", head_groups=1, channel_groups=1, state_dtype=None, device=None, dtype=None, **kwargs
+        self, *args, precision="w8a8", head_groups=1, channel_groups=1, state_dtype=None, device=None, dtype=None,
+        **kwargs,
     ):  # fmt: skip
         super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self._set_up(precision, head_groups, channel_groups, state_dtype)
@@ -248,7 +250,8 @@ class QuantMamba(_QuantizedBlock, Mamba):
     NO_STATES = (None, None)
 
     def __init__(
-        self, *args, precision="w8a8", head_groups=1, channel_groups=1, state_dtype=None, device=None, dtype=None, **kwargs
+        self, *args, precision="w8a8", head_groups=1, channel_groups=1, state_dtype=None, device=None, dtype=None,
+        **kwargs,
     ):  # fmt: skip
         super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self._set_up(precision, head_groups, channel_groups, state_dtype)

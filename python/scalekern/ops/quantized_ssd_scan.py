@@ -44,7 +44,8 @@ def quantized_ssd_scan(
     Dao & Gu, Transformers are SSMs, 2024, section 6.
     """
     check(
-        x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states, NAME, DTYPES
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states,
+        NAME, DTYPES,
     )  # fmt: skip
     check_scale(NAME, "x_scale", x_scale, x.shape[2:])
     check_scale(NAME, "B_scale", B_scale, B.shape[2:3])
@@ -75,7 +76,9 @@ def _allocate_fwd(x, dt, A, B, C, x_scale, B_scale, C_scale, D, z, dt_bias, init
     return dt.new_empty(x.shape), A.new_empty(x.shape[0], *state), A.new_empty(sequences, *state)
 
 
-def _allocate_bwd(dout, dfinal, dvarlen, x, dt, A, B, C, x_scale, B_scale, C_scale, D, z, dt_bias, initial_states, *rest):
+def _allocate_bwd(
+    dout, dfinal, dvarlen, x, dt, A, B, C, x_scale, B_scale, C_scale, D, z, dt_bias, initial_states, *rest
+):  # fmt: skip
     like = lambda t: dt.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
     return tuple(like(t) for t in (dt, A, x_scale, B_scale, C_scale, D, z, dt_bias, initial_states))
 

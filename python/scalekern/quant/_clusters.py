@@ -28,7 +28,7 @@ class ChannelClusters:
 
     @property
     def per_channel(self) -> torch.Tensor:
-        """(H, P) what the scans take. Differentiable in `scale`: channels of a group pass their gradients to its step."""
+        """(H, P) what the scans take. Differentiable in `scale`: a group's channels add up in its step's gradient."""
         return self.expand(self.scale)
 
     def expand(self, scale: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _cut(values: torch.Tensor, groups: int) -> torch.Tensor:
     """The group of each of n numbers, at most `groups` runs of the sorted ones, least in sum of (run's largest)^2.
 
     cost[j] of the first j numbers in k runs is the least over i of cost[i] of k - 1 runs + (j - i) largest^2: groups
-    times n vectors of n, 0.3 s for 8,192 channels and 4 groups.
+    times n vectors of n, 3.8 s for 8,192 channels and 4 groups on a busy core, 0.1 s for 512.
     """
     ordered, order = values.double().cpu().sort()
     n, squares = len(ordered), ordered.square()
@@ -108,7 +108,7 @@ def _cut(values: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def round_to_int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 codes of the multiples of `scale` nearest to x: -128 ... 127, halves to even, 0 where the step is 0 or x NaN.
+    """int8 codes of the multiples of `scale` nearest to x: -128 ... 127, halves to even, 0 for a step of 0 and for NaN.
 
     Args:
         x: floating, any shape.

@@ -87,7 +87,8 @@ class Spec:
     linear           the op is linear in its one tensor, and its own backward: gradients of every order work
     integers_off     of an integer output, the share that may be off by one: where a value is a half of a step away from
                      two integers, the last bit of a float decides, and kernels add in orders of their own
-    like_another     its torch integration is that of the op that it computes by: compiled by aot_eager alone
+    like_another     its torch integration is that of the op that it computes by: compiled by aot_eager alone, without
+                     gradcheck
     through          the public op whose registered ops do its work, if it has none of its own
     """
 
