@@ -7,7 +7,7 @@ PY ?= $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check --no-compile
 OUT ?= out/gpu
 
-# All files but the contract's, by their first letters: parts of about two minutes keep two processes busy to the end.
+# All files but the longest two, by their first letters: parts of one to three minutes keep two processes busy to the end.
 REST := test-rest-a-c test-rest-d-m test-rest-n-r test-rest-s-z
 
 # What Triton's interpreter runs; a file a line.
@@ -32,7 +32,7 @@ INTERPRETED := $(addprefix tests/, \
   test_triton_toeplitz_conv.py \
   test_hstu_attention.py::test_agrees_with_the_oracle)
 
-.PHONY: demo test test-contract test-rest $(REST) test-interpret bench gpu report build clean \
+.PHONY: demo test test-contract test-compile test-rest $(REST) test-interpret bench gpu report build clean \
   install-native install-extras
 
 ifeq ($(PY),$(VENV)/bin/python)
@@ -72,21 +72,26 @@ build: $(READY)
 demo: build
 	$(PY) -m scalekern demo
 
-# Processes side by side, two at a time. The interpreter's is its own: it is chosen before the kernels are imported.
+# Processes side by side, two at a time, the longest first. The interpreter's is its own: it is chosen before the
+# kernels are imported. With nothing in Triton's cache test-compile takes as long as the contract.
 test: build
-	@$(MAKE) --no-print-directory -k -j2 --output-sync=target test-interpret test-contract test-rest
+	@$(MAKE) --no-print-directory -k -j2 --output-sync=target test-interpret test-contract test-compile test-rest
 
 # Two processes of two threads on two cores: a thread that waits by spinning takes the core from the one it waits for
 # (300 small calls beside other work: 4.8 CPU seconds, 0.4 when waiting sleeps).
-test-contract $(REST) test-interpret: export OMP_WAIT_POLICY = passive
+test-contract test-compile $(REST) test-interpret: export OMP_WAIT_POLICY = passive
 
 test-contract:
 	$(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py
 
+test-compile:
+	$(PY) -m pytest -q -p no:cacheprovider tests/test_triton_compile.py
+
 test-rest: $(REST)
 
 $(REST): test-rest-%:
-	$(PY) -m pytest -q -p no:cacheprovider $(filter-out tests/test_contract.py,$(wildcard tests/test_[$*]*.py))
+	$(PY) -m pytest -q -p no:cacheprovider \
+	  $(filter-out tests/test_contract.py tests/test_triton_compile.py,$(wildcard tests/test_[$*]*.py))
 
 test-interpret:
 	@if $(PY) -c "import triton" 2>/dev/null; then \

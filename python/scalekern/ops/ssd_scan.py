@@ -161,6 +161,13 @@ def _triton_supports(x, dt, A, B, *rest):
     return None if B.shape[3] <= most else f"B has more than {most} states"
 
 
+def _triton_supports_bwd(dout, dfinal, dvarlen, x, *rest):
+    """The forward's limits; on a GPU also those of its registers (triton_kernels/ssd_scan_bwd.py): 11 KB of stack."""
+    if x.is_cuda and (x.element_size() > 2 or torch.cuda.get_device_capability(x.device) < (9, 0)):
+        return "the backward needs float16 or bfloat16 and compute capability 9.0"
+    return _triton_supports(x, *rest)
+
+
 _TENSORS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, "
     "Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max"
@@ -187,7 +194,7 @@ ssd_scan_bwd = _library.define(
     backends=(
         Backend(
             "triton", filling(_allocate_bwd, _library.without_autocast(triton(NAME + "_bwd", "ssd_scan_bwd"))),
-            lambda dout, dfinal, dvarlen, *rest: _triton_supports(*rest),
+            _triton_supports_bwd,
         ),
         *composed(filling(_allocate_bwd, _library.without_autocast(_ssd.backward)), reference_bwd),
     ),

@@ -36,6 +36,7 @@ SPECS = {
             Sample("beyond_a_tile", _image(1, 2, 35, 3, 3, 0)),
         ),
         linear=True,
+        parameters_only=True,  # moves numbers: autocast has nothing to cast
         grows_by_rows=True,
     ),
     "cross_merge": Spec(
@@ -47,11 +48,12 @@ SPECS = {
             Sample("beyond_a_tile", _lines(1, 2, 35, 3, 3, 0)),
         ),
         linear=True,
+        parameters_only=True,
         grows_by_rows=True,
     ),
     "cross_selective_scan": Spec(
         (
-            Sample("all", _scans(2, 5, 6, 7, 3, 4, 0, 1, 2, 3)),  # sizes that differ: equal ones become one symbol
+            Sample("both_ways", _scans(3, 5, 4, 7, 6, 8, 0, 3)),  # sizes that differ: equal ones become one symbol
             Sample("grouped", _scans(2, 3, 5, 8, 1, 1, 0, 1, 2, 3, grouped=True)),
             Sample("columns", _scans(1, 4, 7, 3, 2, 2, 3, 1, skip=False)),
         ),
