@@ -153,7 +153,7 @@ class QuantLinear(nn.Module):
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"]
             return quant_matmul_fwd.light(
-                x, data, *parts, own["bias"], self.format, self.group_size, self.activation or "",
+                x, data, *parts, own["bias"], None, self.format, self.group_size, self.activation or "",
                 self.activation_scale, None,
             )  # fmt: skip
         return quant_matmul(

@@ -38,9 +38,13 @@ def experts(offs, tokens: int, rows: int):
     if offs is None:
         return [(slice(0, tokens), slice(0, rows))]
     ends, N = offs.tolist(), rows // offs.shape[0]
+    check_ends(ends, tokens)
+    return [(slice(a, b), slice(e * N, (e + 1) * N)) for e, (a, b) in enumerate(zip([0, *ends], ends))]
+
+
+def check_ends(ends: list[int], tokens: int) -> None:
     if any(a > b for a, b in zip([0, *ends], [*ends, tokens])):
         raise ValueError(f"quant_matmul: offs must rise from 0 to at most {tokens}, the rows of x, got {ends}")
-    return [(slice(a, b), slice(e * N, (e + 1) * N)) for e, (a, b) in enumerate(zip([0, *ends], ends))]
 
 
 def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip

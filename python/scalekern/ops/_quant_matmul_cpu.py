@@ -36,8 +36,11 @@ def _rows(x):
     return x if x.dim() == 2 else x.flatten(0, -2)
 
 
-def _ends(offs):
-    return None if offs is None else offs.contiguous()
+def _ends(offs, tokens: int):
+    if offs is not None:
+        _quant_matmul.check_ends(offs.tolist(), tokens)
+        offs = offs.contiguous()
+    return offs
 
 
 def _options(format, group_size, scales, device):
@@ -54,7 +57,7 @@ def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, gro
     if offs is not None:
         out.zero_()  # the rows beyond the last expert's
     _fwd(
-        _rows(out), _rows(x), *_parts(data, scales), zeros, offsets, outer, bias, _ends(offs),
+        _rows(out), _rows(x), *_parts(data, scales), zeros, offsets, outer, bias, _ends(offs, len(out)),
         *_options(format, group_size, scales, x.device), ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0,
     )  # fmt: skip
 
@@ -74,7 +77,7 @@ def backward(
     if offs is not None:
         dx.zero_()
     _bwd(
-        dx.flatten(0, -2), flat, *_parts(data, scales), zeros, offsets, outer, _ends(offs),
+        dx.flatten(0, -2), flat, *_parts(data, scales), zeros, offsets, outer, _ends(offs, len(flat)),
         *_options(format, group_size, scales, x.device),
     )  # fmt: skip
     if bias is not None:
