@@ -103,6 +103,25 @@ def rivals(x, w, weight, activation) -> dict:
     return found
 
 
+def experts(device, dtype, E, M, N, K, *, format="int4", group_size=128) -> Work:
+    """A mixture of experts: M tokens, each sent to one of E at random, in one call or an expert at a time."""
+    randn = normal(device, 0)
+    x, w = randn(M, K).to(dtype), quantize(randn(E * N, K) / K**0.5, format, group_size=group_size)
+    chosen = torch.randint(E, (M,), generator=torch.Generator().manual_seed(1))
+    offs = chosen.bincount(minlength=E).cumsum(0).int().to(device)
+    ends, used = offs.tolist(), len(chosen.unique())
+    runs = [(slice(a, b), w[e * N : (e + 1) * N]) for e, (a, b) in enumerate(zip([0, *ends], ends)) if b > a]
+    return Work(
+        run=lambda: scalekern.quant_matmul(x, w, offs=offs),
+        oracle=lambda: (reference.quant_matmul(x.double(), w, offs=offs),),
+        tolerance=TOLERANCE[dtype],
+        bytes_moved=w.nbytes * used // E + (M * K + M * N) * dtype.itemsize,
+        flops=2 * M * N * K,
+        peers={"one by one": lambda: peers.torch_peer(
+            lambda: torch.cat([scalekern.quant_matmul(x[own], expert) for own, expert in runs]))},
+    )  # fmt: skip
+
+
 _SIZES = {"N": 4096, "K": 4096}
 _W4 = functools.partial(matmul, format="int4", group_size=128)
 _W4A8, _W8A8 = (
@@ -123,8 +142,13 @@ CPU = [
     *(_cpu(_W4A8, "w4g128a8", M, 46, {"onnxruntime": 3.0, "dense bfloat16": 1.0}) for M in (16, 128)),
     *(_cpu(_W8A8, "w8a8", M, 47, {"torch._int_mm": 1.0}) for M in (1, 16, 128)),
     _cpu(functools.partial(_W4, train=True), "w4g128", 128, 90, {}, OPS, "fwd+bwd"),
+    *(case("qmm", experts, OPS[:1], "fwd", "cpu", 93, {"E": 16, "M": M, "N": 1024, "K": 1024}, backends=_FAST,
+           note="experts_w4g128", targets={"one by one": 1.0}) for M in (8, 128)),
 ]
 
-CUDA: list = []
+CUDA = [
+    case("qmm", experts, OPS[:1], "fwd", "cuda", 46, {"E": 64, "M": M, "N": 2048, "K": 2048}, torch.bfloat16,
+         backends=("triton",), note="experts_w4g128", targets={"one by one": 2.0}) for M in (64, 4096)
+]  # fmt: skip
 
 CASES = [*CPU, *CUDA]

@@ -148,7 +148,7 @@ def test_quantiles():
 
 # ---- every case ----
 
-SMALL = {"B": 2, "D": 6, "G": 2, "H": 3, "N": 5, "L": 40, "W": 4, "C": 3, "S": 14, "K": 11, "P": 8, "M": 3}
+SMALL = {"B": 2, "D": 6, "G": 2, "H": 3, "N": 5, "L": 40, "W": 4, "C": 3, "S": 14, "K": 11, "P": 8, "M": 3, "E": 3}
 BUILT = [c for cases in case_module.families().values() for c in cases if c.build]
 
 
