@@ -17,7 +17,10 @@ from conftest import INTERPRET
 
 import scalekern
 from scalekern import _native, masks
+from scalekern.ops import _cross_scan as crossed
 from scalekern.ops import causal_conv1d as conv
+from scalekern.ops import cross_scan as cross
+from scalekern.ops import diag_scan as diag
 from scalekern.ops import selective_scan as scan
 from scalekern.ops import selective_state_update as update
 from scalekern.ops import sparse_attention as attention
@@ -182,10 +185,37 @@ def decode_call(dtype, ragged):
     return "sparse_attention_decode", decode._allocate(*args), args, (0, 1)
 
 
+def diag_scan_fwd_call(dtype, packed):
+    B, D, L = (1, 4, 70) if packed else (2, 4, 70)
+    cu = torch.tensor([0, 20, 20, 70]) if packed else None
+    args = [normal(B, D, L, seed=1).sigmoid().to(dtype), normal(B, D, L, seed=2, dtype=dtype),
+            normal(3 if packed else B, D, seed=3), cu, packed]  # fmt: skip
+    return "diag_scan_fwd", diag._allocate_fwd(*args), args, (5,)
+
+
+def diag_scan_bwd_call(dtype, packed):
+    args = diag_scan_fwd_call(dtype, packed)[2]
+    out, last = diag.diag_scan_fwd(*args)
+    args = [normal(*out.shape, seed=20, dtype=dtype), last.roll(1, -1), args[0], out, *args[2:]]
+    return "diag_scan_bwd", diag._allocate_bwd(*args), args, (8,)
+
+
+def cross_scan_call(dtype, grouped):
+    args = [normal(2, 8, 5, 6, seed=1, dtype=dtype), [0, 1, 2, 3], grouped]
+    return "cross_scan", [cross._allocate_scan(*args)], [args[0], crossed.code(args[1]), grouped], (0,)
+
+
+def cross_merge_call(dtype, grouped):
+    args = [normal(2, 4, 2, 30, seed=1, dtype=dtype), [5, 6], [0, 1, 2, 3], grouped]
+    return "cross_merge", [cross._allocate_merge(*args)], [args[0], crossed.code(args[2]), grouped], (0,)
+
+
 CALLS = {
     "attention_fwd": attention_fwd_call, "attention_bwd": attention_bwd_call, "attention_decode": decode_call,
     "scan_fwd": scan_fwd_call, "scan_bwd": scan_bwd_call, "conv_fwd": conv_fwd_call, "conv_bwd": conv_bwd_call,
     "conv_update": conv_update_call, "state_update": state_update_call,
+    "diag_scan_fwd": diag_scan_fwd_call, "diag_scan_bwd": diag_scan_bwd_call, "cross_scan": cross_scan_call,
+    "cross_merge": cross_merge_call,
     "complex_scan_fwd": functools.partial(scan_fwd_call, complex_A=True),
     "complex_scan_bwd": functools.partial(scan_bwd_call, complex_A=True),
 }  # fmt: skip
@@ -196,7 +226,8 @@ def fill_cpu(name, outputs, args):
 
 
 FILL = {"cpu": fill_cpu, "cuda": emulated.fill}
-KERNELS = [(kernels, call) for kernels in FILL for call in CALLS if kernels == "cpu" or not call.startswith(("complex", "attention"))]
+NO_CUDA = ("complex", "attention", "diag", "cross")
+KERNELS = [(kernels, call) for kernels in FILL for call in CALLS if kernels == "cpu" or not call.startswith(NO_CUDA)]
 every_kernel = pytest.mark.parametrize("kernels, call", KERNELS, ids=map("-".join, KERNELS))
 
 
