@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "selective_scan/cpu_sequences.h"
 #include "selective_scan/scan.h"
 
 namespace {
@@ -21,20 +22,6 @@ ScanTensor view(const Tensor& t, int reversed_dim = -1) {
 
 ScanTensor view(const OptionalTensor& t, int reversed_dim = -1) {
   return t.has_value() ? view(*t, reversed_dim) : ScanTensor{};
-}
-
-// The sequences' first times in scan order, and L.
-std::vector<int64_t> sequence_starts(const OptionalTensor& cu_seqlens, int64_t length, bool reverse) {
-  if (!cu_seqlens.has_value()) return {0, length};
-  const int64_t count = cu_seqlens->size(0), step = stride(*cu_seqlens, 0);
-  const bool wide = dtype_of(*cu_seqlens) == Dtype::i64;
-  std::vector<int64_t> starts(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t value = wide ? static_cast<const int64_t*>(data(*cu_seqlens))[i * step]
-                               : static_cast<const int32_t*>(data(*cu_seqlens))[i * step];
-    starts[reverse ? count - 1 - i : i] = reverse ? length - value : value;
-  }
-  return starts;
 }
 
 int64_t checkpoint_stride(int64_t states) {  // python/scalekern/_packing.py

@@ -1,7 +1,7 @@
 """Defects of low-bit products and of the transforms around them."""
 
 import torch
-from mutants.defects import flipped, given, groups_left_out, halved, ignored, output, swapped, zeroed
+from mutants.defects import first_end_moved, flipped, given, groups_left_out, halved, ignored, output, swapped, zeroed
 
 from scalekern.reference.hadamard_transform import MATRICES
 
@@ -34,6 +34,7 @@ FORWARD = {
         "scales of two rows swapped": given(scales=swapped(0)),
         "nibbles swapped": given(data=lambda b: b >> 4 | b << 4),
         "zeros off by one": given(zeros=lambda z: z + 1),
+        "an expert's last token given to the next": given(offs=first_end_moved),
         "activations not rounded": given(activation=lambda kind: ""),
         **ignored("bias", "offsets"),
         **{"outer ignored": given(outer=torch.ones_like)},

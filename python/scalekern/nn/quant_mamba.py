@@ -33,7 +33,15 @@ STATES_SEEN = 8  # tokens between two states that are looked at to find their ra
 
 
 class _QuantizedBlock:
-    """What the two blocks share. A subclass says CONV_STEPS and DECODED, and `_layout()`."""
+    """What the two blocks share, before the float block among a subclass's bases; the rest is below in each of them."""
+
+    def __init__(
+        self, *args, precision="w8a8", head_groups=1, channel_groups=1, state_dtype=None, device=None, dtype=None,
+        **kwargs,
+    ):  # fmt: skip
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        self._set_up(precision, head_groups, channel_groups, state_dtype)
+        self._quantize_projections(_fresh(device, dtype))
 
     def _set_up(self, precision, head_groups, channel_groups, state_dtype):
         _checks.choice(self.NAME, "precision", precision, tuple(PRECISIONS))
@@ -180,14 +188,6 @@ class QuantMamba2(_QuantizedBlock, Mamba2):
     PROJECTIONS = ("in_proj", "out_proj")
     NO_STATES = (None, None, None, True)
 
-    def __init__(
-        self, *args, precision="w8a8", head_groups=1, channel_groups=1, state_dtype=None, device=None, dtype=None,
-        **kwargs,
-    ):  # fmt: skip
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
-        self._set_up(precision, head_groups, channel_groups, state_dtype)
-        self._quantize_projections(_fresh(device, dtype))
-
     def _layout(self):
         return self.nheads, self.headdim, self.ngroups
 
@@ -248,14 +248,6 @@ class QuantMamba(_QuantizedBlock, Mamba):
     NAME = "nn.QuantMamba"
     PROJECTIONS = ("in_proj", "x_proj", "out_proj")
     NO_STATES = (None, None)
-
-    def __init__(
-        self, *args, precision="w8a8", head_groups=1, channel_groups=1, state_dtype=None, device=None, dtype=None,
-        **kwargs,
-    ):  # fmt: skip
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
-        self._set_up(precision, head_groups, channel_groups, state_dtype)
-        self._quantize_projections(_fresh(device, dtype))
 
     def _layout(self):
         return 1, self.d_inner, 1
