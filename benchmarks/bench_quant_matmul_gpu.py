@@ -61,7 +61,7 @@ def _gpu_only(x, package) -> None:
 
 
 TORCHAO = {
-    None: ("Int4WeightOnlyConfig", {"group_size": 128}),
+    None: ("Int4WeightOnlyConfig", {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}),  # torch's own kernel
     "int8": ("Int8DynamicActivationInt8WeightConfig", {}),
     "fp8": ("Float8DynamicActivationFloat8WeightConfig", {}),
 }
