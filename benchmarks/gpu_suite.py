@@ -1,9 +1,10 @@
 """`make gpu`: everything that needs a GPU, in order, each part within its time, nothing downloaded.
 
-    python -m benchmarks.gpu_suite --out DIR [--budget 480] [--tests 300] [--sanitizer 180]
+    python -m benchmarks.gpu_suite --out DIR [--budget 480] [--tests 300] [--sanitizer 180] [--due]
 
 Leaves in DIR: doctor.json, tests.txt, sanitizer.txt, <device>/<family>.json (a record after each case), summary.json.
-A part whose tool is missing is skipped with the reason; a part that fails does not stop the next one.
+A part whose tool is missing is skipped with the reason; a part that fails does not stop the next one. Compiling takes
+most of the time: with pytest-xdist the tests run in a process a core, and the benchmarks' kernels are compiled so.
 """
 
 import argparse
@@ -26,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=480, help="seconds for the benchmarks")
     parser.add_argument("--tests", type=float, default=300, help="seconds for the tests (0: leave them out)")
     parser.add_argument("--sanitizer", type=float, default=180, help="seconds for compute-sanitizer (0: leave it out)")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes that compile")
+    parser.add_argument("--due", action="store_true", help="measure only what the records in the checkout lack")
     args = parser.parse_args(argv)
     import torch
 
@@ -53,8 +56,13 @@ def tests(args) -> str:
         return "skipped: left out"
     if importlib.util.find_spec("pytest") is None:
         return "skipped: pytest is not installed"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
-    return call(command, args.out / "tests.txt", args.tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "tests", "-p", "no:cacheprovider", "-p", "gpu_order"]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))}
+    if args.jobs > 1 and importlib.util.find_spec("xdist"):
+        command += ["-n", str(args.jobs), "--maxschedchunk", "4"]  # small chunks: the order holds
+        environment["OMP_NUM_THREADS"] = "1"
+    seconds = max(args.tests - 30, args.tests / 2)  # then what is not reached is skipped, and the rest is reported
+    return call(command, args.out / "tests.txt", args.tests, SCALEKERN_TEST_SECONDS=str(seconds), **environment)
 
 
 def sanitizer(args) -> str:
@@ -74,7 +82,8 @@ def sanitizer(args) -> str:
 
 def bench(args) -> str:
     command = [sys.executable, "-m", "scalekern", "bench", "--device", "cuda"]
-    command += ["--budget", str(args.budget), "--out", str(args.out.resolve())]
+    command += ["--budget", str(args.budget), "--out", str(args.out.resolve()), "--jobs", str(args.jobs)]
+    command += ["--due"] * args.due
     return call(command, None, args.budget + 60)
 
 

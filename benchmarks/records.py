@@ -108,3 +108,14 @@ def status(folder: pathlib.Path) -> list[dict]:
         date = max((r["date"] for r in fresh or good or mine), default=None)
         rows.append({"op": op, "backend": backend, "device": kind, "status": state, "on": devices, "date": date})
     return rows
+
+
+def due(cases: list, folder: pathlib.Path, kind: str) -> list:
+    """The cases with a backend that can be measured on this kind of device and that no record shows as it is now."""
+    can = set(combinations())
+    fresh = {
+        (r["case"], name) for r in load_all(folder)
+        if r["device_kind"] == kind and r["status"] == "ok" and not is_stale(r) for name in r["digests"]
+    }  # fmt: skip
+    pairs = lambda c: [(op, b) for op in c.ops for b in c.backends if (op, b, kind) in can and b != "reference"]
+    return [c for c in cases if any((c.name, f"{op}/{b}") not in fresh for op, b in pairs(c))]

@@ -16,7 +16,7 @@ from conftest import INTERPRET
 import scalekern
 from scalekern import _dispatch, _library
 from scalekern.benchmarks import case as case_module
-from scalekern.benchmarks import harness, hf, memory, peers, rates, records, runner, sources
+from scalekern.benchmarks import harness, hf, memory, peers, rates, records, runner, sources, warm
 from scalekern.benchmarks.case import Case, Work
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, not the benchmarks")
@@ -257,6 +257,16 @@ def test_status_is_never_measured_stale_or_failed(tmp_path, monkeypatch):
     assert state() == "failed"
 
 
+def test_due_is_what_no_record_shows_as_it_is_now(tmp_path, monkeypatch):
+    cases = [toy(lambda x: 2 * x, backends=("cpu",), name=name) for name in ("fresh", "stale", "failed", "never")]
+    for case in cases[:3]:
+        made = harness.measure(case, CPU, seconds=0.01)
+        broken = {"stale": {"digests": dict.fromkeys(made[0]["digests"], "0")}, "failed": {"status": "failed"}}
+        records.save(tmp_path, "here", "toys", [{**r, **broken.get(case.name, {})} for r in made])
+    assert [c.name for c in records.due(cases, tmp_path, "cpu")] == ["stale", "failed", "never"]
+    assert [c.name for c in records.due(cases, tmp_path, "cuda")] == []  # no backend of theirs runs there
+
+
 def test_status_has_a_row_for_every_op_and_no_impossible_one(tmp_path):
     rows = records.status(tmp_path)
     assert {r["op"] for r in rows} == set(_library.OPS)
@@ -394,6 +404,43 @@ def test_the_child_records_after_each_case(tmp_path, monkeypatch):
     assert found == {"right": "ok", "wrong": "failed", "broken": "failed"}
     request["left"] = -1.0
     assert runner.serve(request, lambda e: pytest.fail("no time was left")) == 0
+
+
+# ---- compiling side by side ----
+
+NOTE = """
+import json, sys, time
+request = json.load(sys.stdin)
+open(sys.argv[1] + "/" + request["names"][0], "w").write(json.dumps(request))
+time.sleep(60 if "slow" in request["names"] else 0)
+"""
+
+
+def test_cases_are_dealt_out_and_the_time_is_kept(tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(NOTE)
+    cases = [toy(lambda x: x, name=name) for name in ("a", "b", "c", "slow", "e")]
+    begin = time.monotonic()
+    assert warm.warm(cases, 2, 2.0, [sys.executable, str(script), str(tmp_path)]) == 1  # the other one was ended
+    assert time.monotonic() - begin < 20
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("a", "b"))
+    assert first["names"] == ["a", "c", "e"] and second["names"] == ["b", "slow"]
+    assert first["memory"] + second["memory"] < 1
+
+
+def test_a_case_is_launched_on_what_compiles_and_no_failure_stops_the_next(capsys):
+    ran = []
+
+    def run(x):
+        ran.append(_dispatch.forced())
+        raise RuntimeError("boom")
+
+    case = toy(run, backends=("cpu", "triton"), rivals={"mamba_ssm": lambda: peers.Peer(lambda: ran.append("peer"), "1"),
+                                                       "copy": lambda: pytest.fail("it compiles nothing")})  # fmt: skip
+    warm.launch_once(case, CPU, time.monotonic() + 60)
+    assert ran == ["triton", "peer"] and "boom" in capsys.readouterr().err
+    warm.launch_once(case, CPU, time.monotonic() - 1)
+    assert len(ran) == 2
 
 
 # ---- pytest-benchmark ----

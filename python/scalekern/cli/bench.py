@@ -16,6 +16,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of the records")
     parser.add_argument("--family", help="one family only, e.g. selective_scan")
     parser.add_argument("--case", metavar="PATTERN", help="only the cases whose name contains this")
+    parser.add_argument("--due", action="store_true", help="only what no record here shows as it is now")
+    parser.add_argument("--jobs", type=int, default=1, help="compile for a GPU in so many processes before measuring")
     parser.add_argument("--list", action="store_true", help="name the cases and measure nothing")
     parser.add_argument("--status", action="store_true", help="what is measured, stale or never measured")
     parser.add_argument("--json", action="store_true", help="with --status or --list: JSON")
@@ -29,21 +31,28 @@ def main(args) -> int:
         return status(folder, args.json)
     import torch
 
-    from scalekern.benchmarks import case, runner
+    from scalekern.benchmarks import case, runner, warm
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cases = case.select(device.type, args.family, args.case)
+    if args.due:
+        cases = records.due(cases, records.default_folder(), device.type)
     if args.list:
         return list_cases(cases, args.json)
     if not cases:
-        print(f"bench: no case for {device.type} has {args.case!r} in its name and family {args.family or 'any'}")
-        return 1
+        wanted = f"has {args.case!r} in its name and family {args.family or 'any'}"
+        print(f"bench: no case for {device.type} {wanted}" + (", and no record as it is now" if args.due else ""))
+        return 0 if args.due else 1
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench: torch sees no CUDA device here; --device cpu measures the CPU kernels")
         return 1
     progress = Progress(len(cases))
+    end = None if args.budget is None else time.monotonic() + args.budget
     try:
-        left = runner.run(cases, device, folder, budget=args.budget, seconds=args.seconds, report=progress)
+        if args.jobs > 1 and device.type == "cuda":
+            warm.warm(cases, args.jobs, 600.0 if end is None else args.budget / 4)
+        budget = None if end is None else end - time.monotonic()
+        left = runner.run(cases, device, folder, budget=budget, seconds=args.seconds, report=progress)
     except KeyboardInterrupt:
         print(f"stopped; what was measured is in {folder}")
         return 130
