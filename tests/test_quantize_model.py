@@ -77,6 +77,19 @@ def test_layers_are_chosen_by_pattern_and_skips_are_told():
     assert report.bytes_after < report.bytes_before == sum(p.nbytes for p in float_model.parameters())
 
 
+def test_a_bar_where_somebody_looks(capsys, monkeypatch):
+    quantize_model(model(), RULES)
+    quantize_model(model(), RULES, progress=False)
+    assert capsys.readouterr().err == ""  # no terminal
+    quantize_model(model(), RULES, progress=True)
+    lines = capsys.readouterr().err.split("\r")[1:]
+    assert len(lines) == 8 and "0/7" in lines[0] and "blocks.0.up" in lines[0] and lines[-1].endswith("\n")
+    assert [line.count("#") for line in lines] == sorted(line.count("#") for line in lines) and "." not in lines[-1]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    quantize_model(model(), RULES)
+    assert "7/7" in capsys.readouterr().err
+
+
 def test_the_report_measures_what_it_says(tmp_path):
     float_model, other = model(), model()
     seen = {}

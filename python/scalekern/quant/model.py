@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from scalekern.quant._fold import FoldedRotation, fold_rotation, tied
+from scalekern.quant._progress import reporter
 from scalekern.quant._rotation import block_of
 from scalekern.quant.report import LayerReport, QuantReport
 
@@ -57,7 +58,7 @@ def quantize_model(
     config,
     *,
     inputs: Iterable | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: bool | Callable[[int, int, str], None] | None = None,
 ) -> QuantReport:
     """Replace linear layers of a model, in place, by scalekern.nn.QuantLinear.
 
@@ -69,7 +70,8 @@ def quantize_model(
             "int4", "group_size": 64, "method": "hqq", "symmetric": False, "rotation": "hadamard"})], or "int4".
         inputs: batches to calibrate on and to measure output errors with, each a tensor, a tuple of arguments or a
             dict of them; the model runs over them once, in float, in eval mode.
-        progress: progress(done, total, name) before each layer and once after the last.
+        progress: True or False: a bar on stderr or none; default: a bar where stderr is a terminal. A function is called
+            as progress(done, total, name) before each layer and once after the last.
 
     Returns:
         QuantReport: each layer's error and SQNR, and the layers that were skipped with the reasons.
@@ -87,10 +89,9 @@ def quantize_model(
         fold_rotation(model, fold)
     chosen, skipped = _select(model, config)
     seen = _inputs_of(model, {name: linear for name, (linear, _) in chosen.items()}, inputs)
-    layers = []
+    layers, report = [], reporter(progress)
     for name, (linear, options) in chosen.items():
-        if progress is not None:
-            progress(len(layers), len(chosen), name)
+        report(len(layers), len(chosen), name)
         x = seen.pop(name, None)
         with torch.no_grad():
             quantized = _quantized(linear, options, x)
@@ -99,8 +100,7 @@ def quantize_model(
             for attribute, child in parent._modules.items():
                 if child is linear:
                     setattr(parent, attribute, quantized)
-    if progress is not None:
-        progress(len(chosen), len(chosen), "")
+    report(len(chosen), len(chosen), "")
     return QuantReport(tuple(layers), skipped, before, _bytes(model))
 
 
