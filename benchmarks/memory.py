@@ -20,7 +20,8 @@ import torch
 
 from scalekern.benchmarks.case import Case
 
-LAYERS = ("bimamba", "hsm_ssd")
+# Layer -> the op that does its work.
+LAYERS = {"bimamba": "selective_scan", "ss2d": "selective_scan", "group_mamba": "selective_scan", "hsm_ssd": "depthwise_conv2d"}
 RESOLUTION = 2**20  # the kernel counts resident pages in batches for each thread
 
 
@@ -36,8 +37,8 @@ def conv_case(direction: str, device: str, priority: int, shape: dict) -> Case:
 
 
 def layer_case(what: str, direction: str, device: str, priority: int, shape: dict) -> Case:
-    """what: "bimamba" or "hsm_ssd", of shape B, M, L; direction: "fwd", or "bwd" for forward and backward."""
-    op = {"bimamba": "selective_scan", "hsm_ssd": "depthwise_conv2d"}[what]
+    """what: one of LAYERS, of shape B, M, L; direction: "fwd", or "bwd" for forward and backward."""
+    op = LAYERS[what]
     ops = (f"{op}_fwd",) if direction == "fwd" else (f"{op}_bwd", f"{op}_fwd")
     return _case(what, direction, ops, device, priority, shape, lambda d: _linear(what, direction, d, shape))
 
@@ -148,17 +149,18 @@ def _layer(what: str, direction: str, device: torch.device, shape: dict):
 
     torch.manual_seed(0)
     B, M, L, randn = shape["B"], shape["M"], shape["L"], normal(device, 0)
-    if what == "bimamba":
-        size, module = (B, L, M), nn.BiMamba(M, device=device)
-        function = module
-    else:
-        size, module = (B, M, math.isqrt(L), math.isqrt(L)), nn.HSMSSD(M, state_dim=49, device=device)
-        function = lambda u: module(u)[0]  # noqa: E731
+    side = math.isqrt(L)
+    made = {"bimamba": nn.BiMamba, "ss2d": nn.SS2D, "group_mamba": nn.GroupMamba,
+            "hsm_ssd": functools.partial(nn.HSMSSD, state_dim=49)}  # fmt: skip
+    module = made[what](M, device=device)
+    size = {"bimamba": (B, L, M), "ss2d": (B, side, side, M)}.get(what, (B, M, side, side))
+    function = (lambda u: module(u)[0]) if what == "hsm_ssd" else module
     u, dout = randn(*size), randn(*size)
     if direction == "fwd":
         return (u,), lambda: (torch.no_grad()(function)(u),)
     named = module.named_parameters()
-    leaves = [u.requires_grad_(), *(p for n, p in named if (what, n) != ("hsm_ssd", "A"))]  # whose gradient is zero
+    vanishing = {("hsm_ssd", "A"), ("group_mamba", "skip_scale")}  # gradients of terms that cancel: 0, or 1e-3 of its terms
+    leaves = [u.requires_grad_(), *(p for n, p in named if (what, n) not in vanishing)]
     return (u,), lambda: torch.autograd.grad(function(u), leaves, dout)
 
 
