@@ -108,6 +108,9 @@ def _ssd_scan_bwd_kernel(
         xs = xs + (operand(load_tile(x, start, i, p, valid, p < P), OPERAND, PRECISION),)  # [Q, BLOCK_P]
         dys = dys + (gated(dout, z, start, i, p, valid, p < P, OPERAND, PRECISION, acc),)
         pairs = product(xs[block], tl.trans(dys[block]), pairs, PRECISION)
+        if D_ptr is not None:
+            ddD = tl.sum(dys[block].to(acc) * xs[block].to(acc), axis=0)
+            tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, ddD, mask=p < P)
     B_t = operand(load_tile(B, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
     C_t = operand(load_tile(C, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
     d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
@@ -148,9 +151,6 @@ def _ssd_scan_bwd_kernel(
         to = dx_ptr + row * stride_dx_b + h * stride_dx_h + tl.cast(start, tl.int64) * stride_dx_l
         to += i[:, None] * stride_dx_l + p[None, :] * stride_dx_p
         tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=valid[:, None] & in_p[None, :])
-        if D_ptr is not None:
-            ddD = tl.sum(dys[block].to(acc) * xs[block].to(acc), axis=0)
-            tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, ddD, mask=in_p)
     # What passes token t: pairs from before t to t or later, what is read there, what is held of before, and S . G.
     earlier = operand(tl.where(i[:, None] > i[None, :], 1.0, 0.0).to(acc), OPERAND, PRECISION)
     passing = product(earlier, carried, tl.zeros([Q, Q], acc), PRECISION)  # [t, i]: the sources before t
