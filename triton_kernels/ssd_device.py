@@ -92,6 +92,15 @@ def gated(dout, z, start, i, p, valid, in_p, OPERAND: tl.constexpr, PRECISION: t
 
 
 @triton.jit
+def states_of(before_ptr, after_ptr, slot, head, H, n, p, N: tl.constexpr, P: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The state before a chunk and the gradient of that after it, as operands [BLOCK_N, BLOCK_P]."""
+    at = (tl.cast(slot, tl.int64) * H + head) * (N * P) + (n[:, None] * P + p[None, :])
+    inside = (n < N)[:, None] & (p < P)[None, :]
+    state = operand(tl.load(before_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)
+    return state, operand(tl.load(after_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)
+
+
+@triton.jit
 def limited(raw, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """(d before the limits, d) of dt + dt_bias."""
     free = raw

@@ -54,6 +54,7 @@ from .ssd_device import (
     product,
     real_of,
     sample,
+    states_of,
     sums,
     tuning_key,
     window_of,
@@ -65,6 +66,12 @@ from .ssd_scan_steps import plan_steps
 from .tuning import config
 
 __all__ = ["ssd_scan_bwd"]
+
+
+@triton.jit
+def dots(a, b, acc: tl.constexpr):
+    """The sum of a b, [1]."""
+    return tl.sum(tl.sum(a.to(acc) * b.to(acc), axis=0)[:, None], axis=0)
 
 
 @triton.jit
@@ -102,6 +109,14 @@ def _ssd_scan_bwd_kernel(
         z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
 
+    # All that is read is asked for at once, as far as P has one block: a wait for HBM instead of three.
+    p = index(tl.arange(0, BLOCK_P), INT64)
+    state, dstate = states_of(before_ptr, after_ptr, slot, head, H, n, p, N, P, OPERAND, PRECISION)
+    kept = dots(state, dstate, acc)
+    B_t = operand(load_tile(B, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+    C_t = operand(load_tile(C, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
+    d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
+    coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
     xs, dys, pairs = (), (), tl.zeros([Q, Q], acc)
     for block in tl.static_range(blocks):
         p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
@@ -111,26 +126,19 @@ def _ssd_scan_bwd_kernel(
         if D_ptr is not None:
             ddD = tl.sum(dys[block].to(acc) * xs[block].to(acc), axis=0)
             tl.store(dD_ptr + (tl.cast(slot, tl.int64) * H + head) * P + p, ddD, mask=p < P)
-    B_t = operand(load_tile(B, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
-    C_t = operand(load_tile(C, start, i, n, valid, in_n), OPERAND, PRECISION)  # [Q, BLOCK_N]
-    d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
-    coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
     seen = i[:, None] <= i[None, :]
     w = product(B_t, tl.trans(C_t), tl.zeros([Q, Q], acc), PRECISION) * between(coarse, fine, seen, 1)
     carried, w = operand(pairs * w * d[:, None], OPERAND, PRECISION), operand(w, OPERAND, PRECISION)
 
     from_start, through = tl.exp2(coarse + fine), tl.exp2(all_coarse + all_fine)
     to_end = tl.exp2((all_coarse - coarse) + (all_fine - fine))
-    reads, helds, dd, kept = tl.zeros([Q], acc), tl.zeros([Q], acc), tl.zeros([Q], acc), tl.zeros([1], acc)
+    reads, helds, dd = tl.zeros([Q], acc), tl.zeros([Q], acc), tl.zeros([Q], acc)
     for block in tl.static_range(blocks):
         p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
         in_p = p < P
-        at = (tl.cast(slot, tl.int64) * H + head) * (N * P) + (n[:, None] * P + p[None, :])
-        inside = in_n[:, None] & in_p[None, :]
-        state = tl.load(before_ptr + at, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_P]
-        dstate = tl.load(after_ptr + at, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_P]
-        kept += tl.sum(tl.sum(state.to(acc) * dstate.to(acc), axis=0)[:, None], axis=0)
-        state, dstate = operand(state, OPERAND, PRECISION), operand(dstate, OPERAND, PRECISION)
+        if block > 0:
+            state, dstate = states_of(before_ptr, after_ptr, slot, head, H, n, p, N, P, OPERAND, PRECISION)
+            kept += dots(state, dstate, acc)
         none = tl.zeros([Q, BLOCK_P], acc)
         read = product(C_t, state, none, PRECISION) * from_start[:, None]
         reads += tl.sum(dys[block].to(acc) * read, axis=1)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .common import Launch, index, strides, wide
-from .ssd_device import between, chosen, gated, load_tile, operand, product, sums, window_of
+from .ssd_device import between, chosen, gated, load_tile, operand, product, states_of, sums, window_of
 
 __all__ = ["plan_matrices"]
 
@@ -64,10 +64,7 @@ def _ssd_scan_matrices_kernel(
         for block in tl.static_range(blocks):
             p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
             in_p = p < P
-            at = (tl.cast(slot, tl.int64) * H + head) * (N * P) + (n[:, None] * P + p[None, :])
-            inside = in_n[:, None] & in_p[None, :]
-            state = operand(tl.load(before_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)  # [BLOCK_N, BLOCK_P]
-            dstate = operand(tl.load(after_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)  # [BLOCK_N, BLOCK_P]
+            state, dstate = states_of(before_ptr, after_ptr, slot, head, H, n, p, N, P, OPERAND, PRECISION)
             x_t = operand(load_tile(x, start, i, p, valid, in_p), OPERAND, PRECISION)  # [Q, BLOCK_P]
             dy = gated(dout, z, start, i, p, valid, in_p, OPERAND, PRECISION, acc)  # [Q, BLOCK_P]
             own = product(x_t, tl.trans(dy), own, PRECISION)
