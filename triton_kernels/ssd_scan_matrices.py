@@ -49,30 +49,28 @@ def _ssd_scan_matrices_kernel(
     dB, dC, pairs = tl.zeros([BLOCK_N, Q], acc), tl.zeros([BLOCK_N, Q], acc), tl.zeros([Q, Q], acc)
     seen = i[:, None] <= i[None, :]
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    for k in range(part * part_heads, tl.minimum((part + 1) * part_heads, heads)):
-        head = group * heads + k
-        h = index(head, INT64)
+    ends = tl.minimum((part + 1) * part_heads, heads)
+    for k in range(part * part_heads * blocks, ends * blocks):
+        head = group * heads + k // blocks
+        h, p = index(head, INT64), k % blocks * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
+        in_p = p < P
+        state, dstate = states_of(before_ptr, after_ptr, slot, head, H, n, p, N, P, OPERAND, PRECISION)
         x = (x_ptr + row * stride_x_b + h * stride_x_h, stride_x_l, stride_x_p)
         dout = (dout_ptr + row * stride_dout_b + h * stride_dout_h, stride_dout_l, stride_dout_p)
         z = (None, stride_z_l, stride_z_p)
         if z_ptr is not None:
             z = (z_ptr + row * stride_z_b + h * stride_z_h, stride_z_l, stride_z_p)
+        x_t = operand(load_tile(x, start, i, p, valid, in_p), OPERAND, PRECISION)  # [Q, BLOCK_P]
+        dy = gated(dout, z, start, i, p, valid, in_p, OPERAND, PRECISION, acc)  # [Q, BLOCK_P]
         steps = (steps_ptr + tl.cast(head, tl.int64) * L, tl.cast(size, tl.int64))
         d = tl.load(steps[0] + start + i, mask=valid, other=0.0)
         coarse, fine, all_coarse, all_fine = sums(steps, start, i, begin, end, Q)
-        own = tl.zeros([Q, Q], acc)
-        for block in tl.static_range(blocks):
-            p = block * BLOCK_P + index(tl.arange(0, BLOCK_P), INT64)
-            in_p = p < P
-            state, dstate = states_of(before_ptr, after_ptr, slot, head, H, n, p, N, P, OPERAND, PRECISION)
-            x_t = operand(load_tile(x, start, i, p, valid, in_p), OPERAND, PRECISION)  # [Q, BLOCK_P]
-            dy = gated(dout, z, start, i, p, valid, in_p, OPERAND, PRECISION, acc)  # [Q, BLOCK_P]
-            own = product(x_t, tl.trans(dy), own, PRECISION)
-            x_t = x_t.to(acc) * (tl.exp2((all_coarse - coarse) + (all_fine - fine)) * d)[:, None]
-            dy = dy.to(acc) * tl.exp2(coarse + fine)[:, None]
-            dB = product(dstate, tl.trans(operand(x_t, OPERAND, PRECISION)), dB, PRECISION)
-            dC = product(state, tl.trans(operand(dy, OPERAND, PRECISION)), dC, PRECISION)
+        own = product(x_t, tl.trans(dy), tl.zeros([Q, Q], acc), PRECISION)
         pairs += own * (between(coarse, fine, seen, 1) * d[:, None])
+        x_t = x_t.to(acc) * (tl.exp2((all_coarse - coarse) + (all_fine - fine)) * d)[:, None]
+        dy = dy.to(acc) * tl.exp2(coarse + fine)[:, None]
+        dB = product(dstate, tl.trans(operand(x_t, OPERAND, PRECISION)), dB, PRECISION)
+        dC = product(state, tl.trans(operand(dy, OPERAND, PRECISION)), dC, PRECISION)
     pairs = operand(pairs, OPERAND, PRECISION)
     B = (B_ptr + row * stride_B_b + g * stride_B_g, stride_B_l, stride_B_n)
     C = (C_ptr + row * stride_C_b + g * stride_C_g, stride_C_l, stride_C_n)
