@@ -191,7 +191,7 @@ def plan_ssd_scan_bwd(
     x, B, C, D, z, initial, cu_seqlens = args[0], *args[3:7], args[8], args[10]
     (batch, length, heads, width), (groups, states), real = x.shape, B.shape[2:], real_of(x.dtype)
     key, device = tuning_key(x, states), x.device
-    blocks = config("ssd_scan_states", key, device, default_blocks(x, states))
+    blocks = config("ssd_scan_states", key, device, {**default_blocks(x, states), "num_warps": 8})
     own = config("ssd_scan_bwd", key, device, default_blocks(x, states))
     walk, Q = {**blocks, "Q": own["Q"]}, own["Q"]
     matrices = config("ssd_scan_matrices", key, device, {**default_blocks(x, states), "num_warps": 8})
