@@ -138,6 +138,9 @@ def _is_plain(args) -> bool:
         if kind in _PLAIN_TENSORS:
             if grad and a.requires_grad or a.is_neg() or not (a.is_cpu or a.is_cuda):
                 return False
+        elif kind is tuple:
+            if not _is_plain(a):
+                return False
         elif kind not in _PLAIN_OPTIONS:
             return False
     return not _any_autocast() and forward_ad._current_level < 0
