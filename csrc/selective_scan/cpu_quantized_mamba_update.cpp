@@ -18,10 +18,10 @@ using namespace scalekern;
 
 constexpr int64_t kAwake = 1 << 17;  // products of in_proj from which its threads have worked
 
-// What ops/quantized_mamba_update.py writes about a projection, in this order; a dtype is one of enum QuantDtype or -1
-// for a part that is absent, and `block` 0 for an input that is not rotated, else of m 2^k points.
+// What ops/quantized_mamba_update.py writes about a projection, in this order: `powers` for scales that are the bytes of
+// float8_e8m0fnu, 1 for a part that there is and 0 for one that there is not, `block` = m 2^k points of a rotation or 0.
 struct Layout {
-  double bits, step, base, mantissa, zero, group, columns, scales, zeros, offsets, outer, bias, table, block, m, k;
+  double bits, step, base, mantissa, zero, group, columns, powers, zeros, offsets, outer, bias, table, block, m, k;
 };
 
 struct Projection {
@@ -31,8 +31,16 @@ struct Projection {
   const int8_t* flips = nullptr;  // the signs of the columns before the rotation
 };
 
-QuantPart part(const Tensor& t, double dtype) {
-  return {t.data_ptr(), QuantDtype(int(dtype)), t.dim() == 1 || t.size(0) == 1 ? 0 : t.stride(0), t.stride(t.dim() - 1)};
+QuantDtype kind(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  if (t.scalar_type() == ScalarType::Float8_e4m3fn) return QuantDtype::e4m3;
+  if (t.scalar_type() == ScalarType::Char) return QuantDtype::i8;
+  if (t.scalar_type() == ScalarType::Byte) return QuantDtype::u8;
+  return QuantDtype(int(dtype_of(t)));  // the floating ones have one order in both
+}
+
+QuantPart part(const Tensor& t) {
+  return {t.data_ptr(), kind(t), t.dim() == 1 || t.size(0) == 1 ? 0 : t.stride(0), t.stride(t.dim() - 1)};
 }
 
 // Takes the projection's tensors from `next` on.
@@ -40,7 +48,7 @@ Projection projection(const Tensor*& next, const Layout& about, int64_t rows, in
   Projection p;
   const Tensor& data = *next++;
   const int64_t columns = int64_t(about.columns);
-  const auto take = [&](double kind) { return kind < 0 ? QuantPart{} : part(*next++, kind); };
+  const auto take = [&](double there) { return there ? part(*next++) : QuantPart{}; };
   if (about.bits == 0) {
     p.dense.rows = rows, p.dense.inputs = columns, p.dense.outputs = data.size(0), p.dense.dtype = dtype;
     p.dense.weight = data.data_ptr(), p.dense.weight_o = data.stride(0);
@@ -49,9 +57,10 @@ Projection projection(const Tensor*& next, const Layout& about, int64_t rows, in
     w.data = static_cast<const uint8_t*>(data.data_ptr()), w.pitch = data.stride(0), w.rows = data.size(0);
     w.columns = columns, w.group = int64_t(about.group), w.groups = next->size(1), w.bits = int(about.bits);
     w.step = float(about.step), w.base = float(about.base), w.mantissa = int(about.mantissa), w.zero = float(about.zero);
-    w.scales = take(about.scales), w.zeros = take(about.zeros), w.offsets = take(about.offsets);
+    w.scales = take(1), w.zeros = take(about.zeros), w.offsets = take(about.offsets);
     w.outer = take(about.outer), p.product.bias = take(about.bias);
     w.table = static_cast<const float*>(take(about.table).data);
+    if (about.powers) w.scales.dtype = QuantDtype::e8m0;
     p.product.tokens = rows, p.product.activation_max = max, p.product.activation_scale = scale;
   }
   if (about.block > 0) {

@@ -12,10 +12,10 @@ import functools
 
 import torch
 
-from scalekern import _checks, _library
-from scalekern._dispatch import Backend, filling, native
-from scalekern.ops._quant_matmul_cpu import code_values
+from scalekern import _checks, _dispatch, _library
+from scalekern._dispatch import Backend, native
 from scalekern.ops._hadamard import _signs as matrix_of
+from scalekern.ops._quant_matmul_cpu import code_values
 from scalekern.ops.causal_conv1d import causal_conv1d_update_op
 from scalekern.ops.hadamard_transform import hadamard_transform_fwd
 from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul_fwd
@@ -83,7 +83,7 @@ def quantized_mamba_update(
 
 
 def step(*args):
-    """The op, of arguments as it takes them."""
+    """The op, of arguments as it takes them, in tuples."""
     if not torch.is_grad_enabled():
         return quantized_mamba_update_op.light(*args)
     tensors = [t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, torch.Tensor)]
@@ -156,57 +156,78 @@ _composed = functools.partial(
     transform=hadamard_transform_fwd,
 )  # fmt: skip
 _native = native(NAME, "cpu")
-# enum QuantDtype of csrc/quant_matmul/quant_matmul.h.
-_KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.float8_e4m3fn: 4,
-          torch.float8_e8m0fnu: 5, torch.int8: 6, torch.uint8: 7, None: -1}  # fmt: skip
 
 
 @functools.lru_cache(256)
-def _layout(dtypes: tuple, columns: tuple, formats: tuple, group_sizes: tuple) -> tuple[torch.Tensor, tuple]:
+def _layout(there: tuple, powers: tuple, columns: tuple, formats: tuple, group_sizes: tuple):
     """(what the native step reads about each projection, and each one's tables: of its codes, of H_m)."""
     rows, tables = [], []
-    for (_, *kinds, bias, rotated), K, format, group in zip(dtypes, columns, formats, group_sizes):
+    for (_, _, *parts, rotated), power, K, format, group in zip(there, powers, columns, formats, group_sizes):
         table, *code = code_values(format, torch.device("cpu")) if format else (None, 0, 1.0, 0.0, 0, 0.0)
         block = block_of(K) if rotated else 0
         m, k = factor(block, 0) if rotated else (0, 0)
-        kinds = [_KINDS[kind] for kind in (*kinds, bias)]
-        rows.append([*code, group, K, *kinds, -1 if table is None else 0, block, m, k])
+        rows.append([*code, group, K, power, *parts, table is not None, block, m, k])
         tables.append((table, matrix_of(m, MATRICES[0], False) if rotated else None))
     return torch.tensor(rows, dtype=torch.float64, device="cpu"), tuple(tables)
 
 
-def _cpu(*args):
-    if not _is_native(*args):
-        return _composed(*args)
-    *tensors, in_proj, x_proj, delta_proj, out_proj, formats, group_sizes, activation, activation_scale = args
-    projections = in_proj, x_proj, delta_proj, out_proj
-    D, N = args[5].shape
-    columns = args[2].shape[1], D, x_proj[0].shape[0] - 2 * N, D
-    dtypes = tuple([tuple([None if t is None else t.dtype for t in (*p[:5], *p[6:])]) for p in projections])
-    layout, tables = _layout(dtypes, columns, tuple(formats), tuple(group_sizes))
+def native_parts(projections, columns, formats, group_sizes, activation, activation_scale) -> tuple | None:
+    """What the native step takes of the projections: their tensors in a row and what they are; None if it cannot."""
+    if any(p[5] is not None or p[0].stride(1) != 1 or not (p[7] is None or p[7].is_contiguous()) for p in projections):
+        return None
+    kept = [(*p[:5], *p[6:]) for p in projections]
+    there = tuple([tuple([t is not None for t in p]) for p in kept])
+    powers = tuple([p[1] is not None and p[1].dtype == torch.float8_e8m0fnu for p in kept])
+    layout, tables = _layout(there, powers, columns, tuple(formats), tuple(group_sizes))
     parts = []
-    for (data, scales, zeros, offsets, outer, _, bias, signs), (table, matrix) in zip(projections, tables):
-        if scales is not None and scales.dtype == torch.float8_e8m0fnu:
-            scales = scales.view(torch.uint8)  # which torch's stable ABI does not know
+    for (data, scales, zeros, offsets, outer, bias, signs), power, (table, matrix) in zip(kept, powers, tables):
+        scales = scales.view(torch.uint8) if power else scales  # which torch's stable ABI does not know
         parts += [t for t in (data, scales, zeros, offsets, outer, bias, table, signs, matrix) if t is not None]
-    out = _allocate(*tensors)
-    _native(out, *tensors, parts, layout, ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0)
+    return parts, layout, ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0
+
+
+def native_step(conv_state, ssm_state, hidden_states, parameters, native):
+    """The step of `native_parts`; None where the op would take another way, with nothing changed.
+
+    It reads conv1d's weight as the layer holds it; a step size's dense projection must have hidden_states' dtype.
+    """
+    weight, bias, A_log, *rest = parameters
+    if not (
+        hidden_states.is_cpu
+        and _library.is_plain((conv_state, ssm_state, hidden_states))
+        and not torch.is_grad_enabled()
+        and _dispatch.select(NAME, quantized_mamba_update_op.backends, "cpu", ()).run is _cpu
+        and _is_native(hidden_states, A_log)
+        and all([t is None or t.dtype == torch.float32 for t in parameters])
+        and hidden_states.numel() and ssm_state.numel()
+    ):  # fmt: skip
+        return None
+    out = _allocate(conv_state, ssm_state, hidden_states)
+    _native(out, conv_state, ssm_state, hidden_states, weight.flatten(1), bias, A_log, *rest, *native)
     return out
 
 
+def _cpu(*args):
+    *tensors, in_proj, x_proj, delta_proj, out_proj, formats, group_sizes, activation, activation_scale = args
+    hidden_states, A_log, N = tensors[2], tensors[5], tensors[5].shape[1]
+    columns = hidden_states.shape[1], A_log.shape[0], x_proj[0].shape[0] - 2 * N, A_log.shape[0]
+    native = None
+    if _is_native(hidden_states, A_log):
+        native = native_parts((in_proj, x_proj, delta_proj, out_proj), columns, *args[-4:])
+    if native is None:
+        return _composed(*args)
+    out = _allocate(*tensors)
+    _native(out, *tensors, *native)
+    return out
+
+
+def _is_native(hidden_states, A_log) -> bool:
+    """The native step is for few rows, and reads them."""
+    few = hidden_states.shape[0] <= NATIVE_ROWS and hidden_states.dtype != torch.float64
+    return few and hidden_states.stride(1) == 1 and A_log.is_contiguous()
+
+
 _cpu.native_op = _native.native_op
-
-
-def _is_native(conv_state, ssm_state, hidden_states, conv1d_weight, conv1d_bias, A_log, D, delta_bias, *rest) -> bool:
-    """The native step is for few rows, in act-order for none, and reads rows."""
-    projections = rest[:4]
-    return (
-        hidden_states.shape[0] <= NATIVE_ROWS
-        and hidden_states.dtype != torch.float64
-        and hidden_states.stride(1) == 1
-        and A_log.is_contiguous()
-        and all([p[5] is None and p[0].stride(1) == 1 and (p[7] is None or p[7].is_contiguous()) for p in projections])
-    )
 
 
 quantized_mamba_update_op = _library.define(
