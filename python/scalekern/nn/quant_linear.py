@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from scalekern import _checks
-from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul, quant_matmul_fwd
+from scalekern.ops.quant_matmul import ACTIVATIONS, product_of, quant_matmul, quant_matmul_fwd
 from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
 from scalekern.quant.tensor import PARTS
@@ -151,11 +151,15 @@ class QuantLinear(nn.Module):
         fits = x.dim() > 1 and x.shape[-1] == self.in_features and x.dtype in _checks.FLOATING
         if fits and own["weight_perm"] is None and x.device == data.device:
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
-            parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"]
+            parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
+            kind = self.activation or ""
+            if not torch.is_grad_enabled() and x.is_cpu:
+                out = product_of(x, data, *parts, self.format, self.group_size, kind, self.activation_scale)
+                if out is not None:
+                    return out
             return quant_matmul_fwd.light(
-                x, data, *parts, own["bias"], None, self.format, self.group_size, self.activation or "",
-                self.activation_scale, None,
-            )  # fmt: skip
+                x, data, *parts, None, self.format, self.group_size, kind, self.activation_scale, None
+            )
         return quant_matmul(
             x, self.quantized_weight, bias=self.bias, activation=self.activation,
             activation_scale=self.activation_scale,
