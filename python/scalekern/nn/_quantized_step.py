@@ -53,7 +53,7 @@ class _Gathered:
 
     def __init__(self, block):
         self.held = self._look(block)
-        _, conv, *self.layers = self.held[:6]
+        conv, *self.layers = self.held[:5]
         in_proj, x_proj, dt_proj, out_proj = self.layers
         roundings = {(p.activation, p.activation_scale) for p in (in_proj, x_proj, out_proj) if type(p) is QuantLinear}
         self.served = (
@@ -81,8 +81,8 @@ class _Gathered:
         """The layers and what they hold now."""
         children = block._modules
         layers = [children[name] for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
-        found = [block, children["conv1d"], *layers]
-        for module in found[:6]:
+        found = [children["conv1d"], *layers]  # not the block: what is kept beside it must not keep it
+        for module in (block, *found[:5]):
             found += module._parameters.values()
         for layer in layers:
             found += layer.__dict__.get("activation"), layer.__dict__.get("activation_scale")

@@ -92,10 +92,10 @@ def _mamba_update(
 QUANTIZED_MAMBA_UPDATE = tuple(
     Sample(name, _mamba_update(*args, **options))
     for name, args, options in (
-        ("int4", (2, 35, 37, 16, 3, 4, 4, [("int4", 32)] * 3), {"biases": True, "symmetric": False}),
+        ("int4", (2, 35, 37, 16, 3, 4, 4, [("int4", 16)] * 3), {"biases": True, "symmetric": False}),
         ("rotated", (1, 24, 40, 5, 4, 3, 2, [("int8", 16), ("int3", 16), ("int4", 8), ("int4", 4)]),
          {"signs": ("in_proj", "x_proj", "out_proj", "delta_proj")}),
-        ("w4a8", (3, 33, 17, 3, 2, 2, 3, [("int4", 16), ("int8", "row"), ("int2", 16)]),
+        ("w4a8", (3, 33, 17, 3, 2, 2, 3, [("int4", 16), ("int8", None), ("int2", 16)]),
          {"activation": "int8", "skip": False}),
         ("mixed", (5, 16, 18, 4, 2, 4, 3, [("nf4", 16), ("mxfp4",), ("fp8_e4m3", 8), ("int1", 16)]), {}),
         ("act_order", (1, 16, 12, 3, 2, 4, 3, [("int4", 8)] * 3), {"act_order": True}),
@@ -104,7 +104,7 @@ QUANTIZED_MAMBA_UPDATE = tuple(
 )
 
 SPECS = {
-    "quantized_mamba_update": Spec(QUANTIZED_MAMBA_UPDATE, inplace=(1, 2)),
+    "quantized_mamba_update": Spec(QUANTIZED_MAMBA_UPDATE, inplace=(1, 2), like_another=True),
     "quant_matmul": Spec(
         QUANT_MATMUL,
         dense_oracle=True,
