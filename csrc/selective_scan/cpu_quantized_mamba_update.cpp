@@ -1,5 +1,5 @@
-// scalekern_native::quantized_mamba_update_cpu: one decoding step of a Mamba mixer of low-bit weights, as a chain of the
-// kernels of quant_matmul, hadamard_transform, causal_conv1d_update and selective_state_update in one call.
+// scalekern_native::quantized_mamba_update_cpu: one decoding step of a Mamba mixer of low-bit weights, as a chain of
+// the kernels of quant_matmul, hadamard_transform, causal_conv1d_update and selective_state_update in one call.
 //
 // Bound: at a width of a few hundred the calls themselves, which is why they are one; above, the weights' bytes.
 // What is between the parts lies in one workspace. Threads are woken by parts that are worth it, none at width 128.
@@ -18,8 +18,8 @@ using namespace scalekern;
 
 constexpr int64_t kAwake = 1 << 17;  // products of in_proj from which its threads have worked
 
-// What ops/quantized_mamba_update.py writes about a projection, in this order: `powers` for scales that are the bytes of
-// float8_e8m0fnu, 1 for a part that there is and 0 for one that there is not, `block` = m 2^k points of a rotation or 0.
+// What ops/quantized_mamba_update.py writes about a projection, in this order: `powers` for scales that are the bytes
+// of float8_e8m0fnu, 1 for a part that there is, 0 for one that there is not; `block` = m 2^k points of a rotation or 0.
 struct Layout {
   double bits, step, base, mantissa, zero, group, columns, powers, zeros, offsets, outer, bias, table, block, m, k;
 };
@@ -40,7 +40,8 @@ QuantDtype kind(const Tensor& t) {
 }
 
 QuantPart part(const Tensor& t) {
-  return {t.data_ptr(), kind(t), t.dim() == 1 || t.size(0) == 1 ? 0 : t.stride(0), t.stride(t.dim() - 1)};
+  const bool vector = t.dim() == 1;
+  return {t.data_ptr(), kind(t), vector || t.size(0) == 1 ? 0 : t.stride(0), t.stride(vector ? 0 : 1)};
 }
 
 // Takes the projection's tensors from `next` on.
@@ -56,7 +57,8 @@ Projection projection(const Tensor*& next, const Layout& about, int64_t rows, in
     QuantWeight& w = p.product.w;
     w.data = static_cast<const uint8_t*>(data.data_ptr()), w.pitch = data.stride(0), w.rows = data.size(0);
     w.columns = columns, w.group = int64_t(about.group), w.groups = next->size(1), w.bits = int(about.bits);
-    w.step = float(about.step), w.base = float(about.base), w.mantissa = int(about.mantissa), w.zero = float(about.zero);
+    w.step = float(about.step), w.base = float(about.base);
+    w.mantissa = int(about.mantissa), w.zero = float(about.zero);
     w.scales = take(1), w.zeros = take(about.zeros), w.offsets = take(about.offsets);
     w.outer = take(about.outer), p.product.bias = take(about.bias);
     w.table = static_cast<const float*>(take(about.table).data);
@@ -128,7 +130,8 @@ void quantized_mamba_update(
 
   const auto bytes = [&](int64_t width) { return (batch * width * item + 63) / 64 * 64; };
   const int64_t decays = (channels * states * 4 + 63) / 64 * 64;
-  const int64_t total = decays + bytes(2 * channels) + bytes(projected) + 3 * bytes(channels) + (turned ? 2 * bytes(most) : 0);
+  const int64_t between = bytes(2 * channels) + bytes(projected) + 3 * bytes(channels);
+  const int64_t total = decays + between + (turned ? 2 * bytes(most) : 0);
   const Tensor workspace = torch::stable::new_empty(hidden_states, {total}, torch::headeronly::ScalarType::Byte);
   char* free = static_cast<char*>(data(workspace));
   const auto take = [&](int64_t size) { return free += size, free - size; };

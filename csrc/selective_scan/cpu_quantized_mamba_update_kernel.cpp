@@ -1,5 +1,5 @@
-// The parts of a decoding step of low-bit weights that no other kernel has: the projection of the step size, which keeps
-// its few columns in floating point, and A.
+// The parts of a decoding step of low-bit weights that no other kernel has: the projection of the step size, which
+// keeps its few columns in floating point, and A.
 //
 // Bound: D R weights are read once, and R is a sixteenth of the model's width: 2 MB of fp32 at D 4096, R 128.
 // Split: rows of the weight over threads, in blocks of as many as a vector has lanes, whose sums are taken together, so
@@ -34,7 +34,8 @@ static inline VecF products(const T* w, const T* x, int64_t count) {
 template <class T>
 void project(const StepProjectionArgs& a) {
   constexpr int V = kLanes<float>;
-  parallel_if(a.rows * a.inputs * a.outputs >= kParallelProducts, (a.outputs + V - 1) / V, [&](int64_t begin, int64_t end) {
+  const bool worth_it = a.rows * a.inputs * a.outputs >= kParallelProducts;
+  parallel_if(worth_it, (a.outputs + V - 1) / V, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * V; first < end * V && first < a.outputs; first += V) {
       const int64_t count = a.outputs - first < V ? a.outputs - first : V;
       for (int64_t b = 0; b < a.rows; ++b) {

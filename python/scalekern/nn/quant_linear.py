@@ -10,7 +10,7 @@ import weakref
 import torch
 from torch import nn
 
-from scalekern import _checks
+from scalekern import _checks, _dispatch
 from scalekern.ops.quant_matmul import ACTIVATIONS, native_product, native_weight, quant_matmul, quant_matmul_fwd
 from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
@@ -157,7 +157,7 @@ class QuantLinear(nn.Module):
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
             options = self.format, self.group_size, self.activation or "", self.activation_scale
-            if x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _dispatch.forced()):
                 now, kept = (*own.values(), *options), _kept.get(self)
                 if kept is None or not all(map(operator.is_, kept[0], now)):
                     kept = _kept[self] = now, native_weight(data, *parts, *options)

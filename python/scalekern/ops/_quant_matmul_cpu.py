@@ -57,7 +57,8 @@ def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, gro
     if offs is not None:
         out.zero_()  # the rows beyond the last expert's
     ends = _ends(offs, len(out))
-    call(out, x, weight(data, scales, zeros, offsets, outer, bias, ends, format, group_size, activation, activation_scale))
+    parts = data, scales, zeros, offsets, outer, bias
+    call(out, x, weight(*parts, ends, format, group_size, activation, activation_scale))
 
 
 def weight(data, scales, zeros, offsets, outer, bias, ends, format, group_size, activation, activation_scale) -> tuple:

@@ -158,19 +158,19 @@ quant_matmul_bwd = _library.define(
 
 
 def native_weight(data, scales, zeros, offsets, outer, bias, format, group_size, activation, activation_scale):
-    """What `native_product` takes beside x: the native call's arguments; None of tensors that it may not read."""
+    """What `native_product` takes beside x; None of tensors that the native call may not read, or without it."""
     parts = data, scales, zeros, offsets, outer, bias
     if not _library.is_plain(parts) or not (data.shape[0] and data.stride(-1) == 1):
+        return None
+    if _dispatch.select(NAME, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
     return _quant_matmul_cpu.weight(*parts, None, format, group_size, activation, activation_scale)
 
 
 def native_product(x, weight):
-    """x (..., K) with a weight of `native_weight`, without gradients, on the CPU: 24 us for a small one where `light`
-    takes 45; None where the op would take another way, with nothing computed."""
+    """x (..., K) on the CPU with a weight of `native_weight`, no backend forced and no gradient wanted: in 30 us for a
+    small one where `light` takes 43. None where the op would take another way, with nothing computed."""
     if not _library.is_plain((x,)) or x.dtype == torch.float64 or not x.numel():
-        return None
-    if _dispatch.select(NAME, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
     out = x.new_empty((*x.shape[:-1], weight[0].shape[0]))
     _quant_matmul_cpu.call(out, x, weight)
