@@ -88,7 +88,7 @@ def _mamba_update(
     return build
 
 
-# "act_order" takes the parts one by one, as "large_batch" does.
+# "large_batch", and act-order by itself, take the parts one by one.
 QUANTIZED_MAMBA_UPDATE = tuple(
     Sample(name, _mamba_update(*args, **options))
     for name, args, options in (
@@ -98,8 +98,7 @@ QUANTIZED_MAMBA_UPDATE = tuple(
         ("w4a8", (3, 33, 17, 3, 2, 2, 3, [("int4", 16), ("int8", None), ("int2", 16)]),
          {"activation": "int8", "skip": False}),
         ("mixed", (5, 16, 18, 4, 2, 4, 3, [("nf4", 16), ("mxfp4",), ("fp8_e4m3", 8), ("int1", 16)]), {}),
-        ("act_order", (1, 16, 12, 3, 2, 4, 3, [("int4", 8)] * 3), {"act_order": True}),
-        ("large_batch", (11, 12, 21, 3, 2, 4, 3, [("int4", 16)] * 3), {"signs": ("in_proj",)}),
+        ("large_batch", (11, 12, 21, 3, 2, 4, 3, [("int4", 8)] * 3), {"act_order": True, "signs": ("in_proj",)}),
     )
 )
 
