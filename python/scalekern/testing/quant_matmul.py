@@ -98,7 +98,7 @@ QUANTIZED_MAMBA_UPDATE = tuple(
         ("w4a8", (3, 33, 17, 3, 2, 2, 3, [("int4", 16), ("int8", None), ("int2", 16)]),
          {"activation": "int8", "skip": False}),
         ("mixed", (5, 16, 18, 4, 2, 4, 3, [("nf4", 16), ("mxfp4",), ("fp8_e4m3", 8), ("int1", 16)]), {}),
-        ("large_batch", (11, 12, 21, 3, 2, 4, 3, [("int4", 8)] * 3), {"act_order": True, "signs": ("in_proj",)}),
+        ("large_batch", (11, 12, 21, 3, 2, 4, 3, [("int4", 8)] * 3), {"act_order": True}),
     )
 )
 
