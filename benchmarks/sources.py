@@ -23,6 +23,8 @@ CSRC = ROOT / "csrc"
 # What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
 FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops._")
 HOST_ONLY = CSRC / "common" / "emulator.h"  # runs CUDA kernels in tests: nothing of it reaches a GPU
+# Calls kernels of several families as they are, and has no part in them.
+JOINING = (CSRC / "selective_scan" / "cpu_quantized_mamba_update.cpp",)
 # How a kernel is launched, and the candidates that `tune` tries: rails too.
 NOT_FOLLOWED = ("scalekern.triton_kernels.launch", "scalekern.triton_kernels.tuning")
 NATIVE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
@@ -76,7 +78,7 @@ def _native(op: str, backend: str) -> set[pathlib.Path]:
     roots = [p for p in units if re.search(rf'"\s*{re.escape(op)}\(', p.read_text())]
     found = _with_includes(roots)
     headers = {p for p in found if p.suffix in (".h", ".cuh") and p.parent.name != "common"}
-    own = [p for p in units if p.name.startswith(f"{backend}_") and p.suffix in (".cpp", ".cu")]
+    own = [p for p in units if p.name.startswith(f"{backend}_") and p.suffix in (".cpp", ".cu") and p not in JOINING]
     kernels = [p for p in own if headers & _with_includes([p])]
     return found | _with_includes(kernels)
 
