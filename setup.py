@@ -2,7 +2,7 @@
 
   lib/libscalekern_cpu.so    csrc/**/cpu_*.cpp; the *_kernel.cpp once for every instruction-set level
   lib/libscalekern_cuda.so   csrc/**/cuda_*.cu (SCALEKERN_BUILD_CUDA=1|0|auto; TORCH_CUDA_ARCH_LIST)
-  _C                         csrc/bindings.cpp and csrc/**/bind_*.cpp (pybind11)
+  _C                         csrc/bindings.cpp, which includes csrc/**/bind_*.h (pybind11)
   lib/build.json             what was built and what was not, read by `python -m scalekern doctor`
 
 Both libraries use torch's stable ABI only: one build serves every torch from 2.10 and every Python.
@@ -190,7 +190,7 @@ class NativeBuild:
             return
         # -O1: it is called by tests and packers, and the CUDA kernels that it emulates compile in 34 s instead of 84.
         flags = f"-O1 -I{CSRC} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-        sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp", *sorted(CSRC.glob("*/bind_*.cpp"))]
+        sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp"]
         objects = [self.compile("cxx", source, "bind", flags) for source in sources]
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self.link(f"_C{suffix}", f"_C{suffix}", objects, "")
