@@ -20,11 +20,10 @@ QuantDtype quant_dtype(const Tensor& t) {
   }
 }
 
-// A matrix, or a vector as a row.
+// Of a matrix; a vector is a row, and what has more axes is contiguous.
+int64_t rows_of(const Tensor& t) { return t.dim() == 2 ? t.size(0) : t.numel() / t.size(-1); }
 QuantPart part(const Tensor& t) {
-  const bool vector = t.dim() == 1;
-  const int64_t rows = vector ? 1 : t.size(0);
-  return {t.data_ptr(), quant_dtype(t), rows == 1 ? 0 : t.stride(0), t.stride(vector ? 0 : 1)};
+  return {t.data_ptr(), quant_dtype(t), rows_of(t) == 1 ? 0 : t.stride(-2), t.stride(-1)};
 }
 QuantPart part(const OptionalTensor& t) { return t.has_value() ? part(*t) : QuantPart{}; }
 
@@ -57,11 +56,11 @@ void forward(
     int64_t mantissa, double zero, int64_t group_size, bool powers, double activation_max, double activation_scale) {
   expect_writes(out);
   QuantMatmulArgs a{};
-  a.w = weight(data, scales, zeros, offsets, outer, table, x.size(1), bits, step, base, mantissa, zero, group_size,
+  a.w = weight(data, scales, zeros, offsets, outer, table, x.size(-1), bits, step, base, mantissa, zero, group_size,
                powers);
-  a.tokens = x.size(0), a.x = part(x), a.out = part(out), a.bias = part(bias);
+  a.tokens = rows_of(x), a.x = part(x), a.out = part(out), a.bias = part(bias);
   a.activation_max = float(activation_max), a.activation_scale = float(activation_scale);
-  for_experts(offs, a.tokens, [&, rows = out.size(1)](int64_t e, int64_t first, int64_t tokens) {
+  for_experts(offs, a.tokens, [&, rows = out.size(-1)](int64_t e, int64_t first, int64_t tokens) {
     QuantMatmulArgs own = a;
     own.w = a.w.from(e * rows, rows), own.tokens = tokens, own.x = a.x.from(first), own.out = a.out.from(first);
     own.bias = a.bias.behind(e * rows * a.bias.column);

@@ -71,7 +71,7 @@ def weight(data, scales, zeros, offsets, outer, bias, ends, format, group_size, 
 
 
 def call(out, x, weight: tuple) -> None:
-    _fwd(_rows(out), _rows(x), *weight)
+    _fwd(out, x if x.is_contiguous() else _rows(x), *weight)  # out is contiguous
 
 
 def backward(
