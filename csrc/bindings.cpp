@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace scalekern {
 void bind_device_math(py::module_& m);      // csrc/common/bind_device_math.cpp
 void bind_cuda_emulator(py::module_& m);    // csrc/selective_scan/bind_cuda_emulator.cpp
+void bind_quant_emulator(py::module_& m);   // csrc/quant_matmul/bind_cuda_emulator.cpp
 void bind_emulator_faults(py::module_& m);  // csrc/common/bind_emulator_faults.cpp
 }
 
@@ -26,5 +27,6 @@ PYBIND11_MODULE(_C, m) {
         "Instruction-set level that the CPU kernels use in this process.");
   scalekern::bind_device_math(m);
   scalekern::bind_cuda_emulator(m);
+  scalekern::bind_quant_emulator(m);
   scalekern::bind_emulator_faults(m);
 }

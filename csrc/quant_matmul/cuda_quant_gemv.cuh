@@ -1,0 +1,376 @@
+// Products of few tokens with a low-bit weight in its plain layout.
+//
+// Shape letters: M tokens, N outputs, K inputs, G groups of columns. Never measured.
+#pragma once
+#include <utility>
+
+#include "common/view.h"
+#include "quant_matmul/cuda_quant_decode.cuh"
+
+namespace scalekern::gemv {
+
+// What a part is stored as, in the order of QuantDtype (quant_matmul.h).
+enum Kind : int { kF32, kF64, kF16, kBf16, kE4m3, kE8m0, kI8, kU8 };
+
+// A matrix (or a column, or a row) of one of those; strides in elements, 0 where all share one. No data: absent.
+struct Part {
+  const void* data = nullptr;
+  int kind = 0;
+  int64_t row = 0, column = 0;
+
+  Part() = default;
+  Part(const View& v) : data(v.data), kind(v.dtype) {
+    if (v.dims == 1) column = v.stride[0];
+    if (v.dims == 2) row = v.size[0] == 1 ? 0 : v.stride[0], column = v.size[1] == 1 ? 0 : v.stride[1];
+  }
+};
+
+// The same for Tiles: strides in bytes, and of 1, 2 or 4 bytes an element.
+struct Column {
+  const uint8_t* data = nullptr;
+  int kind = 0, bytes = 0, row = 0, column = 0;
+};
+
+// w[n, k] = outer[n] (scales[n, g] (value(code[n, k]) - zeros[n, g]) + offsets[n, g]);
+// value(code) = step code + base, or table[code]. The codes of a row are a stream of bits, the lowest first.
+struct Args {
+  const uint8_t* data;
+  int64_t row_bytes, far_pitch;  // bytes from row to row
+  int pitch;                     // the same, for Tiles
+  int rows, columns, tokens, groups, bits;
+  float step, base, zero;
+  const float* table;
+  Part x, scales, zeros, offsets, outer, bias;
+  Column scale, zeros_of, offset;  // scales, zeros and offsets
+  void* out;
+  int out_kind;
+  int64_t out_m, out_n;
+  Divisor by_group;
+  int row_blocks;
+};
+
+SK_DEVICE uint32_t raw_at(const Part& p, int64_t i) {
+  if (p.kind == kF32) return static_cast<const uint32_t*>(p.data)[i];
+  if (p.kind == kF16 || p.kind == kBf16) return static_cast<const uint16_t*>(p.data)[i];
+  return static_cast<const uint8_t*>(p.data)[i];
+}
+
+SK_DEVICE float e4m3(uint32_t code) {
+  const uint32_t magnitude = code & 0x7f, sign = (code & 0x80) << 24;
+  const float normal = as_float((magnitude << 20) + (120u << 23)), small = float(magnitude) * 0x1p-9f;
+  const float x = magnitude >= 8 ? normal : small;
+  return as_float((magnitude == 0x7f ? 0x7fc00000u : as_bits(x)) | sign);
+}
+
+SK_DEVICE float number(uint32_t raw, int kind) {
+  switch (kind) {
+    case kF32: return as_float(raw);
+    case kF16: return widen(f16{uint16_t(raw)});
+    case kBf16: return widen(bf16{uint16_t(raw)});
+    case kE4m3: return e4m3(raw);
+    case kE8m0: return raw == 255 ? as_float(0x7fc00000u) : as_float(raw ? raw << 23 : 0x400000u);
+    case kI8: return float(int8_t(raw));
+    default: return float(raw);
+  }
+}
+
+SK_DEVICE float number_at(const Part& p, int64_t i) {
+  if (p.kind == kF64) return float(static_cast<const double*>(p.data)[i]);
+  return number(raw_at(p, i), p.kind);
+}
+
+// out[m, n] of a sum that is ready.
+SK_DEVICE void finish(const Args& a, int m, int n, float sum) {
+  if (a.outer.data) sum *= number_at(a.outer, n * a.outer.row);
+  if (a.bias.data) sum += number_at(a.bias, n * a.bias.column);
+  const int64_t at = m * a.out_m + n * a.out_n;
+  if (a.out_kind == kF32) static_cast<float*>(a.out)[at] = sum;
+  else if (a.out_kind == kF64) static_cast<double*>(a.out)[at] = sum;
+  else if (a.out_kind == kF16) static_cast<f16*>(a.out)[at] = narrow<f16>(sum);
+  else static_cast<bf16*>(a.out)[at] = narrow<bf16>(sum);
+}
+
+// kWords words at p, zeros if it is not `on`. In pieces of up to 16 bytes, aligned to those; whole ones bypass the L1,
+// where x is to stay. Not moved by the compiler, which would load a stage when it is used.
+template <int kWords>
+SK_DEVICE void load_words(uint32_t* w, const uint8_t* p, bool on) {
+  constexpr int kPiece = kWords % 4 == 0 ? 4 : kWords % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < kWords; i += kPiece) {
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) w[i + j] = 0;
+    if (!on) continue;
+#if defined(__CUDA_ARCH__)
+    const size_t from = __cvta_generic_to_global(p + 4 * i);
+    if constexpr (kPiece == 4)
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(w[i]), "=r"(w[i + 1]), "=r"(w[i + 2]), "=r"(w[i + 3]) : "l"(from));
+    else if constexpr (kPiece == 2)
+      asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w[i]), "=r"(w[i + 1]) : "l"(from));
+    else asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(w[i]) : "l"(from));
+#elif !defined(__CUDACC__)
+    if (reinterpret_cast<uintptr_t>(p) % (4 * kPiece)) emulator::block().fail("a misaligned load");
+    std::memcpy(w + i, p + 4 * i, 4 * kPiece);
+#endif
+  }
+}
+
+// Element `at` of some rows, as bits.
+template <int kCount>
+SK_DEVICE void fetch(uint32_t (&raw)[kCount], const Column& p, int at, const int (&rows)[kCount]) {
+  const uint8_t* from = p.data + int64_t(at) * p.column;
+  const auto each = [&](auto* type) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      raw[i] = *reinterpret_cast<decltype(type)>(from + int64_t(rows[i]) * p.row);
+  };
+  if (p.bytes == 2) each(static_cast<const uint16_t*>(nullptr));
+  else if (p.bytes == 4) each(static_cast<const uint32_t*>(nullptr));
+  else each(static_cast<const uint8_t*>(nullptr));
+}
+
+template <int kCount>
+SK_DEVICE void convert(float (&to)[kCount], const uint32_t (&raw)[kCount], int kind) {
+  const auto each = [&](auto&& number) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = number(raw[i]);
+  };
+  if (kind == kF16) each([](uint32_t r) { return widen(f16{uint16_t(r)}); });
+  else if (kind == kBf16) each([](uint32_t r) { return as_float(r << 16); });
+  else if (kind == kF32) each([](uint32_t r) { return as_float(r); });
+  else if (kind == kE8m0) each([](uint32_t r) { return number(r, kE8m0); });
+  else each([](uint32_t r) { return float(r); });
+}
+
+template <class F, int... i>
+SK_DEVICE void unrolled(F&& f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>()), ...);
+}
+
+// By tensor cores. A warp has 32 rows; the 8 warps of a block take turns along K and add up in order in the end.
+//
+// kApart: the four lanes of a row hold columns of different groups, so that each has a column of the product to
+// itself: two tokens at a time. Else a column is a token, and there are eight. kUnits: of 32 codes, that a lane loads.
+template <class T, int kBits, int kCentre, int kUnits, bool kApart>
+struct Tiles {
+  using Args = gemv::Args;
+  using C = Codes<T, kBits, kCentre>;
+  static constexpr int kThreads = 256, kBlocks = 2;
+  static constexpr int kWarps = kThreads / 32, kTiles = 2, kRows = 16 * kTiles;  // of a block
+  static constexpr int kTokens = kApart ? 2 : 8, kChunk = 32 * kUnits, kStep = 4 * kChunk;
+  static constexpr int kWords = kBits * kUnits, kStages = kWords > 4 ? 1 : 2;
+  static constexpr int kLines = 2 * kTiles, kColumns = kApart ? 2 : 1;  // of a lane, with groups of their own
+  static constexpr int kPairs = kApart && kBits > 1 ? 8 : 16;  // whose x is in registers at a time
+  static constexpr int kSharedBytes = kWarps * kRows * 8 * 4;
+
+  struct Stage {
+    uint32_t w[kLines][kWords], scales[kColumns][kLines], zeros[kLines];
+  };
+
+  struct Warp {
+    const Args& a;
+    int t, row;         // row: this lane's first; the others come 8 apart, two in a tile
+    const uint16_t* x;  // null: no token of this lane
+    Planes planes;
+
+    SK_DEVICE void find_rows(int (&rows)[kLines]) const {  // again and again: they would take registers
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) rows[i] = row + 8 * i < a.rows ? row + 8 * i : a.rows - 1;
+    }
+
+    // The group of a column of the product.
+    SK_DEVICE int group_of(int step, int c) const {
+      const int k = step * kStep + (kApart ? (2 * t + c) % 4 * kChunk : 0);
+      return a.by_group.quotient(k < a.columns ? k : a.columns - 1);
+    }
+
+    SK_DEVICE void load(Stage& s, int step) const {
+      int rows[kLines];
+      find_rows(rows);
+      const int k = step * kStep + t * kChunk;
+      const uint8_t* from = a.data + int64_t(step * 4 + t) * (4 * kWords);
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) load_words<kWords>(s.w[i], from + int64_t(rows[i]) * a.pitch, k < a.columns);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int group = group_of(step, c);
+        fetch(s.scales[c], a.scale, group, rows);
+        if (!kApart && a.zeros_of.data) fetch(s.zeros, a.zeros_of, group, rows);
+      }
+      loads_begin_above();
+    }
+
+    // x of a part of unit u, in the order of the codes' pairs.
+    SK_DEVICE void load_x(uint32_t (&b)[kPairs], int step, int u, int part) const {
+      const int k = step * kStep + t * kChunk + 32 * u + 2 * kPairs * part;
+      loads_begin_above();  // not yet: it would take registers of the parts before
+      uint32_t two[kPairs];
+#pragma unroll
+      for (int i = 0; i < kPairs; i += 4) {
+        Pack<uint32_t> four{};
+        if (x && k < a.columns) four = *reinterpret_cast<const Pack<uint32_t>*>(x + k + 2 * i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) two[i + j] = four.v[j];
+      }
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const int first = C::first(i), second = C::second(i);
+        b[i] = permute(two[first / 2], two[second / 2], (first % 2 ? 0x32 : 0x10) | (second % 2 ? 0x7600 : 0x5400));
+      }
+    }
+
+    template <int kPart>
+    SK_DEVICE void multiply_part(float (&part)[kTiles][4], float (&sum)[4], const Stage& s, int step, int u) const {
+      uint32_t b[kPairs];
+      load_x(b, step, u, kPart);
+      const auto products = [&](const auto& operands) {
+        unrolled([&](auto i) {
+#pragma unroll
+          for (int r = 0; r < kTiles; ++r) {
+            uint32_t operand[4];
+            operands(std::integral_constant<int, i + kPart * kPairs / 2>(), r, operand);
+            multiply<T>(part[r], operand, b[2 * i], b[2 * i + 1]);
+          }
+        }, std::make_integer_sequence<int, kPairs / 2>());
+      };
+      if constexpr (kCentre == kTable) {
+        products([&](auto i, int r, uint32_t (&operand)[4]) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            uint32_t pairs[2];
+            planes.look_up(s.w[2 * r + h][u * kBits + i / 2] >> i % 2 * 16, pairs);
+            operand[h] = pairs[0], operand[2 + h] = pairs[1];
+          }
+        });
+      } else {
+        const C codes[kLines] = {C(s.w[0] + u * kBits), C(s.w[1] + u * kBits), C(s.w[2] + u * kBits),
+                                 C(s.w[3] + u * kBits)};
+        products([&](auto i, int r, uint32_t (&operand)[4]) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            operand[h] = codes[2 * r + h].template pair<2 * i>();
+            operand[2 + h] = codes[2 * r + h].template pair<2 * i + 1>();
+          }
+        });
+      }
+      if (a.zeros_of.data || a.offset.data) {  // sums of x: a product with ones
+        const uint32_t ones[4] = {twice<T>(1), twice<T>(1), twice<T>(1), twice<T>(1)};
+#pragma unroll
+        for (int i = 0; i < kPairs; i += 2) multiply<T>(sum, ones, b[i], b[i + 1]);
+      }
+    }
+
+    SK_DEVICE void fetch_numbers(float (&to)[kColumns][kLines], const Column& p, int step) const {
+      int rows[kLines];
+      find_rows(rows);
+      for (int c = 0; c < kColumns; ++c) {
+        uint32_t raw[kLines];
+        fetch(raw, p, group_of(step, c), rows);
+        convert(to[c], raw, p.kind);
+      }
+    }
+
+    SK_DEVICE void add(float (&acc)[kTiles][4], const Stage& s, int step) const {
+      float part[kTiles][4] = {}, sum[4] = {};
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        multiply_part<0>(part, sum, s, step, u);
+        if constexpr (kPairs < 16) multiply_part<1>(part, sum, s, step, u);
+      }
+      // The elements of a tile in a lane: two columns of row g, two of row g + 8.
+      const auto each = [&](auto&& change) {
+#pragma unroll
+        for (int i = 0; i < 4 * kTiles; ++i)
+          change(acc[i / 4][i % 4], part[i / 4][i % 4], sum[i % 2], kApart ? i % 2 : 0, i / 2);
+      };
+      float numbers[kColumns][kLines];
+      if (a.zeros_of.data) {
+        constexpr int kMiddle = kCentre == kTable ? 0 : kBits == 1 ? 0 : kCentre;
+        if constexpr (kApart) fetch_numbers(numbers, a.zeros_of, step);  // ahead it would take registers
+        else convert(numbers[0], s.zeros, a.zeros_of.kind);
+        each([&](float&, float& p, float all, int c, int line) { p -= (numbers[c][line] - kMiddle) * all; });
+      }
+      for (int c = 0; c < kColumns; ++c) convert(numbers[c], s.scales[c], a.scale.kind);
+      each([&](float& to, float p, float, int c, int line) { to = fused(numbers[c][line], p, to); });
+      if (a.offset.data) {
+        fetch_numbers(numbers, a.offset, step);
+        each([&](float& to, float, float all, int c, int line) { to = fused(numbers[c][line], all, to); });
+      }
+    }
+  };
+
+  static SK_DEVICE void run(const Args& a) {
+    const int tile = int(block_index()) / a.row_blocks, first_token = tile * kTokens;
+    const int row = (int(block_index()) - tile * a.row_blocks) * kRows;
+    const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
+    const int token = first_token + (kApart ? g / 4 : g);
+    Warp w{a, t, row + g, nullptr, {}};
+    if (token < a.tokens && (!kApart || g % 4 == t)) w.x = static_cast<const uint16_t*>(a.x.data) + token * a.x.row;
+    const int steps = (a.columns + kStep - 1) / kStep;
+    Stage stages[kStages];
+#pragma unroll
+    for (int i = 0; i < kStages; ++i)
+      if (warp + i * kWarps < steps) w.load(stages[i], warp + i * kWarps);
+    if constexpr (kCentre == kTable) w.planes = Planes::of<T>(a.table);
+    float acc[kTiles][4] = {};
+    for (int step = warp; step < steps; step += kStages * kWarps) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {
+        const int now = step + i * kWarps, next = now + kStages * kWarps;
+        if (now >= steps) break;
+        w.add(acc, stages[i], now);
+        if (next < steps) w.load(stages[i], next);
+      }
+    }
+
+    // [kWarps][kRows][8]
+    float* parts = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) parts[(warp * kRows + 16 * r + 8 * (i / 2) + g) * 8 + 2 * t + i % 2] = acc[r][i];
+    sync_threads();
+    const int n = row + thread_index() / kTokens % kRows, m = first_token + thread_index() % kTokens;
+    if (thread_index() >= kRows * kTokens || n >= a.rows || m >= a.tokens) return;
+    float total = 0;
+    for (int i = 0; i < kWarps; ++i)
+#pragma unroll
+      for (int c = 0; c < 8 / kTokens; ++c)
+        total += parts[(i * kRows + n - row) * 8 + (m - first_token) * (8 / kTokens) + c];
+    finish(a, m, n, total);
+  }
+};
+
+// What Tiles does not take: any format, group, alignment and stride. A warp a row, a code at a time, float32.
+struct Plain {
+  using Args = gemv::Args;
+  static constexpr int kThreads = 128, kBlocks = 1, kRows = kThreads / 32, kTokens = 8;
+
+  static SK_DEVICE void run(const Args& a) {
+    const int tile = int(block_index()) / a.row_blocks, first_token = tile * kTokens;
+    const int n = (int(block_index()) - tile * a.row_blocks) * kRows + thread_index() / 32, lane = thread_index() % 32;
+    const int64_t row = n < a.rows ? n : a.rows - 1;
+    const uint8_t* codes = a.data + row * a.far_pitch;
+    float acc[kTokens] = {};
+    for (int k = lane; k < a.columns; k += 32) {
+      const int64_t bit = int64_t(k) * a.bits, byte = bit / 8;
+      const int word = codes[byte] | (byte + 1 < a.row_bytes ? codes[byte + 1] << 8 : 0);
+      const int code = word >> bit % 8 & ((1 << a.bits) - 1), group = a.by_group.quotient(k);
+      const float value = a.table ? a.table[code] : a.step * float(code) + a.base;
+      const float zero = a.zeros.data ? number_at(a.zeros, row * a.zeros.row + group * a.zeros.column) : a.zero;
+      float w = number_at(a.scales, row * a.scales.row + group * a.scales.column) * (value - zero);
+      if (a.offsets.data) w += number_at(a.offsets, row * a.offsets.row + group * a.offsets.column);
+#pragma unroll
+      for (int m = 0; m < kTokens; ++m)
+        if (first_token + m < a.tokens)
+          acc[m] = fused(w, number_at(a.x, (first_token + m) * a.x.row + k * a.x.column), acc[m]);
+    }
+#pragma unroll
+    for (int m = 0; m < kTokens; ++m) {
+      for (int other = 16; other; other /= 2) acc[m] += shuffle_xor(acc[m], other);
+      if (lane == m && n < a.rows && first_token + m < a.tokens) finish(a, first_token + m, n, acc[m]);
+    }
+  }
+};
+
+}  // namespace scalekern::gemv
