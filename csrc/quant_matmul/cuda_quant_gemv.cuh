@@ -1,6 +1,31 @@
 // Products of few tokens with a low-bit weight in its plain layout.
 //
-// Shape letters: M tokens, N outputs, K inputs, G groups of columns. Never measured.
+// Shape letters: M tokens, N outputs, K inputs, G groups of columns.
+//
+// Never measured. Bound: the weight's bytes. Where an FMA a code and token is the limit (triton_kernels/
+// quant_matmul_gemv.py: 4.5 instructions a W4 code for one token, 11.2 for four), here codes become operands of
+// mma.m16n8k16, 32 bits with two of them at a time, and up to 8 tokens cost what one does; products are exact, sums
+// float32, scales meet the sum of a group. Lanes need not hold neighbouring columns, only the same ones of weight and
+// x: a lane reads 32 codes in a row, as they lie. In the sm_90a code the loop executes, all told, an instruction a code:
+//
+//     bfloat16        int4 2.4, int2 2.0, int1 1.7, int3 2.9, int8 3.6, nf4 4.2; from three tokens int2 and int1 2.3
+//
+// Predicted for N = K = 8192, float16 scales of groups of 128, in us; bytes at 3.0 TB/s (H100) and 4.2 TB/s (H200),
+// instructions at 132 x 128 lanes x 1.755 GHz, the half of them that are bit operations at half that rate:
+//
+//              bytes H100, H200   instructions   bit operations   with 1.5 of ramp and tail, M = 1 / 4 / 8 on an H100
+//     int4     11.5   8.2         5.5            5.0              13 / 13 / 14 (of x 0.5 MB an SM's L1 at M = 8)
+//     int2      5.9   4.2         4.5            3.9              7.5 / 7.5 / 8
+//     int1      3.1   2.2         3.9            3.5              5.5 / 7 / 7
+//
+// Split: a warp has 32 rows, two tiles of the product, and every eighth step of K (of 128 columns; of 256 and 512 for
+// 2 and 1 bits of one or two tokens, so that a lane loads 16 bytes); a block is the 8 warps of 32 rows, which add up
+// through shared memory in order: no atomics, the same bits every time. N = 8192 is 256 blocks, two an SM. The codes
+// and scales of two steps (one, from 5 bits on) are under way before the first is used: 16 warps x 2 steps x 2 KB,
+// 64 KB an SM, where 25 bytes a ns in 0.8 us need 20 KB. x stays in the L1, which the weight bypasses.
+//
+// Groups smaller than a step: B has 8 columns, so each of a row's four lanes gets a column of its own for either of two
+// tokens, at no cost but that of more passes for more tokens. Zeros and offsets meet the sum of x, a product with ones.
 #pragma once
 #include <utility>
 
