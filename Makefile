@@ -40,6 +40,9 @@ INTERPRETED := $(addprefix tests/, \
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9.0$$/9.0a/' | paste -sd ';')
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPUS),9.0a)
 
+# Likewise the CPU library: what this machine cannot run is compiled, but not optimized (avx512: 193 CPU seconds).
+export SCALEKERN_BUILD_FOR_THIS_CPU ?= 1
+
 ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif

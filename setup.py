@@ -1,8 +1,9 @@
 """Builds the native parts of scalekern with ninja; says in one line each what it built and what it skipped, and why.
 
   lib/libscalekern_cpu.so    csrc/**/cpu_*.cpp; the *_kernel.cpp once for every instruction-set level
+                             (SCALEKERN_BUILD_FOR_THIS_CPU=1: unoptimized, where this machine could not run it)
   lib/libscalekern_cuda.so   csrc/**/cuda_*.cu (SCALEKERN_BUILD_CUDA=1|0|auto; TORCH_CUDA_ARCH_LIST)
-  _C                         csrc/bindings.cpp and csrc/**/bind_*.cpp (pybind11)
+  _C                         csrc/bindings.cpp, which includes csrc/**/bind_*.h (pybind11)
   lib/build.json             what was built and what was not, read by `python -m scalekern doctor`
 
 Both libraries use torch's stable ABI only: one build serves every torch from 2.10 and every Python.
@@ -142,6 +143,9 @@ class NativeBuild:
             return
         x86 = platform.machine() in ("x86_64", "AMD64")
         levels = ISA_FLAGS if x86 else {"baseline": ""}
+        local = os.environ.get("SCALEKERN_BUILD_FOR_THIS_CPU", "0") == "1"
+        unoptimized = [level for level in levels if local and not self.runs(level)]
+        levels = {level: f"{march} -O1" if level in unoptimized else march for level, march in levels.items()}
         objects = []
         for source in sorted(CSRC.glob("*/cpu_*.cpp")):
             if source.stem.endswith("_kernel"):
@@ -152,7 +156,13 @@ class NativeBuild:
             else:
                 objects.append(self.compile("cxx", source, "cpu", self.torch_flags))
         self.link("lib/libscalekern_cpu.so", "libscalekern_cpu.so", objects, self.link_flags())
-        self.info["cpu"] = {"isa": list(levels), "compiler": first_line([self.cxx, "--version"])}
+        self.info["cpu"] = {"isa": list(levels), "unoptimized": unoptimized, "compiler": first_line([self.cxx, "--version"])}
+
+    def runs(self, level: str) -> bool:
+        """Whether this machine has a level's instructions."""
+        native = [self.cxx, "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"]
+        macros = subprocess.run(native, capture_output=True, text=True).stdout
+        return {"avx2": "__AVX2__", "avx512": "__AVX512VL__"}.get(level, "") in macros
 
     def cuda(self) -> None:
         if not self.allow("cuda"):
@@ -190,7 +200,7 @@ class NativeBuild:
             return
         # -O1: it is called by tests and packers, and the CUDA kernels that it emulates compile in 34 s instead of 84.
         flags = f"-O1 -I{CSRC} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-        sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp", *sorted(CSRC.glob("*/bind_*.cpp"))]
+        sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp"]
         objects = [self.compile("cxx", source, "bind", flags) for source in sources]
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self.link(f"_C{suffix}", f"_C{suffix}", objects, "")

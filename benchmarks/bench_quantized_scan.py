@@ -3,6 +3,7 @@
 Shape letters: B batch, L length, H heads, P head dim, D channels, G groups, N states.
 """
 
+import functools
 
 import torch
 
@@ -99,6 +100,35 @@ def state_update(device, dtype=FP32, *, B, H, P, N) -> Work:
     )  # fmt: skip
 
 
+def mixer_step(device, dtype=FP32, *, B, M, D, N, format="int4", group_size=128) -> Work:
+    """One token through a whole mixer of low-bit weights, against the float mixer's step and its own, part by part."""
+    randn = normal(device, 0)
+    rank = max(1, M // 16)
+    matrix = lambda rows, columns: randn(rows, columns) / columns**0.5
+    scan = scan_inputs(device, dtype, B, D, N, 1)
+    dense = matrix(2 * D, M), matrix(rank + 2 * N, D), matrix(D, rank).to(dtype), matrix(M, D)
+    weights = [w if i == 2 else quant.quantize(w, format, group_size=group_size) for i, w in enumerate(dense)]
+    wide = [w if i == 2 else w.dequantize(dtype) for i, w in enumerate(weights)]
+    conv, rest = (randn(D, 4), randn(D)), (torch.log(-scan["A"]), scan["D"], scan["delta_bias"])
+    hidden, states = randn(B, M).to(dtype), (randn(B, D, 4).to(dtype), randn(B, D, N))
+
+    def stepping(function, projections, cast=lambda t: t):
+        mine, (in_proj, *others) = [cast(s.clone()) for s in states], projections
+        args = [cast(t) for t in (*conv, *others, *rest)]
+        return lambda: (function(cast(hidden), *mine, cast(in_proj), *args), *mine)
+
+    version = f"scalekern {scalekern.__version__}"
+    products = 3 * M * D + D * (2 * rank + 2 * N)
+    stored = sum(w.nbytes for w in weights)
+    run = lambda: stepping(scalekern.quantized_mamba_update, weights)
+    return Work(
+        run=run(), sample=lambda: run()(), tolerance=TOLERANCE[dtype],
+        oracle=lambda: stepping(reference.quantized_mamba_update, weights, _double)(),
+        bytes_moved=stored + B * D * N * 8, flops=2 * B * products + B * D * 6 * N, exponentials=B * D * (N + 3),
+        peers={"float mixer": lambda: peers.Peer(stepping(scalekern.mamba_update, wide), version)},
+    )  # fmt: skip
+
+
 _SSD = {"B": 1, "L": 2048, "H": 24, "P": 64, "G": 1, "N": 128}
 _MAMBA = {"B": 1, "D": 1536, "N": 16, "L": 2048}
 _STEP = {"B": 8, "H": 24, "P": 64, "N": 128}
@@ -106,6 +136,10 @@ _FAST = ("cuda", "triton", "cpu")  # the reference is a loop over time
 _OP = lambda name: (f"quantized_{name}",)
 
 CPU = [
+    case("quantized mixer", mixer_step, _OP("mamba_update"), "step", "cpu", 48, {"B": 1, "M": 2048, "D": 4096, "N": 16},
+         backends=_FAST, note="w4g128", targets={"float mixer": 2.0}),
+    case("quantized mixer", functools.partial(mixer_step, group_size=64), _OP("mamba_update"), "step", "cpu", 49,
+         {"B": 1, "M": 128, "D": 256, "N": 16}, backends=_FAST, note="w4g64", targets={"float mixer": 1.0}),
     case("quantized ssd", ssd, _OP("ssd_scan_fwd"), "fwd", "cpu", 96, _SSD, backends=_FAST),
     case("quantized scan", selective, _OP("selective_scan_fwd"), "fwd", "cpu", 96, _MAMBA, backends=_FAST),
     case("quantized step", state_update, _OP("state_update"), "step", "cpu", 96, _STEP),

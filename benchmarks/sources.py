@@ -23,6 +23,8 @@ CSRC = ROOT / "csrc"
 # What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
 FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops._")
 HOST_ONLY = CSRC / "common" / "emulator.h"  # runs CUDA kernels in tests: nothing of it reaches a GPU
+# Calls kernels of several families as they are, and has no part in them.
+JOINING = (CSRC / "selective_scan" / "cpu_quantized_mamba_update.cpp",)
 # How a kernel is launched, and the candidates that `tune` tries: rails too.
 NOT_FOLLOWED = ("scalekern.triton_kernels.launch", "scalekern.triton_kernels.tuning")
 NATIVE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
@@ -35,7 +37,7 @@ def digest(backend) -> str | None:
         return None
     total = hashlib.sha256()
     for path in sorted(found):
-        total.update(path.name.encode() + b"\0" + _normalized(path, path.stat().st_mtime_ns).encode() + b"\0")
+        total.update(path.name.encode() + b"\0" + _normalized(path, _mtime(path)).encode() + b"\0")
     return total.hexdigest()[:16]
 
 
@@ -67,16 +69,16 @@ def _parts(composition: functools.partial, name: str) -> list:
 
 def _composed(module: str, backend: str) -> set[pathlib.Path]:
     found = _python(module)
-    calls = (re.findall(rf'native\("(\w+)", "{backend}"\)', path.read_text()) for path in found)
+    calls = (re.findall(rf'native\("(\w+)", "{backend}"\)', _text(path)) for path in found)
     return found.union(*(_native(f"{op}_{backend}", backend) for ops in calls for op in ops))
 
 
 def _native(op: str, backend: str) -> set[pathlib.Path]:
     units = [p for p in sorted(CSRC.glob("*/*")) if p.suffix in NATIVE_SUFFIXES]
-    roots = [p for p in units if re.search(rf'"\s*{re.escape(op)}\(', p.read_text())]
+    roots = [p for p in units if re.search(rf'"\s*{re.escape(op)}\(', _text(p))]
     found = _with_includes(roots)
     headers = {p for p in found if p.suffix in (".h", ".cuh") and p.parent.name != "common"}
-    own = [p for p in units if p.name.startswith(f"{backend}_") and p.suffix in (".cpp", ".cu")]
+    own = [p for p in units if p.name.startswith(f"{backend}_") and p.suffix in (".cpp", ".cu") and p not in JOINING]
     kernels = [p for p in own if headers & _with_includes([p])]
     return found | _with_includes(kernels)
 
@@ -88,7 +90,7 @@ def _with_includes(paths) -> set[pathlib.Path]:
         if path in found or path == HOST_ONLY or not path.exists():
             continue
         found.add(path)
-        for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+        for name in _included(path, _mtime(path)):
             open_ += [CSRC / name, path.parent / name]
     return {p.resolve() for p in found}
 
@@ -110,15 +112,44 @@ def _python(module: str) -> set[pathlib.Path]:
         if path.name == "__init__.py":
             continue  # packages only gather; their modules are followed by name
         found.add(path.resolve())
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                open_ += [a.name for a in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                base = node.module
-                if node.level:
-                    base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
-                open_ += [base, *(f"{base}.{a.name}" for a in node.names)]
+        open_ += _imported(path, spec.parent, _mtime(path))
     return found
+
+
+# A report asks for the files of every op, each of which leads through the same few: they are read and parsed once.
+
+
+def _mtime(path: pathlib.Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _text(path: pathlib.Path) -> str:
+    return _read(path, _mtime(path))
+
+
+@functools.cache
+def _read(path: pathlib.Path, _mtime: int) -> str:
+    return path.read_text()
+
+
+@functools.cache
+def _included(path: pathlib.Path, _mtime: int) -> tuple[str, ...]:
+    return tuple(re.findall(r'#include "([^"]+)"', path.read_text()))
+
+
+@functools.cache
+def _imported(path: pathlib.Path, package: str, _mtime: int) -> tuple[str, ...]:
+    """What a module of this package imports, and what may be a module among the names that it takes from others."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names += [base, *(f"{base}.{a.name}" for a in node.names)]
+    return tuple(names)
 
 
 @functools.cache

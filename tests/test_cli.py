@@ -110,6 +110,8 @@ def test_hints_name_what_slows_things_down(monkeypatch):
         assert word in text
     monkeypatch.setattr(doctor._native, "load", lambda kind: f"the {kind} library was not built")
     assert any("the cpu library was not built" in hint for hint in doctor.hints())
+    monkeypatch.setattr(doctor, "build", lambda: {"cpu": {"unoptimized": ["avx512"]}, "cpu_isa_in_use": "avx512"})
+    assert any("built without optimization" in hint for hint in doctor.hints())
 
 
 # ---- bench ----

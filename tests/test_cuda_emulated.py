@@ -415,7 +415,7 @@ def test_the_largest_states_that_are_taken():
     assert_all_close(emulated.selective_scan_fwd(*args, True), want, ("out", "last_state", "checkpoints"), 2e-6)
 
 
-# --- the emulator's own detectors: bind_emulator_faults.cpp rotates 128 numbers, with a defect by choice ---
+# --- the emulator's own detectors: bind_emulator_faults.h rotates 128 numbers, with a defect by choice ---
 
 ROTATED = [*range(1, 128), 0]
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, meta, softplus, strides
+from .common import LOG2E, meta, sigmoid, softplus, strides
 from .fft_device import INTERPRETED
 from .scan_device import bounds
 
@@ -79,6 +79,25 @@ def load_tile(rows, start, i, x, valid, in_x):
     """
     at = rows[0] + tl.cast(start, tl.int64) * rows[1] + (i[:, None] * rows[1] + x[None, :] * rows[2])
     return tl.load(at, mask=valid[:, None] & in_x[None, :], other=0.0)
+
+
+@triton.jit
+def gated(dout, z, start, i, p, valid, in_p, OPERAND: tl.constexpr, PRECISION: tl.constexpr, acc: tl.constexpr):
+    """dY, dout times z's gate if there is one, as an operand [Q, BLOCK_P]."""
+    dy = load_tile(dout, start, i, p, valid, in_p)
+    if z[0] is not None:
+        gate = load_tile(z, start, i, p, valid, in_p).to(acc)
+        dy = dy.to(acc) * gate * sigmoid(gate)
+    return operand(dy, OPERAND, PRECISION)
+
+
+@triton.jit
+def states_of(before_ptr, after_ptr, slot, head, H, n, p, N: tl.constexpr, P: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The state before a chunk and the gradient of that after it, as operands [BLOCK_N, BLOCK_P]."""
+    at = (tl.cast(slot, tl.int64) * H + head) * (N * P) + (n[:, None] * P + p[None, :])
+    inside = (n < N)[:, None] & (p < P)[None, :]
+    state = operand(tl.load(before_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)
+    return state, operand(tl.load(after_ptr + at, mask=inside, other=0.0), OPERAND, PRECISION)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ The account, a token and head, in half precision at P 64, N 128, Q 64: 2 P + 2 N
 L2), 2 N P / Q = 256 written by the second use; 2 N P = 16,384 FLOP. HBM bounds the second, 384 bytes: 16,384 tokens of
 128 heads are 0.2 ms on an H200. Never measured.
 
-The work is split, and states are held, as in the forward (ssd_scan.py).
+The work is split as in the forward (ssd_scan.py). For the backward 8 warps hold a state, 32 registers a thread: 128 in
+all, so that two programs, 16 warps, fit a multiprocessor; 4 warps take 250.
 """
 
 import torch

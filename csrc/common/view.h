@@ -1,5 +1,5 @@
 // A tensor as pointer, sizes and strides: what the drivers of the CUDA kernels take, whether they launch on a GPU
-// (cuda_launch.h) or in the host emulator (bind_cuda_emulator.cpp). An absent optional tensor has no data and `dims` 0.
+// (cuda_launch.h) or in the host emulator (bind_cuda_emulator.h). An absent optional tensor has no data and `dims` 0.
 #pragma once
 #include <cstdint>
 

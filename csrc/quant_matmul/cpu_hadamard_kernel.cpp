@@ -134,9 +134,13 @@ struct Transform {
     return static_cast<const S*>(a.x) + offset + (a.axes ? i * a.stride[0] : 0);
   }
 
-  void gather(int64_t i, F* to) const {
-    load_line(row_of_x(i), a.stride_n, a.n, to);
-    __builtin_memset(to + a.n, 0, sizeof(F) * size_t(padded - a.n));
+  // T: F, or what S is stored as.
+  template <class T>
+  void gather(int64_t i, T* to) const {
+    const S* x = row_of_x(i);
+    if constexpr (__is_same(T, F)) load_line(x, a.stride_n, a.n, to);
+    else for (int64_t j = 0; j < a.n; ++j) __builtin_memcpy(to + j, x + j * a.stride_n, sizeof(T));
+    __builtin_memset(to + a.n, 0, sizeof(T) * size_t(padded - a.n));
   }
 
   // The n first points of a transformed row to where they belong.
@@ -148,19 +152,42 @@ struct Transform {
   }
 
   void rows(int64_t begin, int64_t end) const {
-    const bool whole = padded == a.n, read = whole && a.stride_n == 1, written = whole && a.out;
-    if (read && written && a.m == 1 && a.k <= w + kStages && packed())
-      return last(static_cast<S*>(a.out) + begin * a.n, row_of_x(begin), (end - begin) * a.n, int(a.k));
+    if (padded == a.n && a.out) {
+      if constexpr (__is_same(S, bf16))
+        if (a.m == 1 && a.k > w && a.k <= w + kStages) return whole_rows<Paired, Paired>(begin, end);
+      return whole_rows<S, F>(begin, end);
+    }
     for (int64_t i = begin; i < end; ++i) {
-      S* out = static_cast<S*>(a.out) + i * a.n;
-      if (!read) gather(i, line);
-      else if (written && i + 1 < end) ahead = reinterpret_cast<const char*>(row_of_x(i + 1));
-      else ahead = nullptr;
-      if (read && written) row(out, row_of_x(i));
-      else if (read) row(line, row_of_x(i));
-      else if (written) row(out, static_cast<const F*>(line));
-      else row(line, static_cast<const F*>(line));
-      if (!written) deliver(i, line);
+      if (padded == a.n && a.stride_n == 1) {
+        row(line, row_of_x(i));
+      } else {
+        gather(i, line);
+        row(line, static_cast<const F*>(line));
+      }
+      deliver(i, line);
+    }
+  }
+
+  // Written where they belong as they are made. T: what S is read and written as; L: as what it is gathered.
+  template <class T, class L>
+  void whole_rows(int64_t begin, int64_t end) const {
+    const auto x = [&](int64_t i) { return reinterpret_cast<const T*>(row_of_x(i)); };
+    T* const out = static_cast<T*>(a.out);
+    if (a.stride_n == 1 && a.m == 1 && a.k <= w + kStages && packed())
+      return last(out + begin * a.n, x(begin), (end - begin) * a.n, int(a.k));
+    const auto one = [&](int64_t i, const auto* from) {
+      if constexpr (__is_same(T, Paired)) last(out + i * a.n, from, a.n, int(a.k));
+      else row(out + i * a.n, from);
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      if (a.stride_n == 1) {
+        ahead = i + 1 < end ? reinterpret_cast<const char*>(x(i + 1)) : nullptr;
+        one(i, x(i));
+      } else {
+        L* const gathered = reinterpret_cast<L*>(line);
+        gather(i, gathered);
+        one(i, static_cast<const L*>(gathered));
+      }
     }
   }
 

@@ -118,7 +118,7 @@ struct Scan {
     __builtin_memcpy(p, some, sizeof(S) * size_t(count * parts));
   }
   static inline V load_one(const S* p) {
-    V v;
+    V v{};
     for (int i = 0; i < W; ++i) v[i] = to_float(p[i % parts]);
     return v;
   }

@@ -20,6 +20,7 @@ from scalekern.ops.mamba_update import mamba_update
 from scalekern.ops.merge_attention import merge_attention
 from scalekern.ops.quant_matmul import quant_matmul
 from scalekern.ops.quantize_kv import quantize_kv, quantize_kv_update
+from scalekern.ops.quantized_mamba_update import quantized_mamba_update
 from scalekern.ops.quantized_selective_scan import quantized_selective_scan
 from scalekern.ops.quantized_ssd_scan import quantized_ssd_scan
 from scalekern.ops.quantized_state_update import quantized_state_update
@@ -67,6 +68,7 @@ __all__ = [
     "quantize_kv",
     "quantize_kv_update",
     "relative_position_buckets",
+    "quantized_mamba_update",
     "quantized_selective_scan",
     "quantized_ssd_scan",
     "quantized_state_update",

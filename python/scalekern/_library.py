@@ -37,7 +37,7 @@ class Op:
 
     def light(self, *args):
         """The same, past the dispatcher where it has nothing to do: 29 us instead of 43 for a small product."""
-        return self.run(*args) if _is_plain(args) else self(*args)
+        return self.run(*args) if is_plain(args) else self(*args)
 
     def run(self, *args):
         """The implementation behind every device key: pick a backend and run it."""
@@ -128,7 +128,7 @@ _PLAIN_OPTIONS = frozenset((type(None), bool, int, float, str, torch.dtype))
 _keys, _any_autocast = torch._C._dispatch_tls_local_include_set, torch._C._is_any_autocast_enabled
 
 
-def _is_plain(args) -> bool:
+def is_plain(args) -> bool:
     """Whether a call's implementation could be called at once: nothing records, casts, traces, batches or wraps it."""
     if torch.compiler.is_compiling() or _keys().raw_repr() not in _PLAIN_KEYS:
         return False
@@ -137,6 +137,9 @@ def _is_plain(args) -> bool:
         kind = type(a)
         if kind in _PLAIN_TENSORS:
             if grad and a.requires_grad or a.is_neg() or not (a.is_cpu or a.is_cuda):
+                return False
+        elif kind is tuple:
+            if not is_plain(a):
                 return False
         elif kind not in _PLAIN_OPTIONS:
             return False

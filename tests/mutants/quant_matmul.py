@@ -1,9 +1,40 @@
 """Defects of low-bit products and of the transforms around them."""
 
 import torch
-from mutants.defects import first_end_moved, flipped, given, groups_left_out, halved, ignored, output, swapped, zeroed
+from mutants.defects import (
+    NotHere,
+    first_end_moved,
+    flipped,
+    given,
+    groups_left_out,
+    halved,
+    ignored,
+    output,
+    state,
+    swapped,
+    zeroed,
+)
 
 from scalekern.reference.hadamard_transform import MATRICES
+
+
+
+def part_changed(number, change):
+    """Of a projection as quantized_mamba_update takes it, one part is another."""
+
+    def changed(parts):
+        if parts[number] is None:
+            raise NotHere
+        return tuple(change(p) if i == number else p for i, p in enumerate(parts))
+
+    return changed
+
+
+def not_rounded(kind):
+    if not kind:
+        raise NotHere
+    return ""
+
 
 FORWARD = {
     "hadamard_transform_fwd": {
@@ -38,6 +69,23 @@ FORWARD = {
         "activations not rounded": given(activation=lambda kind: ""),
         **ignored("bias", "offsets"),
         **{"outer ignored": given(outer=torch.ones_like)},
+    },
+    "quantized_mamba_update": {
+        "two rows swapped": output(0, swapped(0)),
+        "last output not computed": output(0, zeroed(-1, -1)),
+        "last input ignored": given(hidden_states=zeroed(-1, -1)),
+        "conv_state stands still": state("conv_state", lambda before, after: before),
+        "ssm_state stands still": state("ssm_state", lambda before, after: before),
+        "activations not rounded": given(activation=not_rounded),
+        "codes of two rows of in_proj swapped": given(in_proj=part_changed(0, swapped(0))),
+        "scales of two rows of x_proj swapped": given(x_proj=part_changed(1, swapped(0))),
+        "two rows of delta_proj swapped": given(delta_proj=part_changed(0, swapped(0))),
+        "zeros of out_proj off by one": given(out_proj=part_changed(2, lambda z: z + 1)),
+        "bias of in_proj ignored": given(in_proj=part_changed(6, torch.zeros_like)),
+        "out_proj not rotated": given(out_proj=part_changed(7, lambda signs: None)),
+        "signs of x_proj ignored": given(x_proj=part_changed(7, torch.ones_like)),
+        "step size not rotated": given(delta_proj=part_changed(7, lambda signs: None)),
+        **ignored("conv1d_bias", "D", "delta_bias"),
     },
     "fake_quantize_fwd": {
         "two rows swapped": output(0, swapped(0)),

@@ -4,6 +4,7 @@ Nothing in them is typed by hand: what is between <!-- results:begin --> and <!-
 <!-- support:begin --> and <!-- support:end -->, is replaced. The same records and sources give the same text.
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -250,14 +251,18 @@ def asked(op, backend, selfcheck, testing) -> tuple[list[str], bool, str]:
     from scalekern import _library
     from scalekern.benchmarks import sources
 
+    @functools.cache
+    def kernel(name):
+        entry = next((b for b in _library.OPS[name].backends if b.name == backend), None)
+        return entry if entry and (sources.files(entry) or not sources.CSRC.exists()) else None
+
     served, gradient, refused = [], False, {}
     for dtype in selfcheck.DTYPES:
         reasons = []
         for sample in testing.samples(op):
             for name, args in selfcheck.captured(op, sample, dtype):
-                entry = next((b for b in _library.OPS[name].backends if b.name == backend), None)
-                there = entry is not None and (sources.files(entry) or not sources.CSRC.exists())
-                reason = entry.supports(*args) if there else "no kernel yet"
+                entry = kernel(name)
+                reason = entry.supports(*args) if entry else "no kernel yet"
                 reasons.append(reason)
                 gradient = gradient or (name.endswith("_bwd") and reason is None)
         if None in reasons:

@@ -14,6 +14,7 @@ from torch import nn
 
 from scalekern import _checks
 from scalekern.nn._cached import CachedStates
+from scalekern.nn._quantized_step import quantized_step
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
@@ -76,6 +77,10 @@ class Mamba(CachedStates, nn.Module):
 
     def _before_conv(self, x):
         return x
+
+    def _fuses(self, ssm_state):
+        """Whether a step is the one of the float block, but for its projections' weights."""
+        return True
 
     def __init__(
         self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto", dt_min=0.001, dt_max=0.1, dt_init="random",
@@ -183,7 +188,9 @@ class Mamba(CachedStates, nn.Module):
         _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "hidden_states", hidden_states, (None, 1, self.d_model))
         if not self._plain_projections():
-            return self._step_by_parts(hidden_states, conv_state, ssm_state), conv_state, ssm_state
+            out = quantized_step(self, hidden_states, conv_state, ssm_state) if self._fuses(ssm_state) else None
+            out = self._step_by_parts(hidden_states, conv_state, ssm_state) if out is None else out
+            return out, conv_state, ssm_state
         out = mamba_update(
             hidden_states.squeeze(1), conv_state, ssm_state, self.in_proj.weight, self.conv1d.weight,
             self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight, self.A_log, self.D,

@@ -4,18 +4,22 @@ Shape letters: N outputs (out_features), K inputs (in_features), G groups of inp
 """
 
 import math
+import operator
+import weakref
 
 import torch
 from torch import nn
 
-from scalekern import _checks
-from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul, quant_matmul_fwd
+from scalekern import _checks, _dispatch
+from scalekern.ops.quant_matmul import ACTIVATIONS, native_product, native_weight, quant_matmul, quant_matmul_fwd
 from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
 from scalekern.quant.tensor import PARTS
 from scalekern.reference.quant_matmul import TRAINED
 
 NAME = "nn.QuantLinear"
+# Beside a layer, what the native product takes of what it held when it was last called on the CPU.
+_kept = weakref.WeakKeyDictionary()
 
 
 class QuantLinear(nn.Module):
@@ -151,11 +155,15 @@ class QuantLinear(nn.Module):
         fits = x.dim() > 1 and x.shape[-1] == self.in_features and x.dtype in _checks.FLOATING
         if fits and own["weight_perm"] is None and x.device == data.device:
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
-            parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"]
-            return quant_matmul_fwd.light(
-                x, data, *parts, own["bias"], None, self.format, self.group_size, self.activation or "",
-                self.activation_scale, None,
-            )  # fmt: skip
+            parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
+            options = self.format, self.group_size, self.activation or "", self.activation_scale
+            if x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _dispatch.forced()):
+                now, kept = (*own.values(), *options), _kept.get(self)
+                if kept is None or not all(map(operator.is_, kept[0], now)):
+                    kept = _kept[self] = now, native_weight(data, *parts, *options)
+                if kept[1] is not None and (out := native_product(x, kept[1])) is not None:
+                    return out
+            return quant_matmul_fwd.light(x, data, *parts, None, *options, None)
         return quant_matmul(
             x, self.quantized_weight, bias=self.bias, activation=self.activation,
             activation_scale=self.activation_scale,

@@ -125,6 +125,9 @@ class _QuantizedBlock:
         plain = self._seen is not None or self.rounding is None
         return x if plain else fake_quantize(x, self._conv_scale())
 
+    def _fuses(self, ssm_state):
+        return self.rounding is None and self._seen is None and ssm_state.dtype != torch.int8
+
     def _codes(self, x, scale):
         """int8 codes, or where gradients are wanted x itself, which the scan then rounds."""
         trained = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)

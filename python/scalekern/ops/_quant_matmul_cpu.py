@@ -56,10 +56,22 @@ def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, gro
         )  # fmt: skip
     if offs is not None:
         out.zero_()  # the rows beyond the last expert's
-    _fwd(
-        _rows(out), _rows(x), *_parts(data, scales), zeros, offsets, outer, bias, _ends(offs, len(out)),
-        *_options(format, group_size, scales, x.device), ACTIVATION_MAX.get(activation, 0.0), activation_scale or 0.0,
+    ends = _ends(offs, len(out))
+    parts = data, scales, zeros, offsets, outer, bias
+    call(out, x, weight(*parts, ends, format, group_size, activation, activation_scale))
+
+
+def weight(data, scales, zeros, offsets, outer, bias, ends, format, group_size, activation, activation_scale) -> tuple:
+    """The native call's arguments behind out and x."""
+    options = _options(format, group_size, scales, data.device)
+    return (
+        *_parts(data, scales), zeros, offsets, outer, bias, ends, *options, ACTIVATION_MAX.get(activation, 0.0),
+        activation_scale or 0.0,
     )  # fmt: skip
+
+
+def call(out, x, weight: tuple) -> None:
+    _fwd(_rows(out), _rows(x), *weight)
 
 
 def backward(

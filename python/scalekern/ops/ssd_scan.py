@@ -162,9 +162,11 @@ def _triton_supports(x, dt, A, B, *rest):
 
 
 def _triton_supports_bwd(dout, dfinal, dvarlen, x, *rest):
-    """The forward's limits; on a GPU also those of its registers (triton_kernels/ssd_scan_bwd.py): 11 KB of stack."""
+    """The forward's limits; on a GPU also those of its registers and memory (triton_kernels/ssd_scan_bwd.py)."""
     if x.is_cuda and (x.element_size() > 2 or torch.cuda.get_device_capability(x.device) < (9, 0)):
         return "the backward needs float16 or bfloat16 and compute capability 9.0"
+    if x.is_cuda and x.dtype == torch.float16 and rest[2].shape[3] > MOST_STATES // 2:
+        return f"B has more than {MOST_STATES // 2} states, in float16"
     return _triton_supports(x, *rest)
 
 

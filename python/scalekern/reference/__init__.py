@@ -20,6 +20,7 @@ from scalekern.reference.mamba_update import mamba_update
 from scalekern.reference.merge_attention import merge_attention
 from scalekern.reference.quant_matmul import quant_matmul
 from scalekern.reference.quantize_kv import quantize_kv, quantize_kv_update
+from scalekern.reference.quantized_mamba_update import quantized_mamba_update
 from scalekern.reference.quantized_scan import quantized_selective_scan, quantized_ssd_scan, quantized_state_update
 from scalekern.reference.selective_scan import selective_scan
 from scalekern.reference.selective_state_update import selective_state_update
@@ -57,6 +58,7 @@ __all__ = [
     "quant_matmul",
     "quantize_kv",
     "quantize_kv_update",
+    "quantized_mamba_update",
     "quantized_selective_scan",
     "quantized_ssd_scan",
     "quantized_state_update",

@@ -9,7 +9,7 @@ from scalekern.quant import quantize
 from scalekern.testing import Sample, Spec
 
 
-def weight(N, K, format, group_size, *, symmetric=True, act_order=False, two_level=False, device="cpu"):
+def weight(N, K, format, group_size=128, *, symmetric=True, act_order=False, two_level=False, device="cpu"):
     """A random weight, the same whatever the sample's seed; rows of different scales."""
     generator = torch.Generator().manual_seed(N * 1000 + K)
     dense = torch.randn(N, K, generator=generator) * (0.5 + torch.rand(N, 1, generator=generator)) / K**0.5
@@ -62,7 +62,48 @@ QUANT_MATMUL = tuple(
     )
 )
 
+
+
+def _mamba_update(
+    B, M, D, N, R, W, K, formats, *, biases=False, skip=True, signs=(), activation=None, **options
+):  # fmt: skip
+    """K tokens of the convolution's window; formats (name, group size) of in_proj, x_proj, out_proj, delta_proj."""
+
+    def build(f):
+        shapes = (2 * D, M), (R + 2 * N, D), (M, D), (D, R)
+        in_proj, x_proj, out_proj, *delta = (
+            weight(*shape, *fmt, device=f.device, **options) for shape, fmt in zip(shapes, formats)
+        )
+        args = (
+            f.io(B, M), f.io(B, D, K), f.param(B, D, N), in_proj, f.param(D, 1, W, scale=0.5),
+            f.param(D) if biases else None, x_proj, delta[0] if delta else f.io(D, R, scale=R**-0.5), out_proj,
+            f.param(D, N, scale=0.5), f.param(D) if skip else None, f.param(D, scale=0.3) if skip else None,
+        )  # fmt: skip
+        given = dict(in_proj_bias=f.param(2 * D), out_proj_bias=f.param(M)) if biases else {}
+        for name in signs:
+            columns = {"in_proj": M, "delta_proj": R}.get(name, D)
+            given[f"{name}_signs"] = f.integers([1 - 2 * (k % 3 % 2) for k in range(columns)], torch.int8)
+        return args, dict(activation=activation, **given)
+
+    return build
+
+
+# "large_batch", and act-order by itself, take the parts one by one.
+QUANTIZED_MAMBA_UPDATE = tuple(
+    Sample(name, _mamba_update(*args, **options))
+    for name, args, options in (
+        ("int4", (2, 35, 37, 16, 3, 4, 4, [("int4", 16)] * 3), {"biases": True, "symmetric": False}),
+        ("rotated", (1, 24, 40, 5, 4, 3, 2, [("int8", 16), ("int3", 16), ("int4", 8), ("int4", 4)]),
+         {"signs": ("in_proj", "x_proj", "out_proj", "delta_proj")}),
+        ("w4a8", (3, 33, 17, 3, 2, 2, 3, [("int4", 16), ("int8", None), ("int2", 16)]),
+         {"activation": "int8", "skip": False}),
+        ("mixed", (5, 16, 18, 4, 2, 4, 3, [("nf4", 16), ("mxfp4",), ("fp8_e4m3", 8), ("int1", 16)]), {}),
+        ("large_batch", (11, 12, 21, 3, 2, 4, 3, [("int4", 8)] * 3), {"act_order": True}),
+    )
+)
+
 SPECS = {
+    "quantized_mamba_update": Spec(QUANTIZED_MAMBA_UPDATE, inplace=(1, 2), like_another=True),
     "quant_matmul": Spec(
         QUANT_MATMUL,
         dense_oracle=True,

@@ -1,4 +1,5 @@
 // scalekern._C.emulate_quant_matmul_gemv: the CUDA op on host memory, through the emulator (for tests).
+#pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,5 @@
 // scalekern._C.emulate_fault: one small kernel with a defect by choice, for the tests of the emulator's own detectors.
+#pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -54,6 +55,6 @@ std::vector<float> emulate_fault(const std::string& fault, int order) {
 
 }  // namespace
 
-void bind_emulator_faults(py::module_& m) { m.def("emulate_fault", &emulate_fault); }
+inline void bind_emulator_faults(py::module_& m) { m.def("emulate_fault", &emulate_fault); }
 
 }  // namespace scalekern

@@ -3,6 +3,7 @@
 // A tensor is a tuple (address, dtype code, sizes, strides); None stands for an absent one. `processors` is the number
 // of SMs that the driver believes in (it decides how time is split); `order` is the order in which fibers run.
 // emulated_kernels: which kernels that launched.
+#pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -71,7 +72,7 @@ void causal_conv1d_update(const Tensors& t, bool silu, int processors, int order
 
 }  // namespace
 
-void bind_cuda_emulator(py::module_& m) {
+inline void bind_cuda_emulator(py::module_& m) {
   m.def("emulated_kernels", &emulated_kernels);
   m.def("emulate_selective_scan_fwd", &selective_scan_fwd);
   m.def("emulate_selective_scan_bwd", &selective_scan_bwd);

@@ -1,4 +1,5 @@
 // scalekern._C.device_math: the device math of the CUDA kernels as the host compiler sees it, elementwise over a list.
+#pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,7 +40,7 @@ std::vector<double> device_math(const std::string& name, const std::vector<doubl
 
 }  // namespace
 
-void bind_device_math(py::module_& m) {
+inline void bind_device_math(py::module_& m) {
   m.def("device_math", &device_math, py::arg("name"), py::arg("x"),
         "A float32 device function, applied to each number.");
 }

@@ -1,0 +1,157 @@
+"""A Mamba's decoding step of low-bit weights: the fused one is the step by parts, and is taken where it should be."""
+
+import pytest
+import torch
+from conftest import INTERPRET
+
+from scalekern.nn import Mamba, QuantLinear, QuantMamba, _quantized_step, mamba
+from scalekern.ops.quant_matmul import quant_matmul_fwd
+from scalekern.quant import quantize_model
+from scalekern.testing import assert_close
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels")
+NO_DELTA = ("*dt_proj", None)
+# Rounded in other places, float32 sums in another order.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
+CASES = [
+    (dict(format="int4", group_size=64, symmetric=False, scale_dtype=torch.float16), 1, torch.float32, True),
+    (dict(format="int8", group_size=32, activation="int8", rotation="hadamard"), 2, torch.float32, True),
+    (dict(format="int2", group_size=24, symmetric=False), 5, torch.float32, True),
+    (dict(format="int4", group_size=32, rotation="random_hadamard"), 8, torch.bfloat16, True),
+    (dict(format="nvfp4"), 3, torch.bfloat16, True),
+    (dict(format="mxfp8_e4m3"), 1, torch.float32, True),
+    (dict(format="int3", group_size=11), 1, torch.bfloat16, False),
+    (dict(format="nf4", group_size=64), 11, torch.float32, False),  # a batch for the parts
+]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The number of steps that were made by the op."""
+    taken = []
+    sound = mamba.quantized_step
+
+    def watched(*args):
+        out = sound(*args)
+        taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(mamba, "quantized_step", watched)
+    return taken
+
+
+def block_of(rule, dtype=torch.float32, keep=True, width=72, **options):
+    torch.manual_seed(0)
+    block = Mamba(width, d_state=5, bias=True, **options).to(dtype)
+    quantize_model(block, [*([NO_DELTA] if keep else []), ("*", rule)])
+    return block
+
+
+def both(block, batch=1, dtype=torch.float32, steps=3):
+    """(out, conv_state, ssm_state) of some tokens by `step` and by the parts."""
+    torch.manual_seed(1)
+    states = [torch.randn(s.shape).to(s.dtype) for s in block.allocate_inference_cache(batch, 1)]
+    others = [s.clone() for s in states]
+    with torch.no_grad():
+        for _ in range(steps):
+            x = torch.randn(batch, 1, block.d_model, dtype=dtype)
+            found, wanted = block.step(x, *states)[0], block._step_by_parts(x, *others)
+    return (found, *states), (wanted, *others)
+
+
+def agree(block, dtype=torch.float32, **options):
+    for found, wanted in zip(*both(block, dtype=dtype, **options)):
+        assert wanted.abs().amax() > 0
+        assert_close(found, wanted.double(), tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rule, batch, dtype, keep", CASES, ids=[c[0]["format"] + f"_{c[1]}" for c in CASES])
+def test_is_the_step_by_parts(rule, batch, dtype, keep, fused):
+    agree(block_of(rule, dtype, keep), batch=batch, dtype=dtype)
+    assert fused == [True] * 3
+
+
+def test_states_of_other_dtypes_and_gradients_refused(fused):
+    block = block_of(CASES[0][0], torch.bfloat16)
+    states = block.allocate_inference_cache(2, 1, torch.float32)
+    out = block.step(torch.randn(2, 1, 72, dtype=torch.bfloat16, requires_grad=True), *states)[0]
+    with pytest.raises(NotImplementedError, match="quantized_mamba_update"):
+        out.sum().backward()
+    assert fused == [True] and states[1].abs().amax() > 0
+
+
+def test_threads_and_repetition_change_no_bit():
+    block, threads = block_of(CASES[3][0], width=256), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(both(block, batch=2)[0])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_what_was_gathered_follows_the_layers(fused):
+    """Replaced parameters and layers, moved dtypes, activations and hooks: each is seen by the next step."""
+    block = block_of(CASES[0][0])
+    agree(block)
+    block.out_proj.weight_scales = torch.nn.Parameter(block.out_proj.weight_scales * 2, requires_grad=False)
+    agree(block)
+    block.A_log.data = block.A_log.data - 1
+    agree(block)
+    for layer in (block.in_proj, block.x_proj, block.out_proj):
+        layer.activation = "int8"
+    agree(block)
+    block.to(torch.bfloat16)
+    agree(block, torch.bfloat16)
+    assert fused == [True] * 15
+    block.in_proj.activation = None  # two kinds of rounding in one block
+    agree(block, torch.bfloat16)
+    assert fused[15:] == [False] * 3
+    block.in_proj.activation = "int8"
+    seen = []
+    block.x_proj.register_forward_hook(lambda *args: seen.append(1))
+    agree(block, torch.bfloat16)
+    assert fused[18:] == [False] * 3 and len(seen) == 6
+
+
+def test_blocks_of_their_own_arithmetic(fused):
+    """QuantMamba steps by the op where only weights are rounded; a projection that stays dense is no case for it."""
+    torch.manual_seed(0)
+    block = Mamba(64, d_state=4)
+    agree(QuantMamba.from_float(block, "w4a16"))
+    assert fused == [True] * 3
+    both(QuantMamba.from_float(block, "w8a8", inputs=torch.randn(1, 9, 64)))
+    both(QuantMamba.from_float(block, "w4a16", state_dtype=torch.int8, inputs=torch.randn(1, 9, 64)))
+    quantize_model(block, [("*x_proj", None), ("*", dict(format="int4", group_size=32))])
+    agree(block)
+    assert fused == [True] * 3 + [False] * 3
+
+
+def test_gathered_with_the_block():
+    block = block_of(CASES[0][0])
+    both(block)
+    assert block in _quantized_step._kept
+    count = len(_quantized_step._kept)
+    del block
+    assert len(_quantized_step._kept) < count
+
+
+def test_a_linear_layer_calls_its_product_at_once():
+    """Bit for bit what the dispatcher gives, whatever the leading axes; with gradients it goes through it."""
+    torch.manual_seed(0)
+    layer = QuantLinear(40, 24, format="int4", group_size=16, activation="int8", symmetric=False)
+    own = layer._parameters
+    for shape in ((1, 40), (2, 3, 40), (0, 40)):
+        x = torch.randn(shape)
+        wanted = quant_matmul_fwd(
+            x, own["weight_data"], own["weight_scales"], own["weight_zeros"], None, None, own["bias"], None, "int4", 16,
+            "int8", None, None,
+        )  # fmt: skip
+        with torch.no_grad():
+            assert torch.equal(layer(x), wanted)
+    x = torch.randn(2, 40, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.abs().amax() > 0
