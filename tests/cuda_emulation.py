@@ -65,7 +65,7 @@ def causal_conv1d_update(*args, processors=1, order="rising"):
 
 
 # Kinds of cuda_quant_gemv.cuh; powers of two come as bytes.
-KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, None, torch.int8, torch.uint8)
+KINDS = (*DTYPES[:4], torch.float8_e4m3fn, None, torch.int8, torch.uint8)
 
 
 def quant_matmul_gemv(x, w, bias=None, out_dtype=None, order="rising"):

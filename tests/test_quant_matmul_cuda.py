@@ -75,7 +75,10 @@ def test_shapes(N, K):
         check(x, w, (1, False) if K == 7392 else None, out_dtype=F32)
 
 
-@pytest.mark.parametrize("format, M, group", [("int4", 8, 128), ("int4", 3, 32), ("int1", 2, 128), ("fp4_e2m1", 1, 256), ("int4", 3, 20)])
+PARTS = ("int4", 8, 128), ("int4", 3, 32), ("int1", 2, 128), ("fp4_e2m1", 1, 256), ("int4", 3, 20)
+
+
+@pytest.mark.parametrize("format, M, group", PARTS)
 def test_zeros_offsets_outer_and_bias(format, M, group):
     x, w = inputs(M, 19, 256, format, group)
     torch.manual_seed(1)
