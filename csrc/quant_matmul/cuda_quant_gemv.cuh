@@ -264,7 +264,7 @@ struct Tiles {
 // What Tiles does not take: any format, group, alignment and stride. A warp a row, a code at a time, float32.
 struct Plain {
   using Args = gemv::Args;
-  static constexpr int kThreads = 128, kBlocks = 1, kRows = kThreads / 32, kTokens = 8;
+  static constexpr int kThreads = 128, kBlocks = 1, kRows = kThreads / 32, kTokens = 4;
 
   static SK_DEVICE void run(const Args& a) {
     const int tile = int(block_index()) / a.row_blocks, first_token = tile * kTokens;

@@ -12,7 +12,7 @@ from scalekern.ops._quant_matmul_cpu import code_values
 GEMV_TOKENS = 8  # of a pass; beyond them the weight is decoded once more for each eight
 _gemv = native("quant_matmul_gemv", "cuda")
 # Formats that go to the tensor cores: of groups that are multiples of 128 columns, and the least that will do too.
-TILES = {f"int{bits}": 128 for bits in range(1, 9)} | dict.fromkeys(("ternary", "int2"), 64)
+TILES = dict.fromkeys(("int1", "ternary", "int3", "int6", "int8"), 128) | {"int2": 64}
 UNREAD = (torch.float64, torch.float8_e4m3fn, torch.int8)  # as scales
 TILES |= dict.fromkeys(("int4", "nf4", "fp4_bnb", "fp4_e2m1"), 32)
 
