@@ -8,6 +8,7 @@
 #include "common/bind_device_math.h"
 #include "common/bind_emulator_faults.h"
 #include "common/isa.h"
+#include "quant_matmul/bind_cuda_emulator.h"
 #include "selective_scan/bind_cuda_emulator.h"
 
 namespace py = pybind11;
@@ -24,5 +25,6 @@ PYBIND11_MODULE(_C, m) {
         "Instruction-set level that the CPU kernels use in this process.");
   scalekern::bind_device_math(m);
   scalekern::bind_cuda_emulator(m);
+  scalekern::bind_quant_emulator(m);
   scalekern::bind_emulator_faults(m);
 }

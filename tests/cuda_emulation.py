@@ -2,6 +2,7 @@
 
 import torch
 
+from scalekern.ops import _quant_matmul_cuda as gemv
 from scalekern.ops import causal_conv1d as conv
 from scalekern.ops import selective_scan as scan
 from scalekern.ops import selective_state_update as update
@@ -60,4 +61,25 @@ def causal_conv1d_bwd(*args, processors=1, order="rising"):
 def causal_conv1d_update(*args, processors=1, order="rising"):
     outputs = _poisoned(conv._allocate_update(*args))
     (out,) = _run("causal_conv1d_update", outputs, args[:6], args[6:], processors, order)
+    return out
+
+
+# Kinds of cuda_quant_gemv.cuh; powers of two come as bytes.
+KINDS = (*DTYPES[:4], torch.float8_e4m3fn, None, torch.int8, torch.uint8)
+
+
+def quant_matmul_gemv(x, w, bias=None, out_dtype=None, order="rising"):
+    """w: QuantizedTensor."""
+    from scalekern import _C
+
+    out = torch.full((*x.shape[:-1], w.shape[0]), float("nan"), dtype=out_dtype or x.dtype)
+    args = gemv.arguments(
+        out, x, w.data, w.scales, w.zeros, w.offsets, w.outer, bias, w.format, w.group_size or x.shape[-1]
+    )
+    tensors, (*options, powers) = args[:9], args[9:]
+    kinds = [5 if powers and i == 3 else t is not None and KINDS.index(t.dtype) for i, t in enumerate(tensors)]
+    tensors = [
+        None if t is None else (t.data_ptr(), kind, list(t.shape), list(t.stride())) for t, kind in zip(tensors, kinds)
+    ]
+    _C.emulate_quant_matmul_gemv(tensors, *options, 132, ORDERS[order])
     return out

@@ -36,6 +36,14 @@ def test_the_nearest_measured_size_decides(records):
     assert order("scan", 1) == ["triton", "cuda", "reference"]
 
 
+def test_what_the_fastest_kernel_declines_goes_to_the_others_before_torch(records):
+    run = lambda *args: None
+    own = (Backend("triton", run), Backend("cuda", run), Backend("cuda", run, composed=True), Backend("reference", run))
+    first = lambda entries: [(e.name, e.composed) for e in _dispatch._fastest_first("scan", entries, torch.empty(2**20))]
+    assert first(own) == [("cuda", False), ("triton", False), ("cuda", True), ("reference", False)]
+    assert first(own[:1] + own[2:])[0] == ("cuda", True)  # there is no kernel of that name: torch's ops were measured
+
+
 def test_without_a_record_the_order_is_the_ops_own(records):
     assert order("unmeasured", 900) == ["cuda", "triton", "reference"]
 

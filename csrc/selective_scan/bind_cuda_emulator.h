@@ -7,12 +7,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "common/emulator_exec.h"
 #include "selective_scan/cuda_conv1d_driver.h"
 #include "selective_scan/cuda_scan_bwd_driver.h"
 #include "selective_scan/cuda_scan_fwd_driver.h"
@@ -24,48 +23,9 @@ namespace scalekern {
 
 namespace {
 
-using TensorTuple = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>;
-using Tensors = std::vector<std::optional<TensorTuple>>;
+using emulator::HostExec, emulator::Tensors, emulator::view;
 
-View view(const std::optional<TensorTuple>& t) {
-  View v;
-  if (!t) return v;
-  const auto& [address, dtype, sizes, strides] = *t;
-  v.data = reinterpret_cast<void*>(address), v.dtype = dtype, v.dims = int(sizes.size());
-  for (int i = 0; i < v.dims; ++i) v.size[i] = sizes[i], v.stride[i] = strides[i];
-  return v;
-}
-
-std::vector<std::string> launched;  // names of kernels, since they were last asked for
-
-std::vector<std::string> emulated_kernels() { return std::exchange(launched, {}); }
-
-class HostExec {
- public:
-  HostExec(int processors, int order) : processors_(processors) { emulator::block().order = emulator::Order(order); }
-
-  int processors() const { return processors_; }
-
-  void* scratch(int64_t bytes) {  // poisoned: NaN in every type
-    kept_.emplace_back(new (std::align_val_t(16)) unsigned char[size_t(bytes)]);
-    std::memset(kept_.back().get(), 0xff, size_t(bytes));
-    return kept_.back().get();
-  }
-
-  template <class Kernel>
-  void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Args& args) {
-    if (shared_bytes > 163 * 1024) throw std::runtime_error("more shared memory than a block has on sm_80");
-    launched.push_back(py::type_id<Kernel>());
-    emulator::block().template launch<Kernel>(blocks, shared_bytes, args);
-  }
-
- private:
-  struct Free {
-    void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t(16)); }
-  };
-  int processors_;
-  std::vector<std::unique_ptr<unsigned char, Free>> kept_;
-};
+std::vector<std::string> emulated_kernels() { return std::exchange(emulator::launched(), {}); }
 
 scan::Inputs scan_inputs(const Tensors& t, size_t first, bool softplus, bool reverse) {
   const auto at = [&](size_t i) { return view(t.at(first + i)); };

@@ -154,7 +154,9 @@ def _fastest_first(op_name: str, usable: tuple[Backend, ...], first: torch.Tenso
     if not sizes:
         return usable
     fastest = sizes[min(sizes, key=lambda size: abs(size - first.numel().bit_length()))]
-    return tuple(sorted(usable, key=lambda entry: entry.name != fastest))
+    # What that backend's kernel does not take comes to the others before torch's ops under its name.
+    kernel = any(entry.name == fastest and not entry.composed for entry in usable)
+    return tuple(sorted(usable, key=lambda entry: entry.name != fastest or kernel and entry.composed))
 
 
 def _fell_back(op_name: str, backends: tuple[Backend, ...], device_type: str, args: tuple) -> None:

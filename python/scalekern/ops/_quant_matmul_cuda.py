@@ -1,0 +1,58 @@
+"""quant_matmul of few tokens by the CUDA C++ kernel: its arguments, and which calls are its own.
+
+Shape letters: M tokens, N outputs, K inputs.
+"""
+
+import torch
+
+from scalekern import _dispatch
+from scalekern._dispatch import native
+from scalekern.ops._quant_matmul_cpu import code_values
+
+GEMV_TOKENS = 8  # of a pass; beyond them the weight is decoded once more for each eight
+_gemv = native("quant_matmul_gemv", "cuda")
+# Formats that go to the tensor cores: of groups that are multiples of 128 columns, and the least that will do too.
+TILES = dict.fromkeys(("int1", "ternary", "int3", "int6", "int8"), 128) | {"int2": 64}
+UNREAD = (torch.float64, torch.float8_e4m3fn, torch.int8)  # as scales
+TILES |= dict.fromkeys(("int4", "nf4", "fp4_bnb", "fp4_e2m1"), 32)
+
+
+def supports_fwd(
+    x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
+) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 is left to torch"
+    if activation or offs is not None:
+        return "rounded activations and experts are left to the other kernels"
+    if x.numel() > GEMV_TOKENS * x.shape[-1]:
+        return f"it takes up to {GEMV_TOKENS} tokens, not {x.numel() // x.shape[-1]}"
+    if not _on_tiles(x, scales, format, group_size) and _dispatch.forced() != "cuda":
+        if _dispatch.unavailable("triton", "cuda") is None:
+            return "it would take these dtypes and groups a code at a time; Triton's kernel does not"
+    return None
+
+
+def _on_tiles(x, scales, format, group_size) -> bool:
+    """Whether the tensor cores take the call, if it is aligned (rows of whole words, of 16 bytes for 4 and 8 bits)."""
+    least = TILES.get(format)
+    if least is None or x.dtype == torch.float32 or x.shape[-1] % 32 or scales.dtype in UNREAD:
+        return False
+    return scales.shape[1] == 1 or group_size % least == 0
+
+
+def arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_size) -> tuple:
+    """Those of scalekern_native::quant_matmul_gemv_cuda."""
+    table, bits, step, base, _, zero = code_values(format, x.device)
+    data = data if data.stride(-1) == 1 or data.shape[-1] == 1 else data.contiguous()
+    powers = scales.dtype == torch.float8_e8m0fnu
+    scales = scales.view(torch.uint8) if powers else scales
+    out, x = (t.reshape(-1, t.shape[-1]) for t in (out, x))
+    return out, x, data, scales, zeros, offsets, outer, bias, table, bits, step, base, zero, group_size, powers
+
+
+def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
+    """Fill out (..., N)."""
+    _gemv(*arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_size))
+
+
+forward.native_op = _gemv.native_op
