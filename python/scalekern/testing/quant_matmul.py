@@ -65,9 +65,11 @@ QUANT_MATMUL = tuple(
 
 
 def _mamba_update(
-    B, M, D, N, R, W, K, formats, *, biases=False, skip=True, signs=(), activation=None, **options
+    B, M, D, N, R, W, K, formats, *, biases=False, skip=True, signs=(), activation=None, size=1.0,
+    **options
 ):  # fmt: skip
-    """K tokens of the convolution's window; formats (name, group size) of in_proj, x_proj, out_proj, delta_proj."""
+    """K tokens of the convolution's window; formats (name, group size) of in_proj, x_proj, out_proj, delta_proj; size
+    of the inputs: float16's rounding of a step size's input is one of the decay's exponent."""
 
     def build(f):
         shapes = (2 * D, M), (R + 2 * N, D), (M, D), (D, R)
@@ -75,7 +77,7 @@ def _mamba_update(
             weight(*shape, *fmt, device=f.device, **options) for shape, fmt in zip(shapes, formats)
         )
         args = (
-            f.io(B, M), f.io(B, D, K), f.param(B, D, N), in_proj, f.param(D, 1, W, scale=0.5),
+            f.io(B, M, scale=size), f.io(B, D, K, scale=size), f.param(B, D, N), in_proj, f.param(D, 1, W, scale=0.5),
             f.param(D) if biases else None, x_proj, delta[0] if delta else f.io(D, R, scale=R**-0.5), out_proj,
             f.param(D, N, scale=0.5), f.param(D) if skip else None, f.param(D, scale=0.3) if skip else None,
         )  # fmt: skip
@@ -92,7 +94,7 @@ def _mamba_update(
 QUANTIZED_MAMBA_UPDATE = tuple(
     Sample(name, _mamba_update(*args, **options))
     for name, args, options in (
-        ("int4", (2, 35, 37, 16, 3, 4, 4, [("int4", 16)] * 3), {"biases": True, "symmetric": False}),
+        ("int4", (2, 35, 37, 16, 3, 4, 4, [("int4", 16)] * 3), {"biases": True, "symmetric": False, "size": 0.5}),
         ("rotated", (1, 24, 40, 5, 4, 3, 2, [("int8", 16), ("int3", 16), ("int4", 8), ("int4", 4)]),
          {"signs": ("in_proj", "x_proj", "out_proj", "delta_proj")}),
         ("w4a8", (3, 33, 17, 3, 2, 2, 3, [("int4", 16), ("int8", None), ("int2", 16)]),
