@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import INTERPRET, child_environment
 
+from scalekern.benchmarks import gpu_suite
+
 pytestmark = pytest.mark.skipif(INTERPRET, reason="no GPU is concerned")
 
 TESTS = """
@@ -48,7 +50,8 @@ def test_the_most_telling_first(tmp_path):
 
 def test_what_is_not_reached_says_so(tmp_path):
     done = run(tmp_path, SCALEKERN_TEST_SECONDS=0)
-    assert "7 skipped" in done.stdout and "the time was up" in done.stdout
+    assert "7 skipped" in done.stdout and gpu_suite.unreached(done.stdout) == 7
+    assert gpu_suite.unreached(run(tmp_path).stdout) == 0
 
 
 def test_a_broken_context_ends_its_worker(tmp_path):

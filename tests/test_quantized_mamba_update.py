@@ -117,6 +117,21 @@ def test_what_was_gathered_follows_the_layers(fused):
     assert fused[18:] == [False] * 3 and len(seen) == 6
 
 
+@pytest.mark.parametrize("format", ["int4", "mxfp8_e4m3"])
+def test_numbers_that_are_replaced_are_read(format):
+    """`data` of a parameter, as moving a module to a GPU and back replaces it: by a layer, and by a block's step."""
+    twice = lambda t: (t.view(torch.uint8) + 1).view(t.dtype) if t.dtype == torch.float8_e8m0fnu else 2 * t  # noqa: E731
+    layer = QuantLinear.from_linear(torch.nn.Linear(64, 8, bias=False), format=format)
+    block, x = block_of(dict(format=format)), torch.randn(1, 64)
+    both(block)
+    with torch.no_grad():
+        before = layer(x)
+        for one in (layer, block.in_proj, block.x_proj, block.out_proj):
+            one.weight_scales.data = twice(one.weight_scales.detach())
+        assert_close(layer(x), 2 * before.double(), tolerance=1e-6)
+    agree(block)
+
+
 def test_blocks_of_their_own_arithmetic(fused):
     """QuantMamba steps by the op where only weights are rounded; a projection that stays dense is no case for it."""
     torch.manual_seed(0)

@@ -1,14 +1,18 @@
 """Mamba-2's scan: against the Mamba-1 oracle, transformers' chunks and itself in parts; strong decay, gradients of states."""
 
+import importlib
+
 import pytest
 import torch
 from conftest import INTERPRET
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scalekern
 from scalekern import reference
 from scalekern.ops import _ssd
 from scalekern.testing import assert_close
 
+ssd_op = importlib.import_module("scalekern.ops.ssd_scan")  # the function hides its module
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels")
 
 
@@ -125,3 +129,17 @@ def test_equals_transformers():
     expected = plain(x, dt, A, B, C, 32, **kwargs)
     for a, e in zip(scalekern.ssd_scan(x, dt, A, B, C, 32, **kwargs), expected):
         assert_close(a, e, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("dtype, states, capability, taken", [
+    (torch.bfloat16, 256, (9, 0), True), (torch.float16, 128, (9, 0), True), (torch.float16, 129, (9, 0), False),
+    (torch.bfloat16, 16, (8, 0), False), (torch.float32, 16, (9, 0), False), (torch.bfloat16, 257, (9, 0), False),
+])  # fmt: skip
+def test_which_backwards_fit_a_gpu(dtype, states, capability, taken, monkeypatch):
+    """By shapes and dtypes alone; what does not fit goes to torch's chunks."""
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 2, 64, dtype=dtype, device="cuda")
+        B = torch.empty(1, 8, 1, states, dtype=dtype, device="cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        reason = ssd_op._triton_supports_bwd(x, None, None, x, x[..., 0], x[0, 0, :, 0], B, B)
+    assert (reason is None) == taken, reason

@@ -73,7 +73,9 @@ class _Gathered:
         sizes = tuple(p.group_size if f else 0 for f, p in zip(formats, self.layers))
         self.options = formats, sizes, activation or "", scale
         self.native = None
-        if not torch.compiler.is_compiling() and x_proj.weight_data.is_cpu:
+        # Powers of two are taken as bytes, a view, which does not follow `scales.data = ...`: they are gathered anew.
+        powers = any(p[1] is not None and p[1].dtype == torch.float8_e8m0fnu for p in self.projections)
+        if not torch.compiler.is_compiling() and x_proj.weight_data.is_cpu and not powers:
             self.native = native_parts(self.projections, tuple(p.in_features for p in self.layers), *self.options)
 
     @staticmethod

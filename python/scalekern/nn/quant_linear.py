@@ -160,7 +160,9 @@ class QuantLinear(nn.Module):
             if x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _dispatch.forced()):
                 now, kept = (*own.values(), *options), _kept.get(self)
                 if kept is None or not all(map(operator.is_, kept[0], now)):
-                    kept = _kept[self] = now, native_weight(data, *parts, *options)
+                    # Powers of two are taken as bytes, a view, which does not follow `weight_scales.data = ...`.
+                    keeps = parts[0].dtype != torch.float8_e8m0fnu
+                    kept = _kept[self] = now, native_weight(data, *parts, *options) if keeps else None
                 if kept[1] is not None and (out := native_product(x, kept[1])) is not None:
                     return out
             return quant_matmul_fwd.light(x, data, *parts, None, *options, None)
