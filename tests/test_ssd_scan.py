@@ -1,11 +1,11 @@
 """Mamba-2's scan: against the Mamba-1 oracle, transformers' chunks and itself in parts; strong decay, gradients of states."""
 
 import importlib
+import types
 
 import pytest
 import torch
 from conftest import INTERPRET
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scalekern
 from scalekern import reference
@@ -137,9 +137,10 @@ def test_equals_transformers():
 ])  # fmt: skip
 def test_which_backwards_fit_a_gpu(dtype, states, capability, taken, monkeypatch):
     """By shapes and dtypes alone; what does not fit goes to torch's chunks."""
-    with FakeTensorMode():
-        x = torch.empty(1, 8, 2, 64, dtype=dtype, device="cuda")
-        B = torch.empty(1, 8, 1, states, dtype=dtype, device="cuda")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        reason = ssd_op._triton_supports_bwd(x, None, None, x, x[..., 0], x[0, 0, :, 0], B, B)
+    on_gpu = lambda *size: types.SimpleNamespace(  # noqa: E731 (torch without CUDA makes no tensor there)
+        is_cuda=True, dtype=dtype, device="cuda", shape=size, element_size=lambda: dtype.itemsize
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x, B = on_gpu(1, 8, 2, 64), on_gpu(1, 8, 1, states)
+    reason = ssd_op._triton_supports_bwd(x, None, None, x, on_gpu(1, 8, 2), on_gpu(2), B, B)
     assert (reason is None) == taken, reason
