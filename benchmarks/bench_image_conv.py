@@ -138,6 +138,7 @@ CPU = [
     case("dwconv2d", _CONV_TRAIN, CONV_OPS, "fwd+bwd", "cpu", 82, _LARGE, backends=_FAST,
          targets={"F.conv2d": 20, "torch.fft": 1.5}),
     case("dwconv2d", _CONV, CONV_OPS[:1], "fwd", "cpu", 83, _MEDIUM, backends=_FAST),
+    case("dwconv2d", _CONV_TRAIN, CONV_OPS, "fwd+bwd", "cpu", 85, _MEDIUM, backends=_FAST),
     case("dwconv2d", _CONV, CONV_OPS[:1], "fwd", "cpu", 84, _SMALL, backends=_FAST),
     wave(_DWT, "fwd", "cpu", 85, "haar"),
     wave(_DWT_TRAIN, "fwd+bwd", "cpu", 86, "haar"),
