@@ -9,6 +9,7 @@
 //   time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
 #include "quant_matmul/cpu_quant_few_tokens.h"
+#include "quant_matmul/cpu_quant_tiles.h"
 
 namespace {
 
@@ -276,12 +277,20 @@ static bool few_tokens(const QuantMatmulArgs& a) {
   return in_words(a, tokens) || in_lanes(a, tokens);
 }
 
+static bool in_tiles(const QuantMatmulArgs& a) {
+#if defined(__AVX512F__)
+  return a.tokens > kFewTokens && scalekern::has_amx() && TileProduct{a}.run(by_blocks);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 namespace scalekern::SCALEKERN_ISA {
 
 void quant_matmul_float(const QuantMatmulArgs& a) {
-  if (!few_tokens(a)) by_blocks(a);
+  if (!few_tokens(a) && !in_tiles(a)) by_blocks(a);
 }
 
 }  // namespace scalekern::SCALEKERN_ISA

@@ -1,0 +1,294 @@
+// Products of many tokens with a low-bit weight on the tile registers, in bfloat16 whatever the dtype: a number is the
+// sum of one to three bfloat16 parts, each the rest of what comes before it rounded, and a product that of parts.
+//
+//   out       parts of w   products                       relative error of a product
+//   bfloat16  1            1 (of float32 x: 2)            2^-9
+//   float16   2            x_0 w_0, x_0 w_1, x_1 w_0      2^-17
+//   float32   3            x_i w_j with i + j < 3: six    2^-26
+//   the last two, of codes that are exact in bfloat16 (integers, small floats) and whose scale a group's sum is
+//   multiplied by afterwards: one part of w, so 2 or 3 products, from groups of kScaledGroup columns on.
+//
+// A block of rows (kBlockRows x kBlockColumns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and meets
+// tokens that were laid out once a call, in pairs of columns; sums of kSumColumns / parts columns leave the registers for
+// float32 totals. Those keep float32's digits: a chain of 6 K / 2 additions in one register would not (1.4e-6 at 4096).
+// Bound by decoding below 32 tokens, by the products above: 16 cycles for 16 x 16 x 32, 16 times the float32 rate.
+// An output's additions have one order, whatever the number of threads.
+//
+// Left to the float path: tokens whose largest number is no number, or so large or small that a part of it or a sum of
+// codes would leave bfloat16's range (its subnormals are 0 here), and rows of which a result is not finite, because a
+// weight or a scale is not: the parts of Inf are Inf and NaN.
+#pragma once
+#include "common/amx.h"
+#include "quant_matmul/cpu_quant_tokens.h"
+
+#if defined(__AVX512F__)
+namespace {
+
+constexpr int64_t kTile = kTileRows * kTileBytes, kTileColumns = 32;
+// Columns that stay in registers: 32 tokens of them are 32 KiB, and what precision allows.
+constexpr int64_t kSumColumns = 512, kScaledGroup = 64;
+constexpr int kMostParts = 3;
+
+static inline int parts_of(QuantDtype dtype) { return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3; }
+
+// Tiles of one side, [strip of 16][step of 32][part].
+struct Side {
+  const char* tiles;
+  int64_t pitch;  // bytes of a strip
+  int parts;
+};
+
+// totals[r][t] += scale_r (sum over steps of a_r b_t): R strips of a, T of b, totals of 16 x 16, [t][r] a `next` apart.
+template <int R, int T>
+static __attribute__((noinline)) void multiply_tiles(
+    const Side& a, const Side& b, int64_t steps, const float* scale, int64_t scale_pitch, float* totals, int64_t next) {
+  static_assert((R == 2 && T == 2) || (R == 4 && T == 1));
+  const int limit = a.parts > b.parts ? a.parts : b.parts;
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  for (int64_t s = 0; s < steps; ++s)
+    for (int j = 0; j < b.parts; ++j) {
+      const char* token = b.tiles + (s * b.parts + j) * kTile;
+      load_tile<6>(token, kTileBytes);
+      if constexpr (T == 2) load_tile<7>(token + b.pitch, kTileBytes);
+      for (int i = 0; i < a.parts && i + j < limit; ++i) {
+        const char* row = a.tiles + (s * a.parts + i) * kTile;
+        load_tile<4>(row, kTileBytes);
+        load_tile<5>(row + a.pitch, kTileBytes);
+        add_bf16_products<0, 4, 6>();
+        add_bf16_products<1, 5, 6>();
+        if constexpr (T == 2) {
+          add_bf16_products<2, 4, 7>();
+          add_bf16_products<3, 5, 7>();
+        } else {
+          load_tile<7>(row + 2 * a.pitch, kTileBytes);
+          load_tile<4>(row + 3 * a.pitch, kTileBytes);
+          add_bf16_products<2, 7, 6>();
+          add_bf16_products<3, 4, 6>();
+        }
+      }
+    }
+  alignas(64) float sums[4][256];
+  store_tile<0>(sums[0], kTileBytes), store_tile<1>(sums[1], kTileBytes);
+  store_tile<2>(sums[2], kTileBytes), store_tile<3>(sums[3], kTileBytes);
+  for (int i = 0; i < 4; ++i) {
+    float* to = totals + (i / R) * next + (i % R) * 256;
+    const float* by = scale + (i % R) * scale_pitch;
+#pragma GCC unroll 16
+    for (int row = 0; row < 16; ++row) store(to + row * 16, load(to + row * 16) + by[row] * load(sums[i] + row * 16));
+  }
+}
+
+// 32 floats as their parts, `next` bytes apart.
+static inline void store_parts(VecF low, VecF high, int parts, char* to, int64_t next) {
+  for (int i = 0; i < parts; ++i) {
+    const __m512i both = to_bf16((__m512)low, (__m512)high);
+    _mm512_store_si512(to + i * next, both);
+    low -= (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
+    high -= (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
+  }
+}
+
+// The tokens in pairs of columns: row i of a tile is columns 2 i and 2 i + 1 of 16 tokens.
+class TokenTiles {
+ public:
+  static constexpr int64_t kColumns = 512;  // of a piece of work
+
+  TokenTiles(const QuantMatmulArgs& a, int parts)
+      : parts_(parts), steps_(pieces(a.w.columns, kTileColumns)), strips_(pieces(a.tokens, 16)),
+        tiles_(strips_ * steps_ * parts * kTile), scale_(strips_ * 16), largest_(strips_ * 16 * chunks(a)) {
+    for (int64_t m = 0; m < strips_ * 16; ++m) scale_[m] = 1;
+    QuantMatmulArgs rounded_only = a;
+    if (a.activation_max == 0) rounded_only.tokens = 0;
+    const Tokens rounded(rounded_only, 1, scale_);
+    parallel_if(a.tokens * a.w.columns >= kParallelWork, strips_ * chunks(a), [&](int64_t begin, int64_t end) {
+      const Buffer<float> lines(16 * kColumns);
+      for (int64_t piece = begin; piece < end; ++piece) lay(a, rounded, piece / chunks(a), piece % chunks(a), lines);
+    });
+    for (int64_t m = 0; m < a.tokens; ++m) {
+      uint32_t most = 0;
+      for (int64_t i = 0; i < chunks(a); ++i) most = largest_[m * chunks(a) + i] > most ? largest_[m * chunks(a) + i] : most;
+      if (most != 0 && (most < kSmallest || most > kLargest)) usable_ = false;
+    }
+  }
+  bool usable() const { return usable_; }
+  float scale(int64_t m) const { return scale_[m]; }
+  int64_t strips() const { return strips_; }
+  Side side(int64_t strip, int64_t step) const {
+    return {tiles_ + (strip * steps_ + step) * parts_ * kTile, steps_ * parts_ * kTile, parts_};
+  }
+
+ private:
+  static constexpr uint32_t kSmallest = (127u - 60) << 23, kLargest = (127u + 100) << 23;  // 2^-60, 2^100
+  static int64_t chunks(const QuantMatmulArgs& a) { return pieces(a.w.columns, kColumns); }
+
+  void lay(const QuantMatmulArgs& a, const Tokens& rounded, int64_t strip, int64_t chunk, float* lines) {
+    const int64_t first = chunk * kColumns, count = least(kColumns, a.w.columns - first);
+    const int64_t padded = round_up(count, kTileColumns), given = least(16, a.tokens - strip * 16);
+    for (int64_t t = 0; t < given; ++t) {
+      float* line = lines + t * kColumns;
+      const int64_t m = strip * 16 + t;
+      if (a.activation_max != 0) __builtin_memcpy(line, rounded[m] + first, sizeof(float) * size_t(count));
+      else load_part(a.x, m * a.x.row + first * a.x.column, a.x.column, count, line);
+      zero(line + count, padded - count);
+      Words most = {};
+      for (int64_t k = 0; k < padded; k += 16) {
+        const Words magnitude = Words(load(line + k)) & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+      }
+      uint32_t all = 0;
+      for (int i = 0; i < 16; ++i) all = most[i] > all ? most[i] : all;
+      largest_[m * chunks(a) + chunk] = all;
+    }
+    zero(lines + given * kColumns, (16 - given) * kColumns);
+    char* to = tiles_ + (strip * steps_ + first / kTileColumns) * parts_ * kTile;
+    for (int64_t k = 0; k < padded; k += kTileColumns, to += parts_ * kTile) {
+      for (int t = 0; t < 16; ++t)
+        store_parts(load(lines + t * kColumns + k), load(lines + t * kColumns + k + 16), parts_, to + t * kTileBytes, kTile);
+      for (int i = 0; i < parts_; ++i) {
+        VecF v[16];
+        float* tile = reinterpret_cast<float*>(to + i * kTile);
+#pragma GCC unroll 16
+        for (int t = 0; t < 16; ++t) v[t] = load(tile + t * 16);
+        transpose<float>(v);
+#pragma GCC unroll 16
+        for (int t = 0; t < 16; ++t) store(tile + t * 16, v[t]);
+      }
+    }
+  }
+
+  int parts_;
+  int64_t steps_, strips_;
+  Buffer<char> tiles_;
+  Buffer<float> scale_;
+  Buffer<uint32_t> largest_;
+  bool usable_ = true;
+};
+
+static bool exact_in_bf16(const QuantWeight& w) {
+  for (int i = 0; w.table && i < 1 << w.bits; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, w.table + i, 4);
+    if (bits & 0xffff) return false;
+  }
+  return true;
+}
+
+struct TileProduct {
+  static constexpr int64_t kBlockRows = 64, kBlockColumns = 512, kBlockTokens = 256;
+
+  const QuantMatmulArgs& a;
+  const int out_parts = parts_of(a.out.dtype);
+  const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
+  const bool scaled = out_parts > 1 && exact_in_bf16(a.w) && !a.w.has_rest(middle) &&
+      (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= kScaledGroup));
+  const int w_parts = scaled ? 1 : out_parts;
+  const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
+  const int64_t depth = kSumColumns / (x_parts > w_parts ? x_parts : w_parts) / kTileColumns * kTileColumns;
+
+  // Columns [k, k + count) of a block's rows as tiles.
+  void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line, char* tiles)
+      const {
+    QuantWeight codes = a.w;
+    float one[3] = {1, middle, 0};
+    if (scaled) codes.groups = 1;
+    const int64_t padded = round_up(count, kTileColumns), pitch = kBlockColumns / kTileColumns * w_parts * kTile;
+    for (int64_t r = 0; r < rows; ++r) {
+      const GroupParts part(const_cast<float*>(memory) + r * GroupParts::floats(a.w.groups), a.w.groups);
+      decode(codes, first + r, scaled ? GroupParts(one, 1) : part, k, count, line);
+      zero(line + count, padded - count);
+      char* to = tiles + r / 16 * pitch + r % 16 * kTileBytes;
+      for (int64_t i = 0; i < padded; i += kTileColumns, to += w_parts * kTile)
+        store_parts(load(line + i), load(line + i + 16), w_parts, to, kTile);
+    }
+  }
+
+  // Whether all results are finite.
+  bool block(const TokenTiles& tokens, int64_t first, int64_t strip, int64_t strips, char* tiles, float* totals,
+             float* memory, float* scales, float* line) const {
+    const QuantWeight& w = a.w;
+    const int64_t rows = least(kBlockRows, w.rows - first), row_strips = kBlockRows / 16, next = row_strips * 256;
+    const int64_t pitch = kBlockColumns / kTileColumns * w_parts * kTile;
+    for (int64_t r = 0; r < rows; ++r) {
+      const GroupParts part(memory + r * GroupParts::floats(w.groups), w.groups);
+      part.load(w, first + r);
+      for (int64_t g = 0; scaled && g < w.groups; ++g) scales[g * kBlockRows + r] = part.scale[g];
+    }
+    zero(totals, strips * next);
+    for (int64_t k = 0; k < w.columns; k += kBlockColumns) {
+      const int64_t end = least(k + kBlockColumns, w.columns);
+      decode_block(first, rows, k, end - k, memory, line, tiles);
+      for (int64_t t = 0; t < strips; t += 2)
+        for (int64_t from = k, to; from < end; from = to) {
+          const int64_t g = scaled && w.groups > 1 ? from / w.group : 0;
+          to = least(end, from + depth);
+          if (scaled && w.groups > 1) to = least(to, (g + 1) * w.group);
+          const int64_t steps = pieces(to - from, kTileColumns), step = (from - k) / kTileColumns;
+          const Side b = tokens.side(strip + t, from / kTileColumns);
+          for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4) {
+            const Side weights{tiles + r * pitch + step * w_parts * kTile, pitch, w_parts};
+            const float* scale = scaled ? scales + g * kBlockRows + r * 16 : scales;
+            float* sums = totals + t * next + r * 256;
+            if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, sums, next);
+            else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, sums, next);
+          }
+        }
+    }
+    return store_block(tokens, first, rows, strip, strips, totals);
+  }
+
+  bool store_block(const TokenTiles& tokens, int64_t first, int64_t rows, int64_t strip, int64_t strips, const float* totals)
+      const {
+    float bias[kBlockRows], lines[16][kBlockRows];
+    load_bias(a, first, rows, bias);
+    VecF strange = {};
+    for (int64_t t = 0; t < strips; ++t) {
+      for (int64_t r = 0; r < pieces(rows, 16); ++r) {
+        VecF v[16];
+        for (int i = 0; i < 16; ++i) v[i] = load(totals + (t * kBlockRows / 16 + r) * 256 + i * 16);
+        for (int i = 0; i < 16 && r * 16 + i < rows; ++i) strange += v[i] * 0.0f;
+        transpose<float>(v);
+        for (int i = 0; i < 16; ++i) store(lines[i] + r * 16, v[i]);
+      }
+      const int64_t m = (strip + t) * 16;
+      for (int64_t i = 0; i < least(16, a.tokens - m); ++i)
+        store_results(a, m + i, first, rows, lines[i], tokens.scale(m + i), bias);
+    }
+    return sum_of<float>(strange) == 0;
+  }
+
+  // What is not finite goes to `redo`, which takes a product of some rows. False, and nothing computed, when x is not fit.
+  template <class Redo>
+  bool run(const Redo& redo) const {
+    const QuantWeight& w = a.w;
+    const TokenTiles tokens(a, x_parts);
+    if (!tokens.usable()) return false;
+    const int64_t row_blocks = pieces(w.rows, kBlockRows), token_strips = kBlockTokens / 16;
+    const int64_t token_blocks = pieces(tokens.strips(), token_strips);
+    const Buffer<bool> strange(row_blocks * token_blocks);
+    parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks * token_blocks, [&](int64_t begin, int64_t end) {
+      const int64_t most_strips = least(token_strips, tokens.strips());
+      const Buffer<char> tiles(kBlockRows * kBlockColumns * 2 * w_parts);
+      const Buffer<float> totals(most_strips * 16 * kBlockRows), memory(kBlockRows * GroupParts::floats(w.groups));
+      const Buffer<float> scales(kBlockRows * w.groups), line(kBlockColumns + 8);
+      for (int64_t i = 0; i < kBlockRows * w.groups; ++i) scales[i] = 1;
+      const Tiles registers;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t strip = i % token_blocks * token_strips;
+        strange[i] = !block(tokens, i / token_blocks * kBlockRows, strip, least(token_strips, tokens.strips() - strip),
+                            tiles, totals, memory, scales, line);
+      }
+    });
+    for (int64_t i = 0; i < row_blocks * token_blocks; ++i) {
+      if (!strange[i]) continue;
+      QuantMatmulArgs some = a;
+      const int64_t first = i / token_blocks * kBlockRows;
+      some.w = w.from(first, least(kBlockRows, w.rows - first));
+      some.out = a.out.behind(first * a.out.column), some.bias = a.bias.behind(first * a.bias.column);
+      redo(some);
+    }
+    return true;
+  }
+};
+
+}  // namespace
+#endif
