@@ -8,7 +8,7 @@
 //   the last two, of codes that are exact in bfloat16 (integers, small floats) and whose scale a group's sum is
 //   multiplied by afterwards: one part of w, so 2 or 3 products, from groups of kScaledGroup columns on.
 //
-// A block of rows (kBlockRows x kBlockColumns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and meets
+// A block of rows (block_rows x block_columns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and meets
 // tokens that were laid out once a call, in pairs of columns; sums of kSumColumns / parts columns leave the registers for
 // float32 totals. Those keep float32's digits: a chain of 6 K / 2 additions in one register would not (1.4e-6 at 4096).
 // Bound by decoding below 32 tokens, by the products above: 16 cycles for 16 x 16 x 32, 16 times the float32 rate.
@@ -18,17 +18,26 @@
 // codes would leave bfloat16's range (its subnormals are 0 here), and rows of which a result is not finite, because a
 // weight or a scale is not: the parts of Inf are Inf and NaN.
 #pragma once
-#include "common/amx.h"
+#include "quant_matmul/cpu_quant_tile_rows.h"
 #include "quant_matmul/cpu_quant_tokens.h"
 
 #if defined(__AVX512F__)
 namespace {
 
-constexpr int64_t kTile = kTileRows * kTileBytes, kTileColumns = 32;
 // Columns that stay in registers: 32 tokens of them are 32 KiB, and what precision allows.
+#ifndef KR
+#define KR 512
+#endif
+#ifndef KC
+#define KC 512
+#endif
+#ifndef KM
+#define KM 32
+#endif
+#ifndef KS
+#define KS 256
+#endif
 constexpr int64_t kSumColumns = 512, kScaledGroup = 64;
-constexpr int kMostParts = 3;
-
 static inline int parts_of(QuantDtype dtype) { return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3; }
 
 // Tiles of one side, [strip of 16][step of 32][part].
@@ -75,16 +84,6 @@ static __attribute__((noinline)) void multiply_tiles(
     const float* by = scale + (i % R) * scale_pitch;
 #pragma GCC unroll 16
     for (int row = 0; row < 16; ++row) store(to + row * 16, load(to + row * 16) + by[row] * load(sums[i] + row * 16));
-  }
-}
-
-// 32 floats as their parts, `next` bytes apart.
-static inline void store_parts(VecF low, VecF high, int parts, char* to, int64_t next) {
-  for (int i = 0; i < parts; ++i) {
-    const __m512i both = to_bf16((__m512)low, (__m512)high);
-    _mm512_store_si512(to + i * next, both);
-    low -= (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
-    high -= (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
   }
 }
 
@@ -174,31 +173,38 @@ static bool exact_in_bf16(const QuantWeight& w) {
 }
 
 struct TileProduct {
-  static constexpr int64_t kBlockRows = 64, kBlockColumns = 512, kBlockTokens = 256;
+  static constexpr int64_t kMostRows = 512, kBlockTokens = 256;
 
   const QuantMatmulArgs& a;
   const int out_parts = parts_of(a.out.dtype);
   const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
-  const bool scaled = out_parts > 1 && exact_in_bf16(a.w) && !a.w.has_rest(middle) &&
+  const bool scaled = exact_in_bf16(a.w) && !a.w.has_rest(middle) &&
       (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= kScaledGroup));
-  const int w_parts = scaled ? 1 : out_parts;
+  // Rounding errors of a few numbers do not average.
+  const int w_parts = scaled ? 1 : out_parts == 1 && a.w.bits <= 3 ? 2 : out_parts;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
+  // The more rows, the less often tokens come from L3: 64 of them took 2.5 times as long at 128 tokens.
+  const int64_t block_rows =
+      a.tokens <= KM ? 64 : most(64, least(KR, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64)), block_columns = (a.tokens <= KM ? KS : KC) / w_parts / kTileColumns * kTileColumns;
   const int64_t depth = kSumColumns / (x_parts > w_parts ? x_parts : w_parts) / kTileColumns * kTileColumns;
 
   // Columns [k, k + count) of a block's rows as tiles.
   void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line, char* tiles)
       const {
+    const Windows windows(a.w.bits);
     QuantWeight codes = a.w;
     float one[3] = {1, middle, 0};
     if (scaled) codes.groups = 1;
-    const int64_t padded = round_up(count, kTileColumns), pitch = kBlockColumns / kTileColumns * w_parts * kTile;
+    const int64_t pitch = block_columns / kTileColumns * w_parts * kTile;
     for (int64_t r = 0; r < rows; ++r) {
-      const GroupParts part(const_cast<float*>(memory) + r * GroupParts::floats(a.w.groups), a.w.groups);
-      decode(codes, first + r, scaled ? GroupParts(one, 1) : part, k, count, line);
-      zero(line + count, padded - count);
+      const GroupParts own(const_cast<float*>(memory) + r * GroupParts::floats(a.w.groups), a.w.groups);
+      const GroupParts part = scaled ? GroupParts(one, 1) : own;
       char* to = tiles + r / 16 * pitch + r % 16 * kTileBytes;
-      for (int64_t i = 0; i < padded; i += kTileColumns, to += w_parts * kTile)
-        store_parts(load(line + i), load(line + i + 16), w_parts, to, kTile);
+      switch (w_parts) {
+        case 1: tile_row<1>(codes, windows, first + r, part, k, count, line, to); break;
+        case 2: tile_row<2>(codes, windows, first + r, part, k, count, line, to); break;
+        case 3: tile_row<3>(codes, windows, first + r, part, k, count, line, to); break;
+      }
     }
   }
 
@@ -206,45 +212,45 @@ struct TileProduct {
   bool block(const TokenTiles& tokens, int64_t first, int64_t strip, int64_t strips, char* tiles, float* totals,
              float* memory, float* scales, float* line) const {
     const QuantWeight& w = a.w;
-    const int64_t rows = least(kBlockRows, w.rows - first), row_strips = kBlockRows / 16, next = row_strips * 256;
-    const int64_t pitch = kBlockColumns / kTileColumns * w_parts * kTile;
+    const int64_t rows = least(block_rows, w.rows - first), row_strips = block_rows / 16, next = row_strips * 256;
+    const int64_t pitch = block_columns / kTileColumns * w_parts * kTile;
     for (int64_t r = 0; r < rows; ++r) {
       const GroupParts part(memory + r * GroupParts::floats(w.groups), w.groups);
       part.load(w, first + r);
-      for (int64_t g = 0; scaled && g < w.groups; ++g) scales[g * kBlockRows + r] = part.scale[g];
+      for (int64_t g = 0; scaled && g < w.groups; ++g) scales[g * block_rows + r] = part.scale[g];
     }
     zero(totals, strips * next);
-    for (int64_t k = 0; k < w.columns; k += kBlockColumns) {
-      const int64_t end = least(k + kBlockColumns, w.columns);
+    for (int64_t k = 0; k < w.columns; k += block_columns) {
+      const int64_t end = least(k + block_columns, w.columns);
       decode_block(first, rows, k, end - k, memory, line, tiles);
       for (int64_t t = 0; t < strips; t += 2)
-        for (int64_t from = k, to; from < end; from = to) {
-          const int64_t g = scaled && w.groups > 1 ? from / w.group : 0;
-          to = least(end, from + depth);
-          if (scaled && w.groups > 1) to = least(to, (g + 1) * w.group);
-          const int64_t steps = pieces(to - from, kTileColumns), step = (from - k) / kTileColumns;
-          const Side b = tokens.side(strip + t, from / kTileColumns);
-          for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4) {
+        for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4)
+          for (int64_t from = k, to; from < end; from = to) {
+            const int64_t g = scaled && w.groups > 1 ? from / w.group : 0;
+            to = least(end, from + depth);
+            if (scaled && w.groups > 1) to = least(to, (g + 1) * w.group);
+            const int64_t steps = pieces(to - from, kTileColumns), step = (from - k) / kTileColumns;
+            const Side b = tokens.side(strip + t, from / kTileColumns);
             const Side weights{tiles + r * pitch + step * w_parts * kTile, pitch, w_parts};
-            const float* scale = scaled ? scales + g * kBlockRows + r * 16 : scales;
+            const float* scale = scaled ? scales + g * block_rows + r * 16 : scales;
             float* sums = totals + t * next + r * 256;
             if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, sums, next);
             else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, sums, next);
           }
-        }
     }
     return store_block(tokens, first, rows, strip, strips, totals);
   }
 
   bool store_block(const TokenTiles& tokens, int64_t first, int64_t rows, int64_t strip, int64_t strips, const float* totals)
       const {
-    float bias[kBlockRows], lines[16][kBlockRows];
+    float bias[kMostRows];
+    alignas(64) float lines[16][kMostRows];
     load_bias(a, first, rows, bias);
     VecF strange = {};
     for (int64_t t = 0; t < strips; ++t) {
       for (int64_t r = 0; r < pieces(rows, 16); ++r) {
         VecF v[16];
-        for (int i = 0; i < 16; ++i) v[i] = load(totals + (t * kBlockRows / 16 + r) * 256 + i * 16);
+        for (int i = 0; i < 16; ++i) v[i] = load(totals + (t * block_rows / 16 + r) * 256 + i * 16);
         for (int i = 0; i < 16 && r * 16 + i < rows; ++i) strange += v[i] * 0.0f;
         transpose<float>(v);
         for (int i = 0; i < 16; ++i) store(lines[i] + r * 16, v[i]);
@@ -262,27 +268,27 @@ struct TileProduct {
     const QuantWeight& w = a.w;
     const TokenTiles tokens(a, x_parts);
     if (!tokens.usable()) return false;
-    const int64_t row_blocks = pieces(w.rows, kBlockRows), token_strips = kBlockTokens / 16;
+    const int64_t row_blocks = pieces(w.rows, block_rows), token_strips = kBlockTokens / 16;
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
     const Buffer<bool> strange(row_blocks * token_blocks);
     parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks * token_blocks, [&](int64_t begin, int64_t end) {
       const int64_t most_strips = least(token_strips, tokens.strips());
-      const Buffer<char> tiles(kBlockRows * kBlockColumns * 2 * w_parts);
-      const Buffer<float> totals(most_strips * 16 * kBlockRows), memory(kBlockRows * GroupParts::floats(w.groups));
-      const Buffer<float> scales(kBlockRows * w.groups), line(kBlockColumns + 8);
-      for (int64_t i = 0; i < kBlockRows * w.groups; ++i) scales[i] = 1;
+      const Buffer<char> tiles(block_rows * block_columns * 2 * w_parts);
+      const Buffer<float> totals(most_strips * 16 * block_rows), memory(block_rows * GroupParts::floats(w.groups));
+      const Buffer<float> scales(block_rows * w.groups), line(block_columns + 8);
+      for (int64_t i = 0; i < block_rows * w.groups; ++i) scales[i] = 1;
       const Tiles registers;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t strip = i % token_blocks * token_strips;
-        strange[i] = !block(tokens, i / token_blocks * kBlockRows, strip, least(token_strips, tokens.strips() - strip),
+        strange[i] = !block(tokens, i / token_blocks * block_rows, strip, least(token_strips, tokens.strips() - strip),
                             tiles, totals, memory, scales, line);
       }
     });
     for (int64_t i = 0; i < row_blocks * token_blocks; ++i) {
       if (!strange[i]) continue;
       QuantMatmulArgs some = a;
-      const int64_t first = i / token_blocks * kBlockRows;
-      some.w = w.from(first, least(kBlockRows, w.rows - first));
+      const int64_t first = i / token_blocks * block_rows;
+      some.w = w.from(first, least(block_rows, w.rows - first));
       some.out = a.out.behind(first * a.out.column), some.bias = a.bias.behind(first * a.bias.column);
       redo(some);
     }
