@@ -55,32 +55,39 @@ struct Windows {
   }
 };
 
-// A value class takes a group's parts (`of`) and stores the parts of 32 weights, tiles apart.
+// Of a weight; its Group, made of a group's scale, zero and offset, stores the parts of 32 weights, tiles apart.
 template <bool kSixtyFour, int P>
 struct TileTable {
-  float given[64];
-  __m512i table[P][2];
+  VecF given[4];
 
   explicit TileTable(const QuantWeight& w) {
-    for (int i = 0; i < 64; ++i) given[i] = w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1));
+    float all[64];
+    for (int i = 0; i < 64; ++i) all[i] = w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1));
+    for (int i = 0; i < 4; ++i) given[i] = load(all + 16 * i);
   }
-  void of(float scale, float zero, float offset) {
-    alignas(64) uint16_t parts[P][32];
-    for (int half = 0; half <= kSixtyFour; ++half) {
-      const VecF low = load(given + half * 32), high = load(given + half * 32 + 16);
-      store_parts((low - zero) * scale + offset, (high - zero) * scale + offset, P, parts, sizeof parts[0]);
-      for (int i = 0; i < P; ++i) table[i][half] = _mm512_load_si512(parts[i]);
+  struct Group {
+    __m512i table[P][2];
+    Group(const TileTable& all, float scale, float zero, float offset) {
+#pragma GCC unroll 2
+      for (int half = 0; half <= kSixtyFour; ++half) {
+        VecF low = (all.given[2 * half] - zero) * scale + offset, high = (all.given[2 * half + 1] - zero) * scale + offset;
+#pragma GCC unroll 3
+        for (int i = 0; i < P; ++i) {
+          table[i][half] = to_bf16((__m512)low, (__m512)high);
+          low -= low_floats(table[i][half]), high -= high_floats(table[i][half]);
+        }
+      }
     }
-  }
-  void operator()(__m512i codes, char* to) const {
-    for (int i = 0; i < P; ++i)
-      _mm512_store_si512(to + i * kTile, kSixtyFour ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
-                                                    : _mm512_permutexvar_epi16(codes, table[i][0]));
-  }
+    void operator()(__m512i codes, char* to) const {
+#pragma GCC unroll 3
+      for (int i = 0; i < P; ++i)
+        _mm512_store_si512(to + i * kTile, kSixtyFour ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
+                                                      : _mm512_permutexvar_epi16(codes, table[i][0]));
+    }
+  };
 };
 template <bool kFloats, int P>
 struct TileWide {  // integers; small floats as in AsSmallFloat
-  float s, z, o;
   float power;
   __m128i sign_shift, shift;
   __m512i mask, sign, rest, nan;
@@ -92,60 +99,72 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
     nan = _mm512_set1_epi16(w.mantissa == 3 ? 0x7f : -1);
     power = kFloats ? from_bits(uint32_t(127 + 15 - bias) << 23) : 1;
   }
-  void of(float scale, float zero, float offset) { s = scale, z = zero, o = offset; }
   VecF number(__m256i lanes) const {
     return kFloats ? (VecF)_mm512_cvtph_ps(lanes) * power : (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes));
   }
-  void operator()(__m512i codes, char* to) const {
-    __m512i lanes = _mm512_and_si512(codes, mask);
-    if (kFloats) {
-      const __m512i magnitude = _mm512_and_si512(codes, rest);
-      lanes = _mm512_or_si512(_mm512_sll_epi16(_mm512_and_si512(codes, sign), sign_shift),
-                              _mm512_sll_epi16(magnitude, shift));
-      lanes = _mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(magnitude, nan), lanes, _mm512_set1_epi16(0x7fff));
+  struct Group {
+    const TileWide& all;
+    float scale, zero, offset;
+    Group(const TileWide& all, float scale, float zero, float offset)
+        : all(all), scale(scale), zero(zero), offset(offset) {}
+    void operator()(__m512i codes, char* to) const {
+      __m512i lanes = _mm512_and_si512(codes, all.mask);
+      if (kFloats) {
+        const __m512i magnitude = _mm512_and_si512(codes, all.rest);
+        lanes = _mm512_or_si512(_mm512_sll_epi16(_mm512_and_si512(codes, all.sign), all.sign_shift),
+                                _mm512_sll_epi16(magnitude, all.shift));
+        lanes = _mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(magnitude, all.nan), lanes, _mm512_set1_epi16(0x7fff));
+      }
+      const VecF low = all.number(_mm512_castsi512_si256(lanes)), high = all.number(_mm512_extracti64x4_epi64(lanes, 1));
+      store_parts((low - zero) * scale + offset, (high - zero) * scale + offset, P, to, kTile);
     }
-    const VecF low = number(_mm512_castsi512_si256(lanes)), high = number(_mm512_extracti64x4_epi64(lanes, 1));
-    store_parts((low - z) * s + o, (high - z) * s + o, P, to, kTile);
-  }
+  };
 };
 
 // Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's last
 // column up to a multiple of 32 is some number.
 template <int P, class Value>
-static void tile_row(const QuantWeight& w, const Windows& windows, Value value, int64_t row, const GroupParts& parts,
+static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row, const GroupParts& parts,
                      int64_t first, int64_t count, char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
   for (int64_t k = first; k < end;) {
     const int64_t g = w.groups == 1 ? 0 : k / w.group, stop = w.groups == 1 ? end : least(end, (g + 1) * w.group);
-    value.of(parts.scale[g], parts.zero[g], parts.offset[g]);
+    const typename Value::Group group(value, parts.scale[g], parts.zero[g], parts.offset[g]);
     const uint8_t* p = data + k / 8 * w.bits;
     for (; k < stop; k += kTileColumns, p += step, to += P * kTile) {
       if (p - data + windows.reads() <= bytes) {
-        value(windows(p), to);
+        group(windows(p), to);
         continue;
       }
       uint8_t tail[48] = {};
       __builtin_memcpy(tail, p, size_t(least(bytes - (p - data), step)));
-      value(windows(tail), to);
+      group(windows(tail), to);
     }
   }
 }
 
-template <int P>
-static void tile_row(
-    const QuantWeight& w, const Windows& windows, int64_t row, const GroupParts& parts, int64_t first, int64_t count,
-    float* line, char* to) {
+// Rows first .. first + rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32.
+template <int P, class Own>
+static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own& own, int64_t first, int64_t count,
+                      float* line, char* tiles, int64_t pitch) {
+  const auto place = [&](int64_t r) { return tiles + r / 16 * pitch + r % 16 * kTileBytes; };
   if (w.groups == 1 || w.group % kTileColumns == 0) {
-    if (w.bits <= 5) return tile_row<P>(w, windows, TileTable<false, P>(w), row, parts, first, count, to);
-    if (w.bits == 6) return tile_row<P>(w, windows, TileTable<true, P>(w), row, parts, first, count, to);
-    if (w.table == nullptr) return tile_row<P>(w, windows, TileWide<false, P>(w), row, parts, first, count, to);
-    return tile_row<P>(w, windows, TileWide<true, P>(w), row, parts, first, count, to);
+    const Windows windows(w.bits);
+    const auto all = [&](const auto& value) {
+      for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, place(r));
+    };
+    if (w.bits <= 5) return all(TileTable<false, P>(w));
+    if (w.bits == 6) return all(TileTable<true, P>(w));
+    if (w.table == nullptr) return all(TileWide<false, P>(w));
+    return all(TileWide<true, P>(w));
   }
-  decode(w, row, parts, first, count, line);
-  for (int64_t k = 0; k < count; k += kTileColumns, to += P * kTile) {
-    if (k + kTileColumns > count) zero(line + count, k + kTileColumns - count);
-    store_parts(load(line + k), load(line + k + 16), P, to, kTile);
+  for (int64_t r = 0; r < rows; ++r) {
+    decode(w, row + r, own(r), first, count, line);
+    zero(line + count, round_up(count, kTileColumns) - count);
+    char* to = place(r);
+    for (int64_t k = 0; k < count; k += kTileColumns, to += P * kTile)
+      store_parts(load(line + k), load(line + k + 16), P, to, kTile);
   }
 }
 

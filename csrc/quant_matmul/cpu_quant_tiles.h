@@ -25,18 +25,6 @@
 namespace {
 
 // Columns that stay in registers: 32 tokens of them are 32 KiB, and what precision allows.
-#ifndef KR
-#define KR 512
-#endif
-#ifndef KC
-#define KC 512
-#endif
-#ifndef KM
-#define KM 32
-#endif
-#ifndef KS
-#define KS 256
-#endif
 constexpr int64_t kSumColumns = 512, kScaledGroup = 64;
 static inline int parts_of(QuantDtype dtype) { return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3; }
 
@@ -173,43 +161,71 @@ static bool exact_in_bf16(const QuantWeight& w) {
 }
 
 struct TileProduct {
-  static constexpr int64_t kMostRows = 512, kBlockTokens = 256;
+  static constexpr int64_t kMostRows = 256, kBlockTokens = 256;
 
   const QuantMatmulArgs& a;
   const int out_parts = parts_of(a.out.dtype);
   const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
-  const bool scaled = exact_in_bf16(a.w) && !a.w.has_rest(middle) &&
+  const bool scaled = exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
       (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= kScaledGroup));
   // Rounding errors of a few numbers do not average.
   const int w_parts = scaled ? 1 : out_parts == 1 && a.w.bits <= 3 ? 2 : out_parts;
+  const bool rest = scaled && a.w.has_rest(middle);
+  const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
+  const bool few = a.tokens <= 32;  // a block of rows that meets them once is in L1
   // The more rows, the less often tokens come from L3: 64 of them took 2.5 times as long at 128 tokens.
   const int64_t block_rows =
-      a.tokens <= KM ? 64 : most(64, least(KR, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64)), block_columns = (a.tokens <= KM ? KS : KC) / w_parts / kTileColumns * kTileColumns;
+      few ? 64 : most(64, least(kMostRows, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64)), block_columns = (few ? 256 : 512) / w_parts / kTileColumns * kTileColumns;
   const int64_t depth = kSumColumns / (x_parts > w_parts ? x_parts : w_parts) / kTileColumns * kTileColumns;
 
   // Columns [k, k + count) of a block's rows as tiles.
   void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line, char* tiles)
       const {
-    const Windows windows(a.w.bits);
     QuantWeight codes = a.w;
     float one[3] = {1, middle, 0};
     if (scaled) codes.groups = 1;
-    const int64_t pitch = block_columns / kTileColumns * w_parts * kTile;
-    for (int64_t r = 0; r < rows; ++r) {
-      const GroupParts own(const_cast<float*>(memory) + r * GroupParts::floats(a.w.groups), a.w.groups);
-      const GroupParts part = scaled ? GroupParts(one, 1) : own;
-      char* to = tiles + r / 16 * pitch + r % 16 * kTileBytes;
-      switch (w_parts) {
-        case 1: tile_row<1>(codes, windows, first + r, part, k, count, line, to); break;
-        case 2: tile_row<2>(codes, windows, first + r, part, k, count, line, to); break;
-        case 3: tile_row<3>(codes, windows, first + r, part, k, count, line, to); break;
-      }
+    const int64_t floats = GroupParts::floats(a.w.groups), pitch = block_columns / kTileColumns * w_parts * kTile;
+    const auto own = [&](int64_t r) {
+      return scaled ? GroupParts(one, 1) : GroupParts(const_cast<float*>(memory) + r * floats, a.w.groups);
+    };
+    switch (w_parts) {
+      case 1: return tile_rows<1>(codes, first, rows, own, k, count, line, tiles, pitch);
+      case 2: return tile_rows<2>(codes, first, rows, own, k, count, line, tiles, pitch);
+      case 3: return tile_rows<3>(codes, first, rows, own, k, count, line, tiles, pitch);
     }
   }
 
+  // totals[t][r] += rest_r . sums of the groups of x_t, as columns of their own.
+  void add_rest(const TokenTiles& sums, int64_t rows, int64_t strip, int64_t strips, const float* memory, float* line,
+                char* tiles, float* totals) const {
+    const int64_t G = a.w.groups, steps = pieces(G, kTileColumns), pitch = steps * rest_parts * kTile;
+    const float one[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    for (int64_t r = 0; r < rows; ++r) {
+      const GroupParts part(const_cast<float*>(memory) + r * GroupParts::floats(G), G);
+      for (int64_t g = 0; g < G; ++g) line[g] = part.offset[g] - part.scale[g] * (part.zero[g] - middle);
+      zero(line + G, steps * kTileColumns - G);
+      char* to = tiles + r / 16 * pitch + r % 16 * kTileBytes;
+      for (int64_t s = 0; s < steps; ++s)
+        store_parts(load(line + s * 32), load(line + s * 32 + 16), rest_parts, to + s * rest_parts * kTile, kTile);
+    }
+    multiply_strips(rows, strips, {tiles, pitch, rest_parts}, sums.side(strip, 0), steps, one, 0, totals);
+  }
+
+  void multiply_strips(int64_t rows, int64_t strips, Side w, Side x, int64_t steps, const float* scale, int64_t scale_pitch,
+                       float* totals) const {
+    const int64_t next = block_rows * 16;
+    for (int64_t t = 0; t < strips; t += 2)
+      for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4) {
+        const Side own{w.tiles + r * w.pitch, w.pitch, w.parts}, tokens{x.tiles + t * x.pitch, x.pitch, x.parts};
+        float* sums = totals + t * next + r * 256;
+        if (t + 1 < strips) multiply_tiles<2, 2>(own, tokens, steps, scale + r * scale_pitch, scale_pitch, sums, next);
+        else multiply_tiles<4, 1>(own, tokens, steps, scale + r * scale_pitch, scale_pitch, sums, next);
+      }
+  }
+
   // Whether all results are finite.
-  bool block(const TokenTiles& tokens, int64_t first, int64_t strip, int64_t strips, char* tiles, float* totals,
+  bool block(const TokenTiles& tokens, const TokenTiles& sums, int64_t first, int64_t strip, int64_t strips, char* tiles, float* totals,
              float* memory, float* scales, float* line) const {
     const QuantWeight& w = a.w;
     const int64_t rows = least(block_rows, w.rows - first), row_strips = block_rows / 16, next = row_strips * 256;
@@ -233,11 +249,12 @@ struct TileProduct {
             const Side b = tokens.side(strip + t, from / kTileColumns);
             const Side weights{tiles + r * pitch + step * w_parts * kTile, pitch, w_parts};
             const float* scale = scaled ? scales + g * block_rows + r * 16 : scales;
-            float* sums = totals + t * next + r * 256;
-            if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, sums, next);
-            else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, sums, next);
+            float* to_sums = totals + t * next + r * 256;
+            if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
+            else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
           }
     }
+    if (rest) add_rest(sums, rows, strip, strips, memory, line, tiles, totals);
     return store_block(tokens, first, rows, strip, strips, totals);
   }
 
@@ -262,25 +279,53 @@ struct TileProduct {
     return sum_of<float>(strange) == 0;
   }
 
+  // Sums of the groups of each token, in lanes.
+  void sum_groups(float* sums) const {
+    const QuantWeight& w = a.w;
+    parallel_if(a.tokens * w.columns >= kParallelWork, a.tokens, [&](int64_t begin, int64_t end) {
+      const Buffer<float> line(TokenTiles::kColumns);
+      for (int64_t m = begin; m < end; ++m)
+        for (int64_t g = 0; g < w.groups; ++g) {
+          const int64_t stop = w.groups == 1 ? w.columns : least(w.columns, (g + 1) * w.group);
+          VecF sum = {};
+          for (int64_t k = g * w.group; k < stop; k += TokenTiles::kColumns) {
+            const int64_t count = least(TokenTiles::kColumns, stop - k);
+            load_part(a.x, m * a.x.row + k * a.x.column, a.x.column, count, line);
+            zero(line + count, round_up(count, 16) - count);
+            for (int64_t i = 0; i < count; i += 16) sum += load(line + i);
+          }
+          sums[m * w.groups + g] = sum_of<float>(sum);
+        }
+    });
+  }
+
   // What is not finite goes to `redo`, which takes a product of some rows. False, and nothing computed, when x is not fit.
   template <class Redo>
   bool run(const Redo& redo) const {
     const QuantWeight& w = a.w;
     const TokenTiles tokens(a, x_parts);
-    if (!tokens.usable()) return false;
+    const int64_t G = w.groups;
+    const Buffer<float> group_sums(rest ? a.tokens * G : 0);
+    QuantMatmulArgs of_sums = a;
+    of_sums.w.columns = G, of_sums.x = {static_cast<float*>(group_sums), QuantDtype::f32, G, 1};
+    if (rest) sum_groups(group_sums);
+    else of_sums.tokens = 0;
+    const TokenTiles sums(of_sums, rest_parts);
+    if (!tokens.usable() || !sums.usable()) return false;
     const int64_t row_blocks = pieces(w.rows, block_rows), token_strips = kBlockTokens / 16;
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
     const Buffer<bool> strange(row_blocks * token_blocks);
     parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks * token_blocks, [&](int64_t begin, int64_t end) {
       const int64_t most_strips = least(token_strips, tokens.strips());
-      const Buffer<char> tiles(block_rows * block_columns * 2 * w_parts);
+      const int64_t columns = most(block_columns * w_parts, rest ? round_up(G, kTileColumns) * rest_parts : 0);
+      const Buffer<char> tiles(block_rows * columns * 2);
       const Buffer<float> totals(most_strips * 16 * block_rows), memory(block_rows * GroupParts::floats(w.groups));
-      const Buffer<float> scales(block_rows * w.groups), line(block_columns + 8);
+      const Buffer<float> scales(block_rows * w.groups), line(most(block_columns, G) + kTileColumns);
       for (int64_t i = 0; i < block_rows * w.groups; ++i) scales[i] = 1;
       const Tiles registers;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t strip = i % token_blocks * token_strips;
-        strange[i] = !block(tokens, i / token_blocks * block_rows, strip, least(token_strips, tokens.strips() - strip),
+        strange[i] = !block(tokens, sums, i / token_blocks * block_rows, strip, least(token_strips, tokens.strips() - strip),
                             tiles, totals, memory, scales, line);
       }
     });
