@@ -173,10 +173,10 @@ struct TileProduct {
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
-  const bool few = a.tokens <= 32;  // a block of rows that meets them once is in L1
-  // The more rows, the less often tokens come from L3: 64 of them took 2.5 times as long at 128 tokens.
+  // Few tokens: a block that meets them once stays close to L1. Many: the more rows, the less often they come from L3.
   const int64_t block_rows =
-      few ? 64 : most(64, least(kMostRows, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64)), block_columns = (few ? 256 : 512) / w_parts / kTileColumns * kTileColumns;
+      a.tokens <= 32 ? 64 : most(64, least(kMostRows, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64));
+  const int64_t block_columns = 512 / w_parts / kTileColumns * kTileColumns;
   const int64_t depth = kSumColumns / (x_parts > w_parts ? x_parts : w_parts) / kTileColumns * kTileColumns;
 
   // Columns [k, k + count) of a block's rows as tiles.
