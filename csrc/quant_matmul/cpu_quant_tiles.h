@@ -5,13 +5,19 @@
 //   bfloat16  1            1 (of float32 x: 2)            2^-9
 //   float16   2            x_0 w_0, x_0 w_1, x_1 w_0      2^-17
 //   float32   3            x_i w_j with i + j < 3: six    2^-26
-//   the last two, of codes that are exact in bfloat16 (integers, small floats) and whose scale a group's sum is
-//   multiplied by afterwards: one part of w, so 2 or 3 products, from groups of kScaledGroup columns on.
+//
+// Codes that are exact in bfloat16 (integers, small floats), in groups of kScaledGroup columns and more, are one part, and
+//   a group's sum is multiplied by its scale: 1, 2 or 3 products. What zeros and offsets differ from the middle code meets
+//   the sums of the tokens' groups, as columns of their own. Up to 3 bits otherwise, bfloat16 takes two parts: rounding
+//   errors of a few numbers do not average.
 //
 // A block of rows (block_rows x block_columns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and meets
-// tokens that were laid out once a call, in pairs of columns; sums of kSumColumns / parts columns leave the registers for
-// float32 totals. Those keep float32's digits: a chain of 6 K / 2 additions in one register would not (1.4e-6 at 4096).
+// tokens that were laid out once a call, in pairs of columns; sums of `depth` columns leave the registers for float32
+// totals. Those keep float32's digits: a chain of 6 K / 2 additions in one register would not (1.4e-6 at 4096).
 // Bound by decoding below 32 tokens, by the products above: 16 cycles for 16 x 16 x 32, 16 times the float32 rate.
+// 4096 x 4096 of int4 in groups of 128, one core of a Sapphire Rapids, the dense bfloat16 product in brackets: 16 tokens
+// MS16, 128 MS128. Lost: blocks of 64 rows for many tokens, which read these 2.5 times as slowly from L3; the next tiles
+// prefetched; a number's parts from a table made of scale and zero where codes are exact (10 ms of 16 float32 tokens).
 // An output's additions have one order, whatever the number of threads.
 //
 // Left to the float path: tokens whose largest number is no number, or so large or small that a part of it or a sum of
@@ -24,8 +30,8 @@
 #if defined(__AVX512F__)
 namespace {
 
-// Columns that stay in registers: 32 tokens of them are 32 KiB, and what precision allows.
-constexpr int64_t kSumColumns = 512, kScaledGroup = 64;
+constexpr int64_t kScaledGroup = 64;
+
 static inline int parts_of(QuantDtype dtype) { return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3; }
 
 // Tiles of one side, [strip of 16][step of 32][part].
@@ -49,8 +55,10 @@ static __attribute__((noinline)) void multiply_tiles(
       if constexpr (T == 2) load_tile<7>(token + b.pitch, kTileBytes);
       for (int i = 0; i < a.parts && i + j < limit; ++i) {
         const char* row = a.tiles + (s * a.parts + i) * kTile;
-        load_tile<4>(row, kTileBytes);
-        load_tile<5>(row + a.pitch, kTileBytes);
+        if (T == 1 || a.parts > 1 || j == 0) {
+          load_tile<4>(row, kTileBytes);
+          load_tile<5>(row + a.pitch, kTileBytes);
+        }
         add_bf16_products<0, 4, 6>();
         add_bf16_products<1, 5, 6>();
         if constexpr (T == 2) {
@@ -168,7 +176,6 @@ struct TileProduct {
   const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
   const bool scaled = exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
       (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= kScaledGroup));
-  // Rounding errors of a few numbers do not average.
   const int w_parts = scaled ? 1 : out_parts == 1 && a.w.bits <= 3 ? 2 : out_parts;
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
@@ -177,7 +184,8 @@ struct TileProduct {
   const int64_t block_rows =
       a.tokens <= 32 ? 64 : most(64, least(kMostRows, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64));
   const int64_t block_columns = 512 / w_parts / kTileColumns * kTileColumns;
-  const int64_t depth = kSumColumns / (x_parts > w_parts ? x_parts : w_parts) / kTileColumns * kTileColumns;
+  // Columns of a sum: 32 tokens of them stay in L1, and float32 keeps its digits.
+  const int64_t depth = x_parts > 2 || w_parts > 2 ? 128 : x_parts > 1 || w_parts > 1 ? 256 : 512;
 
   // Columns [k, k + count) of a block's rows as tiles.
   void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line, char* tiles)
@@ -239,20 +247,23 @@ struct TileProduct {
     for (int64_t k = 0; k < w.columns; k += block_columns) {
       const int64_t end = least(k + block_columns, w.columns);
       decode_block(first, rows, k, end - k, memory, line, tiles);
+      // Of tokens in several parts, only one sum's columns stay in L1, and all rows pass by; of one part, all columns do.
+      const int64_t stay = x_parts > 1 ? depth : block_columns;
       for (int64_t t = 0; t < strips; t += 2)
-        for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4)
-          for (int64_t from = k, to; from < end; from = to) {
-            const int64_t g = scaled && w.groups > 1 ? from / w.group : 0;
-            to = least(end, from + depth);
-            if (scaled && w.groups > 1) to = least(to, (g + 1) * w.group);
-            const int64_t steps = pieces(to - from, kTileColumns), step = (from - k) / kTileColumns;
-            const Side b = tokens.side(strip + t, from / kTileColumns);
-            const Side weights{tiles + r * pitch + step * w_parts * kTile, pitch, w_parts};
-            const float* scale = scaled ? scales + g * block_rows + r * 16 : scales;
-            float* to_sums = totals + t * next + r * 256;
-            if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
-            else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
-          }
+        for (int64_t part = k; part < end; part += stay)
+          for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4)
+            for (int64_t from = part, to; from < least(end, part + stay); from = to) {
+              const int64_t g = scaled && w.groups > 1 ? from / w.group : 0;
+              to = least(least(end, part + stay), from + depth);
+              if (scaled && w.groups > 1) to = least(to, (g + 1) * w.group);
+              const int64_t steps = pieces(to - from, kTileColumns), step = (from - k) / kTileColumns;
+              const Side b = tokens.side(strip + t, from / kTileColumns);
+              const Side weights{tiles + r * pitch + step * w_parts * kTile, pitch, w_parts};
+              const float* scale = scaled ? scales + g * block_rows + r * 16 : scales;
+              float* to_sums = totals + t * next + r * 256;
+              if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
+              else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
+            }
     }
     if (rest) add_rest(sums, rows, strip, strips, memory, line, tiles, totals);
     return store_block(tokens, first, rows, strip, strips, totals);
