@@ -19,7 +19,7 @@ from scalekern.quant import FORMATS
 
 pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
 
-# A tile is 16 rows or tokens and 32 columns, 256 tokens and 64 rows at least are a block, 512 columns are decoded at once.
+# A tile is 16 rows or tokens and 32 columns; 256 tokens and 64 rows are a block, and 512 columns are decoded at once.
 SHAPES = [(5, 17, 31), (16, 16, 512), (17, 33, 100), (33, 65, 545), (100, 5, 1030), (16, 100, 257), (48, 64, 96)]
 GROUPS = (128, 32, None, 100, 64, 7)
 
@@ -76,7 +76,8 @@ def test_a_weight_that_is_not_finite_stays_in_its_row(code, dtype):
     clean = scalekern.quant_matmul(x, w)
     w.data[66, 77] = code
     out, exact = scalekern.quant_matmul(x, w), exact_product(x, w)
-    assert torch.equal(out[:, 66].isnan(), exact[:, 66].isnan()) and torch.equal(out[:, 66].sign(), exact[:, 66].sign().to(dtype))
+    assert torch.equal(out[:, 66].isnan(), exact[:, 66].isnan())
+    assert torch.equal(out[:, 66].sign(), exact[:, 66].sign().to(dtype))
     others = torch.arange(90) != 66
     assert out[:, others].isfinite().all() and error(out[:, others], clean[:, others].double()) <= 2 * FLOOR[dtype]
 
@@ -133,12 +134,13 @@ def test_a_token_is_the_same_in_any_company():
 
 def test_without_tiles():
     """The level below answers to the same floors, and so do tiles where a machine has them: the rest of this file."""
-    code = "from test_quant_matmul_tiles import *\nassert scalekern._C.cpu_isa() != 'amx'\nimport scalekern as s\n" + (
-        "with s.backend('cpu'):\n for f, z in (('int4', True), ('int8', False), ('nf4', True)): test_every_format(f, z)\n"
+    code = (
+        "from test_quant_matmul_tiles import *\nassert __import__('scalekern._C')._C.cpu_isa() != 'amx'\n"
+        "with scalekern.backend('cpu'):\n for f in ('int4', 'int8', 'nf4'): test_every_format(f, True)\n"
         " test_strides_and_parts()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", "import scalekern._C\n" + code], env=child_environment(SCALEKERN_CPU_ISA="avx512"),
+        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA="avx512"),
         capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

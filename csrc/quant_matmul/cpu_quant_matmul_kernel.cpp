@@ -5,7 +5,8 @@
 //   b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits, inverted, in the
 //   activation. And, subtraction of the middle code (which would cancel digits after the sum), conversion, multiply-add:
 //   4 operations for W weights. What zeros differ from the middle is taken from the sums of a group.
-// More tokens, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a block at a
+// More tokens, where there are tile registers: cpu_quant_tiles.h.
+// More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a block at a
 //   time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
 #include "quant_matmul/cpu_quant_few_tokens.h"

@@ -1,9 +1,9 @@
 // Rows of a low-bit weight as tiles of bfloat16 parts: what a number is, less the parts before, rounded.
 //
-// 32 codes come from a row's bytes into 16-bit lanes by a shuffle and a shift. Up to 6 bits, a table of bfloat16 numbers
-// in one register, or two, is permuted by them (it looks at no bits above), with the group's scale, zero and offset in
-// the table: 4 operations for 32 weights, and one a further part. 7 and 8 bits become floats, 16 at a time. Groups that
-// cut 32 columns are decoded as for the float path.
+// 32 codes come from a row's bytes into 16-bit lanes by a shuffle and a shift. Up to 6 bits, a table of bfloat16
+// numbers in one register, or two, is permuted by them (it looks at no bits above), with the group's scale, zero and
+// offset in the table: 4 operations for 32 weights, and one a further part. 7 and 8 bits become floats, 16 at a time.
+// Groups that cut 32 columns are decoded as for the float path.
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_quant_decode.h"
@@ -70,7 +70,8 @@ struct TileTable {
     Group(const TileTable& all, float scale, float zero, float offset) {
 #pragma GCC unroll 2
       for (int half = 0; half <= kSixtyFour; ++half) {
-        VecF low = (all.given[2 * half] - zero) * scale + offset, high = (all.given[2 * half + 1] - zero) * scale + offset;
+        VecF low = (all.given[2 * half] - zero) * scale + offset;
+        VecF high = (all.given[2 * half + 1] - zero) * scale + offset;
 #pragma GCC unroll 3
         for (int i = 0; i < P; ++i) {
           table[i][half] = to_bf16((__m512)low, (__m512)high);
@@ -115,17 +116,18 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
                                 _mm512_sll_epi16(magnitude, all.shift));
         lanes = _mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(magnitude, all.nan), lanes, _mm512_set1_epi16(0x7fff));
       }
-      const VecF low = all.number(_mm512_castsi512_si256(lanes)), high = all.number(_mm512_extracti64x4_epi64(lanes, 1));
+      const VecF low = all.number(_mm512_castsi512_si256(lanes));
+      const VecF high = all.number(_mm512_extracti64x4_epi64(lanes, 1));
       store_parts((low - zero) * scale + offset, (high - zero) * scale + offset, P, to, kTile);
     }
   };
 };
 
-// Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's last
-// column up to a multiple of 32 is some number.
+// Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's
+// last column up to a multiple of 32 is some number.
 template <int P, class Value>
-static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row, const GroupParts& parts,
-                     int64_t first, int64_t count, char* to) {
+static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row,
+                     const GroupParts& parts, int64_t first, int64_t count, char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
   for (int64_t k = first; k < end;) {
@@ -144,7 +146,7 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
   }
 }
 
-// Rows first .. first + rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32.
+// `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32.
 template <int P, class Own>
 static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own& own, int64_t first, int64_t count,
                       float* line, char* tiles, int64_t pitch) {

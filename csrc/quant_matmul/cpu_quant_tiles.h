@@ -6,18 +6,23 @@
 //   float16   2            x_0 w_0, x_0 w_1, x_1 w_0      2^-17
 //   float32   3            x_i w_j with i + j < 3: six    2^-26
 //
-// Codes that are exact in bfloat16 (integers, small floats), in groups of kScaledGroup columns and more, are one part, and
-//   a group's sum is multiplied by its scale: 1, 2 or 3 products. What zeros and offsets differ from the middle code meets
-//   the sums of the tokens' groups, as columns of their own. Up to 3 bits otherwise, bfloat16 takes two parts: rounding
-//   errors of a few numbers do not average.
+// Codes that are exact in bfloat16 (integers, small floats), in groups of kScaledGroup columns and more, are one part,
+//   and a group's sum is multiplied by its scale: 1, 2 or 3 products. What zeros and offsets differ from the middle
+//   code meets the sums of the tokens' groups, as columns of their own. Up to 3 bits otherwise, bfloat16 takes two
+//   parts: rounding errors of a few numbers do not average (3.3e-3 of int2 with one scale a tensor).
 //
-// A block of rows (block_rows x block_columns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and meets
-// tokens that were laid out once a call, in pairs of columns; sums of `depth` columns leave the registers for float32
-// totals. Those keep float32's digits: a chain of 6 K / 2 additions in one register would not (1.4e-6 at 4096).
-// Bound by decoding below 32 tokens, by the products above: 16 cycles for 16 x 16 x 32, 16 times the float32 rate.
-// 4096 x 4096 of int4 in groups of 128, one core of a Sapphire Rapids, the dense bfloat16 product in brackets: 16 tokens
-// MS16, 128 MS128. Lost: blocks of 64 rows for many tokens, which read these 2.5 times as slowly from L3; the next tiles
-// prefetched; a number's parts from a table made of scale and zero where codes are exact (10 ms of 16 float32 tokens).
+// A block of rows (block_rows x block_columns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and
+// meets tokens that were laid out once a call, in pairs of columns; sums of `depth` columns leave the registers for
+// float32 totals, which keeps float32's digits (1.3e-7 at K = 4096).
+// Bound by decoding below 32 tokens, above by products (16 cycles for 16 x 16 x 32, 16 times the float32 rate) and the
+// tiles' loads from L2. 4096 x 4096 of int4 in groups of 128, two cores of a Sapphire Rapids, ms:
+//
+//   tokens   dense bfloat16   bfloat16   float16   float32
+//   16       1.8              1.2        1.6       1.8
+//   128      3.6              3.8        5.1       6.4
+//
+// Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched;
+// a table of scale and zero in three parts where codes are exact (float32 with zeros: 3 times as long at 16 tokens).
 // An output's additions have one order, whatever the number of threads.
 //
 // Left to the float path: tokens whose largest number is no number, or so large or small that a part of it or a sum of
@@ -32,7 +37,9 @@ namespace {
 
 constexpr int64_t kScaledGroup = 64;
 
-static inline int parts_of(QuantDtype dtype) { return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3; }
+static inline int parts_of(QuantDtype dtype) {
+  return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3;
+}
 
 // Tiles of one side, [strip of 16][step of 32][part].
 struct Side {
@@ -101,7 +108,7 @@ class TokenTiles {
     });
     for (int64_t m = 0; m < a.tokens; ++m) {
       uint32_t most = 0;
-      for (int64_t i = 0; i < chunks(a); ++i) most = largest_[m * chunks(a) + i] > most ? largest_[m * chunks(a) + i] : most;
+      for (int64_t i = m * chunks(a); i < (m + 1) * chunks(a); ++i) most = largest_[i] > most ? largest_[i] : most;
       if (most != 0 && (most < kSmallest || most > kLargest)) usable_ = false;
     }
   }
@@ -137,8 +144,10 @@ class TokenTiles {
     zero(lines + given * kColumns, (16 - given) * kColumns);
     char* to = tiles_ + (strip * steps_ + first / kTileColumns) * parts_ * kTile;
     for (int64_t k = 0; k < padded; k += kTileColumns, to += parts_ * kTile) {
-      for (int t = 0; t < 16; ++t)
-        store_parts(load(lines + t * kColumns + k), load(lines + t * kColumns + k + 16), parts_, to + t * kTileBytes, kTile);
+      for (int t = 0; t < 16; ++t) {
+        const float* line = lines + t * kColumns + k;
+        store_parts(load(line), load(line + 16), parts_, to + t * kTileBytes, kTile);
+      }
       for (int i = 0; i < parts_; ++i) {
         VecF v[16];
         float* tile = reinterpret_cast<float*>(to + i * kTile);
@@ -188,8 +197,8 @@ struct TileProduct {
   const int64_t depth = x_parts > 2 || w_parts > 2 ? 128 : x_parts > 1 || w_parts > 1 ? 256 : 512;
 
   // Columns [k, k + count) of a block's rows as tiles.
-  void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line, char* tiles)
-      const {
+  void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line,
+                    char* tiles) const {
     QuantWeight codes = a.w;
     float one[3] = {1, middle, 0};
     if (scaled) codes.groups = 1;
@@ -220,8 +229,8 @@ struct TileProduct {
     multiply_strips(rows, strips, {tiles, pitch, rest_parts}, sums.side(strip, 0), steps, one, 0, totals);
   }
 
-  void multiply_strips(int64_t rows, int64_t strips, Side w, Side x, int64_t steps, const float* scale, int64_t scale_pitch,
-                       float* totals) const {
+  void multiply_strips(int64_t rows, int64_t strips, Side w, Side x, int64_t steps, const float* scale,
+                       int64_t scale_pitch, float* totals) const {
     const int64_t next = block_rows * 16;
     for (int64_t t = 0; t < strips; t += 2)
       for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4) {
@@ -233,8 +242,8 @@ struct TileProduct {
   }
 
   // Whether all results are finite.
-  bool block(const TokenTiles& tokens, const TokenTiles& sums, int64_t first, int64_t strip, int64_t strips, char* tiles, float* totals,
-             float* memory, float* scales, float* line) const {
+  bool block(const TokenTiles& tokens, const TokenTiles& sums, int64_t first, int64_t strip, int64_t strips,
+             char* tiles, float* totals, float* memory, float* scales, float* line) const {
     const QuantWeight& w = a.w;
     const int64_t rows = least(block_rows, w.rows - first), row_strips = block_rows / 16, next = row_strips * 256;
     const int64_t pitch = block_columns / kTileColumns * w_parts * kTile;
@@ -247,7 +256,7 @@ struct TileProduct {
     for (int64_t k = 0; k < w.columns; k += block_columns) {
       const int64_t end = least(k + block_columns, w.columns);
       decode_block(first, rows, k, end - k, memory, line, tiles);
-      // Of tokens in several parts, only one sum's columns stay in L1, and all rows pass by; of one part, all columns do.
+      // Of tokens in several parts, one sum's columns stay in L1 while all rows pass by; of one part, all columns do.
       const int64_t stay = x_parts > 1 ? depth : block_columns;
       for (int64_t t = 0; t < strips; t += 2)
         for (int64_t part = k; part < end; part += stay)
@@ -269,8 +278,8 @@ struct TileProduct {
     return store_block(tokens, first, rows, strip, strips, totals);
   }
 
-  bool store_block(const TokenTiles& tokens, int64_t first, int64_t rows, int64_t strip, int64_t strips, const float* totals)
-      const {
+  bool store_block(const TokenTiles& tokens, int64_t first, int64_t rows, int64_t strip, int64_t strips,
+                   const float* totals) const {
     float bias[kMostRows];
     alignas(64) float lines[16][kMostRows];
     load_bias(a, first, rows, bias);
@@ -310,7 +319,7 @@ struct TileProduct {
     });
   }
 
-  // What is not finite goes to `redo`, which takes a product of some rows. False, and nothing computed, when x is not fit.
+  // What is not finite goes to `redo`, which takes a product of some rows. False, with nothing computed: x is not fit.
   template <class Redo>
   bool run(const Redo& redo) const {
     const QuantWeight& w = a.w;
@@ -326,7 +335,8 @@ struct TileProduct {
     const int64_t row_blocks = pieces(w.rows, block_rows), token_strips = kBlockTokens / 16;
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
     const Buffer<bool> strange(row_blocks * token_blocks);
-    parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks * token_blocks, [&](int64_t begin, int64_t end) {
+    const bool worth_it = a.tokens * w.rows * w.columns >= kParallelWork;
+    parallel_if(worth_it, row_blocks * token_blocks, [&](int64_t begin, int64_t end) {
       const int64_t most_strips = least(token_strips, tokens.strips());
       const int64_t columns = most(block_columns * w_parts, rest ? round_up(G, kTileColumns) * rest_parts : 0);
       const Buffer<char> tiles(block_rows * columns * 2);
@@ -335,9 +345,9 @@ struct TileProduct {
       for (int64_t i = 0; i < block_rows * w.groups; ++i) scales[i] = 1;
       const Tiles registers;
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t strip = i % token_blocks * token_strips;
-        strange[i] = !block(tokens, sums, i / token_blocks * block_rows, strip, least(token_strips, tokens.strips() - strip),
-                            tiles, totals, memory, scales, line);
+        const int64_t first = i / token_blocks * block_rows, strip = i % token_blocks * token_strips;
+        const int64_t strips = least(token_strips, tokens.strips() - strip);
+        strange[i] = !block(tokens, sums, first, strip, strips, tiles, totals, memory, scales, line);
       }
     });
     for (int64_t i = 0; i < row_blocks * token_blocks; ++i) {
