@@ -8,7 +8,7 @@
 // Groups of at most kLaneGroup codes keep 8 sums, which float32 holds exactly; longer ones are added up in int64. The
 //   order is scale (sum code x - middle sum x), added over groups, then what zeros and offsets differ from that, times
 //   the token's scale, plus bias; in a long group zeros are subtracted exactly.
-#include "quant_matmul/cpu_quant_whole.h"
+#include "quant_matmul/cpu_quant_int_tiles.h"
 
 namespace {
 
@@ -271,6 +271,9 @@ static void product(const QuantMatmulArgs& a, const Layout& layout) {
 namespace scalekern::SCALEKERN_ISA {
 
 void quant_matmul_integer(const QuantMatmulArgs& a) {
+#if defined(__AVX512F__)
+  if (try_tiles(a)) return;
+#endif
   const Layout layout(a.w);
   if (a.w.bits == 8) return product<1, int16_t>(a, layout);
   switch (layout.planes) {
