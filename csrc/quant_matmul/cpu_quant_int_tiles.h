@@ -243,15 +243,5 @@ static void tile_product(const QuantMatmulArgs& a) {
   });
 }
 
-constexpr int64_t kMostTileGroup = 1 << 17;  // 128 x 127 x 2^17 < 2^31
-
-static bool try_tiles(const QuantMatmulArgs& a) {
-  const QuantWeight& w = a.w;
-  if (!scalekern::has_amx() || a.tokens < 5 || w.rows == 0 || w.columns == 0) return false;
-  if (least(w.group, w.columns) > kMostTileGroup) return false;
-  tile_product(a);
-  return true;
-}
-
 }  // namespace
 #endif
