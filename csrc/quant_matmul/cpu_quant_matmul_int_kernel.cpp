@@ -8,6 +8,8 @@
 // Groups of at most kLaneGroup codes keep 8 sums, which float32 holds exactly; longer ones are added up in int64. The
 //   order is scale (sum code x - middle sum x), added over groups, then what zeros and offsets differ from that, times
 //   the token's scale, plus bias; in a long group zeros are subtracted exactly.
+// All of that is for AVX2; VNNI and AMX have their own (cpu_quant_int_lanes.h, cpu_quant_int_tiles.h), whose sums of a
+//   group are the same integers.
 #include "quant_matmul/cpu_quant_int_lanes.h"
 #include "quant_matmul/cpu_quant_int_tiles.h"
 
