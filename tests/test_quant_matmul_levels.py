@@ -58,7 +58,8 @@ def check_every_layout():
 
 def check_long_groups():
     """Above 1024 columns a group is added up exactly, in parts of several lines; below, groups may fill many lines."""
-    for bits, (group, K), zeros in itertools.product((1, 3, 4, 8), ((None, 1500), (1100, 2300), (1000, 2100)), (False, True)):
+    groups = (None, 1500), (1100, 2300), (1000, 2100)
+    for bits, (group, K), zeros in itertools.product((1, 3, 4, 8), groups, (False, True)):
         for M in (1, 3, 17, 40):
             check_exact(*drawn(bits, M, 70, K, group, zeros, -7, 8), bits, group, zeros, M, K)
 
@@ -67,8 +68,9 @@ def check_extremes():
     K = 1 << 15
     for bits, M, group in itertools.product((4, 8), (1, 3, 17), (None, 128)):
         for code, number in ((0, 127), ((1 << bits) - 1, -127), (0, -127)):
-            codes, G = torch.full((5, K), code), K // (group or K)
-            w = QuantizedTensor(pack(codes, bits), torch.ones(5, G), format=f"int{bits}", columns=K, group_size=group or K)
+            codes, size = torch.full((5, K), code), group or K
+            scales = torch.ones(5, K // size)
+            w = QuantizedTensor(pack(codes, bits), scales, format=f"int{bits}", columns=K, group_size=size)
             exact = torch.full((M, 5), (code - (1 << (bits - 1))) * number * K)
             check_exact(torch.full((M, K), number), w, exact, bits, M, group, code, number)
 

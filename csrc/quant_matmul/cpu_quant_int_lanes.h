@@ -2,9 +2,11 @@
 // instruction, straight to int32.
 //
 // Bound by the weight's bytes: 4096 x 4096 of 4 bits are 8.9 MB with their scales. 128 codes of a row take a load, two
-//   shifts or masks, two products, a conversion and a multiply-add (AVX2: 4 loads' worth of bytes, twice the operations).
-// Codes are unsigned, so a group's lanes begin with minus the middle times the activations that they will meet. Groups of
-//   at most kLaneGroup keep 16 lanes, exact in float32, to the end of the row; longer ones are added up exactly first.
+//   shifts or masks, two products, a conversion and a multiply-add (AVX2: 4 loads' worth of bytes, twice the
+//   operations).
+// Codes are unsigned, so a group's lanes begin with minus the middle times the activations that they will meet. Groups
+//   of at most kLaneGroup keep 16 lanes, exact in float32, to the end of the row; longer ones are added up exactly
+//   first.
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_quant_lines.h"
@@ -54,10 +56,12 @@ struct LaneProduct {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
           const int left = 8 - 8 / P - p * (8 / P);
-          const __m512i code = P == 1 ? bytes : _mm512_and_si512(left ? _mm512_slli_epi16(bytes, unsigned(left)) : bytes, top);
+          const __m512i moved = left ? _mm512_slli_epi16(bytes, unsigned(left)) : bytes;
+          const __m512i code = P == 1 ? bytes : _mm512_and_si512(moved, top);
 #pragma GCC unroll 4
           for (int t = 0; t < T; ++t)
-            acc[r][t] = add_byte_products(acc[r][t], code, _mm512_load_si512(x + t * tokens.pitch + (line + p) * kLine));
+            acc[r][t] =
+                add_byte_products(acc[r][t], code, _mm512_load_si512(x + t * tokens.pitch + (line + p) * kLine));
         }
       }
     }
@@ -110,8 +114,9 @@ struct LaneProduct {
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         __m256 rest = _mm256_setzero_ps();
-        for (int64_t g = 0; more && g < w.groups; g += 8)  // 0 past the groups, where the sums are the next token's or 0
-          rest = _mm256_fmadd_ps(_mm256_loadu_ps(parts[r].rest + g), _mm256_loadu_ps(sum + (m + t) * w.groups + g), rest);
+        const float* x_sums = sum + (m + t) * w.groups;
+        for (int64_t g = 0; more && g < w.groups; g += 8)  // 0 past the groups; there the sums are the next token's, or 0
+          rest = _mm256_fmadd_ps(_mm256_loadu_ps(parts[r].rest + g), _mm256_loadu_ps(x_sums + g), rest);
         c[t * ldc + r] = _mm512_reduce_add_ps(_mm512_fmadd_ps(
             total[r][t], _mm512_set1_ps(power), _mm512_zextps256_ps512(rest)));
       }
@@ -124,7 +129,8 @@ struct LaneProduct {
     for (; r < count; ++r) tile<P, 1, T>(rows + r, parts + r, m, c + r, ldc);
   }
   template <int P>
-  void block(int64_t count, int64_t all, const uint8_t* const* rows, const RowParts* parts, float* c, int64_t ldc) const {
+  void block(
+      int64_t count, int64_t all, const uint8_t* const* rows, const RowParts* parts, float* c, int64_t ldc) const {
     int64_t m = 0;
     for (; m + 4 <= all; m += 4) strip<P, 4, 4>(count, rows, parts, m, c + m * ldc, ldc);
     switch (all - m) {

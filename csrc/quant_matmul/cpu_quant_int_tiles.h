@@ -1,19 +1,21 @@
-// Integer products on AMX: 16 rows of the weight by 16 tokens by 64 columns an instruction, int32, exact within a group.
+// Integer products on AMX: 16 rows of the weight by 16 tokens by 64 columns an instruction, int32, exact within a
+// group.
 //
 // Rows of C are rows of the weight, so that a scale is one number beside a vector of 16 tokens. A block of 64 rows is
 //   unpacked a few lines at a time, stays in L1 and meets all tokens; tokens are laid for it once a call.
 // Groups of at most kLaneGroup: B stays in two tiles, C is one tile: its products, the store of the one before, and the
-//   float additions of the one before that. Alone, two products take 11 ns, the additions 9: so together 18, and 32 with
-//   four tiles of C stored and added up at once, which the core's window does not see past; 26 with the totals in registers,
-//   where both sides are loaded for each group.
+//   float additions of the one before that. Alone, two products take 11 ns, the additions 9: so together 18, and 32
+//   with four tiles of C stored and added up at once, which the core's window does not see past; 26 with the totals in
+//   registers, where both sides are loaded for each group.
 // Longer groups: 2 x 2 tiles, their sums in memory between parts of kPartLines; zeros subtracted exactly at the end.
 //
 // Bound, 4096 x 4096 of 4 bits in groups of 128, by the bytes at M = 16 (8.9 MB at 23 GB/s: 0.4 ms; products 0.07), at
-//   M = 128 by products and additions (65536 times 18 ns on two cores: 0.6 ms; to unpack 0.1, tokens 0.2). Measured on two
-//   virtual Sapphire Rapids cores that slow each other to half: 1.0 and 3.8 ms, where bfloat16's dense product takes 1.9
-//   and 7.5, onnxruntime 3.6 and 18, AVX2's bytes 3.1 and 26. 8 bits, a scale a row, M = 128: 4.9 ms, torch._int_mm 4.6
-//   with its activations rounded before; then a division less for each activation.
-// Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), fetching codes to L1 instead of L2.
+//   M = 128 by products and additions (65536 times 18 ns on two cores: 0.6 ms; to unpack 0.1, tokens 0.2). Measured on
+//   two virtual Sapphire Rapids cores that slow each other: 0.8 and 2.9 ms, where bfloat16's dense product takes 1.9
+//   and 5.3, onnxruntime 3.6 and 17, AVX2's bytes 3.1 and 26. 8 bits, a scale a row, M = 128: 4.3 ms, torch._int_mm of
+//   activations that are rounded already 4.2.
+// Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1 instead of L2;
+//   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).
 #pragma once
 #include "common/amx.h"
 #include "common/tile.h"

@@ -1,9 +1,9 @@
 // Both sides of an integer product in lines of 64 bytes, for AVX-512's and AMX's sums of byte products.
 //
-// Stored bytes of a group are read 64 at a time, or all of a shorter one: plane p holds the p-th code of each, one plane
-// behind the other. A code is the top bits of its byte, whose sums are 2^shift times what is wanted: to unpack is a shift
-// and one operation more, and 1 to 8 bits are one kernel. Behind the last code of a group lies anything, and meets
-// activations of 0. Codes that bytes cut, and groups that cut bytes, get a byte each first.
+// Stored bytes of a group are read 64 at a time, or all of a shorter one: plane p holds the p-th code of each, one
+// plane behind the other. A code is the top bits of its byte, whose sums are 2^shift times what is wanted: to unpack is
+// a shift and one operation more, and 1 to 8 bits are one kernel. Behind the last code of a group lies anything, and
+// meets activations of 0. Codes that bytes cut, and groups that cut bytes, get a byte each first.
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_quant_whole.h"
@@ -37,8 +37,8 @@ struct LineLayout {
 class CodeLines {
  public:
   CodeLines(const QuantWeight& w, const LineLayout& layout, int64_t rows, uint8_t flip)
-      : w_(w), layout_(layout), all_(layout.stored ? w.row_bytes() : w.columns), plain_pitch_(w.columns + 8), flip_(flip),
-        plain_(layout.stored ? 0 : rows * plain_pitch_) {}
+      : w_(w), layout_(layout), all_(layout.stored ? w.row_bytes() : w.columns), plain_pitch_(w.columns + 8),
+        flip_(flip), plain_(layout.stored ? 0 : rows * plain_pitch_) {}
 
   void load(int64_t first, int64_t rows) {
     first_ = first, rows_ = rows;
@@ -58,7 +58,8 @@ class CodeLines {
   // Some lines of a group of 64 bytes or more.
   void unpack_part(int64_t g, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {
     const int64_t bytes = g + 1 < w_.groups ? layout_.bytes : layout_.last_bytes, from = line / layout_.planes * kLine;
-    run(g * layout_.bytes + from, least(bytes - from, pieces(lines, layout_.planes) * kLine), least(bytes, kLine), dst, pitch);
+    const int64_t here = least(bytes - from, pieces(lines, layout_.planes) * kLine);
+    run(g * layout_.bytes + from, here, least(bytes, kLine), dst, pitch);
   }
 
  private:
@@ -138,8 +139,9 @@ struct WholeLines {
   }
 
  private:
-  // x / scale to the nearest whole number within +-top, halves to even; 0 where the scale is no number. The product with
-  // 1 / scale is off by less than 5e-5 below 128: only beside a half, one vector in a thousand, is there a division.
+  // x / scale to the nearest whole number within +-top, halves to even; 0 where the scale is no number. The product
+  // with 1 / scale is off by less than 5e-5 below 128: only beside a half, one vector in a thousand, is there a
+  // division.
   static void round_to_bytes(const float* x, int64_t count, float scale, float top, int8_t* dst) {
     if (!(scale > 0)) return void(__builtin_memset(dst, 0, size_t(count)));
     const bool usual = scale > 0x1p-100f && scale < 0x1p100f;
