@@ -115,7 +115,7 @@ struct LaneProduct {
       for (int t = 0; t < T; ++t) {
         __m256 rest = _mm256_setzero_ps();
         const float* x_sums = sum + (m + t) * w.groups;
-        for (int64_t g = 0; more && g < w.groups; g += 8)  // 0 past the groups; there the sums are the next token's, or 0
+        for (int64_t g = 0; more && g < w.groups; g += 8)  // 0 past the groups; the sums there: the next token's, or 0
           rest = _mm256_fmadd_ps(_mm256_loadu_ps(parts[r].rest + g), _mm256_loadu_ps(x_sums + g), rest);
         c[t * ldc + r] = _mm512_reduce_add_ps(_mm512_fmadd_ps(
             total[r][t], _mm512_set1_ps(power), _mm512_zextps256_ps512(rest)));

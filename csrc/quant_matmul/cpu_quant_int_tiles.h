@@ -14,7 +14,7 @@
 //   two virtual Sapphire Rapids cores that slow each other: 0.8 and 2.9 ms, where bfloat16's dense product takes 1.9
 //   and 5.3, onnxruntime 3.6 and 17, AVX2's bytes 3.1 and 26. 8 bits, a scale a row, M = 128: 4.3 ms, torch._int_mm of
 //   activations that are rounded already 4.2.
-// Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1 instead of L2;
+// Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1, not L2;
 //   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).
 #pragma once
 #include "common/amx.h"
