@@ -272,20 +272,27 @@ def quantizing_cases(device, priority, dtype):
 # ---- merge_attention -----------------------------------------------------------------------------------------------
 
 
-def merge(device, dtype=torch.float32, *, N, B=1, H, L, P) -> Work:
-    randn = normal(device, 0)
-    outs, lses = randn(N, B, H, L, P).to(dtype), randn(N, B, H, L)
+def merge(device, dtype=torch.float32, *, train, N, B=1, H, L, P) -> Work:
+    """Backward reads what the forward reads, the gradients of its two outputs and lse, and writes two gradients."""
+    randn, passes = normal(device, 0), backward if train else forward
+    inputs = randn(N, B, H, L, P).to(dtype).requires_grad_(train), randn(N, B, H, L).requires_grad_(train)
+    douts = randn(B, H, L, P).to(dtype), randn(B, H, L)
+    wide, wide_douts = ([upcast(x) for x in given] for given in (inputs, douts))
+    tolerance = gradient_tolerance("merge_attention", dtype) if train else TOLERANCE[dtype]
     return Work(
-        run=lambda: scalekern.merge_attention(outs, lses),
-        oracle=lambda: reference.merge_attention(upcast(outs), upcast(lses)),
-        tolerance=TOLERANCE[dtype], bytes_moved=(N + 1) * B * H * L * (P * dtype.itemsize + 4), flops=2 * outs.numel(),
-        exponentials=lses.numel(),
+        run=passes(scalekern.merge_attention, inputs, douts),
+        oracle=passes(reference.merge_attention, tuple(x.requires_grad_(train) for x in wide), wide_douts),
+        tolerance=tolerance, flops=(6 if train else 2) * inputs[0].numel(), exponentials=inputs[1].numel(),
+        bytes_moved=(2 * N + 1 if train else N + 1) * B * H * L * (P * dtype.itemsize + 4),
     )  # fmt: skip
 
 
 def merging(device, priority, shape, dtype):
-    return case("merge", merge, ("merge_attention_fwd",), "fwd", device, priority, shape, dtype,
-                backends=("cuda", "cpu"))  # fmt: skip
+    return [
+        case("merge", functools.partial(merge, train=train), (f"merge_attention_{way}",), way, device, priority, shape,
+             dtype, backends=("cuda", "cpu"))
+        for train, way in ((False, "fwd"), (True, "bwd"))
+    ]  # fmt: skip
 
 
 # ---- hstu_attention ------------------------------------------------------------------------------------------------
@@ -367,11 +374,11 @@ DECODE = [
     decoding("cuda", 55, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, "int8", bits=8, limit=0.7),
     decoding("cuda", 55, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, "int4", bits=4, limit=0.5),
     *quantizing_cases("cuda", 56, _BF16),
-    merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
+    *merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
     decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
     decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),
     decoding("cuda", 52, {"B": 1, "G": 8, "R": 4, "L": 65536, "P": 128}, _BF16, limit=0.8),
-    merging("cuda", 53, {"N": 4, "H": 32, "L": 8192, "P": 128}, _BF16),
+    *merging("cuda", 53, {"N": 4, "H": 32, "L": 8192, "P": 128}, _BF16),
 ]
 HSTU = [
     *hstu_cases("cpu", 101, {"B": 4, "H": 4, "L": 2048, "P": 64}, _FP32),
