@@ -147,8 +147,9 @@ def cases(device, mask, priority, shape, dtype=torch.float32, *, rivals=(DENSE,)
     """Both directions of one mask."""
     targets = {False: forward or {}, True: backward or {}}
     return [
-        case("attention", functools.partial(attention, train=train, mask=mask, rivals=rivals), OPS[1:] if train else OPS[:1],
-             "bwd" if train else "fwd", device, priority + train, shape, dtype, note=mask.replace(" ", "_"),
+        case("attention", functools.partial(attention, train=train, mask=mask, rivals=rivals),
+             OPS[1:] if train else OPS[:1], "bwd" if train else "fwd", device, priority + train, shape, dtype,
+             note=mask.replace(" ", "_"),
              backends=("triton", "cpu"), targets=targets[train])
         for train in (False, True)
     ]  # fmt: skip
@@ -168,8 +169,8 @@ CUDA = [
     row
     for i, mask in enumerate(MASKS)
     for P in (64, 128)
-    for row in cases("cuda", mask, 30 + 2 * i, {**_GPU, "P": P}, torch.bfloat16, rivals=(DENSE, FLEX), forward={FLEX: 1.2},
-                     backward={FLEX: 1.2})
+    for row in cases("cuda", mask, 30 + 2 * i, {**_GPU, "P": P}, torch.bfloat16, rivals=(DENSE, FLEX),
+                     forward={FLEX: 1.2}, backward={FLEX: 1.2})
 ]  # fmt: skip
 
 
@@ -181,7 +182,10 @@ SCALED = "the whole cache, by the share of the budgets"  # what time in proporti
 
 
 def decode(device, dtype=torch.float32, *, budgets=None, bits=0, group=None, B=1, G, R=1, L, P, sinks=4) -> Work:
-    """G key heads, R query heads to each. budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache. bits: of a cache of codes."""
+    """G key heads, R query heads to each. bits: of a cache of codes.
+
+    budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache.
+    """
     randn, H = normal(device, 0), G * R
     q, k, v = randn(B, H, 1, P).to(dtype), randn(B, G, L, P).to(dtype), randn(B, G, L, P).to(dtype)
     floats, moved = (k, v), dtype.itemsize * 2 * P  # bytes of a key and its value
@@ -228,7 +232,8 @@ def decode(device, dtype=torch.float32, *, budgets=None, bits=0, group=None, B=1
         run=lambda: (scalekern.sparse_attention_decode(q, k, v, lengths, **limits),), oracle=oracle,
         tolerance=TOLERANCE[dtype], bytes_moved=keys * moved + dtype.itemsize * 2 * B * H * P,
         flops=4 * keys * R * P, exponentials=keys * R,
-        peers={FLOATS: float_cache} if bits else {WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
+        peers={FLOATS: float_cache} if bits else {WHOLE: whole} if budgets is None
+        else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
     )  # fmt: skip
 
 
@@ -261,8 +266,9 @@ def quantizing(device, dtype=torch.float32, *, update=False, bits=8, B=1, G, N=1
 def quantizing_cases(device, priority, dtype):
     shape = {"B": 1 if device == "cpu" else 16, "G": 8, "N": 4096, "P": 128}
     return [
-        case("quantize_kv", functools.partial(quantizing, bits=bits, update=update), (f"quantize_kv{'_update' * update}",),
-             "step" if update else "fwd", device, priority + update, {**shape, "N": 1, "L": 4096} if update else shape,
+        case("quantize_kv", functools.partial(quantizing, bits=bits, update=update),
+             (f"quantize_kv{'_update' * update}",), "step" if update else "fwd", device, priority + update,
+             {**shape, "N": 1, "L": 4096} if update else shape,
              dtype, note=f"int{bits}", backends=("triton", "cpu"))
         for bits in (8, 4)
         for update in (False, True)
@@ -366,8 +372,8 @@ DECODE = [
     decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS,
              **{WHOLE: 1.5, SCALED: 1 / 1.3}),
     *(
-        decoding("cpu", 103, {"B": 1, "G": 8, "L": L, "P": 128}, _BF16, f"int{bits}{'_groups' if group else ''}", bits=bits,
-                 group=group, **({} if group else {FLOATS: 1.1}))
+        decoding("cpu", 103, {"B": 1, "G": 8, "L": L, "P": 128}, _BF16, f"int{bits}{'_groups' if group else ''}",
+                 bits=bits, group=group, **({} if group else {FLOATS: 1.1}))
         for L in (4096, 32768) for bits, group in ((8, None), (4, None), (4, 32))
     ),
     *quantizing_cases("cpu", 104, _BF16),

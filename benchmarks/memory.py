@@ -163,7 +163,8 @@ def _layer(what: str, direction: str, device: torch.device, shape: dict):
     if direction == "fwd":
         return (u,), lambda: (torch.no_grad()(function)(u),)
     named = module.named_parameters()
-    vanishing = {("hsm_ssd", "A"), ("group_mamba", "skip_scale")}  # gradients of terms that cancel: 0, or 1e-3 of its terms
+    # Gradients of terms that cancel: 0, or 1e-3 of its terms.
+    vanishing = {("hsm_ssd", "A"), ("group_mamba", "skip_scale")}
     leaves = [u.requires_grad_(), *(p for n, p in named if (what, n) not in vanishing)]
     return (u,), lambda: torch.autograd.grad(function(u), leaves, dout)
 
