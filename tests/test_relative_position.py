@@ -1,4 +1,4 @@
-"""Relative tables as the models that have them write them: T5's buckets, Swin's, Swin V2's and CrossFormer's windows."""
+"""Relative tables as the models that have them write them: T5's buckets, windows of Swin, Swin V2 and CrossFormer."""
 
 import pytest
 import torch
@@ -143,7 +143,7 @@ def test_group_of_crossformer(h, w, residual, place):
 
 
 def dynamic_position_bias(width, heads):
-    """Wang et al., CrossFormer, 2021, section 3.2 and figure 4: a projection, then LayerNorm, ReLU and Linear thrice."""
+    """Wang et al., CrossFormer, 2021, section 3.2 and figure 4: a projection, then LayerNorm, ReLU, Linear thrice."""
     block = lambda out: torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.ReLU(), torch.nn.Linear(width, out))
     return torch.nn.ModuleList([torch.nn.Linear(2, width), block(width), block(width), block(heads)])
 

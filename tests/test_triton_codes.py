@@ -14,7 +14,8 @@ from scalekern.quant import QuantizedKV
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="what a forced offset changes is seen in the interpreter")
 OPS = (
-    "quantize_kv", "quantize_kv_update", "sparse_attention_decode", "quantized_selective_scan", "quantized_state_update",
+    "quantize_kv", "quantize_kv_update", "sparse_attention_decode", "quantized_selective_scan",
+    "quantized_state_update",
 )  # fmt: skip
 CASES = [
     pytest.param(op, sample, id=f"{op}-{sample.name}")
