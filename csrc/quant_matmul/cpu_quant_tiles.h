@@ -95,9 +95,8 @@ class TokenTiles {
  public:
   static constexpr int64_t kColumns = 512;  // of a piece of work
 
-  // beside: the parts of few tokens are columns of one tile, and come out as sums of their own.
-  TokenTiles(const QuantMatmulArgs& a, int parts, bool beside)
-      : split_(parts), parts_(beside ? 1 : parts), steps_(pieces(a.w.columns, kTileColumns)), strips_(pieces(a.tokens, 16)),
+  TokenTiles(const QuantMatmulArgs& a, int parts)
+      : parts_(parts), steps_(pieces(a.w.columns, kTileColumns)), strips_(pieces(a.tokens, 16)),
         tiles_(strips_ * steps_ * parts * kTile), scale_(strips_ * 16), largest_(strips_ * 16 * chunks(a)) {
     for (int64_t m = 0; m < strips_ * 16; ++m) scale_[m] = 1;
     QuantMatmulArgs rounded_only = a;
@@ -145,11 +144,9 @@ class TokenTiles {
     zero(lines + given * kColumns, (16 - given) * kColumns);
     char* to = tiles_ + (strip * steps_ + first / kTileColumns) * parts_ * kTile;
     for (int64_t k = 0; k < padded; k += kTileColumns, to += parts_ * kTile) {
-      const bool beside = split_ != parts_;
-      if (beside) zero(to, kTile);
-      for (int64_t t = 0; t < (beside ? given : 16); ++t) {
+      for (int t = 0; t < 16; ++t) {
         const float* line = lines + t * kColumns + k;
-        store_parts(load(line), load(line + 16), split_, to + t * kTileBytes, beside ? given * kTileBytes : kTile);
+        store_parts(load(line), load(line + 16), parts_, to + t * kTileBytes, kTile);
       }
       for (int i = 0; i < parts_; ++i) {
         VecF v[16];
@@ -163,7 +160,7 @@ class TokenTiles {
     }
   }
 
-  int split_, parts_;
+  int parts_;
   int64_t steps_, strips_;
   Buffer<char> tiles_;
   Buffer<float> scale_;
@@ -192,13 +189,12 @@ struct TileProduct {
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
-  const bool beside = x_parts > 1 && x_parts * a.tokens <= 16;
   // Few tokens: a block that meets them once stays close to L1. Many: the more rows, the less often they come from L3.
   const int64_t block_rows =
       a.tokens <= 32 ? 64 : most(64, least(kMostRows, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64));
   const int64_t block_columns = 512 / w_parts / kTileColumns * kTileColumns;
   // Columns of a sum: 32 tokens of them stay in L1, and float32 keeps its digits.
-  const int64_t depth = (x_parts > 2 && !beside) || w_parts > 2 ? 128 : x_parts > 1 || w_parts > 1 ? 256 : 512;
+  const int64_t depth = x_parts > 2 || w_parts > 2 ? 128 : x_parts > 1 || w_parts > 1 ? 256 : 512;
 
   // Columns [k, k + count) of a block's rows as tiles.
   void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line,
@@ -261,7 +257,7 @@ struct TileProduct {
       const int64_t end = least(k + block_columns, w.columns);
       decode_block(first, rows, k, end - k, memory, line, tiles);
       // Of tokens in several parts, one sum's columns stay in L1 while all rows pass by; of one part, all columns do.
-      const int64_t stay = x_parts > 1 && !beside ? depth : block_columns;
+      const int64_t stay = x_parts > 1 ? depth : block_columns;
       for (int64_t t = 0; t < strips; t += 2)
         for (int64_t part = k; part < end; part += stay)
           for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4)
@@ -297,8 +293,6 @@ struct TileProduct {
         for (int i = 0; i < 16; ++i) store(lines[i] + r * 16, v[i]);
       }
       const int64_t m = (strip + t) * 16;
-      for (int64_t i = a.tokens; beside && i < x_parts * a.tokens; ++i)
-        for (int64_t r = 0; r < rows; ++r) lines[i % a.tokens][r] += lines[i][r];
       for (int64_t i = 0; i < least(16, a.tokens - m); ++i)
         store_results(a, m + i, first, rows, lines[i], tokens.scale(m + i), bias);
     }
@@ -329,14 +323,14 @@ struct TileProduct {
   template <class Redo>
   bool run(const Redo& redo) const {
     const QuantWeight& w = a.w;
-    const TokenTiles tokens(a, x_parts, beside);
+    const TokenTiles tokens(a, x_parts);
     const int64_t G = w.groups;
     const Buffer<float> group_sums(rest ? a.tokens * G : 0);
     QuantMatmulArgs of_sums = a;
     of_sums.w.columns = G, of_sums.x = {static_cast<float*>(group_sums), QuantDtype::f32, G, 1};
     if (rest) sum_groups(group_sums);
     else of_sums.tokens = 0;
-    const TokenTiles sums(of_sums, beside ? x_parts : rest_parts, beside);
+    const TokenTiles sums(of_sums, rest_parts);
     if (!tokens.usable() || !sums.usable()) return false;
     const int64_t row_blocks = pieces(w.rows, block_rows), token_strips = kBlockTokens / 16;
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
