@@ -127,7 +127,7 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
 // last column up to a multiple of 32 is some number.
 template <int P, class Value>
 static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row,
-                     const GroupParts& parts, int64_t first, int64_t count, char* to) {
+                     const GroupParts& parts, int64_t first, int64_t count, int64_t ahead, char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
   for (int64_t k = first; k < end;) {
@@ -135,6 +135,7 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
     const typename Value::Group group(value, parts.scale[g], parts.zero[g], parts.offset[g]);
     const uint8_t* p = data + k / 8 * w.bits;
     for (; k < stop; k += kTileColumns, p += step, to += P * kTile) {
+      __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
       if (p - data + windows.reads() <= bytes) {
         group(windows(p), to);
         continue;
@@ -146,15 +147,16 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
   }
 }
 
-// `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32.
+// `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32. What is `ahead`
+// of them, in bytes, comes next.
 template <int P, class Own>
 static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own& own, int64_t first, int64_t count,
-                      float* line, char* tiles, int64_t pitch) {
+                      int64_t ahead, float* line, char* tiles, int64_t pitch) {
   const auto place = [&](int64_t r) { return tiles + r / 16 * pitch + r % 16 * kTileBytes; };
   if (w.groups == 1 || w.group % kTileColumns == 0) {
     const Windows windows(w.bits);
     const auto all = [&](const auto& value) {
-      for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, place(r));
+      for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, ahead, place(r));
     };
     if (w.bits <= 5) return all(TileTable<false, P>(w));
     if (w.bits == 6) return all(TileTable<true, P>(w));

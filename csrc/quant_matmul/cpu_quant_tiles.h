@@ -206,10 +206,13 @@ struct TileProduct {
     const auto own = [&](int64_t r) {
       return scaled ? GroupParts(one, 1) : GroupParts(const_cast<float*>(memory) + r * floats, a.w.groups);
     };
+    // The next columns of these rows, after the last the first of the next.
+    const bool last = k + count == a.w.columns;
+    const int64_t ahead = (last ? -k : count) * a.w.bits / 8 + (last ? rows * a.w.pitch : 0);
     switch (w_parts) {
-      case 1: return tile_rows<1>(codes, first, rows, own, k, count, line, tiles, pitch);
-      case 2: return tile_rows<2>(codes, first, rows, own, k, count, line, tiles, pitch);
-      case 3: return tile_rows<3>(codes, first, rows, own, k, count, line, tiles, pitch);
+      case 1: return tile_rows<1>(codes, first, rows, own, k, count, ahead, line, tiles, pitch);
+      case 2: return tile_rows<2>(codes, first, rows, own, k, count, ahead, line, tiles, pitch);
+      case 3: return tile_rows<3>(codes, first, rows, own, k, count, ahead, line, tiles, pitch);
     }
   }
 
