@@ -77,6 +77,7 @@ struct TileProducts {
   using F = float;
   static constexpr int V = kLanes<F>, W = kPanel<F>;  // W: a step of a product over queries, two tiles of others
   static constexpr bool kScaled = false;
+  static constexpr int kTogether = 2;  // a tile is not loaded from what is still on its way to L1
   const AttnArgs& a;
   const bool train;
   const int64_t panels, group, ldk, ldv, ldp, key_rows;
@@ -92,7 +93,7 @@ struct TileProducts {
   struct Memory {
     Tiles tiles;
     uint32_t *q, *dout, *q_pairs, *do_pairs;  // [panel][pair of channels][W], [pair of queries][channel]
-    uint32_t* pairs;                          // of P or dS of a panel, [pair of keys][W]
+    uint32_t* pairs;                          // of P or dS, [panel][pair of keys][W]
     bf16 *p, *ds;                             // [key][query]
     bf16 *k, *v, *space;                      // where they have to be copied
     F *q_rows, *do_rows, *rows;               // where care is needed
@@ -107,7 +108,7 @@ struct TileProducts {
       };
       q = scratch.take<uint32_t>(queries * x.ldk / 2), dout = of_training(q, queries * x.ldv / 2);
       q_pairs = of_training(q, queries * x.ldk / 2), do_pairs = of_training(q, queries * x.ldv / 2);
-      pairs = scratch.take<uint32_t>(x.key_rows * W / 2);
+      pairs = scratch.take<uint32_t>(x.key_rows * queries / 2);
       k = scratch.take<bf16>(x.key_rows * x.ldk), v = scratch.take<bf16>(x.key_rows * x.ldv);
       p = of_training(k, x.key_rows * queries), ds = of_training(k, x.key_rows * queries);
       space = scratch.take<bf16>(most(x.key_rows, queries) * widest);
@@ -169,28 +170,20 @@ struct TileProducts {
     multiply(m.values, range, ldv, panel(m.dout, i, ldv), dp, ldp);
   }
 
-  // c [column][W] += rows^T weights; weights [key][W] of `range` count, and 0 beside them.
-  void sum_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* weights, int64_t ld,
-                int64_t columns, F* c) const {
-    if (!m.finite) return add_rows<F>(m.careful, range, columns, weights, ld, c, bits, i, false);
-    const int64_t first = range.first / 32, last = ceil_div(range.last, 32);
-    for (int64_t k = 32 * first; k < 32 * last; k += 2)
+  // Weights [key][W] of `range`, and 0 beside them, as pairs.
+  void load_weights(Memory& m, int64_t i, KeyRange range, const F* weights, int64_t ld) const {
+    uint32_t* to = m.pairs + i * key_rows / 2;
+    for (int64_t k = range.first / 32 * 32; k < round_up(range.last, 32); k += 2)
       for (int v = 0; v < 2; ++v) {
         const F* from = weights + k * ld + v * V;
         const bool low = k >= range.first && k < range.last, high = k + 1 >= range.first && k + 1 < range.last;
         _mm512_storeu_si512(
-            m.pairs + k / 2 * W + v * V, pair_floats(low ? load(from) : Vec<F>{}, high ? load(from + ld) : Vec<F>{}));
+            to + k / 2 * W + v * V, pair_floats(low ? load(from) : Vec<F>{}, high ? load(from + ld) : Vec<F>{}));
       }
-    tile_gemm<true>(ceil_div(columns, 16), W / 16, last - first, m.turned.from(0, first),
-                    {m.pairs + 16 * first * W, 4 * W, 64, 64 * W}, c, W);
-  }
-  void add_values(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, F* out) const {
-    sum_keys(m, i, range, bits, p, W, a.value_dim, out);
   }
 
-  // Keeps p and ds, rounded, too; 0 where the panel has no key.
-  void add_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, const F* ds, F* dq,
-                int64_t keys) const {
+  // Of the backward; p and ds in rows, too, and 0 where the panel has no key.
+  void load_weights(Memory& m, int64_t i, KeyRange range, const F* p, const F* ds, int64_t keys) const {
     const int64_t queries = panels * W;
     for (int64_t k = 0; k < round_up(keys, 16); ++k) {
       const bool inside = k >= range.first && k < range.last;
@@ -200,6 +193,21 @@ struct TileProducts {
       _mm512_storeu_si512(m.p + k * queries + i, rounded(p));
       _mm512_storeu_si512(m.ds + k * queries + i, rounded(ds));
     }
+    load_weights(m, i, range, ds, ldp);
+  }
+
+  // c [column][W] += rows^T weights
+  void sum_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* weights, int64_t ld,
+                int64_t columns, F* c) const {
+    if (!m.finite) return add_rows<F>(m.careful, range, columns, weights, ld, c, bits, i, false);
+    const int64_t first = range.first / 32, last = ceil_div(range.last, 32);
+    tile_gemm<true>(ceil_div(columns, 16), W / 16, last - first, m.turned.from(0, first),
+                    {m.pairs + i * key_rows / 2 + 16 * first * W, 4 * W, 64, 64 * W}, c, W);
+  }
+  void add_values(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, F* out) const {
+    sum_keys(m, i, range, bits, p, W, a.value_dim, out);
+  }
+  void add_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* ds, F* dq) const {
     if (range.first < range.last) sum_keys(m, i, range, bits, ds, ldp, a.dim, dq);
   }
 

@@ -134,6 +134,23 @@ struct Backward {
     }
   }
 
+  // Products become P and dS, of one panel.
+  void panel(const Buffers& m, const Place& at, const Sums& sums, const TileBits& bits, KeyRange range, int64_t i,
+             int64_t k0, TimeSpan times) const {
+    F *p = m.p + i, *ds = m.ds + i, *slopes = m.slopes ? m.slopes + i : nullptr;
+    if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(p, ldp, range);
+    if (!logits.plain)
+      logits.finish(p, ldp, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, slopes);
+    scores(p, ds, range, bits, i, m.lse + i, m.delta + i);
+    if (sums.dbias) add_bias_gradient(sums.dbias, at, m.ds, range, i, k0);
+    for (int64_t k = range.first; slopes && k < range.last; ++k)
+      for (int v = 0; v < 2; ++v) {
+        F *to = ds + k * ldp + v * V, *slope = slopes + k * ldp + v * V;
+        const Vec<F> x = load(to);  // 0 where masked, and the slope there may be NaN
+        store(to, x == 0 ? x : x * load(slope)), store(slope, x);  // the tables' gradients are before the cap
+      }
+  }
+
   void tile(Buffers& m, const Place& at, const Sums& sums, int64_t k0, bool partial) const {
     const int64_t keys = least(a.block_k, a.kv_len - k0);
     partial |= !P::kScaled && at.rows % W != 0;  // lanes past the end are multiplied too: they see nothing
@@ -141,31 +158,24 @@ struct Backward {
     TileBits bits{m.words, ceil_div(a.block_q, 64), partial};
     if (partial) fill_bits(a, bits, at.b, at.h, at.q0, at.rows, k0, keys, m.stack);
     const TimeSpan times = logits.tables.span(k0, keys);
-    for (int64_t i = 0; i < at.rows; i += W) {
-      const KeyRange range = m.ranges[i / W] = key_range<W>(bits, keys, i);
-      F *p = m.p + i, *ds = m.ds + i;
-      if (range.first == range.last) {
+    for (int64_t first = 0; first < at.rows; first += P::kTogether * W) {
+      const auto each = [&](const auto& body) {
+        for (int64_t i = first; i < least(first + P::kTogether * W, at.rows); i += W) body(i, m.ranges[i / W]);
+      };
+      each([&](int64_t i, KeyRange& range) {
+        range = key_range<W>(bits, keys, i);
+        if (range.first == range.last) return;
+        products.scores(m.operands, i, range, m.p + i, ldp);
+        products.gradients_of_scores(m.operands, i, range, m.ds + i);
+      });
+      each([&](int64_t i, KeyRange range) {
         clear_beside(m, i, range, keys);
-        products.add_keys(m.operands, i, range, bits, p, ds, m.dq + i * dq_rows, keys);
-        continue;
-      }
-      products.scores(m.operands, i, range, p, ldp);
-      if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(p, ldp, range);
-      F* slopes = m.slopes ? m.slopes + i : nullptr;
-      if (!logits.plain)
-        logits.finish(p, ldp, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, slopes);
-      products.gradients_of_scores(m.operands, i, range, ds);
-      clear_beside(m, i, range, keys);
-      scores(p, ds, range, bits, i, m.lse + i, m.delta + i);
-      if (sums.dbias) add_bias_gradient(sums.dbias, at, m.ds, range, i, k0);
-      if (slopes)
-        for (int64_t j = range.first; j < range.last; ++j)
-          for (int v2 = 0; v2 < 2; ++v2) {
-            F *to = ds + j * ldp + v2 * V, *slope = slopes + j * ldp + v2 * V;
-            const Vec<F> x = load(to);  // 0 where masked, and the slope there may be NaN
-            store(to, x == 0 ? x : x * load(slope)), store(slope, x);  // the tables' gradients are before the cap
-          }
-      products.add_keys(m.operands, i, range, bits, p, ds, m.dq + i * dq_rows, keys);
+        if (range.first < range.last) panel(m, at, sums, bits, range, i, k0, times);
+        products.load_weights(m.operands, i, range, m.p + i, m.ds + i, keys);
+      });
+      each([&](int64_t i, KeyRange range) {
+        products.add_keys(m.operands, i, range, bits, m.ds + i, m.dq + i * dq_rows);
+      });
     }
     if (sums.position || sums.time)
       add_table_gradients(m.slopes ? m.slopes : m.ds, m.ranges, at, sums, k0, keys, times);

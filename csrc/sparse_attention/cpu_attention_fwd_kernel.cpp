@@ -39,7 +39,8 @@ struct Forward {
     explicit Buffers(const Forward& f, Scratch& scratch) : operands(f.products, scratch) {
       const AttnArgs& a = f.a;
       out = scratch.take<F>(f.panels * W * f.out_rows);
-      max = scratch.take<F>(f.panels * W), sum = scratch.take<F>(f.panels * W), s = scratch.take<F>(a.block_k * W);
+      max = scratch.take<F>(f.panels * W), sum = scratch.take<F>(f.panels * W);
+      s = scratch.take<F>(P::kTogether * a.block_k * W);
       words = scratch.take<MaskWord>(a.block_k * ceil_div(a.block_q, 64));
       stack = scratch.take<MaskWord>(a.mask_depth * kMaskBlock);
     }
@@ -135,18 +136,26 @@ struct Forward {
     TileBits bits{m.words, ceil_div(a.block_q, 64), partial};
     if (partial) fill_bits(a, bits, at.b, at.h, at.q0, at.rows, k0, keys, m.stack);
     const TimeSpan times = logits.tables.span(k0, keys);
-    for (int64_t i = 0; i < at.rows; i += W) {
-      const KeyRange range = key_range<W>(bits, keys, i);
-      if (range.first == range.last) continue;
-      products.scores(m.operands, i, range, m.s, W);
-      if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(m.s, W, range);
-      if (!logits.plain)
-        logits.finish(m.s, W, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, nullptr);
-      F* out = m.out + i * out_rows;
-      if (a.silu) silu(m.s, range, bits, i);
-      else if (partial) softmax<true>(m.s, range, bits, i, m.max + i, m.sum + i, out);
-      else softmax<false>(m.s, range, bits, i, m.max + i, m.sum + i, out);
-      products.add_values(m.operands, i, range, bits, m.s, out);
+    KeyRange ranges[P::kTogether];
+    for (int64_t first = 0; first < at.rows; first += P::kTogether * W) {
+      const auto each = [&](const auto& body) {  // of the panels that see a key
+        for (int64_t i = first, j = 0; i < least(first + P::kTogether * W, at.rows); i += W, ++j)
+          if (ranges[j].first < ranges[j].last) body(i, ranges[j], m.s + j * a.block_k * W);
+      };
+      for (int64_t j = 0; j < P::kTogether; ++j) ranges[j] = key_range<W>(bits, keys, first + j * W);
+      each([&](int64_t i, KeyRange range, F* s) { products.scores(m.operands, i, range, s, W); });
+      each([&](int64_t i, KeyRange range, F* s) {
+        if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(s, W, range);
+        if (!logits.plain)
+          logits.finish(s, W, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, nullptr);
+        if (a.silu) silu(s, range, bits, i);
+        else if (partial) softmax<true>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows);
+        else softmax<false>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows);
+        products.load_weights(m.operands, i, range, s, W);
+      });
+      each([&](int64_t i, KeyRange range, F* s) {
+        products.add_values(m.operands, i, range, bits, s, m.out + i * out_rows);
+      });
     }
   }
 

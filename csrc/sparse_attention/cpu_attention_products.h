@@ -16,6 +16,7 @@ struct Products {
   using F = Compute<T>;
   static constexpr int V = kLanes<F>, W = kPanel<F>;
   static constexpr bool kScaled = true;  // queries carry the logits' factor
+  static constexpr int kTogether = 1;    // panels whose scores, weights and products take turns
   const AttnArgs& a;
   const bool train;
   const int64_t panels, group, ldk, ldv, ldp;
@@ -70,14 +71,17 @@ struct Products {
                                 m.values.stride, m.dout + i * a.value_dim, W, a.value_dim, dp + range.first * ldp, ldp);
   }
 
+  void load_weights(Memory&, int64_t, KeyRange, const F*, int64_t) const {}
+
   // out [column][W] += values^T p
   void add_values(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, F* out) const {
     add_rows<F>(m.values, range, a.value_dim, p, W, out, bits, i, m.finite);
   }
 
+  void load_weights(Memory&, int64_t, KeyRange, const F*, const F*, int64_t) const {}  // of both, all keys
+
   // dq [column][W] += keys^T ds, of the panel from query i on
-  void add_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, const F* ds, F* dq,
-                int64_t keys) const {
+  void add_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* ds, F* dq) const {
     add_rows<F>(m.keys, range, a.dim, ds, ldp, dq, bits, i, m.finite);
   }
 
