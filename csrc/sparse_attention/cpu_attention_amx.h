@@ -13,6 +13,7 @@
 #include "sparse_attention/cpu_attention_products.h"
 
 #if defined(__AVX512F__)
+#include "common/pages.h"
 #include "common/tile_gemm.h"
 
 namespace {
@@ -42,6 +43,7 @@ class Transposed {
         memory_(a.batch * a.kv_heads * blocks_ * (2 * size_ + 1) + 64),
         data_(memory_.take<bf16>(a.batch * a.kv_heads * blocks_ * size_)),
         state_(memory_.take<uint8_t>(a.batch * a.kv_heads * blocks_)) {
+    scalekern::expect_writes(data_, a.batch * a.kv_heads * blocks_ * size_ * 2);
     __builtin_memset(state_, 0, size_t(a.batch * a.kv_heads * blocks_));
   }
 
@@ -170,16 +172,23 @@ struct TileProducts {
     multiply(m.values, range, ldv, panel(m.dout, i, ldv), dp, ldp);
   }
 
-  // Weights [key][W] of `range`, and 0 beside them, as pairs.
-  void load_weights(Memory& m, int64_t i, KeyRange range, const F* weights, int64_t ld) const {
-    uint32_t* to = m.pairs + i * key_rows / 2;
-    for (int64_t k = range.first / 32 * 32; k < round_up(range.last, 32); k += 2)
-      for (int v = 0; v < 2; ++v) {
-        const F* from = weights + k * ld + v * V;
-        const bool low = k >= range.first && k < range.last, high = k + 1 >= range.first && k + 1 < range.last;
-        _mm512_storeu_si512(
-            to + k / 2 * W + v * V, pair_floats(low ? load(from) : Vec<F>{}, high ? load(from + ld) : Vec<F>{}));
-      }
+  // Pairs of keys of weights, with zeros beside `range` in steps of 32; as floats where care is needed.
+  using Words = uint32_t*;
+  Words words(const Memory& m, int64_t i) const { return m.finite ? m.pairs + i * key_rows / 2 : nullptr; }
+  template <class Weight>
+  static void weigh(KeyRange range, F* s, Words words, const Weight& weight) {
+    if (!words) return Products<T>::weigh(range, s, {}, weight);
+    const auto pair = [&](int64_t k, bool low, bool high) {
+      for (int v = 0; v < 2; ++v)
+        _mm512_storeu_si512(words + k / 2 * W + v * V,
+                            pair_floats(low ? weight(k, v) : Vec<F>{}, high ? weight(k + 1, v) : Vec<F>{}));
+    };
+    int64_t k = range.first / 32 * 32;
+    for (; k + 1 < range.first; k += 2) pair(k, false, false);
+    if (k < range.first) pair(k, false, true), k += 2;
+    for (; k + 1 < range.last; k += 2) pair(k, true, true);
+    if (k < range.last) pair(k, true, false), k += 2;
+    for (; k < round_up(range.last, 32); k += 2) pair(k, false, false);
   }
 
   // Of the backward; p and ds in rows, too, and 0 where the panel has no key.
@@ -193,7 +202,8 @@ struct TileProducts {
       _mm512_storeu_si512(m.p + k * queries + i, rounded(p));
       _mm512_storeu_si512(m.ds + k * queries + i, rounded(ds));
     }
-    load_weights(m, i, range, ds, ldp);
+    if (Words to = words(m, i))
+      weigh(range, nullptr, to, [&](int64_t k, int v) { return load(ds + k * ldp + v * V); });
   }
 
   // c [column][W] += rows^T weights

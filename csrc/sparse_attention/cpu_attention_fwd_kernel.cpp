@@ -48,7 +48,8 @@ struct Forward {
 
   // Logits become 2^(s - max), 0 where masked; maxima, sums and outputs follow.
   template <bool kPartial>
-  void softmax(F* s, KeyRange range, const TileBits& bits, int64_t query, F* max, F* sum, F* out) const {
+  void softmax(F* s, KeyRange range, const TileBits& bits, int64_t query, F* max, F* sum, F* out,
+               typename P::Words words) const {
     const Vec<F> old[2] = {load(max), load(max + V)};
     Vec<F> top[2] = {old[0], old[1]};
     for (int64_t k = range.first; k < range.last; ++k) {
@@ -78,25 +79,22 @@ struct Forward {
       for (int64_t j = 0; j < a.value_dim; ++j)
         for (int v = 0; v < 2; ++v) store(out + j * W + v * V, load(out + j * W + v * V) * factor[v]);
     }
-    for (int64_t k = range.first; k < range.last; ++k)
-      for (int v = 0; v < 2; ++v) {
-        const Vec<F> x = load(s + k * W + v * V);
-        const Vec<F> p = exp2_of_nonpositive((kPartial || P::kScaled ? x : x * scale) - shift[v]);
-        total[v] += p;
-        store(s + k * W + v * V, p);
-      }
+    P::weigh(range, s, words, [&](int64_t k, int v) {
+      const Vec<F> x = load(s + k * W + v * V);
+      const Vec<F> p = exp2_of_nonpositive((kPartial || P::kScaled ? x : x * scale) - shift[v]);
+      total[v] += p;
+      return p;
+    });
     for (int v = 0; v < 2; ++v) store(sum + v * V, total[v]);
   }
 
-  void silu(F* s, KeyRange range, const TileBits& bits, int64_t query) const {
+  void silu(F* s, KeyRange range, const TileBits& bits, int64_t query, typename P::Words words) const {
     const F norm = F(a.norm);
-    for (int64_t k = range.first; k < range.last; ++k) {
+    P::weigh(range, s, words, [&](int64_t k, int v) {
       const uint64_t seen = bits.partial ? bits.panel<W>(k, query) : ~uint64_t(0);
-      for (int v = 0; v < 2; ++v) {
-        const Vec<F> p = siluv(load(s + k * W + v * V)) * norm;
-        store(s + k * W + v * V, lane_mask<F>(seen >> v * V) ? p : Vec<F>{});
-      }
-    }
+      const Vec<F> p = siluv(load(s + k * W + v * V)) * norm;
+      return lane_mask<F>(seen >> v * V) ? p : Vec<F>{};
+    });
   }
 
   // Sums become outputs and lse.
@@ -148,10 +146,10 @@ struct Forward {
         if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(s, W, range);
         if (!logits.plain)
           logits.finish(s, W, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, nullptr);
-        if (a.silu) silu(s, range, bits, i);
-        else if (partial) softmax<true>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows);
-        else softmax<false>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows);
-        products.load_weights(m.operands, i, range, s, W);
+        const auto words = products.words(m.operands, i);
+        if (a.silu) silu(s, range, bits, i, words);
+        else if (partial) softmax<true>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows, words);
+        else softmax<false>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows, words);
       });
       each([&](int64_t i, KeyRange range, F* s) {
         products.add_values(m.operands, i, range, bits, s, m.out + i * out_rows);

@@ -71,7 +71,14 @@ struct Products {
                                 m.values.stride, m.dout + i * a.value_dim, W, a.value_dim, dp + range.first * ldp, ldp);
   }
 
-  void load_weights(Memory&, int64_t, KeyRange, const F*, int64_t) const {}
+  // weight(key, v), of a key of `range` and half v of the panel, to s [key][W].
+  struct Words {};
+  Words words(const Memory&, int64_t) const { return {}; }
+  template <class Weight>
+  static void weigh(KeyRange range, F* s, Words, const Weight& weight) {
+    for (int64_t k = range.first; k < range.last; ++k)
+      for (int v = 0; v < 2; ++v) store(s + k * W + v * V, weight(k, v));
+  }
 
   // out [column][W] += values^T p
   void add_values(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, F* out) const {
