@@ -2,16 +2,16 @@
 //
 //   c[rows][columns] (+)= a[rows][32 steps] b[32 steps][columns]
 //
-// Operands are made of tiles of 16 rows of 64 bytes, anywhere in memory: `pitch` bytes from row to row of a tile, `block`
-// to the tile of the next 16 rows (columns of b), `step` to that of the next 32 numbers summed over. A tile of a holds
-// 32 numbers of each row; one of b holds a pair of such numbers of 16 columns in each row. So
+// Operands are made of tiles of 16 rows of 64 bytes, anywhere in memory: `pitch` bytes from row to row of a tile,
+// `block` to the tile of the next 16 rows (columns of b), `step` to that of the next 32 numbers summed over. A tile of a
+// holds 32 numbers of each row; one of b a pair of such numbers of 16 columns in each row. So
 //   a matrix as it lies is an a;
-//   words(b)[p][column] = (b[2p][column], b[2p + 1][column]) are a b: `pair_rows` of a matrix whose rows are summed over,
-//   or a transpose of words (two numbers at once) of one whose columns are.
+//   words [p][column] = (b[2p][column], b[2p + 1][column]) are a b: `pair_rows` of a matrix whose rows are summed over,
+//   `transpose_pairs` of one whose columns are.
 //
-// Bound: a product takes 16 cycles, two a core cannot overlap; a tile is loaded in 8 and stored in 16. Two by two tiles of
-//   c in registers: 4 loads (32 cycles) beside 4 products (64). Storing c costs what a step of 32 does, reading it before
-//   half of that: at 64 numbers summed over, a half more than the products.
+// Bound: a product of tiles takes 15 cycles; a load 8 from L1 and 20 from L2, a store 13 (Sapphire Rapids). Two by two
+//   tiles of c in registers: 4 loads beside 4 products, which hide them while they come from L1. Storing c is not
+//   hidden: 64 x 32 x 64 takes 386 cycles, 240 of them products.
 #pragma once
 #include "common/amx.h"
 

@@ -3,7 +3,7 @@
 // Bound: multiply-adds, P + Pv a visible (query, key) pair. The products run at what the units can do (98 Gflop/s a
 //   core of a Zen 3); softmax and packing are a quarter of the time at P = 64, evaluating masks 1 %.
 //   B1 H4 N4096 P64, causal and window 256, two cores: 5.8 ms of products, 8.8 in all; dense causal attention of torch
-//   73 ms.
+//   73 ms. Of a Sapphire Rapids: 6.0 ms, dense 44, flex_attention compiled 16. bfloat16: cpu_attention_amx.h.
 // Work: items (b, h, query tile), taken by whichever thread is free, the last tiles of a sequence first: under a
 //   causal mask these are the longest.
 // A tile of keys goes through all panels of the query tile (W = 2 vectors of queries as lanes): keys and values stay in
