@@ -3,8 +3,8 @@
 //   c[rows][columns] (+)= a[rows][32 steps] b[32 steps][columns]
 //
 // Operands are made of tiles of 16 rows of 64 bytes, anywhere in memory: `pitch` bytes from row to row of a tile,
-// `block` to the tile of the next 16 rows (columns of b), `step` to that of the next 32 numbers summed over. A tile of a
-// holds 32 numbers of each row; one of b a pair of such numbers of 16 columns in each row. So
+// `block` to the tile of the next 16 rows (columns of b), `step` to that of the next 32 numbers summed over. A tile of
+// a holds 32 numbers of each row; one of b a pair of such numbers of 16 columns in each row. So
 //   a matrix as it lies is an a;
 //   words [p][column] = (b[2p][column], b[2p + 1][column]) are a b: `pair_rows` of a matrix whose rows are summed over,
 //   `transpose_pairs` of one whose columns are.

@@ -8,8 +8,8 @@
 // Bound: 2 (5) products of 64 x 64 x 64 a pair of tiles, 430 (1080) ns at 2.4 GHz; forward, 660 with the loads and
 //   stores of their sums. Softmax, at 9 to 10 cycles for 16 scores, takes as long again or longer. Measured: 2.9 us for
 //   all of it, more than these since scores, weights, sums and operands (64 KB) do not fit in L1.
-//   B1 H4 N4096 P64, causal and window 256, two cores of a Sapphire Rapids, forward and backward in ms: 3.0 and 6.1 (by
-//   multiply-adds 7.8 and 17); causal 13 and 36; torch's dense causal attention in bfloat16 17 and 80.
+//   B1 H4 N4096 P64, causal and window 256, two cores of a Sapphire Rapids, forward and backward in ms: 3.0 and 6.2 (by
+//   multiply-adds 6.7 and 16); causal 13 and 37 (38 and 91); torch's dense causal attention in bfloat16 17 and 80.
 // V^T (K^T, backward) is a copy, one a key head, whose tiles are made when a query tile first visits them. On small
 //   pages the faults of that memory made N = 65,536 take 23 times as long as 4,096, not 16.
 // Two panels take turns in scores, weights and sums: 4 % less time than one after the other, since a tile is then not
