@@ -13,8 +13,8 @@
 // V^T (K^T, backward) is a copy, one a key head, whose tiles are made when a query tile first visits them. On small
 //   pages the faults of that memory made N = 65,536 take 23 times as long as 4,096, not 16.
 // Two panels take turns in scores, weights and sums: 4 % less time than one after the other, since a tile is then not
-//   loaded from what is still on its way to L1. Of other blocks than (64, 64), (64, 32) and (32, 64) lose 7 to 14 %,
-//   (128, 64) gains and loses 2 %.
+//   loaded from what is still on its way to L1. Of other blocks than (64, 64), (64, 32) and (32, 64) lose 7 to 20 %,
+//   (128, 64) 2 %, and 16 in the backward of a window.
 // A tile of values of which one is not finite and that a query does not see whole is multiplied as floats, with care.
 #pragma once
 #include "sparse_attention/cpu_attention_products.h"
