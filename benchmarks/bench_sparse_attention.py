@@ -160,6 +160,8 @@ _GPU = {"B": 1, "H": 32, "L": 8192}
 CPU = [
     *cases("cpu", "window", 42, _CPU, rivals=(DENSE, FLEX), forward={DENSE: 4, FLEX: 1.2}, backward={DENSE: 3}),
     *cases("cpu", "window", 92, {**_CPU, "L": 65536}, rivals=()),
+    *cases("cpu", "window", 92, _CPU, torch.bfloat16, forward={DENSE: 4}, backward={DENSE: 3}),
+    *cases("cpu", "causal", 92, _CPU, torch.bfloat16, forward={DENSE: 1}, backward={DENSE: 1}),
     *cases("cpu", "window and sink", 93, {**_CPU, "G": 2}),
     *cases("cpu", "scales", 94, _CPU),
     *cases("cpu", "packed", 95, _CPU),
