@@ -9,6 +9,7 @@ one by one.
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -88,9 +89,10 @@ def quantized_mamba_update(
 
 def step(*args):
     """The op, of arguments as it takes them, in tuples."""
-    if not torch.is_grad_enabled():
+    parts = itertools.chain.from_iterable([a if type(a) is tuple else (a,) for a in args])
+    tensors = [t for t in parts if isinstance(t, torch.Tensor)] if torch.is_grad_enabled() else ()
+    if not any([t.requires_grad for t in tensors]):
         return quantized_mamba_update_op.light(*args)
-    tensors = [t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, torch.Tensor)]
     plain = lambda a: a.detach() if isinstance(a, torch.Tensor) else a  # noqa: E731
     args = [tuple(plain(t) for t in a) if isinstance(a, tuple) else plain(a) for a in args]
     return _library.inference_only(NAME, quantized_mamba_update_op.light(*args), *tensors)
