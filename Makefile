@@ -22,6 +22,7 @@ INTERPRETED := $(addprefix tests/, \
   test_selective_state_update.py \
   test_sparse_attention.py \
   test_sparse_attention_decode.py \
+  test_triton_codes.py \
   test_triton_diag_scan.py \
   test_triton_diag_ssm_kernel.py \
   test_triton_fft_conv.py \

@@ -125,7 +125,9 @@ def toeplitz(device, dtype=FP32, *, B, D, L, K, G, train=False) -> Work:
 
 _FAST = ("cuda", "triton", "cpu")  # without the reference, whose sums over the taps take seconds
 _train = functools.partial(conv, train=True)
-_CPU_SHAPES = [({"B": 2, "D": 256, "L": length}, {PLAIN: goal}) for length, goal in ((1024, 1.5), (8192, 2), (65536, 3))]
+_CPU_SHAPES = [
+    ({"B": 2, "D": 256, "L": length}, {PLAIN: goal}) for length, goal in ((1024, 1.5), (8192, 2), (65536, 3))
+]
 CPU = [
     case("fft_conv", build, ops, direction, "cpu", 10 + i, shape, backends=_FAST, targets=targets)
     for i, (shape, targets) in enumerate(_CPU_SHAPES)

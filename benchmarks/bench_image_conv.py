@@ -19,6 +19,7 @@ from scalekern.testing import TOLERANCE
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CONV_OPS = ("depthwise_conv2d_fwd", "depthwise_conv2d_bwd")
+UP_OPS = ("depthwise_conv_transpose2d_fwd", "depthwise_conv_transpose2d_bwd")
 DWT_OPS = ("dwt2d_fwd", "dwt2d_bwd", "idwt2d_fwd", "idwt2d_bwd")
 
 
@@ -90,6 +91,33 @@ def conv_in_float64(x, w, bias):
         return scalekern.depthwise_conv2d(x, w, bias, method="fft")
 
 
+def upsampling(device, dtype=FP32, *, train, **shape) -> Work:
+    """depthwise_conv_transpose2d of stride 2, from S x S to 2 S x 2 S. Torch's is fast enough to be the oracle's."""
+    kw = conv_inputs(device, dtype, **shape)
+    options = {"stride": 2, "padding": shape["K"] // 2, "output_padding": 1}
+    inputs = tuple(v.requires_grad_(train) for v in kw.values())
+    wide = tuple(v.requires_grad_(train) for v in oracles.double(kw).values())
+    B, C, S = (shape[k] for k in "BCS")
+    dout = normal(device, 1)(B, C, 2 * S, 2 * S).to(dtype)
+
+    def passes(function, x, w, bias, dout):
+        run = lambda: function(x, w, bias, **options)
+        return peers.forward_backward(run, dout, (x, w, bias)) if train else run
+
+    def plain(x, w, bias, **options):
+        return F.conv_transpose2d(x, w.to(x.dtype)[:, None], bias.to(x.dtype), groups=w.shape[0], **options)
+
+    exact = passes(plain, *wide, dout.double())
+    taps = B * C * (S * shape["K"]) ** 2
+    return Work(
+        run=passes(scalekern.depthwise_conv_transpose2d, *inputs, dout),
+        oracle=lambda: tuple(t.detach() for t in exact()) if train else (exact(),),
+        tolerance=gradient_tolerance("depthwise_conv_transpose2d", dtype) if train else TOLERANCE[dtype],
+        bytes_moved=(3 + 2 * 4 if train else 1 + 4) * B * C * S * S * dtype.itemsize, flops=(6 if train else 2) * taps,
+        peers={"F.conv_transpose2d": lambda: peers.torch_peer(passes(plain, *inputs, dout))},
+    )  # fmt: skip
+
+
 # ---- dwt2d -------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +151,7 @@ _LARGE, _MEDIUM, _SMALL = ({"B": 8, "C": 64, "S": 56, "K": k} for k in (31, 13, 
 _WAVE = {"B": 8, "C": 64, "S": 56}
 _FAST = ("cuda", "cpu")  # the reference is F.conv2d, which is timed as a peer; its backward goes tap by tap
 _CONV, _CONV_TRAIN = (functools.partial(conv, train=train) for train in (False, True))
+_UP, _UP_TRAIN = (functools.partial(upsampling, train=train) for train in (False, True))
 _DWT, _DWT_TRAIN = (functools.partial(dwt, train=train) for train in (False, True))
 
 
@@ -138,7 +167,10 @@ CPU = [
     case("dwconv2d", _CONV_TRAIN, CONV_OPS, "fwd+bwd", "cpu", 82, _LARGE, backends=_FAST,
          targets={"F.conv2d": 20, "torch.fft": 1.5}),
     case("dwconv2d", _CONV, CONV_OPS[:1], "fwd", "cpu", 83, _MEDIUM, backends=_FAST),
+    case("dwconv2d", _CONV_TRAIN, CONV_OPS, "fwd+bwd", "cpu", 85, _MEDIUM, backends=_FAST),
     case("dwconv2d", _CONV, CONV_OPS[:1], "fwd", "cpu", 84, _SMALL, backends=_FAST),
+    case("dwconv2d_transpose", _UP, UP_OPS[:1], "fwd", "cpu", 88, {**_MEDIUM, "S": 28}, backends=_FAST),
+    case("dwconv2d_transpose", _UP_TRAIN, UP_OPS, "fwd+bwd", "cpu", 89, {**_MEDIUM, "S": 28}, backends=_FAST),
     wave(_DWT, "fwd", "cpu", 85, "haar"),
     wave(_DWT_TRAIN, "fwd+bwd", "cpu", 86, "haar"),
     wave(_DWT, "fwd", "cpu", 87, "db4"),

@@ -1,6 +1,6 @@
 """Layers of scalekern.nn, forward and backward, against what their papers' equations are in plain torch.
 
-Shape letters: B batch, D model width, L length, H heads, N states.
+Shape letters: B batch, D model width, L length, H heads, N states (tokens of the text of Samba-ASR).
 """
 
 import copy
@@ -132,6 +132,12 @@ def plain_bimamba(m, u):
     return m.out_proj((y * F.silu(z)).transpose(1, 2))
 
 
+def plain_mamba(m, u):
+    x, z = m.in_proj(u).transpose(1, 2).chunk(2, 1)
+    y = plain_mamba_scan(x, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
+    return m.out_proj((y * F.silu(z)).transpose(1, 2))
+
+
 def plain_mamba_scan(x, conv, x_proj, dt_proj, A_log, D):
     """(B, D, L), not gated."""
     u = F.silu(conv(x)[..., : x.shape[-1]])
@@ -147,11 +153,48 @@ def plain_mamba_scan(x, conv, x_proj, dt_proj, A_log, D):
     return torch.stack(ys, -1) + D[:, None] * u
 
 
-def layer(device, dtype, make, plain, projections, others, B, D, L, op="fft_conv", call=lambda m, u: m(u)) -> Work:
-    """A module's output and its gradients for the input and every parameter; `others`: flops besides projections."""
+def plain_mambas(m, x):
+    """x + Mamba(norm(x)), layer by layer, and the last norm."""
+    for block, norm in zip(m.layers, m.norms):
+        x = x + plain_mamba(block, norm(x))
+    return m.norms[-1](x)
+
+
+def plain_hiss(m, u):
+    """The lower level over the chunks of all rows side by side, the upper one over their last tokens."""
+    chunks = u.reshape(-1, m.chunk_size, u.shape[2])
+    features = m.pool(plain_mambas(m.low, m.embed(chunks))[:, -1])
+    return m.output(plain_mambas(m.high, features.view(u.shape[0], -1, features.shape[1])))
+
+
+def plain_samba_encoder(m, u):
+    x = F.gelu(m.conv2(F.gelu(m.conv1(u.transpose(1, 2)))))
+    return plain_mambas(m, x.transpose(1, 2))
+
+
+def plain_samba_decoder(m, u):
+    """The text's Mambas, each with torch's attention to the speech u behind it."""
+    split = lambda x: x.unflatten(-1, (-1, m.head_dim)).transpose(1, 2)
+    x = m.embedding(m.tokens)
+    for i, (block, cross) in enumerate(zip(m.layers, m.cross)):
+        x = x + plain_mamba(block, m.norms[2 * i](x))
+        q, (k, v) = cross["q"](m.norms[2 * i + 1](x)), cross["kv"](u).chunk(2, -1)
+        y = F.scaled_dot_product_attention(*(split(t) for t in (q, k, v)))
+        x = x + cross["out"](y.transpose(1, 2).flatten(2))
+    return F.linear(m.norms[-1](x), m.embedding.weight)
+
+
+def layer(
+    device, dtype, make, plain, projections, others, B, D, L, op="fft_conv", call=lambda m, u: m(u), given=None,
+    out=None,
+) -> Work:  # fmt: skip
+    """A module's output and its gradients for the input and every parameter; `others`: flops besides projections.
+
+    given, out: sizes of its input and output, where they are not (B, L, D).
+    """
     torch.manual_seed(0)
     module = make(device).to(dtype)
-    u, dout = (normal(device, seed)(B, L, D).to(dtype) for seed in (0, 1))
+    u, dout = (normal(device, seed)(*(size or (B, L, D))).to(dtype) for seed, size in enumerate((given, out)))
     wide = copy.deepcopy(module).double()
 
     def passes(function, module, u, dout):
@@ -249,6 +292,39 @@ def moa(device, dtype=FP32, *, B, D, H, L) -> Work:
     return layer(device, dtype, make_with, plain_moa, 4, attention(B, D, L, mask), B, D, L, "sparse_attention")
 
 
+def hiss(device, dtype=FP32, *, B, D, L) -> Work:
+    """Chunks of ten readings of six sensors, the lower level twice as wide, as the paper's."""
+    L = L // 10 * 10
+    make = lambda device: nn.HiSS(6, 3, d_model=D, d_low=2 * D, device=device)
+    scans = 3 * 8 * B * L * 16 * 2 * (2 * D + D / 10)  # forward and twice as much backward
+    return layer(device, dtype, make, plain_hiss, 24, scans, B, D, L, "selective_scan", given=(B, L, 6),
+                 out=(B, L // 10, 3))  # fmt: skip
+
+
+def samba_encoder(device, dtype=FP32, *, B, D, L) -> Work:
+    """Two layers on L frames, of 2 L frames of 80 bands."""
+    make = lambda device: nn.SambaASREncoder(80, D, 2, device=device)
+    others = 3 * 2 * B * 2 * L * 3 * 80 * D + 2 * 3 * 8 * B * L * 16 * 2 * D
+    call = lambda m, u: m(u.transpose(1, 2))
+    return layer(device, dtype, make, plain_samba_encoder, 15, others, B, D, L, "selective_scan", call, (B, 2 * L, 80))
+
+
+def samba_decoder(device, dtype=FP32, *, B, D, H, L, N, V=1000) -> Work:
+    """Two layers, N tokens that look at L frames."""
+
+    def make(device):
+        module = nn.SambaASRDecoder(V, D, 2, H, device=device)
+        generator = torch.Generator(device).manual_seed(2)
+        module.register_buffer("tokens", torch.randint(V, (B, N), device=device, generator=generator))
+        return module
+
+    others = 3 * 2 * B * N * D * (16 * D + V) + 2 * 7 * 2 * B * D * N * L + 2 * 3 * 8 * B * N * 16 * 2 * D
+    call = lambda m, u: m(m.tokens, u)
+    return layer(
+        device, dtype, make, plain_samba_decoder, 4, others, B, D, L, "sparse_attention", call, out=(B, N, V)
+    )  # fmt: skip
+
+
 _SCAN = ("selective_scan_fwd", "selective_scan_bwd", "causal_conv1d_fwd", "causal_conv1d_bwd")
 _OPS = {
     bimamba: _SCAN,
@@ -256,6 +332,9 @@ _OPS = {
     h3: ("fft_conv_fwd", "fft_conv_bwd", "diag_ssm_kernel_fwd", "diag_ssm_kernel_bwd"),
     var: ("sparse_attention_fwd", "sparse_attention_bwd"),
     mvar: ("sparse_attention_fwd", "sparse_attention_bwd", "ssd_scan_fwd", "ssd_scan_bwd"),
+    hiss: _SCAN,
+    samba_encoder: _SCAN,
+    samba_decoder: (*_SCAN, "sparse_attention_fwd", "sparse_attention_bwd"),
     hsm_ssd: ("depthwise_conv2d_fwd", "depthwise_conv2d_bwd"),
     moa: ("sparse_attention_fwd", "sparse_attention_bwd"),
 }
@@ -270,6 +349,11 @@ CASES = [
     case("bimamba", bimamba, _OPS[bimamba], "fwd+bwd", "cpu", 94, {"B": 2, "D": 192, "L": 784}, backends=_FAST),
     case("mvar", mvar, _OPS[mvar], "fwd+bwd", "cpu", 95, {"B": 2, "D": 512, "H": 8, "L": 680}, backends=_FAST),
     case("hsm_ssd", hsm_ssd, _OPS[hsm_ssd], "fwd+bwd", "cpu", 96, _IMAGE, backends=_FAST),
+    case("hiss", hiss, _OPS[hiss], "fwd+bwd", "cpu", 97, {"B": 8, "D": 64, "L": 1200}, backends=_FAST),
+    case("samba_encoder", samba_encoder, _OPS[samba_encoder], "fwd+bwd", "cpu", 97, {"B": 1, "D": 256, "L": 750},
+         backends=_FAST),
+    case("samba_decoder", samba_decoder, _OPS[samba_decoder], "fwd+bwd", "cpu", 97,
+         {"B": 1, "D": 256, "H": 4, "L": 750, "N": 64}, backends=_FAST),
     *(
         memory.layer_case(what, way, "cpu", 98, {"B": 1, "M": 96, "L": 50176})
         for what in memory.LAYERS

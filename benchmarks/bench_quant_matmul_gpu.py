@@ -61,7 +61,8 @@ def _gpu_only(x, package) -> None:
 
 
 TORCHAO = {
-    None: ("Int4WeightOnlyConfig", {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}),  # torch's own kernel
+    # torch's own kernel
+    None: ("Int4WeightOnlyConfig", {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}),
     "int8": ("Int8DynamicActivationInt8WeightConfig", {}),
     "fp8": ("Float8DynamicActivationFloat8WeightConfig", {}),
 }

@@ -10,7 +10,7 @@ import torch
 import scalekern
 from scalekern import quant, reference
 from scalekern.benchmarks import bench_ssd, harness, peers
-from scalekern.benchmarks.bench_selective_scan import case, normal, scan_costs, scan_inputs
+from scalekern.benchmarks.bench_selective_scan import case, gradient_tolerance, normal, scan_costs, scan_inputs
 from scalekern.benchmarks.case import Work
 from scalekern.testing import TOLERANCE
 
@@ -22,7 +22,7 @@ def test_case(case, benchmark):
 
 
 def _coded(x, axes):
-    """(codes, the steps of all axes but these)"""
+    """(codes, the steps of all axes but these, the same as they broadcast)"""
     scale = x.float().abs().amax(axes) / 127
     wide = scale
     for axis in sorted(axes):
@@ -30,50 +30,77 @@ def _coded(x, axes):
     return quant.round_to_int8(x, wide), scale, wide
 
 
+def _as_work(op, kw, axes, small, dtype, costs, train) -> Work:
+    """op over 8-bit codes of those arguments of kw that `axes` names, with a step for all axes but these.
+
+    Their numbers are the rival's. The oracle is token by token where that takes seconds, else the plain op over the
+    numbers in float64, which the tests hold to its own oracle; gradients reach the steps through the products.
+    """
+    coded = {name: _coded(kw[name], over) for name, over in axes.items()}
+    steps = {f"{name}_scale": scale.reshape(-1) if scale.dim() == 0 else scale for name, (_, scale, _) in coded.items()}
+    quantized = kw | {name: codes for name, (codes, _, _) in coded.items()} | steps
+    numbers = kw | {name: (codes.double() * wide.double()).to(dtype) for name, (codes, _, wide) in coded.items()}
+    dout = normal(kw["A"].device, 1)(*next(iter(coded.values()))[0].shape).to(dtype)
+
+    def over_numbers(**given):
+        for name, (_, _, wide) in coded.items():
+            given[name] = given[name] * given.pop(f"{name}_scale").view(wide.shape)
+        return getattr(scalekern, op)(**given)
+
+    def passes(function, given, dout):
+        if not train:
+            return lambda: function(**given)
+        leaves = {k: v.detach().requires_grad_() for k, v in given.items() if _is_floating(v)}
+        return peers.forward_backward(lambda: function(**(given | leaves)), dout, tuple(leaves.values()))
+
+    def oracle():
+        plain = getattr(reference, f"quantized_{op}") if small else over_numbers
+        with scalekern.backend("cpu" if dout.device.type == "cpu" else "cuda"):
+            found = passes(plain, {k: _double(v) for k, v in quantized.items()}, dout.double())()
+        return found if train else (found,)
+
+    def float_scan():
+        run = passes(getattr(scalekern, op), numbers, dout)
+        return peers.Peer((lambda: (run(), None)[1]) if train else run, f"scalekern {scalekern.__version__}")
+
+    return Work(
+        run=passes(getattr(scalekern, f"quantized_{op}"), quantized, dout), oracle=oracle,
+        tolerance=gradient_tolerance(f"quantized_{op}", dtype) if train else TOLERANCE[dtype],
+        peers={"float scan": float_scan}, **costs,
+    )  # fmt: skip
+
+
+def _is_floating(v):
+    return isinstance(v, torch.Tensor) and v.is_floating_point()
+
+
 def _double(v):
-    return v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+    return v.double() if _is_floating(v) else v
 
 
-def _as_work(call, wide, small, plain, exact, dtype, costs) -> Work:
-    """`plain` over the numbers is the rival; `exact` in float64 where the token by token oracle would take minutes."""
-    oracle = lambda: (wide(reference) if small else exact(),)
-    version = f"scalekern {scalekern.__version__}"
-    rivals = {"float scan": lambda: peers.Peer(plain, version)}
-    return Work(run=call, oracle=oracle, tolerance=TOLERANCE[dtype], peers=rivals, **costs)
-
-
-def ssd(device, dtype=FP32, *, B, L, H, P, G, N) -> Work:
+def ssd(device, dtype=FP32, *, train=False, B, L, H, P, G, N) -> Work:
     kw = bench_ssd.inputs(device, dtype, B, L, H, P, G, N) | {"dt_softplus": True}
-    names, axes = ("x", "B", "C"), ((0, 1), (0, 1, 3), (0, 1, 3))
-    coded = {name: _coded(kw[name], over) for name, over in zip(names, axes)}
-    codes = {name: c for name, (c, _, _) in coded.items()} | {f"{name}_scale": s for name, (_, s, _) in coded.items()}
-    numbers = {name: c.double() * w.double() for name, (c, _, w) in coded.items()}
-    double = {k: _double(v) for k, v in (kw | codes).items()}
-    single = kw | {k: v.to(dtype) for k, v in numbers.items()}
-    tokens = B * L
-    flops = 2 * tokens * (G * bench_ssd.CHUNK * N + H * bench_ssd.CHUNK * P + 2 * H * P * N)
-    costs = dict(bytes_moved=tokens * (H * P + 2 * G * N + (H * P + H) * dtype.itemsize), flops=flops,
-                 exponentials=tokens * H * bench_ssd.CHUNK // 2)  # fmt: skip
-    with_float64 = lambda package: package.quantized_ssd_scan(**double)
-    exact = lambda: bench_ssd.in_float64({k: v for k, v in (kw | numbers).items() if k != "dt_softplus"})
-    return _as_work(lambda: scalekern.quantized_ssd_scan(**(kw | codes)), with_float64, tokens * H * P * N < 1e5,
-                    lambda: scalekern.ssd_scan(**single), exact, dtype, costs)  # fmt: skip
+    axes = {"x": (0, 1), "B": (0, 1, 3), "C": (0, 1, 3)}
+    tokens, pairs = B * L, bench_ssd.CHUNK
+    flops = 2 * tokens * (G * pairs * N + H * pairs * P + 2 * H * P * N)
+    bytes_moved = tokens * (H * P + 2 * G * N + (H * P + H) * dtype.itemsize)
+    if train:  # beside it: the same read again, and ddt; of the codes there are no gradients as large as they
+        flops += 2 * tokens * (3 * G * pairs * N + 2 * H * pairs * P + 6 * H * P * N)
+        bytes_moved += tokens * (H * P + 2 * G * N + (H * P + 2 * H) * dtype.itemsize)
+    costs = dict(bytes_moved=bytes_moved, flops=flops, exponentials=(2 if train else 1) * tokens * H * pairs // 2)
+    return _as_work("ssd_scan", kw, axes, tokens * H * P * N < 1e5, dtype, costs, train)
 
 
-def selective(device, dtype=FP32, *, B, D, N, L) -> Work:
+def selective(device, dtype=FP32, *, train=False, B, D, N, L) -> Work:
     kw = scan_inputs(device, dtype, B, D, N, L)
-    coded = {name: _coded(kw[name], axes) for name, axes in (("u", (0, 2)), ("B", (0, 1, 2)), ("C", (0, 1, 2)))}
-    codes = {name: c for name, (c, _, _) in coded.items()}
-    codes |= {f"{name}_scale": s.reshape(-1) for name, (_, s, _) in coded.items()}
-    numbers = {name: c.double() * w.double() for name, (c, _, w) in coded.items()}
-    double = {k: _double(v) for k, v in (kw | codes).items()}
-    single = kw | {k: v.to(dtype) for k, v in numbers.items()}
-    costs = scan_costs(dtype, B, D, N, L)[0]
-    costs["bytes_moved"] -= (B * D * L + 2 * B * N * L) * (dtype.itemsize - 1)
-    with_float64 = lambda package: package.quantized_selective_scan(**double)
-    exact = lambda: scalekern.selective_scan(**{k: _double(v) for k, v in (kw | numbers).items()})
-    return _as_work(lambda: scalekern.quantized_selective_scan(**(kw | codes)), with_float64, B * D * N * L < 1e5,
-                    lambda: scalekern.selective_scan(**single), exact, dtype, costs)  # fmt: skip
+    axes = {"u": (0, 2), "B": (0, 1, 2), "C": (0, 1, 2)}
+    costs, more = scan_costs(dtype, B, D, N, L)
+    codes = B * D * L + 2 * B * N * L
+    costs["bytes_moved"] -= codes * (dtype.itemsize - 1)
+    if train:  # codes are read again, and have no gradients as large as they
+        more["bytes_moved"] -= codes * (2 * dtype.itemsize - 1)
+        costs = {name: costs[name] + more[name] for name in costs}
+    return _as_work("selective_scan", kw, axes, B * D * N * L < 1e5, dtype, costs, train)
 
 
 def state_update(device, dtype=FP32, *, B, H, P, N) -> Work:
@@ -134,6 +161,7 @@ _MAMBA = {"B": 1, "D": 1536, "N": 16, "L": 2048}
 _STEP = {"B": 8, "H": 24, "P": 64, "N": 128}
 _FAST = ("cuda", "triton", "cpu")  # the reference is a loop over time
 _OP = lambda name: (f"quantized_{name}",)
+_BOTH = lambda name: (f"quantized_{name}_fwd", f"quantized_{name}_bwd")
 
 CPU = [
     case("quantized mixer", mixer_step, _OP("mamba_update"), "step", "cpu", 48, {"B": 1, "M": 2048, "D": 4096, "N": 16},
@@ -142,6 +170,10 @@ CPU = [
          {"B": 1, "M": 128, "D": 256, "N": 16}, backends=_FAST, note="w4g64", targets={"float mixer": 1.0}),
     case("quantized ssd", ssd, _OP("ssd_scan_fwd"), "fwd", "cpu", 96, _SSD, backends=_FAST),
     case("quantized scan", selective, _OP("selective_scan_fwd"), "fwd", "cpu", 96, _MAMBA, backends=_FAST),
+    case("quantized ssd", functools.partial(ssd, train=True), _BOTH("ssd_scan"), "fwd+bwd", "cpu", 97, _SSD,
+         backends=_FAST),
+    case("quantized scan", functools.partial(selective, train=True), _BOTH("selective_scan"), "fwd+bwd", "cpu", 97,
+         _MAMBA, backends=_FAST),
     case("quantized step", state_update, _OP("state_update"), "step", "cpu", 96, _STEP),
 ]
 

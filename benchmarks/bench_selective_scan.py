@@ -319,7 +319,8 @@ def mixer_step(device, dtype=FP32, *, B, M, D, N) -> Work:
         run=stepping(scalekern.mamba_update), sample=lambda: stepping(scalekern.mamba_update)(),
         oracle=lambda: stepping(reference.mamba_update, lambda t: t.double())(), tolerance=TOLERANCE[dtype],
         bytes_moved=products * dtype.itemsize + B * D * N * 8, flops=2 * B * products + B * D * 6 * N,
-        exponentials=B * D * (N + 3), peers={"composed of torch's products": lambda: peers.Peer(stepping(composed), torch.__version__)},
+        exponentials=B * D * (N + 3),
+        peers={"composed of torch's products": lambda: peers.Peer(stepping(composed), torch.__version__)},
     )  # fmt: skip
 
 

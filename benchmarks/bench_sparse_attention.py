@@ -147,8 +147,9 @@ def cases(device, mask, priority, shape, dtype=torch.float32, *, rivals=(DENSE,)
     """Both directions of one mask."""
     targets = {False: forward or {}, True: backward or {}}
     return [
-        case("attention", functools.partial(attention, train=train, mask=mask, rivals=rivals), OPS[1:] if train else OPS[:1],
-             "bwd" if train else "fwd", device, priority + train, shape, dtype, note=mask.replace(" ", "_"),
+        case("attention", functools.partial(attention, train=train, mask=mask, rivals=rivals),
+             OPS[1:] if train else OPS[:1], "bwd" if train else "fwd", device, priority + train, shape, dtype,
+             note=mask.replace(" ", "_"),
              backends=("triton", "cpu"), targets=targets[train])
         for train in (False, True)
     ]  # fmt: skip
@@ -159,6 +160,8 @@ _GPU = {"B": 1, "H": 32, "L": 8192}
 CPU = [
     *cases("cpu", "window", 42, _CPU, rivals=(DENSE, FLEX), forward={DENSE: 4, FLEX: 1.2}, backward={DENSE: 3}),
     *cases("cpu", "window", 92, {**_CPU, "L": 65536}, rivals=()),
+    *cases("cpu", "window", 92, _CPU, torch.bfloat16, forward={DENSE: 4}, backward={DENSE: 3}),
+    *cases("cpu", "causal", 92, _CPU, torch.bfloat16, forward={DENSE: 1}, backward={DENSE: 1}),
     *cases("cpu", "window and sink", 93, {**_CPU, "G": 2}),
     *cases("cpu", "scales", 94, _CPU),
     *cases("cpu", "packed", 95, _CPU),
@@ -168,8 +171,8 @@ CUDA = [
     row
     for i, mask in enumerate(MASKS)
     for P in (64, 128)
-    for row in cases("cuda", mask, 30 + 2 * i, {**_GPU, "P": P}, torch.bfloat16, rivals=(DENSE, FLEX), forward={FLEX: 1.2},
-                     backward={FLEX: 1.2})
+    for row in cases("cuda", mask, 30 + 2 * i, {**_GPU, "P": P}, torch.bfloat16, rivals=(DENSE, FLEX),
+                     forward={FLEX: 1.2}, backward={FLEX: 1.2})
 ]  # fmt: skip
 
 
@@ -181,7 +184,10 @@ SCALED = "the whole cache, by the share of the budgets"  # what time in proporti
 
 
 def decode(device, dtype=torch.float32, *, budgets=None, bits=0, group=None, B=1, G, R=1, L, P, sinks=4) -> Work:
-    """G key heads, R query heads to each. budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache. bits: of a cache of codes."""
+    """G key heads, R query heads to each. bits: of a cache of codes.
+
+    budgets: how many times shorter than L those of the key heads are, in turn; None: the whole cache.
+    """
     randn, H = normal(device, 0), G * R
     q, k, v = randn(B, H, 1, P).to(dtype), randn(B, G, L, P).to(dtype), randn(B, G, L, P).to(dtype)
     floats, moved = (k, v), dtype.itemsize * 2 * P  # bytes of a key and its value
@@ -228,7 +234,8 @@ def decode(device, dtype=torch.float32, *, budgets=None, bits=0, group=None, B=1
         run=lambda: (scalekern.sparse_attention_decode(q, k, v, lengths, **limits),), oracle=oracle,
         tolerance=TOLERANCE[dtype], bytes_moved=keys * moved + dtype.itemsize * 2 * B * H * P,
         flops=4 * keys * R * P, exponentials=keys * R,
-        peers={FLOATS: float_cache} if bits else {WHOLE: whole} if budgets is None else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
+        peers={FLOATS: float_cache} if bits else {WHOLE: whole} if budgets is None
+        else {WHOLE: whole, GATHERED: gathered, SCALED: scaled},
     )  # fmt: skip
 
 
@@ -261,8 +268,9 @@ def quantizing(device, dtype=torch.float32, *, update=False, bits=8, B=1, G, N=1
 def quantizing_cases(device, priority, dtype):
     shape = {"B": 1 if device == "cpu" else 16, "G": 8, "N": 4096, "P": 128}
     return [
-        case("quantize_kv", functools.partial(quantizing, bits=bits, update=update), (f"quantize_kv{'_update' * update}",),
-             "step" if update else "fwd", device, priority + update, {**shape, "N": 1, "L": 4096} if update else shape,
+        case("quantize_kv", functools.partial(quantizing, bits=bits, update=update),
+             (f"quantize_kv{'_update' * update}",), "step" if update else "fwd", device, priority + update,
+             {**shape, "N": 1, "L": 4096} if update else shape,
              dtype, note=f"int{bits}", backends=("triton", "cpu"))
         for bits in (8, 4)
         for update in (False, True)
@@ -272,20 +280,27 @@ def quantizing_cases(device, priority, dtype):
 # ---- merge_attention -----------------------------------------------------------------------------------------------
 
 
-def merge(device, dtype=torch.float32, *, N, B=1, H, L, P) -> Work:
-    randn = normal(device, 0)
-    outs, lses = randn(N, B, H, L, P).to(dtype), randn(N, B, H, L)
+def merge(device, dtype=torch.float32, *, train, N, B=1, H, L, P) -> Work:
+    """Backward reads what the forward reads, the gradients of its two outputs and lse, and writes two gradients."""
+    randn, passes = normal(device, 0), backward if train else forward
+    inputs = randn(N, B, H, L, P).to(dtype).requires_grad_(train), randn(N, B, H, L).requires_grad_(train)
+    douts = randn(B, H, L, P).to(dtype), randn(B, H, L)
+    wide, wide_douts = ([upcast(x) for x in given] for given in (inputs, douts))
+    tolerance = gradient_tolerance("merge_attention", dtype) if train else TOLERANCE[dtype]
     return Work(
-        run=lambda: scalekern.merge_attention(outs, lses),
-        oracle=lambda: reference.merge_attention(upcast(outs), upcast(lses)),
-        tolerance=TOLERANCE[dtype], bytes_moved=(N + 1) * B * H * L * (P * dtype.itemsize + 4), flops=2 * outs.numel(),
-        exponentials=lses.numel(),
+        run=passes(scalekern.merge_attention, inputs, douts),
+        oracle=passes(reference.merge_attention, tuple(x.requires_grad_(train) for x in wide), wide_douts),
+        tolerance=tolerance, flops=(6 if train else 2) * inputs[0].numel(), exponentials=inputs[1].numel(),
+        bytes_moved=(2 * N + 1 if train else N + 1) * B * H * L * (P * dtype.itemsize + 4),
     )  # fmt: skip
 
 
 def merging(device, priority, shape, dtype):
-    return case("merge", merge, ("merge_attention_fwd",), "fwd", device, priority, shape, dtype,
-                backends=("cuda", "cpu"))  # fmt: skip
+    return [
+        case("merge", functools.partial(merge, train=train), (f"merge_attention_{way}",), way, device, priority, shape,
+             dtype, backends=("cuda", "cpu"))
+        for train, way in ((False, "fwd"), (True, "bwd"))
+    ]  # fmt: skip
 
 
 # ---- hstu_attention ------------------------------------------------------------------------------------------------
@@ -359,19 +374,19 @@ DECODE = [
     decoding("cpu", 99, {"B": 1, "G": 8, "R": 4, "L": 4096, "P": 128}, _BF16, "budgets", _SPANS,
              **{WHOLE: 1.5, SCALED: 1 / 1.3}),
     *(
-        decoding("cpu", 103, {"B": 1, "G": 8, "L": L, "P": 128}, _BF16, f"int{bits}{'_groups' if group else ''}", bits=bits,
-                 group=group, **({} if group else {FLOATS: 1.1}))
+        decoding("cpu", 103, {"B": 1, "G": 8, "L": L, "P": 128}, _BF16, f"int{bits}{'_groups' if group else ''}",
+                 bits=bits, group=group, **({} if group else {FLOATS: 1.1}))
         for L in (4096, 32768) for bits, group in ((8, None), (4, None), (4, 32))
     ),
     *quantizing_cases("cpu", 104, _BF16),
     decoding("cuda", 55, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, "int8", bits=8, limit=0.7),
     decoding("cuda", 55, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, "int4", bits=4, limit=0.5),
     *quantizing_cases("cuda", 56, _BF16),
-    merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
+    *merging("cpu", 100, {"N": 4, "H": 8, "L": 1024, "P": 64}, _FP32),
     decoding("cuda", 50, {"B": 16, "G": 32, "L": 8192, "P": 128}, _BF16, "budgets", _SPANS, limit=0.8),
     decoding("cuda", 51, {"B": 16, "G": 8, "R": 4, "L": 8192, "P": 128}, _BF16, limit=0.8),
     decoding("cuda", 52, {"B": 1, "G": 8, "R": 4, "L": 65536, "P": 128}, _BF16, limit=0.8),
-    merging("cuda", 53, {"N": 4, "H": 32, "L": 8192, "P": 128}, _BF16),
+    *merging("cuda", 53, {"N": 4, "H": 32, "L": 8192, "P": 128}, _BF16),
 ]
 HSTU = [
     *hstu_cases("cpu", 101, {"B": 4, "H": 4, "L": 2048, "P": 64}, _FP32),

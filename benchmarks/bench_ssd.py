@@ -74,8 +74,8 @@ def scan(device, dtype=FP32, *, train, **shape) -> Work:
         peer = build(kw)
         return peers.Peer(passes(peer.run), peer.version)
 
-    # Forward: x, out, dt, B and C once; C B^T, its product with x, and a state in and out of each chunk. Backward beside:
-    # what the forward reads and its gradients, dout; two products for each, dY x^T, and the states once more.
+    # Forward: x, out, dt, B and C once; C B^T, its product with x, and a state in and out of each chunk. Backward
+    # beside: what the forward reads and its gradients, dout; two products for each, dY x^T, and the states once more.
     tokens = B * L
     flops = 2 * tokens * (G * CHUNK * N + H * CHUNK * P + 2 * H * P * N)
     bytes_moved = tokens * (2 * H * P + H + 2 * G * N) * dtype.itemsize

@@ -57,7 +57,8 @@ def tests(args) -> str:
         return "skipped: left out"
     if importlib.util.find_spec("pytest") is None:
         return "skipped: pytest is not installed"
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "tests", "-p", "no:cacheprovider", "-p", "gpu_order"]
+    options = ("-q", "-rs", "-m", "gpu", "tests", "-p", "no:cacheprovider", "-p", "gpu_order")
+    command = [sys.executable, "-m", "pytest", *options]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))}
     if args.jobs > 1 and importlib.util.find_spec("xdist"):
         command += ["-n", str(args.jobs), "--maxschedchunk", "4"]  # small chunks: the order holds

@@ -23,7 +23,9 @@ import torch
 from scalekern.benchmarks.case import Case
 
 # Layer -> the op that does its work.
-LAYERS = {"bimamba": "selective_scan", "ss2d": "selective_scan", "group_mamba": "selective_scan", "hsm_ssd": "depthwise_conv2d"}
+LAYERS = {
+    **dict.fromkeys(("bimamba", "ss2d", "group_mamba", "serpent"), "selective_scan"), "hsm_ssd": "depthwise_conv2d",
+}  # fmt: skip
 RESOLUTION = 2**20  # the kernel counts resident pages in batches for each thread
 
 
@@ -152,7 +154,7 @@ def _layer(what: str, direction: str, device: torch.device, shape: dict):
     torch.manual_seed(0)
     B, M, L, randn = shape["B"], shape["M"], shape["L"], normal(device, 0)
     side = math.isqrt(L)
-    made = {"bimamba": nn.BiMamba, "ss2d": nn.SS2D, "group_mamba": nn.GroupMamba,
+    made = {"bimamba": nn.BiMamba, "ss2d": nn.SS2D, "group_mamba": nn.GroupMamba, "serpent": nn.SerpentBlock,
             "hsm_ssd": functools.partial(nn.HSMSSD, state_dim=49)}  # fmt: skip
     module = made[what](M, device=device)
     size = {"bimamba": (B, L, M), "ss2d": (B, side, side, M)}.get(what, (B, M, side, side))
@@ -161,7 +163,8 @@ def _layer(what: str, direction: str, device: torch.device, shape: dict):
     if direction == "fwd":
         return (u,), lambda: (torch.no_grad()(function)(u),)
     named = module.named_parameters()
-    vanishing = {("hsm_ssd", "A"), ("group_mamba", "skip_scale")}  # gradients of terms that cancel: 0, or 1e-3 of its terms
+    # Gradients of terms that cancel: 0, or 1e-3 of its terms.
+    vanishing = {("hsm_ssd", "A"), ("group_mamba", "skip_scale")}
     leaves = [u.requires_grad_(), *(p for n, p in named if (what, n) not in vanishing)]
     return (u,), lambda: torch.autograd.grad(function(u), leaves, dout)
 

@@ -30,8 +30,11 @@ def warm(cases: list[Case], jobs: int, seconds: float, command: list[str] | None
     end = time.monotonic() + seconds
     children = []
     for job in range(jobs):
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
-        json.dump({"names": [c.name for c in cases[job::jobs]], "seconds": seconds, "memory": SHARE / jobs}, child.stdin)
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+        )
+        names = [c.name for c in cases[job::jobs]]
+        json.dump({"names": names, "seconds": seconds, "memory": SHARE / jobs}, child.stdin)
         child.stdin.close()
         children.append(child)
     done = 0

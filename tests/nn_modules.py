@@ -149,6 +149,24 @@ def mamba(p, x):
     return linear(p, "out_proj", torch.stack(ys, 1) * z * sigmoid(z))
 
 
+def mamba2(p, x):
+    """Dao & Gu 2024, section 7, one group, rows x (B, L, width) token by token."""
+    D, H = p["out_proj.weight"].shape[1], len(p["A_log"])
+    channels, P = len(p["conv1d.weight"]), D // H
+    N = (channels - D) // 2
+    z, xBC, dt = linear(p, "in_proj", x).split([D, channels, H], -1)
+    taps, h, ys = p["conv1d.weight"][:, 0], x.new_zeros(x.shape[0], H, P, N), []
+    for t in range(x.shape[1]):
+        seen = range(max(0, t - taps.shape[1] + 1), t + 1)
+        u = sum(taps[:, taps.shape[1] - 1 - t + s] * xBC[:, s] for s in seen) + p["conv1d.bias"]
+        main, B, C = (u * sigmoid(u)).split([D, N, N], -1)
+        main, step = main.unflatten(-1, (H, P)), torch.log1p(torch.exp(dt[:, t] + p["dt_bias"]))[..., None]
+        h = torch.exp(-step * p["A_log"].exp()[:, None])[..., None] * h + (step * main)[..., None] * B[:, None, None]
+        ys.append(((h * C[:, None, None]).sum(-1) + p["D"][:, None] * main).flatten(1))
+    y = torch.stack(ys, 1) * z * sigmoid(z)
+    return linear(p, "out_proj", p["norm.weight"] * y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+
+
 class Largest(TorchDispatchMode):
     """The bytes of the largest tensor that is made in it."""
 

@@ -115,7 +115,7 @@ def test_rounds_end_at_the_deadline():
     slow = lambda x: (time.sleep(0.02), 2 * x)[1]
     begin = time.monotonic()
     (record,) = measure(toy(slow), seconds=60.0, deadline=time.monotonic() + 0.2)
-    assert time.monotonic() - begin < 2 and record["samples"] < 30
+    assert time.monotonic() - begin < 20 and record["samples"] < 30  # 20 of the 60 asked for: a busy machine stalls for seconds
 
 
 def test_samples_follow_the_wanted_numbers():

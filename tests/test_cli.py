@@ -193,7 +193,7 @@ def test_report_is_written_from_the_records_and_nothing_else(readme, tmp_path):
     assert text.startswith("# Title\n") and text.endswith("end\n") and "old" not in text and "| support |" in text
     assert "1.23 ms" in text and "8.1 % (memory)" in text and "4.56x F.conv1d + silu" in text and "1.2e-07" in text
     assert "3x F.conv1d + silu: yes" in text and "2x gone: not measured" in text
-    assert "Not compared with: gone (no)." in text
+    assert "(r/cpu-x-2t/README.md)" in text and "(r/cpu-x-2t/selective_scan.png)" in text
     assert "never measured on a GPU" in text and "causal_conv1d_fwd (triton)" in text
     figure = tmp_path / "r" / "cpu-x-2t" / "selective_scan.png"
     before = figure.read_bytes()
@@ -210,6 +210,14 @@ def test_report_marks_what_is_stale_failed_or_short_of_its_goal(readme, tmp_path
     save_record(tmp_path / "r", shape={"B": 2, "D": 1000, "L": 1000, "dtype": "fp32"}, median_us=10.0,
                 targets={"elements/s": 1.2e11})  # fmt: skip
     assert "1.2e+11 elements/s: yes" in write(readme, tmp_path / "r")
+
+
+def test_report_shows_every_line_beside_the_records_and_those_with_a_goal_in_the_readme(readme, tmp_path):
+    save_record(tmp_path / "r")
+    save_record(tmp_path / "r", case="b", targets={}, shape={"B": 77, "dtype": "fp32"})
+    text, page = write(readme, tmp_path / "r"), (tmp_path / "r" / "cpu-x-2t" / "README.md").read_text()
+    assert "All 2 records" in text and "B77" not in text and "B77" in page and "B1 " in page
+    assert "Not compared with: gone (no)." in page
 
 
 def test_report_with_nothing_measured(readme, tmp_path):

@@ -157,8 +157,6 @@ def test_gradients_agree_with_autograd_of_the_oracle(op, sample, dtype, on):
 def test_gradcheck(op, sample, on):
     if sample.name in testing.specs()[op].straight_through:
         pytest.skip("passed by a rounding, no derivative; compared with autograd of the oracle")
-    if testing.specs()[op].like_another:
-        pytest.skip("compared with autograd of the oracle; the op that it computes by is checked here")
     args, kwargs = sample.make(device=on.device, dtype=torch.float64, seed=3)
     args, kwargs = clones(args, kwargs)
     leaves = floating(tensors_of(args, kwargs))
@@ -253,7 +251,7 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 def test_opcheck(op, sample):
     args, kwargs = sample.make()
     spec = testing.specs()[op]
-    traced = () if spec.through or spec.like_another else (testing.samples(op)[0], testing.samples(op)[-1])
+    traced = () if spec.through else (testing.samples(op)[0], testing.samples(op)[-1])
     calls = captured_calls(op, args, kwargs)
     assert calls
     for overload, call_args in calls:
@@ -287,7 +285,7 @@ COMPILED = [
     *(
         pytest.param(op, "inductor", id=f"{op}-inductor", marks=needs_compiler)
         for op in dict.fromkeys(op for op, _ in CASES)
-        if not (testing.specs()[op].through or testing.specs()[op].like_another)
+        if not testing.specs()[op].through
     ),
 ]
 

@@ -1,15 +1,19 @@
 """What is particular to the depthwise convolutions: both methods on every geometry, NaN through an FFT, the pieces."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import INTERPRET
+from conftest import INTERPRET, child_environment
 from oracles import randn
 
 import scalekern
-from scalekern import reference
+from scalekern import _native, reference
 from scalekern.ops import _depthwise
+from scalekern.reference.depthwise_conv2d import pair
 from scalekern.testing import TOLERANCE, assert_close, error
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests Triton alone")
@@ -50,6 +54,47 @@ def test_every_geometry(op, method):
         for a, e in zip(found, with_gradients(getattr(reference, op), leaves, **options)):
             assert (a - e).norm() <= 1e-13 * (1 + e.norm()), f"{size} {taps} {options}"  # some gradients are zero
     assert tried > 50
+
+
+# Image, filter, dilation: over all vectors of a tile and the last of them partly filled, several tiles, bands and rows of
+# taps; a filter of one tap, one beyond the image; channels fewer than threads and more.
+TAP_BY_TAP = [
+    ((1, 1, 70, 131), (5, 9), 1), ((2, 9, 21, 67), (13, 13), 1), ((1, 1, 400, 300), (9, 2), (3, 2)),
+    ((1, 5, 33, 16), (1, 1), 1), ((2, 3, 6, 40), (15, 7), (1, 2)), ((1, 2, 9, 50), (4, 6), (11, 1)),
+    ((1, 6, 100, 36), (3, 10), (2, 1)),
+]  # fmt: skip
+
+
+def tap_by_tap(dtype=torch.float64, tolerance=1e-13):
+    assert _depthwise._native_on_cpu()
+    for size, taps, dilation in TAP_BY_TAP:
+        for padding in ("same", (1, 30)):
+            leaves = (t.to(dtype) for t in (randn(*size), randn(size[1], *taps, seed=1), randn(size[1], seed=2)))
+            leaves, options = list(leaves), dict(padding=padding, dilation=dilation)
+            if padding != "same" and (taps[0] - 1) * pair(dilation)[0] >= size[2] + 2:
+                continue  # nothing to compute
+            dout = randn(*reference.depthwise_conv2d(*leaves, **options).shape, seed=7).to(dtype)
+            found = with_gradients(scalekern.depthwise_conv2d, leaves, dout, method="direct", **options)
+            wide = [t.double() for t in leaves]
+            for a, e in zip(found, with_gradients(reference.depthwise_conv2d, wide, dout.double(), **options)):
+                assert a.dtype == dtype
+                assert_close(a, e, tolerance=tolerance, what=f"{size} {taps} {dilation} {padding}")
+
+
+@pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_tap_by_tap(dtype):
+    tap_by_tap(dtype, {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, TOLERANCE[dtype]))
+
+
+@pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_tap_by_tap_at_lower_levels(isa):
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_depthwise_conv2d as t; t.tap_by_tap(); print('ok')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith("ok"), done.stderr
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

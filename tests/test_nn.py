@@ -7,6 +7,7 @@ from scalekern import nn
 
 MAKE = {
     "BiMamba": lambda **kw: nn.BiMamba(8, d_state=4, **kw),
+    "BiMambaWrapper": lambda **kw: nn.BiMambaWrapper(8, mixer="mamba2", d_state=4, headdim=4, **kw),
     "BlockdiagLinear": lambda **kw: nn.BlockdiagLinear(6, 10, **kw),
     "DSS": lambda **kw: nn.DSS(4, d_state=4, **kw),
     "DilatedReparamBlock": lambda **kw: nn.DilatedReparamBlock(4, 7, **kw),
@@ -52,6 +53,7 @@ KEPT_WIDE = {
     "SS2D": {"A_logs", "Ds"},
     "SerpentBlock": {f"{at}.0.op.{name}" for at in ("down.0", "down.1", "up.0") for name in ("A_logs", "Ds")},
     "BiMamba": {"A_log", "A_b_log", "D", "D_b"},
+    "BiMambaWrapper": {f"mamba_{side}.{name}" for side in ("fwd", "rev") for name in ("A_log", "D")},
     "MVARBlock": {"mamba.A_log", "mamba.D"},
     **dict.fromkeys(("SambaASRDecoder", "SambaASREncoder"), {"layers.0.A_log", "layers.0.D"}),
     "HiSS": {"low.layers.0.A_log", "low.layers.0.D"},

@@ -4,10 +4,10 @@ import pytest
 import torch
 from nn_modules import (
     check_against, check_compiled, check_each_matters, check_loads, check_padding, error, linear, memory,
-    normal, perturbed, sigmoid, tensors,
+    mamba, mamba2, normal, perturbed, sigmoid, tensors,
 )  # fmt: skip
 
-from scalekern.nn import BiMamba
+from scalekern.nn import BiMamba, BiMambaWrapper
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow reference.*")
 
@@ -100,3 +100,50 @@ def test_memory_is_linear_in_the_length():
     assert long[0] < 24 * 2048 * module.d_inner * 4  # two directions of x, z, dt, B, C, y and their copies
     square = lambda u: module(u) + (u @ u.mT).softmax(-1) @ u  # noqa: E731
     assert memory(square, u)[0] > 10 * memory(square, u[:, :512])[0]
+
+
+# ---- BiMambaWrapper ----
+
+MIXERS = {"mamba": {"d_state": 3, "dt_rank": 2}, "mamba2": {"d_state": 3, "headdim": 4}}
+
+
+def both_ends(p, x, mixer, strategy="add"):
+    """Schiff et al. 2024, section 3.1. What mamba_rev has not of its own is mamba_fwd's."""
+    run = {"mamba": mamba, "mamba2": mamba2}[mixer]
+    fwd = {n.removeprefix("mamba_fwd."): t for n, t in p.items() if n.startswith("mamba_fwd.")}
+    rev = fwd | {n.removeprefix("mamba_rev."): t for n, t in p.items() if n.startswith("mamba_rev.")}
+    y, back = run(fwd, x), run(rev, x.flip(1)).flip(1)
+    return y + back if strategy == "add" else y * back
+
+
+def wrapped(mixer, **options):
+    torch.manual_seed(0)
+    return perturbed(BiMambaWrapper(4, mixer=mixer, **MIXERS[mixer], **options), scale=0.8)
+
+
+@pytest.mark.parametrize("tie, strategy", [(True, "add"), (False, "ew_multiply")])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_two_mixers_from_both_ends(mixer, tie, strategy):
+    module, x = wrapped(mixer, bidirectional_weight_tie=tie, bidirectional_strategy=strategy), normal(2, 7, 4)
+    rendering = lambda p, x: both_ends(p, x, mixer, strategy)  # noqa: E731
+    check_against(rendering, module, x)
+    names = dict(module.named_parameters())
+    assert ("mamba_rev.in_proj.weight" in names, "mamba_rev.out_proj.weight" in names) == (not tie, not tie)
+    check_each_matters(rendering, module, x, [n for n in names if "A_log" not in n])
+    assert error(module(x[:, :1]), rendering(tensors(module), x[:, :1])) < 1e-12
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_of_two_mixers(mixer, left):
+    check_padding(lambda p, x: both_ends(p, x, mixer), wrapped(mixer), left)
+
+
+def test_wrapper_names_and_wrong_use():
+    """Upstream's: a checkpoint has the tied projections under both names."""
+    module = wrapped("mamba")
+    names = {n.partition(".")[2] for n in module.state_dict()}
+    assert set(module.state_dict()) == {f"{side}.{n}" for side in ("mamba_fwd", "mamba_rev") for n in names}
+    for wrong in ({"mixer": "lstm"}, {"bidirectional_strategy": "concat"}):
+        with pytest.raises(ValueError, match=f"nn.BiMambaWrapper: {next(iter(wrong))} must be one of"):
+            BiMambaWrapper(4, **wrong)

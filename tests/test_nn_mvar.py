@@ -6,7 +6,7 @@ import pytest
 import torch
 from nn_modules import (
     attend, bound, by_heads, check_against, check_each_matters, check_loads, error, from_heads, layer_norm, linear,
-    normal, perturbed, sigmoid, tensors,
+    mamba2, normal, perturbed, sigmoid, tensors,
 )  # fmt: skip
 
 from scalekern import masks
@@ -16,22 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*slow reference.*")
 WIDTH, HEADS, SCALES = 8, 2, [0, 1, 1, 1, 1, 2, 2]  # of each token; a last scale of 1 x 2
 STATES, HEADDIM = 3, 4
 MASK = masks.segments(cu_seqlens=torch.tensor([0, 1, 5, 7]))
-
-
-def mamba2(p, x):
-    """Dao & Gu 2024, section 7, one group, token by token."""
-    D = p["out_proj.weight"].shape[1]
-    z, xBC, dt = linear(p, "in_proj", x).split([D, D + 2 * STATES, D // HEADDIM], -1)
-    taps, h, ys = p["conv1d.weight"][:, 0], x.new_zeros(x.shape[0], D // HEADDIM, HEADDIM, STATES), []
-    for t in range(x.shape[1]):
-        seen = range(max(0, t - taps.shape[1] + 1), t + 1)
-        u = sum(taps[:, taps.shape[1] - 1 - t + s] * xBC[:, s] for s in seen) + p["conv1d.bias"]
-        main, B, C = (u * sigmoid(u)).split([D, STATES, STATES], -1)
-        main, step = main.unflatten(-1, (-1, HEADDIM)), torch.log1p(torch.exp(dt[:, t] + p["dt_bias"]))[..., None]
-        h = torch.exp(-step * p["A_log"].exp()[:, None])[..., None] * h + (step * main)[..., None] * B[:, None, None]
-        ys.append(((h * C[:, None, None]).sum(-1) + p["D"][:, None] * main).flatten(1))
-    y = torch.stack(ys, 1) * z * sigmoid(z)
-    return linear(p, "out_proj", p["norm.weight"] * y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt())
 
 
 def paper(p, x, cond):

@@ -1,9 +1,13 @@
 """A Mamba's decoding step of low-bit weights: the fused one is the step by parts, and is taken where it should be."""
 
+import importlib
+
 import pytest
 import torch
 from conftest import INTERPRET
 
+import scalekern
+from scalekern import testing
 from scalekern.nn import Mamba, QuantLinear, QuantMamba, _quantized_step, mamba
 from scalekern.ops.quant_matmul import quant_matmul_fwd
 from scalekern.quant import quantize_model
@@ -152,6 +156,30 @@ def test_gathered_with_the_block():
     count = len(_quantized_step._kept)
     del block
     assert len(_quantized_step._kept) < count
+
+
+@pytest.mark.parametrize("op", ["mamba_update", "quantized_mamba_update"])
+def test_arguments_are_checked_once_for_their_shapes(op, monkeypatch):
+    """What was checked is looked up; what differs in a shape, a dtype or a weight's parts is checked, and refused."""
+    module, checked = importlib.import_module(f"scalekern.ops.{op}"), []
+    sound = module.check_states
+    monkeypatch.setattr(module, "check_states", lambda *args: (checked.append(1), sound(*args))[1])
+    function, (args, kwargs) = getattr(scalekern, op), testing.samples(op)[0].make()
+    turned = lambda i, change: tuple(change(a) if j == i else a for j, a in enumerate(doubled))  # noqa: E731
+    doubled = [torch.cat([a, a]) if i < 3 else a for i, a in enumerate(args)]
+    function(*doubled, **kwargs)
+    assert len(checked) <= 1  # another test may have been here before
+    checked.clear()
+    for _ in range(3):
+        function(*doubled, **kwargs)
+    assert not checked
+    for _ in range(2):  # nor is a refusal kept
+        for i, change in ((1, lambda t: t[:, 1:]), (2, lambda t: t.to(torch.int32)), (9, lambda t: t[:, :-1])):
+            with pytest.raises((ValueError, TypeError), match=f"^{op}: "):
+                function(*turned(i, change), **kwargs)
+    if op == "quantized_mamba_update":
+        with pytest.raises(ValueError, match=f"^{op}: scales must have shape"):
+            function(*turned(3, lambda w: w.replace(scales=w.scales[:, 1:])), **kwargs)
 
 
 def test_a_linear_layer_calls_its_product_at_once():

@@ -1,4 +1,4 @@
-"""Relative tables as the models that have them write them: T5's buckets, Swin's and Swin V2's windows."""
+"""Relative tables as the models that have them write them: T5's buckets, windows of Swin, Swin V2 and CrossFormer."""
 
 import pytest
 import torch
@@ -116,6 +116,45 @@ def test_layer_of_swin_v2(place):
             q, k, v, score="cosine", temperature=layer.logit_scale.flatten(), position_table=turned(table, M, M)
         )
         agree(out.transpose(1, 2).flatten(2), wanted, leaves, mine)
+
+
+@every_kernel
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("h, w", [(7, 7), (3, 5), (9, 8)])
+def test_group_of_crossformer(h, w, residual, place):
+    """Its dynamic position bias: a network of the offset of each pair; ours runs it once for each entry of the table.
+
+    The network's last bias, which a softmax does not see, has a gradient of rounding errors only.
+    """
+    H, P, width = 2, 4, 8
+    torch.manual_seed(0)
+    network = dynamic_position_bias(width, H).to(torch.float64)
+    at = torch.cartesian_prod(torch.arange(h), torch.arange(w)).double()
+    pairs = bias_of(network, at[:, None] - at, residual).permute(2, 0, 1)  # [H, query, key], of query - key
+    leaves = [*(randn(3, H, h * w, P, seed=i).requires_grad_() for i in range(3)), *[*network.parameters()][:-1]]
+    wanted = torch.softmax(leaves[0] @ leaves[1].mT * P**-0.5 + pairs, -1) @ leaves[2]
+    ours = dynamic_position_bias(width, H).to(place[0], torch.float64)
+    ours.load_state_dict(network.state_dict())
+    mine = [*(x.detach().to(place[0]).requires_grad_() for x in leaves[:3]), *[*ours.parameters()][:-1]]
+    offsets = torch.cartesian_prod(torch.arange(1 - h, h), torch.arange(1 - w, w)).to(mine[0])
+    with scalekern.backend(place[1]):
+        table = bias_of(ours, offsets, residual)
+        agree(scalekern.sparse_attention(*mine[:3], position_table=turned(table, h, w)), wanted, leaves, mine)
+
+
+def dynamic_position_bias(width, heads):
+    """Wang et al., CrossFormer, 2021, section 3.2 and figure 4: a projection, then LayerNorm, ReLU, Linear thrice."""
+    block = lambda out: torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.ReLU(), torch.nn.Linear(width, out))
+    return torch.nn.ModuleList([torch.nn.Linear(2, width), block(width), block(width), block(heads)])
+
+
+def bias_of(network, offsets, residual):
+    """(..., 2) to (..., H). residual: as upstream's option, x + block(x) in the middle."""
+    first, *middle, last = network
+    x = first(offsets)
+    for block in middle:
+        x = x + block(x) if residual else block(x)
+    return last(x)
 
 
 @every_kernel

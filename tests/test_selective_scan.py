@@ -400,6 +400,16 @@ def test_every_instruction_set(isa):
     assert done.stdout.strip() == "checked", done.stderr
 
 
+def test_interleaved_matrices_with_any_strides(any_backend):
+    """Upstream's real (B, N, 2 L) for a complex A, as every second number from the first on: no view of it is complex."""
+    u, delta = torch.randn(2, 1, 3, 7).abs()
+    A = torch.complex(-torch.rand(3, 4), torch.rand(3, 4))
+    wide = torch.randn(1, 4, 29)
+    with scalekern.backend(any_backend):
+        strided, whole = (scalekern.selective_scan(u, delta, A, m, m) for m in (wide[..., 1::2], wide[..., 1::2].contiguous()))
+    torch.testing.assert_close(strided, whole)
+
+
 def test_expanded_inputs_and_gradients(any_backend):
     """Zero strides: inputs expanded over the batch, dout from a sum, B and C shared by all times."""
     case = Case((3, 4, 10, 2), optional="Db")

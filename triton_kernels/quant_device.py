@@ -3,8 +3,8 @@
 A unit is the smallest number of codes that begins and ends with a byte: P codes in P BITS / 8 bytes, with P = 1, 2, 4
 or 8. Plane p of a tile holds code p of each unit: its byte and shift are known at compile time, so that a tile of
 planes is a few bit operations on bytes that lie beside each other, and nothing has to be put in order: a product over
-columns does not care in which order both sides come. P = 1 with fewer than 8 bits looks up the byte of every code by itself:
-slower, but a tile may begin anywhere, and be of any length.
+columns does not care in which order both sides come. P = 1 with fewer than 8 bits looks up the byte of every code by
+itself: slower, but a tile may begin anywhere, and be of any length.
 """
 
 import torch

@@ -42,8 +42,8 @@ import triton.language as tl
 from ..quant._formats import FORMATS
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .quant_device import (
-    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, expert_of, experts_args, finish, is_whole, operand, part_strides, parts_args, plain,
-    rows_first, scales_of, store, table_of, values_of,
+    MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, expert_of, experts_args, finish, is_whole, operand, part_strides,
+    parts_args, plain, rows_first, scales_of, store, table_of, values_of,
 )  # fmt: skip
 from .quant_matmul_dense import dense_fwd, dense_serves
 from .quant_matmul_gemv import gemv_serves, plan_quant_matmul_gemv

@@ -3,10 +3,10 @@
 Shape letters: B batch, H key heads, T new tokens, P channels, G groups of channels.
 
 Never measured. Bound by HBM bytes, for a decoding step by its launch: P numbers read, P BITS / 8 bytes written. A
-program owns one token of one head: its channels are a tile [G, GROUP], reduced along each group; for 4 bits the even and
-the odd channels are loaded as two tiles, so that a byte is made in one thread. It finds its slot as the decoding kernel
-does and stores nothing where the token has none. All of it is float32 with IEEE division, as the oracle's, to the last
-bit.
+program owns one token of one head: its channels are a tile [G, GROUP], reduced along each group; for 4 bits the even
+and the odd channels are loaded as two tiles, so that a byte is made in one thread. It finds its slot as the decoding
+kernel does and stores nothing where the token has none. All of it is float32 with IEEE division, as the oracle's, to
+the last bit.
 """
 
 import torch
@@ -119,7 +119,8 @@ def plan(
         head_offsets_ptr=head_offsets, table_ptr=block_table, starts_ptr=starts,
         factor=factor(bits, offsets is None, scales.dtype), sink=sink, slots=slots, **steps, **strides("x", x, "bhtp"),
         **strides("lengths", lengths, "b"), **strides("heads", head_offsets, "h"),
-        **strides("table", block_table, "bj"), **strides("starts", starts, "b"), T=T, P=P, GROUP=group_size, BITS=bits, PAGE=page, CIRCULAR=bool(circular),
+        **strides("table", block_table, "bj"), **strides("starts", starts, "b"), T=T, P=P, GROUP=group_size, BITS=bits,
+        PAGE=page, CIRCULAR=bool(circular),
         INT64=wide(x, data), BLOCK_G=triton.next_power_of_2(triton.cdiv(P, group_size)),
         BLOCK_U=triton.next_power_of_2(group_size), BLOCK_BYTES=triton.next_power_of_2(triton.cdiv(P, 2)),
     )  # fmt: skip

@@ -55,7 +55,8 @@ __all__ = ["quantized_selective_scan_fwd", "selective_scan_bwd", "selective_scan
 @triton.jit
 def _selective_scan_fwd_kernel(
     out_ptr, last_ptr, checkpoints_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr,
-    cu_ptr, u_scale_ptr, B_scale_ptr, C_scale_ptr, parts_ptr, sums_ptr, L, D, unit, blocks_per_unit, units_per_group_B, units_per_group_C, slots, part_tokens,
+    cu_ptr, u_scale_ptr, B_scale_ptr, C_scale_ptr, parts_ptr, sums_ptr, L, D, unit, blocks_per_unit,
+    units_per_group_B, units_per_group_C, slots, part_tokens,
     stride_out_b, stride_out_d, stride_out_l, stride_u_b, stride_u_d, stride_u_l,
     stride_delta_b, stride_delta_d, stride_delta_l, stride_z_b, stride_z_d, stride_z_l, stride_A_d, stride_A_n,
     stride_B_b, stride_B_g, stride_B_n, stride_B_l, stride_C_b, stride_C_g, stride_C_n, stride_C_l,
@@ -190,7 +191,7 @@ def plan_selective_scan_fwd(
     out, last_state, checkpoints, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus,
     reverse, save_checkpoints, steps=(None, None, None),
 ):  # fmt: skip
-    """The launches, two when time is split, from shapes, strides and dtypes alone. steps: of u, B and C as int8 codes."""
+    """The launches, two when time is split, from shapes, strides and dtypes alone. steps: those of codes u, B and C."""
     (batch, channels, length), states = u.shape, A.shape[1]
     units = dev.units(channels, B, C)
     block_n, chunk = dev.power_of_two(states), checkpoint_stride(states)
@@ -205,7 +206,8 @@ def plan_selective_scan_fwd(
     args = dict(
         out_ptr=out, last_ptr=last_state, checkpoints_ptr=checkpoints if save_checkpoints else None, u_ptr=u,
         delta_ptr=delta, A_ptr=A, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z, bias_ptr=delta_bias, initial_ptr=initial_state,
-        cu_ptr=cu_seqlens, **dict(zip(("u_scale_ptr", "B_scale_ptr", "C_scale_ptr"), steps)), parts_ptr=None, sums_ptr=None, L=length, D=channels, blocks_per_unit=per_unit,
+        cu_ptr=cu_seqlens, **dict(zip(("u_scale_ptr", "B_scale_ptr", "C_scale_ptr"), steps)), parts_ptr=None,
+        sums_ptr=None, L=length, D=channels, blocks_per_unit=per_unit,
         slots=checkpoints.shape[1], part_tokens=part_tokens, **units,
         **strides("out", out, "bdl"), **strides("u", u, "bdl"), **strides("delta", delta, "bdl"),
         **strides("z", z, "bdl"), **strides("A", A, "dn"), **dev.matrix_strides("B", B), **dev.matrix_strides("C", C),

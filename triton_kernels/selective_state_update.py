@@ -37,7 +37,8 @@ def codes_of(h, step):
 
 @triton.jit
 def _selective_state_update_kernel(
-    out_ptr, state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, indices_ptr, scale_ptr, P, heads_per_group,
+    out_ptr, state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, indices_ptr, scale_ptr, P,
+    heads_per_group,
     stride_out_b, stride_out_h, stride_out_p, stride_state_s, stride_state_h, stride_state_p, stride_state_n,
     stride_x_b, stride_x_h, stride_x_p, stride_dt_b, stride_dt_h, stride_dt_p, stride_A_h, stride_A_p, stride_A_n,
     stride_B_b, stride_B_g, stride_B_n, stride_C_b, stride_C_g, stride_C_n, stride_D_h, stride_D_p,
@@ -103,11 +104,13 @@ def plan_selective_state_update(
     blocks = config("selective_state_update", key, x.device, default)
     args = dict(
         out_ptr=out, state_ptr=state, x_ptr=x, dt_ptr=dt, A_ptr=A, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z,
-        bias_ptr=dt_bias, indices_ptr=state_batch_indices, scale_ptr=state_scale, P=dim, heads_per_group=heads // B.shape[1],
+        bias_ptr=dt_bias, indices_ptr=state_batch_indices, scale_ptr=state_scale, P=dim,
+        heads_per_group=heads // B.shape[1],
         **strides("out", out, "bhp"), **strides("state", state, "shpn"), **strides("x", x, "bhp"),
         **strides("dt", dt, "bhp"), **strides("A", A, "hpn"), **strides("B", B, "bgn"), **strides("C", C, "bgn"),
         **strides("D", D, "hp"), **strides("z", z, "bhp"), **strides("bias", dt_bias, "hp"),
-        **strides("indices", state_batch_indices, "b"), **strides("scale", state_scale, "hp"), N=states, SOFTPLUS=bool(dt_softplus),
+        **strides("indices", state_batch_indices, "b"), **strides("scale", state_scale, "hp"), N=states,
+        SOFTPLUS=bool(dt_softplus),
         INT64=wide(out, state, x, dt, A, B, C, z), BLOCK_P=blocks["BLOCK_P"], BLOCK_N=block_n,
     )  # fmt: skip
     grid = (batch, heads, triton.cdiv(dim, blocks["BLOCK_P"]))

@@ -14,9 +14,10 @@ q (s c + o) = s (q c) + o sum(q). Values are rounded to q's dtype, as a float ca
 
 How the work is split: the keys that some row of a key head sees make a list (the first ones, then the newest), cut into
 splits; a program takes one split of one head and batch row for up to 64 rows of the group, so that a key is read once.
-How many splits a head gets follows its budget: the list of (head, split) is flattened and no program starts for
-keys that no budget reaches. Budgets that are on the GPU cannot be read without a synchronization: then every head gets splits
-for the whole cache and divides what it finds among them. A second kernel adds the splits of a row in their order.
+How many splits a head gets follows its budget: the list of (head, split) is flattened and no program starts for keys
+that no budget reaches. Budgets that are on the GPU cannot be read without a synchronization: then every head gets
+splits for the whole cache and divides what it finds among them. A second kernel adds the splits of a row in their
+order.
 """
 
 import functools
@@ -343,11 +344,11 @@ def plan_sparse_attention_decode(
         k_offsets_ptr=k_offsets, v_scales_ptr=v_scales, v_offsets_ptr=v_offsets, lengths_ptr=lengths,
         budgets_ptr=budgets,
         offsets_ptr=head_offsets, starts_ptr=starts, table_ptr=block_table, plan_ptr=work,
-        scale=float(scale), softcap=float(softcap), sink=sink, slots=slots, splits_of_all=count, rows_of_all=rows, **strides("q", q, "bhtp"),
-        **steps, **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
-        **strides("offsets", head_offsets, "h"), **strides("starts", starts, "b"), **strides("table", block_table, "bj"),
-        KEY_HEADS=key_heads,
-        GROUP=group, T=tokens, P=dim, PV=value_dim, PAGE=page, CIRCULAR=bool(circular), SOFTCAP=softcap != 0, EVEN=tokens == 1 and same,
+        scale=float(scale), softcap=float(softcap), sink=sink, slots=slots, splits_of_all=count, rows_of_all=rows,
+        **strides("q", q, "bhtp"), **steps, **strides("lengths", lengths, "b"), **strides("budgets", budgets, "h"),
+        **strides("offsets", head_offsets, "h"), **strides("starts", starts, "b"),
+        **strides("table", block_table, "bj"), KEY_HEADS=key_heads, GROUP=group, T=tokens, P=dim, PV=value_dim,
+        PAGE=page, CIRCULAR=bool(circular), SOFTCAP=softcap != 0, EVEN=tokens == 1 and same,
         K_BITS=k_bits, K_GROUP=k_group, V_BITS=v_bits, V_GROUP=v_group,
         INT64=wide(q, k_cache, v_cache, block_table), BLOCK_R=block_r, BLOCK_N=blocks["BLOCK_N"], BLOCK_P=block_p,
         BLOCK_PV=block_pv,
@@ -382,8 +383,8 @@ def _spec(
     integers = lambda *shape: meta(*shape, dtype=torch.int32)
     args = (
         q, meta(batch, heads, tokens, dtype=real), q, cache, cache, integers(batch),
-        integers(heads) if budgets else None, integers(key_heads + 1) if ragged else None, integers(batch, 64) if paged else None,
-        integers(batch) if padded else None,
+        integers(heads) if budgets else None, integers(key_heads + 1) if ragged else None,
+        integers(batch, 64) if paged else None, integers(batch) if padded else None,
         meta(heads, dtype=real) if part else None, *[scales] * 4, 4, ragged, dim**-0.5, softcap,
         bits, group, bits, group, dim,
     )  # fmt: skip

@@ -1,16 +1,17 @@
 """What the kernels of ssd_scan share: windows of tokens, step sizes and decays, products, states between windows.
 
-Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S packed sequences, Q tokens of a chunk, K of a
-segment. States are [BLOCK_N, BLOCK_P]; the buffers that hold them between kernels (slots, H, N, P).
+Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S packed sequences, Q tokens of a chunk, K of
+a segment. States are [BLOCK_N, BLOCK_P]; the buffers that hold them between kernels (slots, H, N, P).
 
-Windows. Rows, or packed sequences, are cut where the token's number is a multiple of K (or of Q: K is one of Q's). Window
-w of sequence i has the slot w + i, which no other has, since neither decreases along the tokens; L / K + S slots hold
-all, with gaps. A kernel finds i by bisection, so that no sequence's length is needed on the host.
+Windows. Rows, or packed sequences, are cut where the token's number is a multiple of K (or of Q: K is one of Q's).
+Window w of sequence i has the slot w + i, which no other has, since neither decreases along the tokens; L / K + S slots
+hold all, with gaps. A kernel finds i by bisection, so that no sequence's length is needed on the host.
 
-Decays are powers of two. A running sum of 64 logarithms loses the digits of the weak ones behind a strong one (90 x 2^-24 =
-5e-6). It is kept in two parts, multiples of 2^-8, which float32 adds without error up to 2^15, and what is left, which
-stays below 1/2; differences of the parts have an error of 2^-25. Logarithms below -256 are cut there: their decay is 0.
-So is one where seq_idx changes, which masks every pair across the boundary; nothing else has to know of sequences.
+Decays are powers of two. A running sum of 64 logarithms loses the digits of the weak ones behind a strong one (90 x
+2^-24 = 5e-6). It is kept in two parts, multiples of 2^-8, which float32 adds without error up to 2^15, and what is
+left, which stays below 1/2; differences of the parts have an error of 2^-25. Logarithms below -256 are cut there: their
+decay is 0. So is one where seq_idx changes, which masks every pair across the boundary; nothing else has to know of
+sequences.
 """
 
 import torch
@@ -92,7 +93,10 @@ def gated(dout, z, start, i, p, valid, in_p, OPERAND: tl.constexpr, PRECISION: t
 
 
 @triton.jit
-def states_of(before_ptr, after_ptr, slot, head, H, n, p, N: tl.constexpr, P: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def states_of(
+    before_ptr, after_ptr, slot, head, H, n, p, N: tl.constexpr, P: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """The state before a chunk and the gradient of that after it, as operands [BLOCK_N, BLOCK_P]."""
     at = (tl.cast(slot, tl.int64) * H + head) * (N * P) + (n[:, None] * P + p[None, :])
     inside = (n < N)[:, None] & (p < P)[None, :]
@@ -283,11 +287,16 @@ def sample(dtype: torch.dtype, options: str) -> tuple[tuple, tuple]:
     """
     real, length = real_of(dtype), 2**22 if options == "wide" else 2**14
     H, P, G, N = 24 if options == "segments" else 128, 64, 2 if options == "packed" else 1, 128
-    x, dt, matrix = meta(1, length, H, P, dtype=dtype), meta(1, length, H, dtype=dtype), meta(1, length, G, N, dtype=dtype)
+    x, dt, matrix = (
+        meta(1, length, H, P, dtype=dtype), meta(1, length, H, dtype=dtype), meta(1, length, G, N, dtype=dtype)
+    )  # fmt: skip
     head = meta(H, dtype=real)
     cu = meta(9, dtype=torch.int32) if options == "packed" else None
     seq = meta(1, length, dtype=torch.int32) if options == "segments" else None
     states = meta(8 if options == "packed" else 1, H, P, N, dtype=real)
     initial = states if options in ("packed", "segments") else None
-    args = (x, dt, head, matrix, matrix, head, x if options == "packed" else None, head, initial, seq, cu, True, 0.0, float("inf"))
+    args = (
+        x, dt, head, matrix, matrix, head, x if options == "packed" else None, head, initial, seq, cu, True, 0.0,
+        float("inf"),
+    )  # fmt: skip
     return args, (x, meta(1, H, P, N, dtype=real), states)

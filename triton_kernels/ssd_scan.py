@@ -1,7 +1,7 @@
 """Mamba-2's scan in one walk over the chunks, the state in registers: the forward kernel and its launcher.
 
-Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S packed sequences, Q tokens of a chunk, K of a
-segment. With s the running sum of log2 of the decays in a chunk, M_ij = 2^(s_i - s_j) for i >= j and d the steps:
+Shape letters: B batch, L length, H heads, P head dim, G groups, N states, S packed sequences, Q tokens of a chunk, K of
+a segment. With s the running sum of log2 of the decays in a chunk, M_ij = 2^(s_i - s_j) for i >= j and d the steps:
 
     Y = 2^s (C S) + (M o C B^T o d) x          S' = 2^(s_Q) S + B^T (2^(s_Q - s) d x)          S [N, P]
 
@@ -13,25 +13,25 @@ The account, a token and head, in half precision at P 64, N 128, G 1, H 128, Q 6
     FLOP               2 Q N + 2 Q P + 4 N P = 57,344: C B^T again for each head (16,384; storing it would be 2 Q bytes)
     other              Q exponentials, 8 Q fused operations for M o C B^T, 2 N P / Q for the state's decay and rounding
 
-On an H200 (4.1 TB/s of HBM reached, 5.5 TB/s of L2, 989 TFLOP/s): 16,384 tokens x 128 heads are 0.13 ms of HBM, 0.29 ms of
-L2, 0.12 ms of products at their peak and 0.25 at half of it, 0.1 ms of exponentials and 0.2 ms of the rest, in other pipes.
-Never measured; 0.3 to 0.4 ms expected, 40 to 55 M tokens a second.
+On an H200 (4.1 TB/s of HBM reached, 5.5 TB/s of L2, 989 TFLOP/s): 16,384 tokens x 128 heads are 0.13 ms of HBM, 0.29 ms
+of L2, 0.12 ms of products at their peak and 0.25 at half of it, 0.1 ms of exponentials and 0.2 ms of the rest, in other
+pipes. Never measured; 0.3 to 0.4 ms expected, 40 to 55 M tokens a second.
 
-Q 64 for these: at Q 128 the products are 81,920 FLOP and M takes all registers; at Q 32 there are 20 products of 32 rows,
-which wgmma, whose tile has 64, cannot take.
+Q 64 for these: at Q 128 the products are 81,920 FLOP and M takes all registers; at Q 32 there are 20 products of 32
+rows, which wgmma, whose tile has 64, cannot take.
 
-How the work is split: a program has a head (64 channels of it) and walks the chunks of a segment of K tokens. One segment
-moves each byte once, but 128 programs are one a multiprocessor, in which nothing covers a product's latency, and 24
-leave most idle. So L is cut into as many segments as give 264 programs. Then a first kernel (ssd_scan_states.py) walks all
-but the last segment without C and out, for 2 P + 2 N bytes and 2 N P of the FLOP a token, and every program begins by
-joining the states of the segments before its own: no kernel for that, and no state a chunk in memory.
+How the work is split: a program has a head (64 channels of it) and walks the chunks of a segment of K tokens. One
+segment moves each byte once, but 128 programs are one a multiprocessor, in which nothing covers a product's latency,
+and 24 leave most idle. So L is cut into as many segments as give 264 programs. Then a first kernel (ssd_scan_states.py)
+walks all but the last segment without C and out, for 2 P + 2 N bytes and 2 N P of the FLOP a token, and every program
+begins by joining the states of the segments before its own: no kernel for that, and no state a chunk in memory.
 
 What stays in registers: the state, 64 a thread (128 x 64 float32 over 4 warps), M o C B^T and Y, 32 each. Tried in the
 compiler (sm_90): softplus and sums in this kernel were repeated for each column of M (ssd_scan_steps.py has them), the
 token by token form as a branch of it took 824 bytes of stack; 224 are left.
 
-NaN and Inf: a product reads 0 x NaN of later tokens. A state that holds NaN keeps it, so that one look at the last state
-tells whether any came up; ssd_scan_tokens.py then goes the same way token by token.
+NaN and Inf: a product reads 0 x NaN of later tokens. A state that holds NaN keeps it, so that one look at the last
+state tells whether any came up; ssd_scan_tokens.py then goes the same way token by token.
 Determinism: every sum has a fixed order; K depends on the shapes alone. Offsets are 64-bit where they need be.
 """
 
@@ -153,8 +153,8 @@ def plan_ssd_scan_fwd(out, final, varlen, *args) -> list[Launch]:
     programs = windows.pop("slots") * x.shape[2] * triton.cdiv(x.shape[3], blocks["BLOCK_P"])
     packed = None if cu_seqlens is None else varlen
     arguments = dict(
-        broken_ptr=x.new_empty(programs, dtype=torch.int8), **common_args(*args), **totals_of(totals), **steps_of(steps),
-        out_ptr=out, final_ptr=final, varlen_ptr=packed,
+        broken_ptr=x.new_empty(programs, dtype=torch.int8), **common_args(*args), **totals_of(totals),
+        **steps_of(steps), out_ptr=out, final_ptr=final, varlen_ptr=packed,
         initial_ptr=initial, initials=0 if initial is None else initial.shape[0], **windows, K=K,
         **strides("out", out, "blhp"), **strides("initial", initial, "bhpn"),
         INT64=wide(out, x, B, args[4], args[6]), Q=blocks["Q"], BLOCK_P=blocks["BLOCK_P"],

@@ -12,8 +12,9 @@ With S the state before a chunk, G the gradient of that after it, M, s and d as 
 
 The account, a token and head, in half precision at P 64, N 128, Q 64, H 128, G 1:
 
-    HBM   walks: x and dout once, half of both again for the totals, 384; S and G, 2 N P / Q = 256 each, written once and
-          read twice, 1,536; x and dout for two kernels and dx, 5 x 2 P = 640; steps, six times 12, and the rest 10: 2,642
+    HBM   walks: x and dout once, half of both again for the totals, 384; S and G, 2 N P / Q = 256 each, written once
+          and read twice, 1,536; x and dout for two kernels and dx, 5 x 2 P = 640; steps, six times 12, and the rest 10:
+          2,642
     FLOP  walks 6 N P = 49,152; here 2 Q N for C B^T, 4 Q P for dY x^T and W^T dY (2 Q P more with z), 4 N P for B G and
           C S, 2 Q^2 for da: 73,728; for dB and dC 40,960: 163,840 in all
     dB and dC a head apart would be 8 N = 1,024 bytes written and read again: their kernel has all heads of a group in
@@ -23,18 +24,20 @@ The account, a token and head, in half precision at P 64, N 128, Q 64, H 128, G 
 On an H200 (4.2 TB/s of HBM, 790 TFLOP/s reached): 16,384 tokens of 128 heads are 1.3 ms of HBM and 0.44 ms of products.
 Never measured; 2.0 ms expected: 0.7 in the walks, 0.75 here, 0.55 for dB and dC.
 
-How the work is split: a program has a chunk and a head. B and C come out of the L2 again for each (32 KiB beside 56 out of
-HBM), and in return two programs a multiprocessor wait and multiply in turn, with nothing alive between heads. All tiles
-are asked for at once, before the first product.
-Tried in the compiler (sm_90, bfloat16, 4 warps, registers and bytes of stack): heads in turn, R summed here too and 8 warps
-255 and 688; so with dB and dC 1,552; a program a head, 255 and 48; D's sum where x and dout arrive instead of last, 231 and
-0: now 233 and 0, 82 KB of shared memory. Eight heads in turn, the next one's tiles loading meanwhile: 344, and 16 with 8
-warps and one program a multiprocessor. A third program, 168 registers: 200. S . G as the trace of a product: 24 more.
-sm_80 has 520 bytes, sm_100 120, float16, whose products are tf32's, 488. In float32 ptxas gives up (32 registers and 11 KiB
-of stack, right and slow): an operand of mma.sync is whole in registers, thrice for tf32x3.
+How the work is split: a program has a chunk and a head. B and C come out of the L2 again for each (32 KiB beside 56 out
+of HBM), and in return two programs a multiprocessor wait and multiply in turn, with nothing alive between heads. All
+tiles are asked for at once, before the first product.
+Tried in the compiler (sm_90, bfloat16, 4 warps, registers and bytes of stack): heads in turn, R summed here too and 8
+warps 255 and 688; so with dB and dC 1,552; a program a head, 255 and 48; D's sum where x and dout arrive instead of
+last, 231 and 0: now 233 and 0, 82 KB of shared memory. Eight heads in turn, the next one's tiles loading meanwhile:
+344, and 16 with 8 warps and one program a multiprocessor. A third program, 168 registers: 200. S . G as the trace of a
+product: 24 more. sm_80 has 520 bytes, sm_100 120, float16, whose products are tf32's, 488. In float32 ptxas gives up
+(32 registers and 11 KiB of stack, right and slow): an operand of mma.sync is whole in registers, thrice for tf32x3.
 
-Memory besides inputs and outputs: S and G, each N / Q times x (twice for N 128), in half precision for bfloat16, else in
-float32, and one a packed sequence more; steps, 12 bytes a token and head; partial dB and dC where a group's heads are in parts. Determinism: nothing is atomic; the parts depend on the shapes alone.
+Memory besides inputs and outputs: S and G, each N / Q times x (twice for N 128), in half precision for bfloat16, else
+in float32, and one a packed sequence more; steps, 12 bytes a token and head; partial dB and dC where a group's heads
+are in parts.
+Determinism: nothing is atomic; the parts depend on the shapes alone.
 """
 
 import torch

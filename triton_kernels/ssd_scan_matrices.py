@@ -6,13 +6,14 @@ Shape letters: B batch, L length, H heads, P head dim, G groups, N states, Q tok
     dC^T  = B^T R   + sum over heads of S (2^s dY)^T     [N, Q]
     R     = sum over heads of M o d o dY x^T             [Q, Q], one product with B and C for all heads
 
-The account, a token and head, in half precision at P 64, N 128, Q 64: 4 P bytes of x and dout, 2 x 2 N P / Q of S and G, 768
-in all; 4 N P + 2 Q P = 40,960 FLOP. HBM bounds it: 16,384 tokens of 128 heads are 0.38 ms on an H200. Never measured.
+The account, a token and head, in half precision at P 64, N 128, Q 64: 4 P bytes of x and dout, 2 x 2 N P / Q of S and
+G, 768 in all; 4 N P + 2 Q P = 40,960 FLOP. HBM bounds it: 16,384 tokens of 128 heads are 0.38 ms on an H200. Never
+measured.
 
-The sums are turned round, N x Q: tiles of 64 rows that feed products live in 4 warps, these fill 8, 32 registers each, and
-R has 16 (255 registers and no stack on sm_90, 248 on sm_100). With x's and dt's gradients, which read the same bytes, 1.5
-KiB of stack. P in blocks inside the loop over heads doubled the buffers, to 336 KB at P 256; the blocks are in the loop.
-float16 spills 216 bytes; sm_80 3.8 KiB (16 bytes with BLOCK_P 16).
+The sums are turned round, N x Q: tiles of 64 rows that feed products live in 4 warps, these fill 8, 32 registers each,
+and R has 16 (255 registers and no stack on sm_90, 248 on sm_100). With x's and dt's gradients, which read the same
+bytes, 1.5 KiB of stack. P in blocks inside the loop over heads doubled the buffers, to 336 KB at P 256; the blocks are
+in the loop. float16 spills 216 bytes; sm_80 3.8 KiB (16 bytes with BLOCK_P 16).
 
 How the work is split: a program has a chunk, a group and a part of its heads. Parts leave partial sums, added in order.
 """

@@ -5,9 +5,9 @@ Shape letters: B batch, H heads, P head dim, N states, Q tokens of a chunk, K of
     forward     S' = 2^(s_Q) S + B^T (2^(s_Q - s) d x)       S: the state before a chunk
     reverse     G' = 2^(s_Q) G + C^T (2^s dY)                G: the gradient of the state after a chunk
 
-Two uses. Totals: from zero through each segment but the one that nothing follows; what it leaves, and what remains of the
-state before it (a negative number when a boundary lies in between). All: from the segments before on, each chunk's state,
-or gradient, is written, for the backward (ssd_scan_bwd.py).
+Two uses. Totals: from zero through each segment but the one that nothing follows; what it leaves, and what remains of
+the state before it (a negative number when a boundary lies in between). All: from the segments before on, each chunk's
+state, or gradient, is written, for the backward (ssd_scan_bwd.py).
 
 The account, a token and head, in half precision at P 64, N 128, Q 64: 2 P + 2 N bytes are read (those of N out of the
 L2), 2 N P / Q = 256 written by the second use; 2 N P = 16,384 FLOP. HBM bounds the second, 384 bytes: 16,384 tokens of
@@ -52,8 +52,8 @@ def _ssd_scan_states_kernel(
     stride_initial_b, stride_initial_h, stride_initial_p, stride_initial_n,
     stride_dfinal_b, stride_dfinal_h, stride_dfinal_p, stride_dfinal_n,
     stride_dvarlen_s, stride_dvarlen_h, stride_dvarlen_p, stride_dvarlen_n, stride_seq_b, stride_seq_l,
-    N: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
-    Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    INT64: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """REVERSE: x is dout, B is C. Without saved_ptr totals are written, else read. Grid (slots blocks of P x H,)."""
     acc: tl.constexpr = steps_ptr.dtype.element_ty
@@ -143,7 +143,9 @@ def _ssd_scan_states_kernel(
             tl.store(to, state, mask=in_np & (sequence < initials) & (end >= begin))
 
 
-def _plan(args, K, blocks, steps, totals=(), *, dout=None, saved=None, initial=None, dinitial=None, dfinal=None, dvarlen=None):
+def _plan(
+    args, K, blocks, steps, totals=(), *, dout=None, saved=None, initial=None, dinitial=None, dfinal=None, dvarlen=None
+):  # fmt: skip
     """The launches over the op's arguments; with dout in reverse."""
     x, B, C, z, cu_seqlens = args[0], args[3], args[4], args[6], args[10]
     reverse = dout is not None
@@ -160,18 +162,21 @@ def _plan(args, K, blocks, steps, totals=(), *, dout=None, saved=None, initial=N
         totals = totals_of(totals)
     starts = next((t for t in (initial, dinitial) if t is not None), None)
     arguments = dict(
-        common, **windows, **totals, **steps_of(steps), saved_ptr=saved, dinitial_ptr=dinitial, initial_ptr=initial, dfinal_ptr=dfinal,
-        dvarlen_ptr=dvarlen, K=K, chunks=triton.cdiv(x.shape[1], blocks["Q"]),
+        common, **windows, **totals, **steps_of(steps), saved_ptr=saved, dinitial_ptr=dinitial, initial_ptr=initial,
+        dfinal_ptr=dfinal, dvarlen_ptr=dvarlen, K=K, chunks=triton.cdiv(x.shape[1], blocks["Q"]),
         initials=0 if starts is None else starts.shape[0], **strides("dinitial", dinitial, "bhpn"),
-        **strides("initial", initial, "bhpn"), **strides("dfinal", dfinal, "bhpn"), **strides("dvarlen", dvarlen, "shpn"),
-        REVERSE=reverse, INT64=wide(x, args[1], B, C, z, dout), Q=blocks["Q"], BLOCK_P=blocks["BLOCK_P"],
+        **strides("initial", initial, "bhpn"), **strides("dfinal", dfinal, "bhpn"),
+        **strides("dvarlen", dvarlen, "shpn"), REVERSE=reverse, INT64=wide(x, args[1], B, C, z, dout),
+        Q=blocks["Q"], BLOCK_P=blocks["BLOCK_P"],
     )  # fmt: skip
     programs, kernel = slots * heads * triton.cdiv(width, blocks["BLOCK_P"]), _ssd_scan_states_kernel
     arguments["broken_ptr"] = x.new_empty(programs, dtype=torch.int8)
     launch = Launch(kernel, (programs,), chosen(kernel, arguments), blocks["num_warps"], blocks.get("num_stages"))
     if saved is not None or reverse:
         return [launch]
-    nothing = dict(out_ptr=None, C_ptr=B, z_ptr=None, **{f"stride_{name}": 0 for name in ("out_b", "out_l", "out_h", "out_p")})
+    nothing = dict(
+        out_ptr=None, C_ptr=B, z_ptr=None, **{f"stride_{name}": 0 for name in ("out_b", "out_l", "out_h", "out_p")}
+    )  # fmt: skip
     return [launch, plan_tokens(arguments | nothing, programs)]
 
 

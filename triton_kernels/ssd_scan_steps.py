@@ -33,7 +33,9 @@ def _ssd_scan_steps_kernel(
     t = index(t, INT64)
     inside = valid[:, None] & in_h[None, :]
     A = tl.load(A_ptr + h * stride_A_h, mask=in_h, other=0.0)  # [BLOCK_H]
-    raw = tl.load(dt_ptr + row * stride_dt_b + t[:, None] * stride_dt_l + h[None, :] * stride_dt_h, mask=inside, other=0.0)
+    raw = tl.load(
+        dt_ptr + row * stride_dt_b + t[:, None] * stride_dt_l + h[None, :] * stride_dt_h, mask=inside, other=0.0
+    )  # fmt: skip
     raw = raw.to(A.dtype)  # [Q, BLOCK_H]
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + h * stride_bias_h, mask=in_h, other=0.0)[None, :]

@@ -2,9 +2,9 @@
 
 Shape letters: H heads, P head dim, N states.
 
-A product over a chunk reads 0 x NaN of tokens that come later; the recurrence as it is written does not. A launch follows
-every one of ssd_scan.py and of the totals of ssd_scan_states.py, since only the device knows; its programs read one byte
-and return. Where there is NaN it takes about a microsecond a token, which nobody waits for twice.
+A product over a chunk reads 0 x NaN of tokens that come later; the recurrence as it is written does not. A launch
+follows every one of ssd_scan.py and of the totals of ssd_scan_states.py, since only the device knows; its programs read
+one byte and return. Where there is NaN it takes about a microsecond a token, which nobody waits for twice.
 """
 
 import triton
@@ -29,8 +29,8 @@ __all__ = ["plan_tokens"]
 
 @triton.jit
 def _ssd_scan_tokens_kernel(
-    broken_ptr, out_ptr, final_ptr, varlen_ptr, local_ptr, through_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr,
-    bias_ptr, initial_ptr, seq_ptr, cu_ptr, L, H, heads, S, windows, K, initials,
+    broken_ptr, out_ptr, final_ptr, varlen_ptr, local_ptr, through_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr,
+    z_ptr, bias_ptr, initial_ptr, seq_ptr, cu_ptr, L, H, heads, S, windows, K, initials,
     stride_out_b, stride_out_l, stride_out_h, stride_out_p, stride_x_b, stride_x_l, stride_x_h, stride_x_p,
     stride_dt_b, stride_dt_l, stride_dt_h, stride_A_h, stride_B_b, stride_B_l, stride_B_g, stride_B_n,
     stride_C_b, stride_C_l, stride_C_g, stride_C_n, stride_D_h, stride_D_p,

@@ -3,37 +3,70 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "amx.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace scalekern {
 
 namespace {
 
-Isa detect() {
-  Isa found = Isa::baseline;
+enum class Level { baseline, avx2, avx512, vnni, amx };
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "vnni", "amx"};
+
+#if defined(__x86_64__)
+// Read from cpuid: compilers of 2020 do not know the names.
+struct Features {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  explicit Features(unsigned part) { __get_cpuid_count(7, part, &a, &b, &c, &d); }
+};
+
+bool finds_vnni() { return Features(0).c >> 11 & 1; }
+
+// amx-bf16, amx-tile, amx-int8, avx512-bf16; and the system gives this process the registers, which it does on request.
+bool finds_amx() {
+  constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;
+  if ((Features(0).d & kTiles) != kTiles || !(Features(1).a >> 5 & 1)) return false;
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+Level detect() {
+  Level found = Level::baseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v3")) found = Isa::avx2;
-  if (__builtin_cpu_supports("x86-64-v4")) found = Isa::avx512;
+  if (__builtin_cpu_supports("x86-64-v3")) found = Level::avx2;
+  if (__builtin_cpu_supports("x86-64-v4")) found = Level::avx512;
+  if (found == Level::avx512 && finds_vnni()) found = Level::vnni;
+  if (found == Level::vnni && finds_amx()) found = Level::amx;
 #endif
-  const char* cap = std::getenv("SCALEKERN_CPU_ISA");
-  if (cap == nullptr) return found;
-  if (std::strcmp(cap, "baseline") == 0) return Isa::baseline;
-  if (std::strcmp(cap, "avx2") == 0 && found == Isa::avx512) return Isa::avx2;
+  if (const char* cap = std::getenv("SCALEKERN_CPU_ISA"))
+    for (int level = 0; level < int(found); ++level)
+      if (std::strcmp(cap, kNames[level]) == 0) return Level(level);
+  return found;
+}
+
+Level level() {
+  static const Level found = detect();
   return found;
 }
 
 }  // namespace
 
-Isa isa() {
-  static const Isa level = detect();
-  return level;
-}
-
-const char* isa_name() {
-  switch (isa()) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "baseline";
-  }
-}
+Isa isa() { return level() >= Level::avx512 ? Isa::avx512 : level() == Level::avx2 ? Isa::avx2 : Isa::baseline; }
+bool has_vnni() { return level() >= Level::vnni; }
+bool has_amx() { return level() >= Level::amx; }
+const char* isa_name() { return kNames[int(level())]; }
 
 }  // namespace scalekern

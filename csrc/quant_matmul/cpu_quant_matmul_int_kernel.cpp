@@ -8,7 +8,10 @@
 // Groups of at most kLaneGroup codes keep 8 sums, which float32 holds exactly; longer ones are added up in int64. The
 //   order is scale (sum code x - middle sum x), added over groups, then what zeros and offsets differ from that, times
 //   the token's scale, plus bias; in a long group zeros are subtracted exactly.
-#include "quant_matmul/cpu_quant_whole.h"
+// All of that is for AVX2; VNNI and AMX have their own (cpu_quant_int_lanes.h, cpu_quant_int_tiles.h), whose sums of a
+//   group are the same integers.
+#include "quant_matmul/cpu_quant_int_lanes.h"
+#include "quant_matmul/cpu_quant_int_tiles.h"
 
 namespace {
 
@@ -266,11 +269,23 @@ static void product(const QuantMatmulArgs& a, const Layout& layout) {
   });
 }
 
+#if defined(__AVX512F__)
+constexpr int64_t kFewLaneTokens = 4;  // up to here registers read the weight once, and AMX would multiply by zeros
+constexpr int64_t kMostGroup = 1 << 17;  // 128 x 127 x 2^17 < 2^31
+static bool sums_fit(const QuantWeight& w) {
+  return w.rows > 0 && w.columns > 0 && least(w.group, w.columns) <= kMostGroup;
+}
+#endif
+
 }  // namespace
 
 namespace scalekern::SCALEKERN_ISA {
 
 void quant_matmul_integer(const QuantMatmulArgs& a) {
+#if defined(__AVX512F__)
+  if (sums_fit(a.w) && scalekern::has_amx() && a.tokens > kFewLaneTokens) return tile_product(a);
+  if (sums_fit(a.w) && scalekern::has_vnni()) return lane_product(a);
+#endif
   const Layout layout(a.w);
   if (a.w.bits == 8) return product<1, int16_t>(a, layout);
   switch (layout.planes) {

@@ -5,10 +5,12 @@
 //   b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits, inverted, in the
 //   activation. And, subtraction of the middle code (which would cancel digits after the sum), conversion, multiply-add:
 //   4 operations for W weights. What zeros differ from the middle is taken from the sums of a group.
-// More tokens, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a block at a
+// More tokens, where there are tile registers: cpu_quant_tiles.h.
+// More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a block at a
 //   time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
 #include "quant_matmul/cpu_quant_few_tokens.h"
+#include "quant_matmul/cpu_quant_tiles.h"
 
 namespace {
 
@@ -276,12 +278,20 @@ static bool few_tokens(const QuantMatmulArgs& a) {
   return in_words(a, tokens) || in_lanes(a, tokens);
 }
 
+static bool in_tiles(const QuantMatmulArgs& a) {
+#if defined(__AVX512F__)
+  return a.tokens > kFewTokens && scalekern::has_amx() && TileProduct{a}.run(by_blocks);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 namespace scalekern::SCALEKERN_ISA {
 
 void quant_matmul_float(const QuantMatmulArgs& a) {
-  if (!few_tokens(a)) by_blocks(a);
+  if (!few_tokens(a) && !in_tiles(a)) by_blocks(a);
 }
 
 }  // namespace scalekern::SCALEKERN_ISA

@@ -54,10 +54,11 @@ static inline float round_to_e4m3(float v) {
   return bits >> 31 ? -r : r;
 }
 
-// The tokens as floats, rows `pitch` apart and 0 from K to the pitch: where they lie, when they lie so.
+// The tokens as floats, rows `pitch` apart and 0 from K to the pitch: where they lie, when they lie so. With `scales`,
+// rounded tokens are left without theirs, which go there.
 class Tokens {
  public:
-  Tokens(const QuantMatmulArgs& a, int64_t multiple)
+  Tokens(const QuantMatmulArgs& a, int64_t multiple, float* scales = nullptr)
       : K_(a.w.columns), pitch_(round_up(K_, multiple)), own_(in_place(a) ? 0 : a.tokens * pitch_) {
     if (in_place(a)) {
       data_ = static_cast<const float*>(a.x.data), pitch_ = a.x.row;
@@ -74,7 +75,9 @@ class Tokens {
         if (a.activation_max != 448) round_to_whole(x, K_, scale, a.activation_max, x);
         else
           for (int64_t k = 0; k < K_; ++k) x[k] = scale == 0 ? 0.0f : round_to_e4m3(x[k] / scale);
-        for (int64_t k = 0; k < K_; ++k) x[k] *= scale;
+        if (scales) scales[m] = scale;
+        else
+          for (int64_t k = 0; k < K_; ++k) x[k] *= scale;
       }
     });
   }

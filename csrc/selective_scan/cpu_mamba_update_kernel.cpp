@@ -86,7 +86,7 @@ void outputs_of_rows(const LinearArgs& a, int64_t row, int64_t first, int64_t co
 }
 
 template <class T>
-void linear(const LinearArgs& a) {
+void product(const LinearArgs& a) {
   constexpr int V = kLanes<Compute<T>>;
   const int64_t blocks = (a.outputs + V - 1) / V, taken_at_once = 1 + kTakenBytes / (a.inputs * V * int64_t(sizeof(T)));
   int64_t next = 0;
@@ -127,11 +127,8 @@ void normalize_projections(const MambaUpdateArgs& a) {
 }
 
 template <class F>
-void decay_rates(const MambaUpdateArgs& a) {
+void decays(const F* A_log, F* A, int64_t count) {
   constexpr int64_t V = kLanes<F>;
-  const F* A_log = at<F>(a.A_log, 0);
-  F* A = at<F>(a.A, 0);
-  const int64_t count = a.scan.dim * a.scan.states;
   parallel_if(count >= kParallelDecays, count / V, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * V; i < end * V; i += V) store(A + i, -expv(load(A_log + i)));
   });
@@ -146,19 +143,30 @@ void update(const MambaUpdateArgs& a) {
   for (int64_t b = 0; a.norm_weight && b < a.in_proj.rows; ++b)
     normalize(at<T>(a.hidden, b * a.hidden_b), at<T>(a.norm_weight, 0), a.in_proj.inputs, a.norm_eps,
               at<T>(a.normed, b * a.in_proj.x_b));
-  linear<T>(a.in_proj);
+  product<T>(a.in_proj);
   scalekern::SCALEKERN_ISA::conv1d_update(a.conv);
-  linear<T>(a.x_proj);
+  product<T>(a.x_proj);
   if (a.rms_eps >= 0) normalize_projections<T>(a);
-  linear<T>(a.dt_proj);
-  decay_rates<Compute<T>>(a);
+  product<T>(a.dt_proj);
+  decays(at<Compute<T>>(a.A_log, 0), at<Compute<T>>(a.A, 0), a.scan.dim * a.scan.states);
   scalekern::SCALEKERN_ISA::selective_state_update(a.scan);
-  linear<T>(a.out_proj);
+  product<T>(a.out_proj);
 }
 
 }  // namespace
 
 namespace scalekern::SCALEKERN_ISA {
+
+void linear(const LinearArgs& a) {
+  switch (a.dtype) {  // the order of enum Dtype
+    case 0: return product<float>(a);
+    case 1: return product<double>(a);
+    case 2: return product<f16>(a);
+    case 3: return product<bf16>(a);
+  }
+}
+
+void decay_rates(const float* A_log, float* A, int64_t count) { decays(A_log, A, count); }
 
 void mamba_update(const MambaUpdateArgs& a) {
   switch (a.in_proj.dtype) {  // the order of enum Dtype

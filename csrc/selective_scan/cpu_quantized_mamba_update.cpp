@@ -1,5 +1,6 @@
 // scalekern_native::quantized_mamba_update_cpu: one decoding step of a Mamba mixer of low-bit weights, as a chain of
-// the kernels of quant_matmul, hadamard_transform, causal_conv1d_update and selective_state_update in one call.
+// the kernels of quant_matmul, hadamard_transform, causal_conv1d_update and selective_state_update in one call; a
+// projection that is not of low bits, the step size's, and A are mamba_update's.
 //
 // Bound: at a width of a few hundred the calls themselves, which is why they are one; above, the weights' bytes.
 // What is between the parts lies in one workspace. Threads are woken by parts that are worth it, none at width 128.
@@ -8,9 +9,7 @@
 #include "common/tensor.h"
 #include "quant_matmul/hadamard.h"
 #include "quant_matmul/quant_matmul.h"
-#include "selective_scan/conv1d.h"
-#include "selective_scan/quantized_mamba_update.h"
-#include "selective_scan/state_update.h"
+#include "selective_scan/mamba_update.h"
 
 namespace {
 
@@ -26,7 +25,7 @@ struct Layout {
 
 struct Projection {
   QuantMatmulArgs product{};      // of a low-bit weight,
-  StepProjectionArgs dense{};     // or without one
+  LinearArgs dense{};             // or without one
   HadamardArgs rotation{};        // rows, n, m, k
   const int8_t* flips = nullptr;  // the signs of the columns before the rotation
 };
@@ -103,7 +102,7 @@ void run(Projection& p, Rows x, Rows out, int dtype, char* spare) {
   }
   if (p.dense.weight) {
     p.dense.x = x.data, p.dense.x_b = x.pitch, p.dense.out = out.data, p.dense.out_b = out.pitch;
-    SCALEKERN_CALL(step_projection, (p.dense));
+    SCALEKERN_CALL(linear, (p.dense));
     return;
   }
   p.product.x = {x.data, QuantDtype(dtype), x.pitch, 1}, p.product.out = {out.data, QuantDtype(dtype), out.pitch, 1};

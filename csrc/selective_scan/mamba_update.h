@@ -36,3 +36,6 @@ struct MambaUpdateArgs {
 }  // namespace scalekern
 
 SCALEKERN_DECLARE(void, mamba_update, (const scalekern::MambaUpdateArgs&))
+// Parts of it that the step of low-bit weights has as well: one product; A = -exp(A_log), `count` floats each.
+SCALEKERN_DECLARE(void, linear, (const scalekern::LinearArgs&))
+SCALEKERN_DECLARE(void, decay_rates, (const float* A_log, float* A, int64_t count))

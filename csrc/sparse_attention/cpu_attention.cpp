@@ -94,7 +94,7 @@ std::vector<AttnSplit> make_splits(const AttnArgs& a, int64_t count) {
         const int32_t* run = a.runs + 3 * r;
         tiles += run[1];
         first[i] = std::min(first[i], run[0] * a.block_k);
-        last[i] = std::max(last[i], std::min(a.kv_len, (run[0] + run[1]) * a.block_k));
+        last[i] = std::max(last[i], std::min(round_up(a.kv_len, 16), (run[0] + run[1]) * a.block_k));  // of whole tiles
       }
     before[i + 1] = before[i] + tiles;
   }

@@ -4,7 +4,8 @@
 //   dQ^T += K^T dS^T   dV += P^T dO   dK += dS^T Q
 //
 // Bound: multiply-adds, 3 P + 2 Pv a visible (query, key) pair. B1 H4 N4096 P64, causal and window 256, two cores of a
-//   Zen 3: 14.5 ms of products, 21 in all; the backward of torch's dense causal attention 190.
+//   Zen 3: 14.5 ms of products, 21 in all; the backward of torch's dense causal attention 190. Of a Sapphire Rapids: 14
+//   in all, dense 104.
 // Work: query tile by query tile, so queries are packed once and dq stays in L1; dk and dv are added to in memory.
 //   Items are (split of the query tiles, b, key head). A split's sums are its own, over the keys that it touches, and
 //   are added up in order afterwards: the result is the same bits for any number of threads. The alternative, one pass
@@ -13,42 +14,44 @@
 //   Partial sums are memory traffic: at N = 65,536, 138 MB of them, the time is 1.11 times 16 times that of 4,096.
 // A query tile's P^T and dS^T lie [key][query] in L1 or L2, so that they serve dV and dK as they are.
 #include "common/pages.h"
+#include "sparse_attention/cpu_attention_amx.h"
 #include "sparse_attention/cpu_attention_scores.h"
 
 namespace {
 
-template <class T>
+template <class T, class P>
 struct Backward {
   using F = Compute<T>;
   static constexpr int V = kLanes<F>, W = kPanel<F>;
   const AttnArgs& a;
   const Logits<F> logits;
-  const int64_t panels, group, ldk, ldv, ldp;
+  const P products;
+  const int64_t panels, group, ldk, ldv, ldp, dq_rows;
+  const F scale;  // of plain scores, applied here
   const int64_t item_heads;                   // of an item
   const int64_t position_stride, time_stride; // between heads of tables' gradients; 0 where all share a table
   const bool in_place;  // dk and dv are summed where they belong: nothing else adds to them, rows are whole panels
   explicit Backward(const AttnArgs& args)
-      : a(args), logits(args), panels(ceil_div(args.block_q, W)), group(args.heads / args.kv_heads),
-        ldk(round_up(args.dim, W)), ldv(round_up(args.value_dim, W)), ldp(panels * W + V),
+      : a(args), logits(args), products(args, true), panels(products.panels), group(products.group), ldk(products.ldk),
+        ldv(products.ldv), ldp(products.ldp), dq_rows(P::padded(args.dim)),
+        scale(logits.plain && !args.silu ? F(logits.factor()) : F(1)),
         item_heads(args.heads / args.head_groups), position_stride(args.position_heads == 1 ? 0 : args.positions),
         time_stride(args.time_heads == 1 ? 0 : logits.tables.time_entries() * W),
         in_place(sizeof(T) == sizeof(F) && args.split_count == 1 && args.dk.s[3] == 1 && args.dv.s[3] == 1 &&
                  args.dim % W == 0 && args.value_dim % W == 0) {}
 
   struct Buffers {
-    F *q_panels, *do_panels, *dq, *q_rows, *do_rows, *lse, *delta, *p, *ds, *slopes, *k, *v;
+    typename P::Memory operands;
+    F *dq, *lse, *delta, *p, *ds, *slopes;
     KeyRange* ranges;  // of each panel
     MaskWord *words, *stack;
-    explicit Buffers(const Backward& f, Scratch& scratch) {
+    explicit Buffers(const Backward& f, Scratch& scratch) : operands(f.products, scratch) {
       const AttnArgs& a = f.a;
       const int64_t queries = f.panels * W;
-      q_panels = scratch.take<F>(queries * a.dim), do_panels = scratch.take<F>(queries * a.value_dim);
-      dq = scratch.take<F>(queries * a.dim);
-      q_rows = scratch.take<F>(queries * f.ldk), do_rows = scratch.take<F>(queries * f.ldv);
+      dq = scratch.take<F>(queries * f.dq_rows);
       lse = scratch.take<F>(queries), delta = scratch.take<F>(queries);
       p = scratch.take<F>(a.block_k * f.ldp), ds = scratch.take<F>(a.block_k * f.ldp);
       slopes = a.softcap ? scratch.take<F>(a.block_k * f.ldp) : nullptr;
-      k = scratch.take<F>(a.block_k * a.dim), v = scratch.take<F>(a.block_k * a.value_dim);
       ranges = scratch.take<KeyRange>(f.panels);
       words = scratch.take<MaskWord>(a.block_k * ceil_div(a.block_q, 64));
       stack = scratch.take<MaskWord>(a.mask_depth * kMaskBlock);
@@ -61,11 +64,6 @@ struct Backward {
     int64_t ldk, ldv;
     AttnTensor dbias;
     F *position, *time;  // of head 0: [entry], [entry][lane]
-  };
-
-  struct Place {
-    int64_t b, h, q0, rows;
-    bool careful;  // a query or gradient is not finite: it must not meet the keys that it does not see
   };
 
   // Logits and dP become P and dS for one panel.
@@ -83,7 +81,7 @@ struct Backward {
           weight = s * gate * norm;
           slope = dp * (gate * (1 + s * (1 - gate)) * norm);
         } else {
-          weight = exp2_of_nonpositive(s - shift[v]);
+          weight = exp2_of_nonpositive((P::kScaled ? s : s * scale) - shift[v]);
           slope = weight * (dp - mean[v]);
         }
         if (bits.partial) {
@@ -115,24 +113,7 @@ struct Backward {
             ds + i, ldp, ranges[i / W], at.q0 + i, k0, times, sums.time + at.h * time_stride);
   }
 
-  // sums[key] += sum over queries of weights[key][query] rows[query], for keys [0, count) of a tile.
-  void add_keys(const F* weights, const F* rows, int64_t ld, int64_t columns, const KeyRange* ranges, int64_t count,
-                int64_t queries, F* sums, int64_t lds) const {
-    for (int64_t c = 0; c < columns; c += W)
-      for (int64_t k = 0; k < count;) {
-        const int64_t strip = strip_rows(count - k);
-        int64_t first = panels, last = 0;
-        for (int64_t i = 0; i * W < queries; ++i)
-          if (ranges[i].first < k + strip && ranges[i].last > k) first = least(first, i), last = i + 1;
-        const int64_t begin = first * W, end = least(last * W, queries);
-        if (begin < end)
-          strip_gemm<F, false, true>(
-              strip, weights + k * ldp + begin, ldp, rows + begin * ld + c, ld, end - begin, sums + k * lds + c, lds);
-        k += strip;
-      }
-  }
-
-  // The same pair by pair, visible ones only.
+  // sums[key] += sum over queries of weights[key][query] rows[query], of visible pairs only, for keys [0, count).
   void add_keys_carefully(const F* weights, const F* rows, int64_t ld, int64_t columns, const TileBits& bits,
                           int64_t count, int64_t queries, F* sums, int64_t lds) const {
     for (int64_t k = 0; k < count; ++k)
@@ -141,52 +122,70 @@ struct Backward {
           for (int64_t c = 0; c < columns; ++c) sums[k * lds + c] += weights[k * ldp + i] * rows[i * ld + c];
   }
 
-  void tile(const Buffers& m, const Place& at, const Sums& sums, int64_t k0, bool partial) const {
-    const int64_t keys = least(a.block_k, a.kv_len - k0), kv = at.h / group;
-    const Rows<F> k = tile_rows<T, F>(a.k, at.b, kv, k0, keys, a.dim, m.k);
-    const Rows<F> v = tile_rows<T, F>(a.v, at.b, kv, k0, keys, a.value_dim, m.v);
+  // Keys that a panel does not see: products may have written theirs.
+  void clear_beside(const Buffers& m, int64_t i, KeyRange range, int64_t keys) const {
+    for (int64_t k = 0; k < keys; ++k) {
+      if (k == range.first) k = range.last;
+      if (k >= keys) return;
+      for (int v = 0; v < 2; ++v) {
+        const int64_t to = k * ldp + i + v * V;
+        store(m.p + to, Vec<F>{}), store(m.ds + to, Vec<F>{});
+        if (m.slopes) store(m.slopes + to, Vec<F>{});
+      }
+    }
+  }
+
+  // Products become P and dS, of one panel.
+  void panel(const Buffers& m, const Place& at, const Sums& sums, const TileBits& bits, KeyRange range, int64_t i,
+             int64_t k0, TimeSpan times) const {
+    F *p = m.p + i, *ds = m.ds + i, *slopes = m.slopes ? m.slopes + i : nullptr;
+    if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(p, ldp, range);
+    if (!logits.plain)
+      logits.finish(p, ldp, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, slopes);
+    scores(p, ds, range, bits, i, m.lse + i, m.delta + i);
+    if (sums.dbias) add_bias_gradient(sums.dbias, at, m.ds, range, i, k0);
+    for (int64_t k = range.first; slopes && k < range.last; ++k)
+      for (int v = 0; v < 2; ++v) {
+        F *to = ds + k * ldp + v * V, *slope = slopes + k * ldp + v * V;
+        const Vec<F> x = load(to);  // 0 where masked, and the slope there may be NaN
+        store(to, x == 0 ? x : x * load(slope)), store(slope, x);  // the tables' gradients are before the cap
+      }
+  }
+
+  void tile(Buffers& m, const Place& at, const Sums& sums, int64_t k0, bool partial) const {
+    const int64_t keys = least(a.block_k, a.kv_len - k0);
+    partial |= !P::kScaled && at.rows % W != 0;  // lanes past the end are multiplied too: they see nothing
+    products.load_keys(m.operands, at, k0, keys, partial);
     TileBits bits{m.words, ceil_div(a.block_q, 64), partial};
     if (partial) fill_bits(a, bits, at.b, at.h, at.q0, at.rows, k0, keys, m.stack);
     const TimeSpan times = logits.tables.span(k0, keys);
-    const bool finite = !partial || all_finite(k, keys, a.dim);
-    for (int64_t i = 0; i < at.rows; i += W) {
-      const KeyRange range = m.ranges[i / W] = key_range<W>(bits, keys, i);
-      const int64_t count = range.last - range.first, from = range.first * ldp;
-      F *p = m.p + i, *ds = m.ds + i;
-      for (int64_t j = 0; j < keys; ++j) {
-        if (j == range.first && count > 0) j = range.last;
-        if (j >= keys) break;
-        for (int v2 = 0; v2 < 2; ++v2) store(p + j * ldp + v2 * V, Vec<F>{}), store(ds + j * ldp + v2 * V, Vec<F>{});
-        for (int v2 = 0; m.slopes && v2 < 2; ++v2) store(m.slopes + i + j * ldp + v2 * V, Vec<F>{});
-      }
-      if (count == 0) continue;
-      panel_gemm<F, false, false>(
-          count, k.data + range.first * k.stride, k.stride, m.q_panels + i * a.dim, W, a.dim, p + from, ldp);
-      F* slopes = m.slopes ? m.slopes + i : nullptr;
-      if (!logits.plain)
-        logits.finish(p, ldp, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, slopes);
-      panel_gemm<F, false, false>(count, v.data + range.first * v.stride, v.stride, m.do_panels + i * a.value_dim, W,
-                                  a.value_dim, ds + from, ldp);
-      scores(p, ds, range, bits, i, m.lse + i, m.delta + i);
-      if (sums.dbias) add_bias_gradient(sums.dbias, at, m.ds, range, i, k0);
-      if (slopes)
-        for (int64_t j = range.first; j < range.last; ++j)
-          for (int v2 = 0; v2 < 2; ++v2) {
-            F *to = ds + j * ldp + v2 * V, *slope = slopes + j * ldp + v2 * V;
-            const Vec<F> x = load(to);  // 0 where masked, and the slope there may be NaN
-            store(to, x == 0 ? x : x * load(slope)), store(slope, x);  // the tables' gradients are before the cap
-          }
-      add_rows<F>(k, range, a.dim, ds, ldp, m.dq + i * a.dim, bits, i, finite);
+    for (int64_t first = 0; first < at.rows; first += P::kTogether * W) {
+      const auto each = [&](const auto& body) {
+        for (int64_t i = first; i < least(first + P::kTogether * W, at.rows); i += W) body(i, m.ranges[i / W]);
+      };
+      each([&](int64_t i, KeyRange& range) {
+        range = key_range<W>(bits, keys, i);
+        if (range.first == range.last) return;
+        products.scores(m.operands, i, range, m.p + i, ldp);
+        products.gradients_of_scores(m.operands, i, range, m.ds + i);
+      });
+      each([&](int64_t i, KeyRange range) {
+        clear_beside(m, i, range, keys);
+        if (range.first < range.last) panel(m, at, sums, bits, range, i, k0, times);
+        products.load_weights(m.operands, i, range, m.p + i, m.ds + i, keys);
+      });
+      each([&](int64_t i, KeyRange range) {
+        products.add_keys(m.operands, i, range, bits, m.ds + i, m.dq + i * dq_rows);
+      });
     }
     if (sums.position || sums.time)
       add_table_gradients(m.slopes ? m.slopes : m.ds, m.ranges, at, sums, k0, keys, times);
     F *dk = sums.dk + k0 * sums.ldk, *dv = sums.dv + k0 * sums.ldv;
     if (at.careful) {
-      add_keys_carefully(m.p, m.do_rows, ldv, a.value_dim, bits, keys, at.rows, dv, sums.ldv);
-      add_keys_carefully(m.ds, m.q_rows, ldk, a.dim, bits, keys, at.rows, dk, sums.ldk);
+      add_keys_carefully(m.p, m.operands.do_rows, ldv, a.value_dim, bits, keys, at.rows, dv, sums.ldv);
+      add_keys_carefully(m.ds, m.operands.q_rows, ldk, a.dim, bits, keys, at.rows, dk, sums.ldk);
     } else {
-      add_keys(m.p, m.do_rows, ldv, a.value_dim, m.ranges, keys, at.rows, dv, sums.ldv);
-      add_keys(m.ds, m.q_rows, ldk, a.dim, m.ranges, keys, at.rows, dk, sums.ldk);
+      products.add_queries(m.operands, at, m.ranges, keys, m.p, m.ds, dv, sums.ldv, dk, sums.ldk);
     }
   }
 
@@ -194,15 +193,24 @@ struct Backward {
     return element<F>(t.data, at.b * t.s[0] + at.h * t.s[1] + (at.q0 + r) * t.s[2], sizeof(F) == 8 ? kF64 : kF32);
   }
 
+  F dot(const T* x, int64_t sx, const T* y, int64_t sy) const {
+    Vec<F> sums{};
+    int64_t c = 0;
+    for (; sx == 1 && sy == 1 && c + V <= a.value_dim; c += V) sums += load_as<F>(x + c) * load_as<F>(y + c);
+    F sum = 0;
+    for (; c < a.value_dim; ++c) sum += F(to_float(x[c * sx])) * F(to_float(y[c * sy]));
+    for (int i = 0; i < V; ++i) sum += sums[i];
+    return sum;
+  }
+
   // lse in base 2, delta; adds to the sink's gradient. Lanes past the end get p = 0.
   void row_terms(const Buffers& m, const Place& at, F* dsink) const {
     for (int64_t r = 0; r < round_up(at.rows, W); ++r) {
       m.lse[r] = kInfinity<F>, m.delta[r] = 0;
       if (r >= at.rows || a.silu) continue;
-      const T* out = ::at<T>(a.out, at.b, at.h, at.q0 + r);
-      const F lse = number(a.lse, at, r), *gradient = m.do_rows + r * ldv;
-      F delta = 0;
-      for (int64_t c = 0; c < a.value_dim; ++c) delta += gradient[c] * F(to_float(out[c * a.out.s[3]]));
+      const F lse = number(a.lse, at, r);
+      const T *dout = ::at<T>(a.dout, at.b, at.h, at.q0 + r), *out = ::at<T>(a.out, at.b, at.h, at.q0 + r);
+      F delta = dot(dout, a.dout.s[3], out, a.out.s[3]);
       if (a.dlse) delta -= number(a.dlse, at, r);
       m.lse[r] = lse * F(kLog2e), m.delta[r] = delta;
       if (a.sinks) {
@@ -212,16 +220,10 @@ struct Backward {
     }
   }
 
-  void query_tile(const Buffers& m, Place at, const Sums& sums, F* dsink) const {
-    const T *q = ::at<T>(a.q, at.b, at.h, at.q0), *dout = ::at<T>(a.dout, at.b, at.h, at.q0);
-    pack_panels<T, F>(q, a.q.s[2], a.q.s[3], at.rows, a.dim, F(logits.factor()), m.q_panels);
-    pack_panels<T, F>(dout, a.dout.s[2], a.dout.s[3], at.rows, a.value_dim, F(1), m.do_panels);
-    copy_rows<T, F>(q, a.q.s[2], a.q.s[3], at.rows, a.dim, F(a.scale), m.q_rows, ldk);
-    copy_rows<T, F>(dout, a.dout.s[2], a.dout.s[3], at.rows, a.value_dim, F(1), m.do_rows, ldv);
+  void query_tile(Buffers& m, Place at, const Sums& sums, F* dsink) const {
+    at.careful = !products.load_gradients(m.operands, at, F(logits.factor()));
     row_terms(m, at, dsink);
-    const int64_t lanes = round_up(at.rows, W);
-    at.careful = !all_finite(m.q_panels, lanes * a.dim) || !all_finite(m.do_panels, lanes * a.value_dim);
-    for (int64_t j = 0; j < lanes * a.dim; ++j) m.dq[j] = 0;
+    for (int64_t j = 0; j < round_up(at.rows, W) * dq_rows; ++j) m.dq[j] = 0;
     const KeyRange runs = runs_of(a, at.b, at.h, at.q0 / a.block_q);
     for (int64_t r = runs.first; r < runs.last; ++r) {
       const int32_t* run = a.runs + 3 * r;
@@ -230,19 +232,12 @@ struct Backward {
     F factors[W];
     for (int i = 0; i < W; ++i) factors[i] = F(a.scale);
     for (int64_t i = 0; i < at.rows; i += W)
-      unpack_panel<T, F>(m.dq + i * a.dim, least(W, at.rows - i), a.dim, factors,
+      unpack_panel<T, F>(m.dq + i * dq_rows, least(W, at.rows - i), a.dim, factors,
                          ::at<T>(a.dq, at.b, at.h, at.q0 + i), a.dq.s[2], a.dq.s[3]);
   }
 
-  void write_rows(const F* from, int64_t ld, const AttnTensor& t, int64_t b, int64_t kv, int64_t first, int64_t rows,
-                  int64_t columns) const {
-    T* to = ::at<T>(t, b, kv, first);
-    for (int64_t r = 0; r < rows; ++r, from += ld, to += t.s[2])
-      for (int64_t c = 0; c < columns; ++c) from_float(to[c * t.s[3]], from[c]);
-  }
-
   // One split of one (b, kv head), all of its query heads.
-  void part(const Buffers& m, int64_t index, int64_t b, int64_t kv, F* dk, F* dv, Sums sums, F* dsinks) const {
+  void part(Buffers& m, int64_t index, int64_t b, int64_t kv, F* dk, F* dv, Sums sums, F* dsinks) const {
     const scalekern::AttnSplit& split = a.splits[index];
     sums.ldk = in_place ? a.dk.s[2] : ldk, sums.ldv = in_place ? a.dv.s[2] : ldv;
     sums.dk = in_place ? ::at<F>(a.dk, b, kv) : dk - split.first * ldk;
@@ -263,7 +258,7 @@ struct Backward {
 
   // Keys [first, first + rows) of one (b, kv head): the splits' sums in order.
   void reduce(const F* partial, int64_t ld, const AttnTensor& t, int64_t b, int64_t kv, int64_t first, int64_t rows,
-              int64_t columns, F* sums) const {
+              int64_t columns, F scale, F* sums) const {
     for (int64_t i = 0; i < rows * ld; ++i) sums[i] = 0;
     for (int64_t s = 0; s < a.split_count; ++s) {
       const scalekern::AttnSplit& split = a.splits[s];
@@ -271,7 +266,9 @@ struct Backward {
       const F* from = partial + ((b * a.kv_heads + kv) * a.partial_rows + split.offset - split.first) * ld;
       for (int64_t i = begin * ld; i < end * ld; ++i) sums[i - first * ld] += from[i];
     }
-    write_rows(sums, ld, t, b, kv, first, rows, columns);
+    if (scale != 1)
+      for (int64_t i = 0; i < rows * ld; ++i) sums[i] *= scale;
+    for (int64_t r = 0; r < rows; ++r) store_line(at<T>(t, b, kv, first + r), t.s[3], columns, sums + r * ld);
   }
 
   int64_t table_heads(int64_t heads) const { return heads == 1 ? 1 : item_heads; }  // of an item's table gradients
@@ -336,7 +333,7 @@ struct Backward {
       __builtin_memset(dbias + i * bias_size, 0, size_t(bias_size) * sizeof(F));
     });
     for_items(items, measure.taken(), worth_threads(a), [&](int64_t index, Scratch& scratch) {
-      const Buffers m(*this, scratch);
+      Buffers m(*this, scratch);
       const int64_t s = index % a.split_count, rest = index / a.split_count;
       const int64_t i = rest / a.head_groups, j = rest % a.head_groups;
       AttnTensor bias = a.dbias;
@@ -368,8 +365,8 @@ struct Backward {
       F* sums = scratch.take<F>(wide);
       const int64_t first = index % chunks * kChunk, count = least(kChunk, a.kv_len - first);
       const int64_t b = index / chunks / a.kv_heads, kv = index / chunks % a.kv_heads;
-      reduce(dk, ldk, a.dk, b, kv, first, count, a.dim, sums);
-      reduce(dv, ldv, a.dv, b, kv, first, count, a.value_dim, sums);
+      reduce(dk, ldk, a.dk, b, kv, first, count, a.dim, P::kScaled ? F(1) : F(a.scale), sums);
+      reduce(dv, ldv, a.dv, b, kv, first, count, a.value_dim, F(1), sums);
     });
     if (a.dposition) reduce_positions(dposition, position_size);
     if (a.dtime) reduce_times(dtime, time_size);
@@ -387,7 +384,10 @@ struct Backward {
 namespace scalekern::SCALEKERN_ISA {
 
 void attention_bwd(const AttnArgs& a) {
-  for_dtype(a.dtype, [&](auto type) { Backward<decltype(type)>(a).run(); });
+#if defined(__AVX512F__)
+  if (in_tiles(a)) return Backward<bf16, TileProducts>(a).run();
+#endif
+  for_dtype(a.dtype, [&](auto type) { Backward<decltype(type), Products<decltype(type)>>(a).run(); });
 }
 
 }  // namespace scalekern::SCALEKERN_ISA

@@ -45,6 +45,14 @@ struct Logits {
         plain(!args.bias && !args.position && !args.time && args.softcap == 0) {}
   double factor() const { return a.softcap ? a.scale / a.softcap : a.silu ? a.scale : a.scale * kLog2e; }
 
+  // Of products of queries that do not carry the factor.
+  void scale(F* s, int64_t ld, KeyRange range) const {
+    constexpr int V = kLanes<F>;
+    const F by = F(factor());
+    for (int64_t k = range.first; k < range.last; ++k)
+      for (int v = 0; v < 2; ++v) store(s + k * ld + v * V, load(s + k * ld + v * V) * by);
+  }
+
   // Rows `range` of s, W queries from q on, of which `queries` exist; `times` of the tile's keys. slopes gets
   // 1 - tanh^2 when there is a softcap.
   void finish(F* s, int64_t ld, KeyRange range, int64_t b, int64_t h, int64_t q, int64_t queries, int64_t k0,

@@ -109,7 +109,7 @@ class Tables {
     if (!panel.chained) {
       return search(panel, times, range, [&](int64_t k, const int32_t* found) {
         for (int v = 0; v < 2; ++v) {
-          Vec<F> x;
+          Vec<F> x{};
           if constexpr (sizeof(F) == 4) x = gather(table, load(found + v * V));
           else
             for (int i = 0; i < V; ++i) x[i] = table[found[v * V + i]];

@@ -7,6 +7,7 @@
 #include "sparse_attention/attention.h"
 #include "sparse_attention/mask.h"
 #include "common/micro_gemm.h"
+#include "common/tile.h"
 
 namespace {
 
@@ -128,27 +129,23 @@ static bool all_finite(Rows<F> rows, int64_t count, int64_t columns) {
 template <class T, class F>
 static void pack_panels(
     const T* from, int64_t rs, int64_t cs, int64_t rows, int64_t columns, F factor, F* to) {
-  constexpr int W = kPanel<F>;
-  for (int64_t r0 = 0; r0 < rows; r0 += W, to += W * columns) {
-    const int64_t here = least(W, rows - r0);
-    const T* base = from + r0 * rs;
-    for (int64_t c = 0; c < columns; ++c) {
-      F* lanes = to + c * W;
-      if (here == W)
-        for (int i = 0; i < W; ++i) lanes[i] = to_float(base[i * rs + c * cs]) * factor;
-      else
-        for (int i = 0; i < W; ++i) lanes[i] = i < here ? to_float(base[i * rs + c * cs]) * factor : F(0);
-    }
+  constexpr int V = kLanes<F>, W = kPanel<F>;
+  for (int64_t r = 0; r < round_up(rows, W); r += V) {
+    F* lanes = to + r / W * W * columns + r % W;
+    load_tile(from + r * rs, rs, cs, int(most(0, least(V, rows - r))), columns, lanes, W);
+    for (int64_t c = 0; c < columns; ++c) store(lanes + c * W, load(lanes + c * W) * factor);
   }
 }
 
-// One panel [column][W] back to rows, each times its factor.
+// One panel [column][W], multiplied in place, back to rows, each times its factor.
 template <class T, class F>
-static void unpack_panel(
-    const F* from, int64_t rows, int64_t columns, const F* factors, T* to, int64_t rs, int64_t cs) {
-  constexpr int W = kPanel<F>;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) from_float(to[r * rs + c * cs], from[c * W + r] * factors[r]);
+static void unpack_panel(F* from, int64_t rows, int64_t columns, const F* factors, T* to, int64_t rs, int64_t cs) {
+  constexpr int V = kLanes<F>, W = kPanel<F>;
+  for (int64_t r = 0; r < rows; r += V) {
+    const Vec<F> factor = load(factors + r);
+    for (int64_t c = 0; c < columns; ++c) store(from + c * W + r, load(from + c * W + r) * factor);
+    store_tile(to + r * rs, rs, cs, int(least(V, rows - r)), columns, from + r, W);
+  }
 }
 
 // --- mask bits of a tile, by key ---

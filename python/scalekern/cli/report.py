@@ -1,5 +1,6 @@
 """`python -m scalekern report`: the README's tables and figures, written from the records and from asking the ops.
 
+The README shows the lines that have a goal or failed; <records>/<device>/README.md, beside the records, shows all.
 Nothing in them is typed by hand: what is between <!-- results:begin --> and <!-- results:end -->, and between
 <!-- support:begin --> and <!-- support:end -->, is replaced. The same records and sources give the same text.
 """
@@ -36,8 +37,10 @@ def main(args) -> int:
     rows = described(records.load_all(folder))
     figures = draw(rows, folder)
     text = replace(text, "support", support())
-    text = replace(text, "results", results(rows, records.status(folder), figures, readme.parent))
+    text = replace(text, "results", results(rows, records.status(folder), figures, folder, readme.parent))
     records.write_atomically(readme, text)
+    for slug, mine in devices(rows).items():
+        records.write_atomically(folder / slug / PAGE, page(mine, [p for p in figures if p.parent.name == slug]))
     if args.records is None:
         fastest.write(rows)
     print(f"{readme}: {len(rows)} records, {len(figures)} figures, {sum(r['stale'] for r in rows)} stale")
@@ -87,19 +90,44 @@ def draw(rows: list[dict], folder: pathlib.Path) -> list[pathlib.Path]:
 # ---- results -----------------------------------------------------------------------------------------------------
 
 
-def results(rows: list[dict], status: list[dict], figures: list[pathlib.Path], base: pathlib.Path) -> str:
+PAGE = "README.md"
+
+
+def devices(rows: list[dict]) -> dict[str, list[dict]]:
+    found = {}
+    for r in rows:
+        found.setdefault(r["slug"], []).append(r)
+    return found
+
+
+def results(
+    rows: list[dict], status: list[dict], figures: list[pathlib.Path], folder: pathlib.Path, base: pathlib.Path
+) -> str:
     parts = []
-    for slug in dict.fromkeys(r["slug"] for r in rows):
-        mine = [r for r in rows if r["slug"] == slug]
+    for slug, mine in devices(rows).items():
+        shown = [r for r in mine if r["targets"] or r["status"] != "ok"]
         parts.append(f"### {device_line(mine)}")
-        parts.append(table(mine))
-        parts.append(absent(mine))
-        parts += [f"![{p.stem} on {slug}]({os.path.relpath(p, base)})" for p in figures if p.parent.name == slug]
+        parts.append(table(shown) if shown else "")
+        parts.append(f"All {len(mine)} records: [{slug}]({os.path.relpath(folder / slug / PAGE, base)}).")
+        drawn = images([p for p in figures if p.parent.name == slug], base)
+        parts.append(f"<details><summary>Figures</summary>\n\n{drawn}\n\n</details>" if drawn else "")
     if rows:
         parts.append(LEGEND)
     for kind, name in (("cuda", "GPU"), ("cpu", "CPU")):
         parts.append(open_points([s for s in status if s["device"] == kind and s["backend"] != "reference"], name))
     return "\n\n".join(p for p in parts if p)
+
+
+def page(rows: list[dict], figures: list[pathlib.Path]) -> str:
+    """All of a device, for the folder of its records."""
+    head = "Written by `python -m scalekern report` from the records beside this file."
+    drawn = images(figures, figures[0].parent) if figures else ""
+    parts = [f"# {device_line(rows)}", head, table(rows), absent(rows), drawn, LEGEND]
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def images(figures: list[pathlib.Path], base: pathlib.Path) -> str:
+    return "\n\n".join(f"![{p.stem} on {p.parent.name}]({os.path.relpath(p, base)})" for p in figures)
 
 
 LEGEND = (

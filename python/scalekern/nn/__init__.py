@@ -1,6 +1,6 @@
 """Layers built on the ops, with the parameters of their upstreams."""
 
-from scalekern.nn.bimamba import BiMamba
+from scalekern.nn.bimamba import BiMamba, BiMambaWrapper
 from scalekern.nn.fit import FiTBlock
 from scalekern.nn.group_mamba import GroupMamba
 from scalekern.nn.h3 import H3
@@ -43,6 +43,7 @@ __all__ = [
     "S4D",
     "SS2D",
     "BiMamba",
+    "BiMambaWrapper",
     "BlockdiagLinear",
     "DilatedReparamBlock",
     "FiTBlock",

@@ -11,6 +11,9 @@ Parameter names and shapes are those of hustvl/Vim's mamba_simple.Mamba with bim
 
 Source: Zhu et al., Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model, 2024,
 section 3.3 and algorithm 1. Its norm and residual sum are the caller's, as in nn.Mamba.
+
+BiMambaWrapper reads from both ends with two whole mixers, Mamba or Mamba2, as kuleshov-group/caduceus has it (names
+mamba_fwd and mamba_rev).
 """
 
 import math
@@ -19,11 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
-from scalekern.nn.mamba import diagonal, negative_exp, step_projection
+from scalekern.nn.mamba import Mamba, diagonal, negative_exp, step_projection
+from scalekern.nn.mamba2 import Mamba2
 from scalekern.ops.causal_conv1d import causal_conv1d
 from scalekern.ops.selective_scan import selective_scan
 
 NAME = "nn.BiMamba"
+WRAPPER = "nn.BiMambaWrapper"
+MIXERS = {"mamba": Mamba, "mamba2": Mamba2}
 
 
 class BiMamba(nn.Module):
@@ -104,3 +110,52 @@ class BiMamba(nn.Module):
 
 def _taps(conv):
     return conv.weight.squeeze(1), conv.bias
+
+
+class BiMambaWrapper(nn.Module):
+    """Maps (B, L, M) to (B, L, M): mamba_fwd(u) + flip(mamba_rev(flip(u))), or their product.
+
+    Args:
+        d_model: M.   mixer: "mamba" or "mamba2", which upstream does not have.   options: of nn.Mamba or nn.Mamba2.
+        bidirectional_strategy: "add" or "ew_multiply".
+        bidirectional_weight_tie: both share in_proj and out_proj, where most parameters are.
+
+    Raises:
+        ValueError: another mixer or strategy.
+
+    Source: Schiff et al., Caduceus: Bi-Directional Equivariant Long-Range DNA Sequence Modeling, 2024, section 3.1
+    (BiMamba); the mixer of Dao & Gu, Transformers are SSMs, 2024.
+    """
+
+    def __init__(
+        self, d_model, bidirectional_strategy="add", bidirectional_weight_tie=True, mixer="mamba", device=None,
+        dtype=None, **options,
+    ):  # fmt: skip
+        super().__init__()
+        _checks.choice(WRAPPER, "mixer", mixer, tuple(MIXERS))
+        _checks.choice(WRAPPER, "bidirectional_strategy", bidirectional_strategy, ("add", "ew_multiply"))
+        self.strategy = bidirectional_strategy
+        self.mamba_fwd = MIXERS[mixer](d_model, device=device, dtype=dtype, **options)
+        self.mamba_rev = MIXERS[mixer](d_model, device=device, dtype=dtype, **options)
+        if bidirectional_weight_tie:
+            for one in ("in_proj", "out_proj"):
+                ours, other = getattr(self.mamba_fwd, one), getattr(self.mamba_rev, one)
+                other.weight, other.bias = ours.weight, ours.bias
+
+    def forward(self, hidden_states, *, mask=None):
+        """Whole sequences.
+
+        Args:
+            hidden_states: (B, L, M).
+            mask: (B, L), zero or False where a row is padded, on either side: a row then gives what it gives alone.
+
+        Returns:
+            (B, L, M).
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or shape.
+        """
+        flipped = None if mask is None else mask.flip(1)
+        y = self.mamba_fwd(hidden_states, mask=mask)
+        back = self.mamba_rev(hidden_states.flip(1), mask=flipped).flip(1)
+        return y + back if self.strategy == "add" else y * back

@@ -175,7 +175,7 @@ class H3(nn.Module):
 
     def _recur(self, q, k, v, shift_state, ssm_state, discretized):
         """The same from states to states."""
-        taps = self._taps()
+        taps, coefficients = (self._taps(), None) if discretized is None else discretized
         window = torch.cat([shift_state.to(k.dtype), k], -1)
         past = shift_state.shape[-1]
         if k.shape[-1] == 1:  # one token: a dot product over the last N
@@ -184,7 +184,7 @@ class H3(nn.Module):
             k = (shifted + self.ssm_k_D[:, None] * k).to(k.dtype)
         else:
             k = fft_conv(window, taps, skip=self.ssm_k_D)[..., past:]
-        y, ssm_state = self.kernel.kernel.scan(self._outer(k, v), self.D, ssm_state, discretized)
+        y, ssm_state = self.kernel.kernel.scan(self._outer(k, v), self.D, ssm_state, coefficients)
         shift_state = window[..., window.shape[-1] - past :].to(shift_state.dtype)
         return self._read(q, y), (shift_state, ssm_state)
 
@@ -226,7 +226,8 @@ class H3(nn.Module):
         return self.forward(u, initial_states=states, return_final_states=True, discretized=discretized)
 
     def discretize(self):
-        return self.kernel.kernel.discretize()
+        """What a step takes of both models' parameters: (the shift model's taps, the diagonal model's coefficients)."""
+        return self._taps(), self.kernel.kernel.discretize()
 
     def allocate_inference_cache(self, batch_size, max_seqlen=None, dtype=None):
         """Zero states: shift_state (B, M, N - 1), the last inputs of the shift model, in `dtype` (default: k_proj's),

@@ -1,4 +1,4 @@
-"""Depthwise 2-D convolution out of torch's own parts: FFTs that stay in cache, and grouped convolutions.
+"""Depthwise 2-D convolution: FFTs that stay in cache, a native kernel tap by tap, torch's grouped convolutions.
 
 Shape letters: B batch, C channels, H x W the large image, P x Q the small one, I x J filter, N x M the FFT's period.
 
@@ -17,17 +17,25 @@ rounding errors of one image would then depend on its neighbour in the batch.
 """
 
 import dataclasses
+import functools
+import itertools
+import math
 
 import torch
 import torch.nn.functional as F
 
+from scalekern import _dispatch
 from scalekern.reference.depthwise_conv2d import sides
 
 METHODS = ("auto", "direct", "fft")
-# "auto": the grouped convolution up to 9 taps an axis. Measured on the CPU above for K = 3, 5, 7, 9, 11, 13, 17 and
-# images of 14, 56 and 224: oneDNN's depthwise kernel, which ends at 9, is 2 to 5 times faster than the FFT (B8 C64
-# 56 x 56, K = 9: 8 against 19 ms); one tap more and torch's own loop takes over, 8 to 20 times slower (K = 11: 230
-# against 29 ms). Never measured on a GPU.
+_conv_cpu, _dw_cpu = _dispatch.native("depthwise_conv2d", "cpu"), _dispatch.native("depthwise_conv2d_dw", "cpu")
+# "auto", on a CPU: tap by tap up to so many taps, times the stride's (rows beyond the image do not count). B8 C64 56 x 56, two
+# cores with AVX-512, forward / both ways, against the FFT: K = 7 2.2 / 7.9 against 6.8 / 20 ms, 13 5.2 / 17 against
+# 10 / 33, 17 6.8 / 25 against 8.4 / 33, 25 13 / 37 against 10 / 26. With AVX2 the loop takes twice as long, the FFT not.
+NATIVE_TAPS = 256
+# Elsewhere: torch's grouped convolution up to 9 taps an axis. Its forward is as fast as ours to the 9 (14 with AVX-512)
+# taps that oneDNN has kernels for, with a stride 1.3 to 4 times faster, and 20 to 50 times slower from there on (K = 15:
+# 264 ms); its gradients are 2.5 to 12 times slower from K = 5 on. Never measured on a GPU.
 DIRECT_TAPS = 9
 # Bytes of one piece's spectrum. The case above, one thread: 2^19 to 2^23 bytes 22 to 23 ms, 2^24 38 ms. Large pieces
 # have fewer points at which threads wait for each other; a GPU wants few launches.
@@ -125,14 +133,14 @@ def transpose_geometry(x_shape, w_shape, stride, padding, output_padding, dilati
 
 
 def _forward(into, source, w, bias, g, method):
-    if _chosen(g, method) == "fft":
+    if _chosen(source, g, method) == "fft":
         return _apply_fft(into, source, w, bias, g)
     return _owned(_direct(into, source, w, bias, g), source.dtype)
 
 
 def _backward(into, large, small, w, g, method):
     """(the gradient of the image `into`, dw), from the other image, which holds the output's gradient."""
-    if _chosen(g, method) == "fft":
+    if _chosen(large, g, method) == "fft":
         return _backward_fft(into, large, small, w, g)
     dtype = large.dtype
     dlarge, dw = _direct_bwd(large, small, w, g, need_large=into == "large")
@@ -145,9 +153,11 @@ def _owned(x, dtype):
     return x.to(dtype).contiguous()
 
 
-def _chosen(g, method):
+def _chosen(image, g, method):
     if method != "auto":
         return method
+    if _tap_by_tap(image):
+        return "direct" if min(g.taps[0], g.large[0]) * g.taps[1] <= NATIVE_TAPS * math.prod(g.stride) else "fft"
     return "direct" if max(g.taps) <= DIRECT_TAPS else "fft"
 
 
@@ -251,13 +261,80 @@ def _spoiled(y):
     return y.device.type == "cpu" and not torch.isfinite(y.sum())
 
 
-# --- by torch's convolutions ------------------------------------------------------------------------------------------
+# --- tap by tap: the native kernel on a CPU, else torch's convolutions -------------------------------------------------
+
+
+@functools.cache
+def _native_on_cpu():
+    return _dispatch.Backend("cpu", _conv_cpu).unavailable("cpu") is None
+
+
+def _tap_by_tap(image):
+    return image.device.type == "cpu" and _native_on_cpu()
+
+
+def _phases(g):
+    """A convolution of stride s as convolutions of stride 1: taps that meet the same residue of the rows and columns.
+
+    Of each: which taps (a slice of rows, of columns), which pixels of the large image, and there start and dilation.
+    """
+    sides = []
+    for taps, a, s, d in zip(g.taps, g.start, g.stride, g.dilation):
+        step = s // math.gcd(s, d)
+        places = [(i, *divmod(i * d, s)) for i in range(min(taps, step))]
+        firsts = [-((rest - a) // s) for _, _, rest in places]  # the first pixel of this residue: ceil((a - rest) / s)
+        sides.append([
+            (slice(i, None, step), slice(s * first + rest - a, None, s), first - whole, d * step // s)
+            for (i, whole, rest), first in zip(places, firsts)
+        ])  # fmt: skip
+    return [tuple(zip(*both)) for both in itertools.product(*sides)]
+
+
+def _convolve_phases(source, w, bias, g):
+    """The small image."""
+    phases = _phases(g)
+    source = source if len(phases) == 1 else source.to(_wide(source))  # several sums are rounded once
+    total = None
+    for taps, pixels, start, dilation in phases:
+        out = source.new_empty(*source.shape[:2], *g.small)
+        _conv_cpu(out, source[(..., *pixels)], w[(slice(None), *taps)].contiguous(), bias, *start, *dilation, False)
+        total, bias = out if total is None else total.add_(out), None
+    return total
+
+
+def _transpose_phases(source, w, bias, g):
+    """The large image."""
+    phases, whole = _phases(g), g.stride == (1, 1)
+    large = source.new_empty(*source.shape[:2], *g.large)
+    if len(phases) < math.prod(g.stride):  # pixels that no tap reaches
+        large.copy_(0 if bias is None else bias[:, None, None])
+    for taps, pixels, start, dilation in phases:
+        own, view = w[(slice(None), *taps)].contiguous(), large[(..., *pixels)]
+        out = view if whole else view.new_empty(view.shape)
+        turned = (d * (n - 1) - a for d, n, a in zip(dilation, own.shape[1:], start))
+        _conv_cpu(out, source, own, bias, *turned, *dilation, True)
+        if not whole:
+            view.copy_(out)
+    return large
+
+
+def _dw_phases(large, small, w, g):
+    dw = torch.empty(w.shape, dtype=_wide(large))
+    for taps, pixels, start, dilation in _phases(g):
+        own = torch.empty(dw[(slice(None), *taps)].shape, dtype=dw.dtype)
+        _dw_cpu(own, large[(..., *pixels)], small, *start, *dilation)
+        dw[(slice(None), *taps)] = own
+    return dw
 
 
 def _direct(into, source, w, bias, g):
     real = _wide(source)
+    bias = None if bias is None else bias.to(real).contiguous()
+    if _tap_by_tap(source) and (g.stride == (1, 1) or max(g.taps) > DIRECT_TAPS):
+        out = (_convolve_phases if into == "small" else _transpose_phases)(source, w.to(real), bias, g)
+        if not _spoiled(out):
+            return out
     source, weight = source.to(real), w.to(real)[:, None]
-    bias = None if bias is None else bias.to(real)
     if into == "small":
         padded, around = _padded(source, g)
         return F.conv2d(padded, weight, bias, g.stride, around, g.dilation, w.shape[0])
@@ -268,6 +345,10 @@ def _direct(into, source, w, bias, g):
 def _direct_bwd(large, small, w, g, need_large):
     """(dlarge or None, dw) of the convolution of `large` for the output gradient `small`."""
     real = _wide(large)
+    if _tap_by_tap(large):
+        dw = _dw_phases(large, small.to(large.dtype), w, g)
+        if not _spoiled(dw):
+            return _direct("large", small, w, None, g) if need_large else None, dw.to(w.dtype)
     padded, around = _padded(large.to(real), g)
     dpadded, dw, _ = torch.ops.aten.convolution_backward(
         small.to(real), padded, w.to(real)[:, None], None, g.stride, around, g.dilation, False, (0, 0), w.shape[0],

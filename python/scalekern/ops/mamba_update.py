@@ -53,7 +53,7 @@ def mamba_update(
         conv_state, ssm_state, hidden_states, in_proj_weight, in_proj_bias, conv1d_weight, conv1d_bias, x_proj_weight,
         delta_proj_weight, out_proj_weight, out_proj_bias, A_log, D, delta_bias, norm_weight,
     )  # fmt: skip
-    accepted = _accepted(tensors)
+    accepted = _accepted(*tensors)
     args = _library.detached(tensors)
     if not accepted:
         args = tuple(t if t is None else t.to(dtype) for t, dtype in zip(args, _dtypes(args)))
@@ -69,26 +69,11 @@ _NAMES = (
     "norm_weight",
 )  # fmt: skip
 _PARAMETERS = frozenset(("conv1d_weight", "conv1d_bias", "A_log", "D", "delta_bias"))  # in float32 (float64)
-_seen: dict[tuple, bool] = {}
 
 
-def _accepted(tensors) -> bool:
-    """Whether every tensor has the dtype that the op takes. Raises what `_check` raises.
-
-    Checking costs 17 us, a good part of a step's overhead, and depends on shapes, dtypes and devices alone: those that
-    passed once are remembered (4 us).
-    """
-    if torch.compiler.is_compiling() or not all(t is None or isinstance(t, torch.Tensor) for t in tensors):
-        return _checked(tensors)
-    key = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-    if key not in _seen:
-        if len(_seen) > 256:
-            _seen.clear()
-        _seen[key] = _checked(tensors)
-    return _seen[key]
-
-
-def _checked(tensors) -> bool:
+@_checks.remembered
+def _accepted(*tensors) -> bool:
+    """Whether every tensor has the dtype that the op takes. Raises what `_check` raises."""
     _check(**dict(zip(_NAMES, tensors)))
     return all(t is None or t.dtype == dtype for t, dtype in zip(tensors, _dtypes(tensors)))
 
@@ -119,20 +104,24 @@ def _check(hidden_states, conv_state, ssm_state, **given):
         if value is not None or name.endswith("_proj_weight"):
             _checks.tensor(NAME, name, value, dims=len(shape), dtypes=_checks.FLOATING)
             _checks.shape(NAME, name, value, shape)
-    weight = given["conv1d_weight"]
-    _checks.tensor(NAME, "conv1d_weight", weight, dims=(2, 3), dtypes=_checks.FLOATING)
-    _checks.shape(NAME, "conv1d_weight", weight, (channels, 1, None), (channels, None))
-    width = weight.shape[-1]
+    check_states(NAME, conv_state, ssm_state, given["conv1d_weight"], batch, channels, states)
+    _checks.same_device(NAME, "hidden_states", hidden_states, conv_state=conv_state, ssm_state=ssm_state, **given)
+
+
+def check_states(op, conv_state, ssm_state, conv1d_weight, batch, channels, states):
+    """Both states, and the filter that reads the first."""
+    _checks.tensor(op, "conv1d_weight", conv1d_weight, dims=(2, 3), dtypes=_checks.FLOATING)
+    _checks.shape(op, "conv1d_weight", conv1d_weight, (channels, 1, None), (channels, None))
+    width = conv1d_weight.shape[-1]
     if not 2 <= width <= 8:
-        raise ValueError(f"{NAME}: conv1d_weight must have a width from 2 to 8, got shape {tuple(weight.shape)}")
-    _checks.tensor(NAME, "conv_state", conv_state, dims=3, dtypes=_checks.FLOATING)
-    _checks.shape(NAME, "conv_state", conv_state, (batch, channels, None))
+        raise ValueError(f"{op}: conv1d_weight must have a width from 2 to 8, got shape {tuple(conv1d_weight.shape)}")
+    _checks.tensor(op, "conv_state", conv_state, dims=3, dtypes=_checks.FLOATING)
+    _checks.shape(op, "conv_state", conv_state, (batch, channels, None))
     if conv_state.shape[2] < width - 1:
         got = tuple(conv_state.shape)
-        raise ValueError(f"{NAME}: conv_state must hold at least {width - 1} tokens, got shape {got}")
-    _checks.tensor(NAME, "ssm_state", ssm_state, dims=3, dtypes=STATE)
-    _checks.shape(NAME, "ssm_state", ssm_state, (batch, channels, states))
-    _checks.same_device(NAME, "hidden_states", hidden_states, conv_state=conv_state, ssm_state=ssm_state, **given)
+        raise ValueError(f"{op}: conv_state must hold at least {width - 1} tokens, got shape {got}")
+    _checks.tensor(op, "ssm_state", ssm_state, dims=3, dtypes=STATE)
+    _checks.shape(op, "ssm_state", ssm_state, (batch, channels, states))
 
 
 def _allocate(conv_state, ssm_state, hidden_states, *rest):

@@ -9,6 +9,7 @@ one by one.
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -18,8 +19,9 @@ from scalekern.ops._hadamard import _signs as matrix_of
 from scalekern.ops._quant_matmul_cpu import code_values
 from scalekern.ops.causal_conv1d import causal_conv1d_update_op
 from scalekern.ops.hadamard_transform import hadamard_transform_fwd
+from scalekern.ops.mamba_update import check_states
 from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul_fwd
-from scalekern.ops.selective_state_update import STATE, selective_state_update_op
+from scalekern.ops.selective_state_update import selective_state_update_op
 from scalekern.quant import QuantizedTensor
 from scalekern.quant._rotation import block_of
 from scalekern.reference.hadamard_transform import MATRICES, factor
@@ -65,7 +67,10 @@ def quantized_mamba_update(
     biases = in_proj_bias, None, None, out_proj_bias
     signs = in_proj_signs, x_proj_signs, delta_proj_signs, out_proj_signs
     tensors = hidden_states, conv_state, ssm_state, conv1d_weight, conv1d_bias, A_log, D, delta_bias
-    _check(tensors, weights, biases, signs)
+    for w in weights:
+        if isinstance(w, QuantizedTensor):
+            w.check(NAME)
+    _check(*tensors, *weights, *biases, *signs)
     _checks.choice(NAME, "activation", activation, ACTIVATIONS)
     if activation_scale is not None and (activation is None or not activation_scale > 0):
         got = f"{activation_scale!r} and {activation!r}"
@@ -84,9 +89,10 @@ def quantized_mamba_update(
 
 def step(*args):
     """The op, of arguments as it takes them, in tuples."""
-    if not torch.is_grad_enabled():
+    parts = itertools.chain.from_iterable([a if type(a) is tuple else (a,) for a in args])
+    tensors = [t for t in parts if isinstance(t, torch.Tensor)] if torch.is_grad_enabled() else ()
+    if not any([t.requires_grad for t in tensors]):
         return quantized_mamba_update_op.light(*args)
-    tensors = [t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, torch.Tensor)]
     plain = lambda a: a.detach() if isinstance(a, torch.Tensor) else a  # noqa: E731
     args = [tuple(plain(t) for t in a) if isinstance(a, tuple) else plain(a) for a in args]
     return _library.inference_only(NAME, quantized_mamba_update_op.light(*args), *tensors)
@@ -95,8 +101,11 @@ def step(*args):
 PROJECTIONS = ("in_proj", "x_proj", "delta_proj", "out_proj")
 
 
-def _check(tensors, weights, biases, signs):
-    hidden_states, conv_state, ssm_state, conv1d_weight, conv1d_bias, A_log, D, delta_bias = tensors
+@_checks.remembered
+def _check(*values):
+    """hidden_states to delta_bias, the four weights, their biases, their signs."""
+    hidden_states, conv_state, ssm_state, conv1d_weight, conv1d_bias, A_log, D, delta_bias = values[:8]
+    weights, biases, signs = values[8:12], values[12:16], values[16:]
     _checks.tensor(NAME, "hidden_states", hidden_states, dims=2, dtypes=_checks.FLOATING)
     _checks.tensor(NAME, "A_log", A_log, dims=2, dtypes=_checks.FLOATING)
     for name, w in zip(PROJECTIONS, weights):
@@ -105,7 +114,7 @@ def _check(tensors, weights, biases, signs):
         elif not isinstance(w, QuantizedTensor):
             got = type(w).__name__
             raise TypeError(f"{NAME}: {name}_weight must be a scalekern.quant.QuantizedTensor, got {got}")
-        elif len(w.check(NAME).shape) != 2:
+        elif len(w.shape) != 2:
             raise ValueError(f"{NAME}: {name}_weight must have 2 dimensions, got shape {tuple(w.shape)}")
     (batch, model), (channels, states) = hidden_states.shape, A_log.shape
     rank = max(1, weights[1].shape[0] - 2 * states)
@@ -123,18 +132,7 @@ def _check(tensors, weights, biases, signs):
         if t is not None:
             _checks.tensor(NAME, name, t, dims=1, dtypes=_checks.FLOATING)
             _checks.shape(NAME, name, t, (channels,))
-    _checks.tensor(NAME, "conv1d_weight", conv1d_weight, dims=(2, 3), dtypes=_checks.FLOATING)
-    _checks.shape(NAME, "conv1d_weight", conv1d_weight, (channels, 1, None), (channels, None))
-    width = conv1d_weight.shape[-1]
-    if not 2 <= width <= 8:
-        raise ValueError(f"{NAME}: conv1d_weight must have a width from 2 to 8, got shape {tuple(conv1d_weight.shape)}")
-    _checks.tensor(NAME, "conv_state", conv_state, dims=3, dtypes=_checks.FLOATING)
-    _checks.shape(NAME, "conv_state", conv_state, (batch, channels, None))
-    if conv_state.shape[2] < width - 1:
-        got = tuple(conv_state.shape)
-        raise ValueError(f"{NAME}: conv_state must hold at least {width - 1} tokens, got shape {got}")
-    _checks.tensor(NAME, "ssm_state", ssm_state, dims=3, dtypes=STATE)
-    _checks.shape(NAME, "ssm_state", ssm_state, (batch, channels, states))
+    check_states(NAME, conv_state, ssm_state, conv1d_weight, batch, channels, states)
     named = dict(conv_state=conv_state, ssm_state=ssm_state, conv1d_weight=conv1d_weight, conv1d_bias=conv1d_bias,
                  A_log=A_log, D=D, delta_bias=delta_bias)  # fmt: skip
     for name, w, bias, flips in zip(PROJECTIONS, weights, biases, signs):

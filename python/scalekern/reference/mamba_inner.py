@@ -73,7 +73,7 @@ def _projected(rows, bias, rms_weight, eps, A):
     rows = rows if rms_weight is None else rms_norm(rows, rms_weight, eps)
     if A.is_complex():
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        rows = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+        rows = torch.complex(wide[..., ::2], wide[..., 1::2])
     return rows.transpose(1, 2)[:, None]
 
 

@@ -34,8 +34,8 @@ def normalize_matrix(matrix, complex_A, length):
     if matrix.dim() == 2:
         return matrix
     if complex_A and not matrix.is_complex():
-        wide = torch.promote_types(matrix.dtype, torch.float32)
-        matrix = torch.view_as_complex(matrix.to(wide).reshape(*matrix.shape[:-1], length, 2))
+        pairs = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).unflatten(-1, (length, 2))
+        matrix = torch.complex(pairs[..., 0], pairs[..., 1])  # a view as complex asks for even strides and offset
     return matrix[:, None] if matrix.dim() == 3 else matrix
 
 

@@ -87,8 +87,6 @@ class Spec:
     linear           the op is linear in its one tensor, and its own backward: gradients of every order work
     integers_off     of an integer output, the share that may be off by one: where a value is a half of a step away from
                      two integers, the last bit of a float decides, and kernels add in orders of their own
-    like_another     its torch integration is that of the op that it computes by: compiled by aot_eager alone, without
-                     gradcheck
     through          the public op whose registered ops do its work, if it has none of its own
     """
 
@@ -106,7 +104,6 @@ class Spec:
     straight_through: tuple[str, ...] = ()
     linear: bool = False
     integers_off: float = 0.0
-    like_another: bool = False
     through: str = ""
 
     @property

@@ -105,7 +105,7 @@ QUANTIZED_MAMBA_UPDATE = tuple(
 )
 
 SPECS = {
-    "quantized_mamba_update": Spec(QUANTIZED_MAMBA_UPDATE, inplace=(1, 2), like_another=True),
+    "quantized_mamba_update": Spec(QUANTIZED_MAMBA_UPDATE, inplace=(1, 2)),
     "quant_matmul": Spec(
         QUANT_MATMUL,
         dense_oracle=True,

@@ -72,7 +72,6 @@ SPECS = {
             Sample("packed", _selective(1, 4, 11, 3, options=False, cu=[0, 1, 1, 7, 11], reverse=True, state=True)),
         ),
         grows_by_rows=True,
-        like_another=True,
     ),
     "quantized_ssd_scan": Spec(
         (
@@ -80,7 +79,6 @@ SPECS = {
             Sample("packed", _ssd(1, 9, 2, 3, 4, options=False, cu=[0, 1, 1, 6, 9], state=4)),
         ),
         grows_by_rows=True,
-        like_another=True,
         reorders=True,
     ),
     "quantized_state_update": Spec(
@@ -89,7 +87,6 @@ SPECS = {
             Sample("heads", _update(3, 17, 9, H=4, G=2, slots=5, indices=[4, -1, 0])),
         ),
         inplace=(0,),
-        like_another=True,
         integers_off=0.03,  # bfloat16's inputs lie on a grid of 2^-9, so that halves of a step are no accident
     ),
 }  # fmt: skip

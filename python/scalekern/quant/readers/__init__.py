@@ -1,7 +1,7 @@
 """Checkpoints of other packages, and scalekern's own files, as QuantizedTensors.
 
 One module a format. `read(tensors, config)` takes a mapping of tensors and a quantization_config and returns {name:
-QuantizedTensor or Tensor}; `write` of gptq, compressed_tensors and mxfp4 is its exact inverse.
+QuantizedTensor or Tensor}; `write` of gptq (v1 and v2), compressed_tensors and mxfp4 is its exact inverse.
 """
 
 import collections.abc

@@ -1,6 +1,7 @@
-"""GPTQ checkpoints, v1 and v2: int32 words along K, zeros along N, act-order as an index of groups.
+"""GPTQ checkpoints, v1, v2 and planar: int32 words along K, zeros along N, act-order as an index of groups.
 
-Source: Frantar et al., GPTQ, 2022; the tensors qweight, qzeros, scales, g_idx of AutoGPTQ and GPTQModel.
+Source: Frantar et al., GPTQ, 2022; the tensors qweight, qzeros, scales, g_idx of AutoGPTQ and GPTQModel, whose gptq_p
+holds each 32 codes in planes.
 """
 
 import torch
@@ -11,20 +12,21 @@ from scalekern.quant.readers._source import FLOATS, Layer, as_bytes, prefixes, r
 from scalekern.quant.tensor import QuantizedTensor
 
 METHOD = "gptq"
-BITS = (2, 3, 4, 8)  # other widths are stored by bit planes
+BITS = (2, 3, 4, 8)
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # of gptq_p: widths, from the lowest bits on; 2, 4, 8 have one
 
 
 def read(tensors, config) -> dict:
     """{name: QuantizedTensor or Tensor}; `X.weight` for the tensors X.qweight, X.qzeros, X.scales and X.g_idx."""
     version = config.get("checkpoint_format", "gptq")
-    if version not in ("gptq", "gptq_v2"):
-        raise ValueError(f"gptq: checkpoint_format must be gptq or gptq_v2, got {version!r}")
+    if version not in ("gptq", "gptq_v2", "gptq_p"):
+        raise ValueError(f"gptq: checkpoint_format must be gptq, gptq_v2 or gptq_p, got {version!r}")
     if "bits" not in config:
         raise ValueError("gptq: the config must say bits (quantization_config of config.json, or quantize_config.json)")
     taken, found = set(), {}
     for prefix in prefixes(tensors, ".qweight"):
         layer = Layer(METHOD, tensors, taken)
-        found[prefix + ".weight"] = _read_layer(layer, prefix, config, plus_one=version == "gptq")
+        found[prefix + ".weight"] = _read_layer(layer, prefix, config, version)
     return found | rest(tensors, taken, METHOD, (".qzeros", ".g_idx"))
 
 
@@ -38,11 +40,23 @@ def _override(config, prefix: str) -> dict:
     return config
 
 
-def _read_layer(layer, prefix, config, plus_one) -> QuantizedTensor:
+def _from_planes(words, bits):
+    """(n bits / 32, N) words -> (n, N) codes: each 32 of them lie in `bits` words, those of the lowest plane first."""
+    blocks, codes, low = words.reshape(-1, bits, words.shape[1]), 0, 0
+    for width in PLANES[bits]:  # a plane as wide as it has words: its first word is as far down as its first bit is up
+        shifts = torch.arange(0, 32, width, dtype=torch.int32)[:, None]
+        plane = blocks[:, low : low + width, None] >> shifts & (1 << width) - 1  # [blocks, width, 32 / width, N]
+        codes, low = codes | plane.flatten(1, 2) << low, low + width
+    return codes.flatten(0, 1).to(torch.uint8)
+
+
+def _read_layer(layer, prefix, config, version) -> QuantizedTensor:
     config = _override(config, prefix)
     bits = config["bits"]
-    if bits not in BITS:
-        layer.fail(f"{prefix}.qweight", f"must have 2, 3, 4 or 8 bits, the config says {bits}")
+    planar = version == "gptq_p" and bits in PLANES
+    if bits not in BITS and not planar:
+        others = " (3, 5, 6 and 7 in planes)" if version == "gptq_p" else ""
+        layer.fail(f"{prefix}.qweight", f"must have 2, 3, 4 or 8 bits{others}, the config says {bits}")
     words = layer.get(f"{prefix}.qweight", torch.int32, (None, None))
     N = words.shape[1]
     g_idx = layer.get(f"{prefix}.g_idx", (torch.int32, torch.int64), (None,), default=None)
@@ -56,10 +70,12 @@ def _read_layer(layer, prefix, config, plus_one) -> QuantizedTensor:
     if G != -(-K // size):
         layer.fail(f"{prefix}.scales", f"must have {-(-K // size)} rows (groups of {size} in {K}), got {G}")
     qzeros = layer.get(f"{prefix}.qzeros", torch.int32, (G, -(-N * bits // 32)))
-    zeros = unpack(as_bytes(qzeros), bits, N).mT.contiguous()
-    if plus_one:
+    if planar and (N % 32 or K % 32):
+        layer.fail(f"{prefix}.qweight", f"must have a multiple of 32 rows and columns in planes, got {(N, K)}")
+    zeros = (_from_planes(qzeros.mT, bits) if planar else unpack(as_bytes(qzeros), bits, N).mT).contiguous()
+    if version == "gptq":
         zeros = zeros + 1 & (1 << bits) - 1  # v1 stores one less, modulo 2^bits
-    data = as_bytes(words.mT)[:, : row_bytes(K, bits)]
+    data = pack(_from_planes(words, bits).mT, bits) if planar else as_bytes(words.mT)[:, : row_bytes(K, bits)]
     perm = None
     if g_idx is not None and len(g_idx) and not torch.equal(g_idx.long(), torch.arange(K) // size):
         perm = torch.argsort(g_idx.long(), stable=True)

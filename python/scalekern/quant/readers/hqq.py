@@ -42,7 +42,7 @@ def _unpack(words, packing: str):
 def _read_layer(layer, prefix) -> QuantizedTensor:
     number = lambda key, *default: _number(layer, f"{prefix}.{key}", *default)  # noqa: E731
     text = lambda key: "".join(map(chr, layer.get(f"{prefix}.{key}", torch.uint8, (None,)).tolist()))  # noqa: E731
-    for key in ("quant_scale", "quant_zero"):
+    for key in ("quant_scale", "quant_zero"):  # hqq (0.2.8) does not encode such a state either: pickled ones have it
         if number(key, 0):
             layer.fail(f"{prefix}.{key}", "is set: scales and zeros that are quantized themselves are not read")
     nbits, axis, packing = number("nbits"), int(number("axis")), text("packing")

@@ -1,0 +1,81 @@
+// Instructions beyond AVX-512 that a kernel of that level asks for at run time, and writes as assembly: nothing is
+// compiled anew for them. SCALEKERN_CPU_ISA=avx512 hides both, vnni the second.
+//
+//   vnni  sums of products of bytes (Ice Lake, Zen 4)
+//   amx   bfloat16, and tile registers (Sapphire Rapids): eight of 16 rows of 64 bytes, a product of two in 16 cycles
+//     add_products<C, A, B>     c[i][j] += sum over k < 64 of a[i][k] b[k / 4][4 j + k % 4]   int8, int32: exact
+//     add_bf16_products<...>    c[i][j] += sum over k < 32 of a[i][k] b[k / 2][2 j + k % 2]   bfloat16, float
+//   So a is read as it lies, its rows along K, and b in fours (pairs) of numbers of a column. bfloat16 products round to
+//   nearest, take subnormals as 0 and add pairs of products before the sum: a loop rounds otherwise.
+#pragma once
+#include <cstdint>
+
+namespace scalekern {
+
+bool has_vnni();
+bool has_amx();  // and vnni
+
+}  // namespace scalekern
+
+#if defined(__AVX512F__)
+#include "common/vec.h"
+
+namespace {
+
+constexpr int64_t kTileRows = 16, kTileBytes = 64, kTileLanes = 16;
+
+// The tile registers of this thread, all of them 16 x 64 bytes: made by each thread for itself, around all that uses
+// them, and given back at the end, so that the core can sleep.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) config.bytes[i] = kTileBytes, config.rows[i] = kTileRows;
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+};
+
+template <int T>
+static inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(T));
+}
+// Rows `pitch` bytes apart.
+template <int T>
+static inline void load_tile(const void* from, int64_t pitch) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(T), "r"(from), "r"(pitch) : "memory");
+}
+template <int T>
+static inline void store_tile(void* to, int64_t pitch) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(T), "r"(to), "r"(pitch) : "memory");
+}
+template <int C, int A, int B>
+static inline void add_products() {  // both signed
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+static inline void add_bf16_products() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+
+// 32 floats to bfloat16, to nearest; subnormals become 0.
+static inline __m512i to_bf16(__m512 low, __m512 high) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+  return both;
+}
+
+// sums[i] += sum over 4 bytes of unsigned a times signed b.
+static inline __m512i add_byte_products(__m512i sums, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+  return sums;
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,266 @@
+// Integer products on AMX: 16 rows of the weight by 16 tokens by 64 columns an instruction, int32, exact within a
+// group.
+//
+// Rows of C are rows of the weight, so that a scale is one number beside a vector of 16 tokens. A block of 64 rows is
+//   unpacked a few lines at a time, stays in L1 and meets all tokens; tokens are laid for it once a call.
+// Groups of at most kLaneGroup: B stays in two tiles, C is one tile: its products, the store of the one before, and the
+//   float additions of the one before that. Alone, two products take 11 ns, the additions 9: so together 18, and 32
+//   with four tiles of C stored and added up at once, which the core's window does not see past; 26 with the totals in
+//   registers, where both sides are loaded for each group.
+// Longer groups: 2 x 2 tiles, their sums in memory between parts of kPartLines; zeros subtracted exactly at the end.
+//
+// Bound, 4096 x 4096 of 4 bits in groups of 128, by the bytes at M = 16 (8.9 MB at 23 GB/s: 0.4 ms; products 0.07), at
+//   M = 128 by products and additions (65536 times 18 ns on two cores: 0.6 ms; to unpack 0.1, tokens 0.2). Measured on
+//   two virtual Sapphire Rapids cores that slow each other: 0.8 and 2.9 ms, where bfloat16's dense product takes 1.9
+//   and 5.3, onnxruntime 3.6 and 17, AVX2's bytes 3.1 and 26. 8 bits, a scale a row, M = 128: 4.3 ms, torch._int_mm of
+//   activations that are rounded already 4.2.
+// Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1, not L2;
+//   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).
+#pragma once
+#include "common/amx.h"
+#include "common/tile.h"
+#include "quant_matmul/cpu_quant_lines.h"
+
+#if defined(__AVX512F__)
+namespace {
+
+constexpr int64_t kTileSize = kTileRows * kTileBytes, kTileSums = kTileRows * kTileLanes;
+
+// Tokens by 16, quads of columns across: [tile][line][16 quads][16 tokens][4]. Sums of their groups [tile][g][16].
+struct TokenTiles {
+  int64_t tiles, lines, groups;
+  Buffer<int8_t> x;
+  Buffer<float> sum;
+  Buffer<double> exact;
+
+  TokenTiles(const WholeLines& tokens, int64_t count, const LineLayout& layout, int64_t groups)
+      : tiles(pieces(count, kTileLanes)), lines(layout.row_lines), groups(groups), x(tiles * lines * kTileSize),
+        sum(tiles * groups * kTileLanes), exact(tiles * groups * kTileLanes) {
+    parallel_if(count * lines * kTileBytes >= kParallelWork, tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = t * kTileLanes, here = least(kTileLanes, count - first);
+        for (int64_t line = 0; line < lines; ++line) {
+          VecF v[kTileLanes] = {};
+          for (int64_t j = 0; j < here; ++j)
+            __builtin_memcpy(&v[j], tokens.x + (first + j) * tokens.pitch + line * kTileBytes, sizeof v[j]);
+          transpose<float>(v);
+          __builtin_memcpy(x + (t * lines + line) * kTileSize, v, sizeof v);
+        }
+        for (int64_t i = 0; i < groups * kTileLanes; ++i) {
+          const int64_t j = i % kTileLanes, at = t * groups * kTileLanes + i;
+          exact[at] = j < here ? double(tokens.sum[(first + j) * groups + i / kTileLanes]) : 0;
+          sum[at] = float(exact[at]);
+        }
+      }
+    });
+  }
+};
+
+// A block of rows and what it is multiplied into. Results: [tile of tokens][tile of rows][16 rows][16 tokens].
+struct RowTiles {
+  static constexpr int64_t kMost = 4, kRows = kMost * kTileRows;
+  const QuantWeight& w;
+  const LineLayout& layout;
+  const TokenTiles& tokens;
+  int64_t count, pitch;  // tiles of rows; bytes from row to row of codes
+  Buffer<uint8_t> codes;
+  Buffer<float> scale, zero, offset, rest;  // [g][rows]
+  Buffer<float> totals;
+  Buffer<int32_t> sums;  // of two tiles; of all, for long groups
+
+  RowTiles(const QuantWeight& w, const LineLayout& layout, const TokenTiles& tokens, int64_t lines)
+      : w(w), layout(layout), tokens(tokens), count(kMost), pitch((lines + 1) * kTileBytes), codes(kRows * pitch),
+        scale(kRows * w.groups), zero(kRows * w.groups), offset(kRows * w.groups), rest(kRows * w.groups),
+        totals(tokens.tiles * kRows * kTileLanes), sums(most(2, tokens.tiles * kMost) * kTileSums) {}
+
+  const int8_t* token(int64_t tile, int64_t line) const { return tokens.x + (tile * tokens.lines + line) * kTileSize; }
+
+  // Rows past the end repeat the last.
+  void load_parts(int64_t first, int64_t rows, float middle, float* memory) {
+    count = pieces(rows, kTileRows);
+    ::zero<float>(totals, tokens.tiles * count * kTileSums);
+    const float power = from_bits(uint32_t(127 - layout.shift) << 23);
+    for (int64_t r = 0; r < count * kTileRows; ++r) {
+      const RowParts part(w, first + least(r, rows - 1), middle, memory);
+      const bool more = w.has_rest(middle);
+      for (int64_t g = 0, i = r; g < w.groups; ++g, i += count * kTileRows) {
+        scale[i] = part.scale[g] * power;
+        if (more) zero[i] = part.zero[g], offset[i] = part.offset[g], rest[i] = part.rest[g];
+      }
+    }
+  }
+
+  // totals += scale sums (+ rest sum x), groups first .. end of the codes by one tile of tokens. A product takes 50
+  // cycles, of which the window of the core hides few: a tile is stored after the next one's products, and added after
+  // those of the one behind. L: lines of a group, whose tokens stay in registers, or 0.
+  template <int L, bool kRest>
+  __attribute__((noinline)) void brief_groups(int64_t first, int64_t end, int64_t tile) const {
+    int64_t n = 0, r = 0, g = first;  // r, g: what is added next
+    const auto add = [&](const int32_t* from) {
+      const float* s = scale + (g * count + r) * kTileRows;
+      const float* o = rest + (g * count + r) * kTileRows;
+      float* to = totals + (tile * count + r) * kTileSums;
+      const VecF x = kRest ? load(tokens.sum + (tile * tokens.groups + g) * kTileLanes) : VecF{};
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileRows; ++i) {
+        VecF total = load(to + i * kTileLanes);
+        total += s[i] * (VecF)_mm512_cvtepi32_ps(_mm512_load_si512(from + i * kTileLanes));
+        if (kRest) total += o[i] * x;
+        store(to + i * kTileLanes, total);
+      }
+      if (++r == count) r = 0, ++g;
+    };
+    const auto step = [&]<int C>(const uint8_t* code, const int8_t* x, int64_t lines) __attribute__((always_inline)) {
+      zero_tile<C>();
+      if constexpr (L == 0) {
+        for (int64_t i = 0; i < lines; ++i) {
+          load_tile<4>(code + i * kTileBytes, pitch), load_tile<6>(x + i * kTileSize, kTileBytes);
+          add_products<C, 4, 6>();
+        }
+      } else {
+        load_tile<4>(code, pitch);
+        add_products<C, 4, 6>();
+        if constexpr (L == 2) load_tile<5>(code + kTileBytes, pitch), add_products<C, 5, 7>();
+      }
+      if (n > 0) store_tile<1 - C>(sums + (1 - C) * kTileSums, kTileBytes);
+      if (n > 1) add(sums + C * kTileSums);
+    };
+    for (int64_t group = first; group < end; ++group) {
+      const int64_t begin = layout.begin(group), lines = layout.end(w, group) - begin;
+      const uint8_t* code = codes + (begin - layout.begin(first)) * kTileBytes;
+      const int8_t* x = token(tile, begin);
+      if constexpr (L >= 1) load_tile<6>(x, kTileBytes);
+      if constexpr (L == 2) load_tile<7>(x + kTileSize, kTileBytes);
+      for (int64_t row = 0; row < count; ++row, ++n, code += kTileRows * pitch) {
+        if (n % 2) step.template operator()<1>(code, x, lines);
+        else step.template operator()<0>(code, x, lines);
+      }
+    }
+    if (n % 2) store_tile<0>(sums, kTileBytes);
+    else store_tile<1>(sums + kTileSums, kTileBytes);
+    if (n > 1) add(sums + n % 2 * kTileSums);
+    add(sums + (n + 1) % 2 * kTileSums);
+  }
+
+  // sums (+)= R tiles of rows from `row` on by T of tokens, some lines of a long group.
+  template <int R, int T>
+  __attribute__((noinline)) void add_lines(int64_t line, int64_t lines, bool fresh, int64_t row, int64_t tile) const {
+    int32_t *c0 = sums + (tile * count + row) * kTileSums, *c1 = c0 + count * kTileSums;
+    if (fresh) {
+      zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    } else {
+      load_tile<0>(c0, kTileBytes);
+      if (T > 1) load_tile<1>(c1, kTileBytes);
+      if (R > 1) load_tile<2>(c0 + kTileSums, kTileBytes);
+      if (R > 1 && T > 1) load_tile<3>(c1 + kTileSums, kTileBytes);
+    }
+    const uint8_t* code = codes + row * kTileRows * pitch;
+    const int8_t *x0 = token(tile, line), *x1 = token(tile + T - 1, line);
+    for (int64_t i = 0; i < lines; ++i, code += kTileBytes, x0 += kTileSize, x1 += kTileSize) {
+      load_tile<4>(code, pitch), load_tile<6>(x0, kTileBytes);
+      add_products<0, 4, 6>();
+      if (T > 1) load_tile<7>(x1, kTileBytes), add_products<1, 4, 7>();
+      if (R > 1) load_tile<5>(code + kTileRows * pitch, pitch), add_products<2, 5, 6>();
+      if (R > 1 && T > 1) add_products<3, 5, 7>();
+    }
+    store_tile<0>(c0, kTileBytes);
+    if (T > 1) store_tile<1>(c1, kTileBytes);
+    if (R > 1) store_tile<2>(c0 + kTileSums, kTileBytes);
+    if (R > 1 && T > 1) store_tile<3>(c1 + kTileSums, kTileBytes);
+  }
+  void add_lines(int64_t line, int64_t lines, bool fresh) const {
+    for (int64_t tile = 0; tile < tokens.tiles; tile += 2)
+      for (int64_t row = 0; row < count; row += 2) {
+        const bool two_rows = row + 1 < count, two = tile + 1 < tokens.tiles;
+        if (two_rows && two) add_lines<2, 2>(line, lines, fresh, row, tile);
+        else if (two_rows) add_lines<2, 1>(line, lines, fresh, row, tile);
+        else if (two) add_lines<1, 2>(line, lines, fresh, row, tile);
+        else add_lines<1, 1>(line, lines, fresh, row, tile);
+      }
+  }
+
+  // totals += scale (sums - zero sum x) + offset sum x, the difference in double, which holds it.
+  void add_long_group(int64_t g, float middle, bool more) const {
+    for (int64_t tile = 0; tile < tokens.tiles; ++tile) {
+      const double* x = tokens.exact + (tile * tokens.groups + g) * kTileLanes;
+      for (int64_t r = 0; r < count * kTileRows; ++r) {
+        const int64_t at = (tile * count * kTileRows + r) * kTileLanes, i = g * count * kTileRows + r;
+        float* __restrict to = totals + at;
+        const int32_t* __restrict from = sums + at;
+        if (more) {
+          const double from_zero = (double(middle) - double(zero[i])) * double(1 << layout.shift);
+          for (int64_t j = 0; j < kTileLanes; ++j) to[j] += scale[i] * float(double(from[j]) + from_zero * x[j]);
+          if (w.offsets.data)
+            for (int64_t j = 0; j < kTileLanes; ++j) to[j] += offset[i] * float(x[j]);
+        } else {
+          for (int64_t j = 0; j < kTileLanes; ++j) to[j] += scale[i] * float(from[j]);
+        }
+      }
+    }
+  }
+};
+
+template <bool kRest>
+static void add_brief_groups(const RowTiles& block, int64_t g, int64_t stop) {
+  const LineLayout& layout = block.layout;
+  const bool even = layout.row_lines == layout.lines * block.w.groups;
+  for (int64_t tile = 0; tile < block.tokens.tiles; ++tile)
+    if (even && layout.lines == 1) block.brief_groups<1, kRest>(g, stop, tile);
+    else if (even && layout.lines == 2) block.brief_groups<2, kRest>(g, stop, tile);
+    else block.brief_groups<0, kRest>(g, stop, tile);
+}
+
+static void tile_product(const QuantMatmulArgs& a) {
+  constexpr int64_t kRows = RowTiles::kRows, kBlockLines = 4, kPartLines = 8;  // of groups, and of a long one
+  const QuantWeight& w = a.w;
+  const LineLayout layout(w);
+  const WholeLines whole(a, layout);
+  const TokenTiles tokens(whole, a.tokens, layout, w.groups);
+  const float middle = float(1 << w.bits >> 1);
+  const bool more = w.has_rest(middle), brief = w.groups > 1 && w.group <= kLaneGroup;
+  const int64_t block = most(1, kBlockLines / layout.lines);  // groups
+  const int64_t lines = brief ? most(kBlockLines, layout.lines) : kPartLines;
+  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
+    const Tiles registers;
+    RowTiles rows(w, layout, tokens, lines);
+    CodeLines codes(w, layout, kRows, uint8_t(0x80));
+    const Buffer<float> memory(RowParts::floats(w.groups)), results(kTileLanes * kRows);
+    float bias[kRows];
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = piece * kRows, count = least(kRows, w.rows - first);
+      rows.load_parts(first, count, middle, memory);
+      codes.load(first, count);
+      for (int64_t g = 0; g < w.groups;) {
+        const int64_t stop = brief ? least(g + block, w.groups) : g + 1;
+        if (brief) {
+          codes.unpack(g, stop, rows.codes, rows.pitch);
+          if (more) add_brief_groups<true>(rows, g, stop);
+          else add_brief_groups<false>(rows, g, stop);
+        } else {
+          const int64_t start = layout.begin(g), all = layout.end(w, g) - start;
+          for (int64_t line = 0; line < all; line += kPartLines) {
+            const int64_t here = least(kPartLines, all - line);
+            codes.unpack_part(g, line, here, rows.codes, rows.pitch);
+            rows.add_lines(start + line, here, line == 0);
+          }
+          rows.add_long_group(g, middle, more);
+        }
+        g = stop;
+      }
+      load_bias(a, first, count, bias);
+      for (int64_t tile = 0; tile < tokens.tiles; ++tile) {
+        for (int64_t r = 0; r < rows.count; ++r) {
+          VecF v[kTileRows];
+          __builtin_memcpy(v, rows.totals + (tile * rows.count + r) * kTileSums, sizeof v);
+          transpose<float>(v);
+          for (int64_t j = 0; j < kTileLanes; ++j) store(results + j * kRows + r * kTileRows, v[j]);
+        }
+        for (int64_t j = 0, m = tile * kTileLanes; j < kTileLanes && m < a.tokens; ++j, ++m)
+          store_results(a, m, first, count, results + j * kRows, whole.scale[m], bias);
+      }
+    }
+  });
+}
+
+}  // namespace
+#endif

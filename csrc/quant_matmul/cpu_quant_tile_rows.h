@@ -1,0 +1,176 @@
+// Rows of a low-bit weight as tiles of bfloat16 parts: what a number is, less the parts before, rounded.
+//
+// 32 codes come from a row's bytes into 16-bit lanes by a shuffle and a shift. Up to 6 bits, a table of bfloat16
+// numbers in one register, or two, is permuted by them (it looks at no bits above), with the group's scale, zero and
+// offset in the table: 4 operations for 32 weights, and one a further part. 7 and 8 bits become floats, 16 at a time.
+// Groups that cut 32 columns are decoded as for the float path.
+#pragma once
+#include "common/amx.h"
+#include "quant_matmul/cpu_quant_decode.h"
+
+#if defined(__AVX512F__)
+namespace {
+
+constexpr int64_t kTile = kTileRows * kTileBytes, kTileColumns = 32;
+constexpr int kMostParts = 3;
+
+static inline VecF low_floats(__m512i both) {
+  return (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
+}
+static inline VecF high_floats(__m512i both) {
+  return (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
+}
+
+// 32 floats as their parts, `next` bytes apart.
+static inline void store_parts(VecF low, VecF high, int parts, void* to, int64_t next) {
+  for (int i = 0;; ++i) {
+    const __m512i both = to_bf16((__m512)low, (__m512)high);
+    _mm512_store_si512(static_cast<char*>(to) + i * next, both);
+    if (i + 1 == parts) return;
+    low -= low_floats(both), high -= high_floats(both);
+  }
+}
+
+// 32 codes of a row in the lowest bits of 16-bit lanes, what follows them above.
+struct Windows {
+  __m512i order, shifts;
+  int bits;
+
+  explicit Windows(int bits) : bits(bits) {
+    alignas(64) uint8_t from[64];
+    alignas(64) uint16_t by[32];
+    for (int i = 0; i < 32; ++i) {
+      const int bit = (bits <= 4 ? i : i % 16) * bits, end = bit + bits;  // of the 16 bytes in its quarter
+      from[2 * i] = uint8_t(bit / 8), from[2 * i + 1] = uint8_t(end > bit / 8 * 8 + 8 ? bit / 8 + 1 : 128);
+      by[i] = uint16_t(bit % 8);
+    }
+    order = _mm512_load_si512(from), shifts = _mm512_load_si512(by);
+  }
+  int64_t reads() const { return bits <= 4 ? 16 : 2 * bits + 16; }  // bytes
+  __m512i operator()(const uint8_t* p) const {
+    const auto quarter = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+    __m512i bytes = _mm512_broadcast_i32x4(quarter(p));
+    if (bits > 4) bytes = _mm512_mask_broadcast_i32x4(bytes, 0xff00, quarter(p + 2 * bits));
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, order), shifts);
+  }
+};
+
+// Of a weight; its Group, made of a group's scale, zero and offset, stores the parts of 32 weights, tiles apart.
+template <bool kSixtyFour, int P>
+struct TileTable {
+  VecF given[4];
+
+  explicit TileTable(const QuantWeight& w) {
+    float all[64];
+    for (int i = 0; i < 64; ++i) all[i] = w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1));
+    for (int i = 0; i < 4; ++i) given[i] = load(all + 16 * i);
+  }
+  struct Group {
+    __m512i table[P][2];
+    Group(const TileTable& all, float scale, float zero, float offset) {
+#pragma GCC unroll 2
+      for (int half = 0; half <= kSixtyFour; ++half) {
+        VecF low = (all.given[2 * half] - zero) * scale + offset;
+        VecF high = (all.given[2 * half + 1] - zero) * scale + offset;
+#pragma GCC unroll 3
+        for (int i = 0; i < P; ++i) {
+          table[i][half] = to_bf16((__m512)low, (__m512)high);
+          low -= low_floats(table[i][half]), high -= high_floats(table[i][half]);
+        }
+      }
+    }
+    void operator()(__m512i codes, char* to) const {
+#pragma GCC unroll 3
+      for (int i = 0; i < P; ++i)
+        _mm512_store_si512(to + i * kTile, kSixtyFour ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
+                                                      : _mm512_permutexvar_epi16(codes, table[i][0]));
+    }
+  };
+};
+template <bool kFloats, int P>
+struct TileWide {  // integers; small floats as in AsSmallFloat
+  float power;
+  __m128i sign_shift, shift;
+  __m512i mask, sign, rest, nan;
+
+  explicit TileWide(const QuantWeight& w) : mask(_mm512_set1_epi16(int16_t((1 << w.bits) - 1))) {
+    const int bias = (1 << (w.bits - 2 - w.mantissa)) - 1;
+    sign_shift = _mm_cvtsi32_si128(16 - w.bits), shift = _mm_cvtsi32_si128(10 - w.mantissa);
+    sign = _mm512_set1_epi16(int16_t(1 << (w.bits - 1))), rest = _mm512_set1_epi16(int16_t((1 << (w.bits - 1)) - 1));
+    nan = _mm512_set1_epi16(w.mantissa == 3 ? 0x7f : -1);
+    power = kFloats ? from_bits(uint32_t(127 + 15 - bias) << 23) : 1;
+  }
+  VecF number(__m256i lanes) const {
+    return kFloats ? (VecF)_mm512_cvtph_ps(lanes) * power : (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes));
+  }
+  struct Group {
+    const TileWide& all;
+    float scale, zero, offset;
+    Group(const TileWide& all, float scale, float zero, float offset)
+        : all(all), scale(scale), zero(zero), offset(offset) {}
+    void operator()(__m512i codes, char* to) const {
+      __m512i lanes = _mm512_and_si512(codes, all.mask);
+      if (kFloats) {
+        const __m512i magnitude = _mm512_and_si512(codes, all.rest);
+        lanes = _mm512_or_si512(_mm512_sll_epi16(_mm512_and_si512(codes, all.sign), all.sign_shift),
+                                _mm512_sll_epi16(magnitude, all.shift));
+        lanes = _mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(magnitude, all.nan), lanes, _mm512_set1_epi16(0x7fff));
+      }
+      const VecF low = all.number(_mm512_castsi512_si256(lanes));
+      const VecF high = all.number(_mm512_extracti64x4_epi64(lanes, 1));
+      store_parts((low - zero) * scale + offset, (high - zero) * scale + offset, P, to, kTile);
+    }
+  };
+};
+
+// Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's
+// last column up to a multiple of 32 is some number.
+template <int P, class Value>
+static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row,
+                     const GroupParts& parts, int64_t first, int64_t count, int64_t ahead, char* to) {
+  const uint8_t* data = w.data + row * w.pitch;
+  const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
+  for (int64_t k = first; k < end;) {
+    const int64_t g = w.groups == 1 ? 0 : k / w.group, stop = w.groups == 1 ? end : least(end, (g + 1) * w.group);
+    const typename Value::Group group(value, parts.scale[g], parts.zero[g], parts.offset[g]);
+    const uint8_t* p = data + k / 8 * w.bits;
+    for (; k < stop; k += kTileColumns, p += step, to += P * kTile) {
+      __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
+      if (p - data + windows.reads() <= bytes) {
+        group(windows(p), to);
+        continue;
+      }
+      uint8_t tail[48] = {};
+      __builtin_memcpy(tail, p, size_t(least(bytes - (p - data), step)));
+      group(windows(tail), to);
+    }
+  }
+}
+
+// `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32. What is `ahead`
+// of them, in bytes, comes next.
+template <int P, class Own>
+static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own& own, int64_t first, int64_t count,
+                      int64_t ahead, float* line, char* tiles, int64_t pitch) {
+  const auto place = [&](int64_t r) { return tiles + r / 16 * pitch + r % 16 * kTileBytes; };
+  if (w.groups == 1 || w.group % kTileColumns == 0) {
+    const Windows windows(w.bits);
+    const auto all = [&](const auto& value) {
+      for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, ahead, place(r));
+    };
+    if (w.bits <= 5) return all(TileTable<false, P>(w));
+    if (w.bits == 6) return all(TileTable<true, P>(w));
+    if (w.table == nullptr) return all(TileWide<false, P>(w));
+    return all(TileWide<true, P>(w));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    decode(w, row + r, own(r), first, count, line);
+    zero(line + count, round_up(count, kTileColumns) - count);
+    char* to = place(r);
+    for (int64_t k = 0; k < count; k += kTileColumns, to += P * kTile)
+      store_parts(load(line + k), load(line + k + 16), P, to, kTile);
+  }
+}
+
+}  // namespace
+#endif

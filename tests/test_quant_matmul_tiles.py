@@ -1,0 +1,146 @@
+"""Products of many tokens with a low-bit weight on a CPU's tile registers, against float64 on the dequantized weight.
+
+On a machine without them the float path answers, to the same floors. Shape letters: M tokens, N outputs, K inputs.
+"""
+
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import child_environment
+from test_quant_matmul_cpu import FLOOR, VARIANTS, error, on_the_cpu_kernels, randn, spoiled, weight  # noqa: F401
+
+import scalekern
+from scalekern import _native, reference
+from scalekern.quant import FORMATS
+
+pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
+
+# A tile is 16 rows or tokens and 32 columns; 256 tokens and 64 rows are a block, and 512 columns are decoded at once.
+SHAPES = [(5, 17, 31), (16, 16, 512), (17, 33, 100), (33, 65, 545), (100, 5, 1030), (16, 100, 257), (48, 64, 96)]
+GROUPS = (128, 32, None, 100, 64, 7)
+
+
+def exact_product(x, w):
+    return x.double() @ w.dequantize(torch.float64).mT
+
+
+@pytest.mark.parametrize("format, symmetric", VARIANTS, ids=lambda v: {True: "", False: "zeros"}.get(v, v))
+def test_every_format(format, symmetric):
+    for (M, N, K), group, dtype in zip(SHAPES * 3, GROUPS * 4, itertools.chain(*([d] * 7 for d in FLOOR))):
+        w, x = spoiled(weight(N, K, format, group, symmetric)), randn(M, K, seed=1).to(dtype)
+        assert error(scalekern.quant_matmul(x, w), exact_product(x, w)) <= FLOOR[dtype], (M, N, K, group, dtype)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "nf4", "fp8_e4m3", "int3"])
+def test_float32_keeps_its_digits(format):
+    """Parts of both sides, sums of long rows, and rows and tokens of very different sizes, each held to the floor."""
+    M, N, K = 33, 40, 7392
+    w = weight(N, K, format, 128, symmetric=format != "int3")
+    w = w.replace(scales=w.scales * 10.0 ** torch.linspace(-12, 12, N)[:, None])
+    x = randn(M, K, seed=1) * 10.0 ** torch.linspace(-9, 9, M)[:, None]
+    x[:, ::3] *= 1e-6
+    out, exact = scalekern.quant_matmul(x, w).double(), exact_product(x, w)
+    scaled = (10.0 ** torch.linspace(-9, 9, M, dtype=torch.float64))[:, None] * w.dequantize(torch.float64).norm(dim=1)
+    assert error(out / scaled, exact / scaled) <= 6e-7
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-38, 1e32])
+def test_what_parts_cannot_hold(size):
+    """Subnormal parts would be 0, and sums of codes Inf, in tiles: such calls are the float path's."""
+    w, x = weight(20, 300, "int8", 64), randn(20, 300) * size
+    unit = 1 / size if size > 1e-37 else 2.0**126
+    exact = exact_product(x.double() * unit, w)
+    floor = 1e-6 if size > 1e-37 else 1e-4  # x itself is subnormal there
+    assert error(scalekern.quant_matmul(x, w).double() * unit, exact) <= floor
+
+
+@pytest.mark.parametrize("activation", [None, "fp8"])
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_token(bad, dtype, activation):
+    w, x = weight(70, 200, "int4", 64), randn(18, 200).to(dtype)
+    x[17, 5] = bad
+    out, expected = (q.quant_matmul(x, w, activation=activation) for q in (scalekern, reference))
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+    assert out[:17].isfinite().all() and error(out[:17], expected[:17].double()) <= 2 * FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("code", [0x7C, 0xFC, 0x7E])
+def test_a_weight_that_is_not_finite_stays_in_its_row(code, dtype):
+    w, x = weight(90, 100, "fp8_e5m2", 32), randn(20, 100).to(dtype)
+    clean = scalekern.quant_matmul(x, w)
+    w.data[66, 77] = code
+    out, exact = scalekern.quant_matmul(x, w), exact_product(x, w)
+    assert torch.equal(out[:, 66].isnan(), exact[:, 66].isnan())
+    assert torch.equal(out[:, 66].sign(), exact[:, 66].sign().to(dtype))
+    others = torch.arange(90) != 66
+    assert out[:, others].isfinite().all() and error(out[:, others], clean[:, others].double()) <= 2 * FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_float8_activations(dtype):
+    for format, symmetric, M in (("int4", True, 17), ("int4", False, 16), ("nf4", True, 33), ("fp8_e4m3", True, 5)):
+        w, x = weight(50, 300, format, 64, symmetric), randn(M, 300, seed=1).to(dtype)
+        exact = reference.quant_matmul(x.double(), w, activation="fp8")
+        # x's scale and quotient are float32's, there and here; a number between two float8 may go either way in float64
+        assert error(scalekern.quant_matmul(x, w, activation="fp8"), exact) <= max(FLOOR[dtype], 1e-6)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float64, *FLOOR])
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_the_dtype_of_the_result_decides(dtype, out_dtype):
+    for format in ("int4", "nf4"):
+        w, x, bias = weight(40, 520, format, 128), randn(19, 520).to(dtype), randn(40)
+        out = scalekern.quant_matmul(x, w, bias=bias, out_dtype=out_dtype)
+        assert out.dtype == out_dtype
+        assert error(out, exact_product(x, w) + bias.double()) <= FLOOR.get(out_dtype, 1e-6)
+
+
+def test_strides_and_parts():
+    w = weight(40, 192, "int4", 64, symmetric=False)
+    w = w.replace(scales=w.scales.half(), zeros=w.zeros.mT.contiguous().mT, offsets=(randn(40, 6) / 9)[:, ::2],
+                  outer=torch.rand(40, 1) + 0.5)  # fmt: skip
+    x = randn(192, 21).mT
+    for view in (w, w[3:20], w[:, :128]):
+        given = x[::2, : view.shape[1]]
+        assert error(scalekern.quant_matmul(given, view), exact_product(given, view)) <= 1e-6
+    assert scalekern.quant_matmul(x[:0], w).shape == (0, 40)
+
+
+def test_threads_change_no_bit():
+    threads, runs = torch.get_num_threads(), []
+    cases = [(weight(301, 520, f, 128), randn(M, 520).to(d))
+             for (f, M), d in itertools.product((("int4", 17), ("nf4", 300)), FLOOR)]  # fmt: skip
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append([scalekern.quant_matmul(x, w) for w, x in cases])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+def test_a_token_is_the_same_in_any_company():
+    w, x = weight(100, 600, "int4", 128), randn(300, 600)
+    whole = scalekern.quant_matmul(x, w)
+    for some in (slice(0, 5), slice(250, 290), slice(17, 34)):
+        assert torch.equal(scalekern.quant_matmul(x[some], w), whole[some])
+
+
+def test_without_tiles():
+    """The level below answers to the same floors, and so do tiles where a machine has them: the rest of this file."""
+    code = (
+        "from test_quant_matmul_tiles import *\nassert __import__('scalekern._C')._C.cpu_isa() != 'amx'\n"
+        "with scalekern.backend('cpu'):\n for f in ('int4', 'int8', 'nf4'): test_every_format(f, True)\n"
+        " test_strides_and_parts()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA="avx512"),
+        capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

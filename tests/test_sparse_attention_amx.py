@@ -1,0 +1,190 @@
+"""bfloat16 in sparse_attention's CPU kernels, where its products run in tile registers if the machine has them."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import scalekern
+from scalekern import _native, masks, reference
+
+if (reason := _native.load("cpu")) is not None:
+    pytest.skip(reason, allow_module_level=True)
+from conftest import child_environment
+from test_sparse_attention_cpu import CAUSAL, WINDOW, Case, close, ids, inputs, native, oracle
+
+BF16 = torch.bfloat16
+# Relative L2. Kernels of floats have up to 2.0e-3 of outputs and 3.0e-3 of gradients, by rounding these and reading a
+# rounded output; tile registers, which round P and dS too, 2.7e-3 and 5.0e-3.
+FORWARD, BACKWARD = 3.5e-3, 6e-3
+SHAPES = {  # B, Hq, Hkv, Lq, Lk, P, Pv: head dims of every rest beside tiles of 16 and 32, lengths beside 16, 32 and 64
+    "16": (1, 2, 2, 64, 64, 16, 16),
+    "24": (1, 4, 2, 65, 63, 24, 24),
+    "33_of_1": (2, 2, 1, 33, 31, 33, 1),
+    "40": (1, 2, 1, 31, 129, 40, 40),
+    "64": (2, 4, 1, 130, 130, 64, 64),
+    "80": (1, 2, 2, 127, 47, 80, 80),
+    "96_of_40": (1, 2, 2, 49, 17, 96, 40),
+    "128_of_256": (1, 1, 1, 200, 200, 128, 256),
+    "256_of_96": (1, 2, 1, 81, 70, 256, 96),
+    "1_of_16": (1, 1, 1, 16, 15, 1, 16),
+    "one_query": (2, 2, 2, 1, 130, 64, 48),
+}
+OPTIONS = {
+    "plain": {},
+    "sinks": {"sinks": True, "layout": "bthd"},
+    "softcap": {"softcap": 2.0, "bias": (1, 1)},
+    "silu": {"silu": True, "softcap": 3.0},
+    "tables": {"position": (1, 41), "time": (1, 30), "layout": "scattered"},
+    "silu_tables": {"silu": True, "position": (1, 301), "time": (1, 30), "bias": (1, 1)},
+    "negative_scale": {"scale": -0.3, "sinks": True},
+}
+
+
+def check(case, actual, expected, what=""):
+    close(actual[0], expected[0], FORWARD, f"{what} out")
+    close(actual[1], expected[1], 1e-5, f"{what} lse")
+    for name, gradient in expected[2].items():
+        close(actual[2][name], gradient, BACKWARD, f"{what} d{name}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_dims_and_lengths(shape):
+    Lq, Lk = SHAPES[shape][3:5]
+    for name, mask in {"everything": masks.everything, "causal": CAUSAL.shift(max(Lk - Lq, 0), 0),
+                       "window": masks.window(9, 40)}.items():  # fmt: skip
+        case = Case(mask, SHAPES[shape], BF16)
+        t, grads = inputs(case)
+        check(case, native(case, t, grads), oracle(case, t, grads), name)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("block", [(64, 64), (16, 48), (128, 80)], ids=str)
+def test_what_touches_the_scores(options, block):
+    case = Case(WINDOW, (1, 4, 2, 150, 135, 40, 24), BF16, block=block, **OPTIONS[options])
+    t, grads = inputs(case)
+    check(case, native(case, t, grads), oracle(case, t, grads))
+
+
+def test_packed_sequences_and_empty_rows():
+    g = torch.Generator().manual_seed(0)
+    bounds = torch.tensor([0, 37, 37, 40, 141])
+    q, k, v, dout = (torch.randn(141, h, 48, generator=g).to(BF16) for h in (4, 2, 2, 4))
+    mask = masks.causal & masks.window(20, 0) & ~masks.prefix([3, 0, 1, 5])  # the first queries see nothing
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = function(*leaves, mask, cu_seqlens=bounds, return_lse=True)
+        return out, lse, dict(zip("qkv", torch.autograd.grad(out, leaves, dout.to(dtype))))
+
+    expected = run(reference.sparse_attention, torch.float64)
+    assert expected[1].isneginf().any()
+    check(None, run(scalekern.sparse_attention, BF16), expected)
+
+
+@pytest.mark.parametrize("P", [24, 64])
+@pytest.mark.parametrize("silu", [False, True])
+def test_nan_beside_the_inputs_and_in_hidden_keys(P, silu):
+    """NaN in the numbers after each row, in the rows after the last, and in keys and values that nobody sees."""
+    hidden = torch.arange(110) % 7 == 3
+    mask = ~masks.dense(hidden[None, None, None].expand(1, 1, 150, 110).contiguous())
+    mask = masks.causal & masks.window(70, 0) & mask
+    case = Case(mask, (1, 2, 1, 150, 110, P, P), BF16, silu=silu)
+    t, grads = inputs(case)
+    expected = oracle(case, t, grads)
+
+    def amid_nan(x):
+        if x is None or x.dim() < 4:
+            return x
+        wide = torch.full((*x.shape[:2], x.shape[2] + 70, x.shape[3] + 40), torch.nan, dtype=x.dtype)
+        wide = wide[:, :, : x.shape[2], : x.shape[3]]
+        return wide.copy_(x)
+
+    for spoiled in (("k", torch.nan), ("v", torch.inf), ("k", -torch.inf), ("v", torch.nan)):
+        both = {n: amid_nan(x) for n, x in t.items()}
+        both[spoiled[0]][:, :, hidden] = spoiled[1]
+        actual = native(case, both, {n: amid_nan(x) for n, x in grads.items()})
+        check(case, actual, expected, spoiled)
+        assert actual[2]["k"][:, :, hidden].eq(0).all() and actual[2]["v"][:, :, hidden].eq(0).all()
+
+
+def test_a_nan_reaches_those_who_see_it_and_nobody_else():
+    case = Case(masks.causal, (1, 1, 1, 90, 90, 24, 24), BF16)
+    t, grads = inputs(case)
+    clean = native(case, t, grads)
+    for name in ("k", "v"):
+        spoiled = {n: None if x is None else x.clone() for n, x in t.items()}
+        spoiled[name][..., 70, 3] = torch.nan
+        out, _, found = native(case, spoiled, grads)
+        assert out[..., 70:, 3].isnan().all(), name
+        assert torch.equal(out[..., :64, :], clean[0][..., :64, :]), name
+        close(out[..., 64:70, :], clean[0][..., 64:70, :].double(), FORWARD, name)  # multiplied as floats, with care
+        assert found["q"][..., 70:, :].isnan().any(-1).all(), name
+        close(found["q"][..., :70, :], clean[2]["q"][..., :70, :].double(), BACKWARD, name)
+    t["q"][..., 80, 2] = torch.inf
+    out, lse, found = native(case, t, grads)
+    for name in ("k", "v"):
+        close(found[name][..., 81:, :], clean[2][name][..., 81:, :].double(), BACKWARD, name)
+    assert found["k"][..., :81, :].isnan().any(-1).all()
+
+
+def test_a_score_of_minus_infinity_gives_its_key_no_gradient():
+    """Not even by the lanes past the last query, which are multiplied as zeros: 0 x Inf."""
+    case = Case(masks.everything, (1, 1, 1, 40, 64, 16, 16), BF16)
+    t, grads = inputs(case)
+    t["q"] = t["q"].abs()
+    t["k"][:, :, 5] = -torch.inf
+    expected, actual = oracle(case, t, grads), native(case, t, grads)
+    close(actual[0], expected[0], FORWARD, "out")
+    for name in "kv":
+        close(actual[2][name], expected[2][name], BACKWARD, f"d{name}")
+
+
+REPEATED = {
+    "splits": Case(CAUSAL & masks.window(70, 0), (1, 4, 2, 1100, 1100, 24, 40), BF16, bias=(1, 1), sinks=True),
+    "tables": Case(
+        CAUSAL & masks.segments(ids(3, 190, 45)), (3, 2, 1, 190, 190, 64, 64), BF16, position=(1, 99), silu=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeats_bit_for_bit_with_any_number_of_threads(name):
+    case = REPEATED[name]
+    t, grads = inputs(case)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (2, 1, 2, 3):
+            torch.set_num_threads(n)
+            out, lse, found = native(case, t, grads)
+            results.append([out, lse, *found.values()])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+CHILD = """
+import sys, torch
+from test_sparse_attention_amx import *
+assert pytest.importorskip("scalekern._C").cpu_isa() not in ("amx", "vnni")
+torch.save(native(BESIDE, *inputs(BESIDE)), sys.argv[1])
+"""
+BESIDE = Case(WINDOW, (1, 4, 2, 150, 135, 40, 72), BF16, sinks=True)
+
+
+def test_without_tile_registers_it_agrees(tmp_path):
+    """SCALEKERN_CPU_ISA=avx512 in another process: the two differ, where this one has tile registers, by roundings."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path / "found.pt")], capture_output=True, text=True,
+        env=child_environment(SCALEKERN_CPU_ISA="avx512"), cwd=pathlib.Path(__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    other, mine = torch.load(tmp_path / "found.pt"), native(BESIDE, *inputs(BESIDE))
+    close(mine[0], other[0], FORWARD, "out"), close(mine[1], other[1], 1e-6, "lse")
+    for name, gradient in other[2].items():
+        close(mine[2][name], gradient, BACKWARD, f"d{name}")
+    if pytest.importorskip("scalekern._C").cpu_isa() == "amx":
+        assert not torch.equal(mine[0], other[0]) and not torch.equal(mine[2]["v"], other[2]["v"])
