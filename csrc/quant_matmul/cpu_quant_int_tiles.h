@@ -34,7 +34,7 @@ struct TokenTiles {
   Buffer<double> exact;
 
   TokenTiles(const WholeLines& tokens, int64_t count, const LineLayout& layout, int64_t groups)
-      : tiles(pieces(count, kTileLanes)), lines(layout.row_lines), groups(groups), x(tiles * lines * kTileSize),
+      : tiles(pieces(count, kTileLanes)), lines(layout.begin[groups]), groups(groups), x(tiles * lines * kTileSize),
         sum(tiles * groups * kTileLanes), exact(tiles * groups * kTileLanes) {
     parallel_if(count * lines * kTileBytes >= kParallelWork, tiles, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -126,8 +126,8 @@ struct RowTiles {
       if (n > 1) add(sums + C * kTileSums);
     };
     for (int64_t group = first; group < end; ++group) {
-      const int64_t begin = layout.begin(group), lines = layout.end(w, group) - begin;
-      const uint8_t* code = codes + (begin - layout.begin(first)) * kTileBytes;
+      const int64_t begin = layout.begin[group], lines = layout.begin[group + 1] - begin;
+      const uint8_t* code = codes + (layout.code_line(group) - layout.code_line(first)) * kTileBytes;
       const int8_t* x = token(tile, begin);
       if constexpr (L >= 1) load_tile<6>(x, kTileBytes);
       if constexpr (L == 2) load_tile<7>(x + kTileSize, kTileBytes);
@@ -203,10 +203,11 @@ struct RowTiles {
 template <bool kRest>
 static void add_brief_groups(const RowTiles& block, int64_t g, int64_t stop) {
   const LineLayout& layout = block.layout;
-  const bool even = layout.row_lines == layout.lines * block.w.groups;
+  const bool one = layout.begin[block.w.groups] == block.w.groups;  // line a group
+  const bool two = layout.group == 2 * kLine && layout.begin[block.w.groups] == 2 * block.w.groups;
   for (int64_t tile = 0; tile < block.tokens.tiles; ++tile)
-    if (even && layout.lines == 1) block.brief_groups<1, kRest>(g, stop, tile);
-    else if (even && layout.lines == 2) block.brief_groups<2, kRest>(g, stop, tile);
+    if (one) block.brief_groups<1, kRest>(g, stop, tile);
+    else if (two) block.brief_groups<2, kRest>(g, stop, tile);
     else block.brief_groups<0, kRest>(g, stop, tile);
 }
 
@@ -218,29 +219,29 @@ static void tile_product(const QuantMatmulArgs& a) {
   const TokenTiles tokens(whole, a.tokens, layout, w.groups);
   const float middle = float(1 << w.bits >> 1);
   const bool more = w.has_rest(middle), brief = w.groups > 1 && w.group <= kLaneGroup;
-  const int64_t block = most(1, kBlockLines / layout.lines);  // groups
-  const int64_t lines = brief ? most(kBlockLines, layout.lines) : kPartLines;
+  const int64_t block = most(1, kBlockLines * kLine / layout.group);  // groups
+  const int64_t lines = brief ? pieces(block * layout.group, kLine) + 1 : kPartLines;
   parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
     const Tiles registers;
     RowTiles rows(w, layout, tokens, lines);
-    CodeLines codes(w, layout, kRows, uint8_t(0x80));
+    const CodeLines codes(w, layout, uint8_t(0x80));
     const Buffer<float> memory(RowParts::floats(w.groups)), results(kTileLanes * kRows);
     float bias[kRows];
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t first = piece * kRows, count = least(kRows, w.rows - first);
       rows.load_parts(first, count, middle, memory);
-      codes.load(first, count);
       for (int64_t g = 0; g < w.groups;) {
         const int64_t stop = brief ? least(g + block, w.groups) : g + 1;
         if (brief) {
-          codes.unpack(g, stop, rows.codes, rows.pitch);
+          const int64_t line = layout.code_line(g), end = pieces(least(stop * layout.group, w.columns), kLine);
+          codes.unpack(first, count, line, end - line, rows.codes, rows.pitch);
           if (more) add_brief_groups<true>(rows, g, stop);
           else add_brief_groups<false>(rows, g, stop);
         } else {
-          const int64_t start = layout.begin(g), all = layout.end(w, g) - start;
+          const int64_t start = layout.begin[g], all = layout.begin[g + 1] - start;
           for (int64_t line = 0; line < all; line += kPartLines) {
             const int64_t here = least(kPartLines, all - line);
-            codes.unpack_part(g, line, here, rows.codes, rows.pitch);
+            codes.unpack(first, count, layout.code_line(g) + line, here, rows.codes, rows.pitch);
             rows.add_lines(start + line, here, line == 0);
           }
           rows.add_long_group(g, middle, more);
