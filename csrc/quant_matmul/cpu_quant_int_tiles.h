@@ -75,25 +75,37 @@ struct RowTiles {
 
   const int8_t* token(int64_t tile, int64_t line) const { return tokens.x + (tile * tokens.lines + line) * kTileSize; }
 
-  // Rows past the end repeat the last.
+  // Rows past the end repeat the last. `memory`: of kTileRows rows, and a vector.
   void load_parts(int64_t first, int64_t rows, float middle, float* memory) {
     count = pieces(rows, kTileRows);
     ::zero<float>(totals, tokens.tiles * count * kTileSums);
-    const float power = from_bits(uint32_t(127 - layout.shift) << 23);
-    for (int64_t r = 0; r < count * kTileRows; ++r) {
-      const RowParts part(w, first + least(r, rows - 1), middle, memory);
-      const bool more = w.has_rest(middle);
-      for (int64_t g = 0, i = r; g < w.groups; ++g, i += count * kTileRows) {
-        scale[i] = part.scale[g] * power;
-        if (more) zero[i] = part.zero[g], offset[i] = part.offset[g], rest[i] = part.rest[g];
-      }
+    const VecF power = VecF{} + from_bits(uint32_t(127 - layout.shift) << 23), one = VecF{} + 1.0f;
+    RowParts part[kTileRows];
+    for (int64_t tile = 0; tile < count; ++tile) {
+      for (int64_t r = 0; r < kTileRows; ++r)
+        part[r] = RowParts(w, first + least(tile * kTileRows + r, rows - 1), middle,
+                           memory + r * RowParts::floats(w.groups));
+      const auto lay = [&](float* to, float* RowParts::*from, VecF factor) {
+        for (int64_t g = 0; g < w.groups; g += kTileLanes) {
+          VecF v[kTileLanes];
+          for (int64_t r = 0; r < kTileRows; ++r) v[r] = load(part[r].*from + g) * factor;
+          transpose<float>(v);
+          for (int64_t i = 0; i < least(kTileLanes, w.groups - g); ++i)
+            store(to + ((g + i) * count + tile) * kTileRows, v[i]);
+        }
+      };
+      lay(scale, static_cast<float* RowParts::*>(&RowParts::scale), power);
+      if (!w.has_rest(middle)) continue;
+      lay(zero, static_cast<float* RowParts::*>(&RowParts::zero), one);
+      lay(offset, static_cast<float* RowParts::*>(&RowParts::offset), one);
+      lay(rest, &RowParts::rest, one);
     }
   }
 
   // totals += scale sums (+ rest sum x), groups first .. end of the codes by one tile of tokens. A product takes 50
   // cycles, of which the window of the core hides few: a tile is stored after the next one's products, and added after
-  // those of the one behind. L: lines of a group, whose tokens stay in registers, or 0.
-  template <int L, bool kRest>
+  // those of the one behind. Tokens of up to two lines stay in registers.
+  template <bool kRest>
   __attribute__((noinline)) void brief_groups(int64_t first, int64_t end, int64_t tile) const {
     int64_t n = 0, r = 0, g = first;  // r, g: what is added next
     const auto add = [&](const int32_t* from) {
@@ -110,31 +122,33 @@ struct RowTiles {
       }
       if (++r == count) r = 0, ++g;
     };
-    const auto step = [&]<int C>(const uint8_t* code, const int8_t* x, int64_t lines) __attribute__((always_inline)) {
+    const auto step = [&]<int L, int C>(const uint8_t* code, const int8_t* x, int64_t lines)
+                          __attribute__((always_inline)) {
       zero_tile<C>();
-      if constexpr (L == 0) {
-        for (int64_t i = 0; i < lines; ++i) {
-          load_tile<4>(code + i * kTileBytes, pitch), load_tile<6>(x + i * kTileSize, kTileBytes);
-          add_products<C, 4, 6>();
-        }
-      } else {
-        load_tile<4>(code, pitch);
+      if (L == 1 || L == 2) load_tile<4>(code, pitch), add_products<C, 4, 6>();
+      if (L == 2) load_tile<5>(code + kTileBytes, pitch), add_products<C, 5, 7>();
+      for (int64_t i = 0; L == 0 && i < lines; ++i) {
+        load_tile<4>(code + i * kTileBytes, pitch), load_tile<6>(x + i * kTileSize, kTileBytes);
         add_products<C, 4, 6>();
-        if constexpr (L == 2) load_tile<5>(code + kTileBytes, pitch), add_products<C, 5, 7>();
       }
       if (n > 0) store_tile<1 - C>(sums + (1 - C) * kTileSums, kTileBytes);
       if (n > 1) add(sums + C * kTileSums);
     };
-    for (int64_t group = first; group < end; ++group) {
-      const int64_t begin = layout.begin[group], lines = layout.begin[group + 1] - begin;
-      const uint8_t* code = codes + (layout.code_line(group) - layout.code_line(first)) * kTileBytes;
-      const int8_t* x = token(tile, begin);
-      if constexpr (L >= 1) load_tile<6>(x, kTileBytes);
-      if constexpr (L == 2) load_tile<7>(x + kTileSize, kTileBytes);
+    const auto steps = [&]<int L>(const uint8_t* code, const int8_t* x, int64_t lines) {
+      if (L >= 1) load_tile<6>(x, kTileBytes);
+      if (L == 2) load_tile<7>(x + kTileSize, kTileBytes);
       for (int64_t row = 0; row < count; ++row, ++n, code += kTileRows * pitch) {
-        if (n % 2) step.template operator()<1>(code, x, lines);
-        else step.template operator()<0>(code, x, lines);
+        if (n % 2) step.template operator()<L, 1>(code, x, lines);
+        else step.template operator()<L, 0>(code, x, lines);
       }
+    };
+    for (int64_t group = first; group < end; ++group) {
+      const int64_t lines = layout.begin[group + 1] - layout.begin[group];
+      const uint8_t* code = codes + (layout.code_line(group) - layout.code_line(first)) * kTileBytes;
+      const int8_t* x = token(tile, layout.begin[group]);
+      if (lines == 1) steps.template operator()<1>(code, x, lines);
+      else if (lines == 2) steps.template operator()<2>(code, x, lines);
+      else steps.template operator()<0>(code, x, lines);
     }
     if (n % 2) store_tile<0>(sums, kTileBytes);
     else store_tile<1>(sums + kTileSums, kTileBytes);
@@ -200,17 +214,6 @@ struct RowTiles {
   }
 };
 
-template <bool kRest>
-static void add_brief_groups(const RowTiles& block, int64_t g, int64_t stop) {
-  const LineLayout& layout = block.layout;
-  const bool one = layout.begin[block.w.groups] == block.w.groups;  // line a group
-  const bool two = layout.group == 2 * kLine && layout.begin[block.w.groups] == 2 * block.w.groups;
-  for (int64_t tile = 0; tile < block.tokens.tiles; ++tile)
-    if (one) block.brief_groups<1, kRest>(g, stop, tile);
-    else if (two) block.brief_groups<2, kRest>(g, stop, tile);
-    else block.brief_groups<0, kRest>(g, stop, tile);
-}
-
 static void tile_product(const QuantMatmulArgs& a) {
   constexpr int64_t kRows = RowTiles::kRows, kBlockLines = 4, kPartLines = 8;  // of groups, and of a long one
   const QuantWeight& w = a.w;
@@ -225,7 +228,7 @@ static void tile_product(const QuantMatmulArgs& a) {
     const Tiles registers;
     RowTiles rows(w, layout, tokens, lines);
     const CodeLines codes(w, layout, uint8_t(0x80));
-    const Buffer<float> memory(RowParts::floats(w.groups)), results(kTileLanes * kRows);
+    const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes), results(kTileLanes * kRows);
     float bias[kRows];
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t first = piece * kRows, count = least(kRows, w.rows - first);
@@ -235,8 +238,9 @@ static void tile_product(const QuantMatmulArgs& a) {
         if (brief) {
           const int64_t line = layout.code_line(g), end = pieces(least(stop * layout.group, w.columns), kLine);
           codes.unpack(first, count, line, end - line, rows.codes, rows.pitch);
-          if (more) add_brief_groups<true>(rows, g, stop);
-          else add_brief_groups<false>(rows, g, stop);
+          for (int64_t tile = 0; tile < tokens.tiles; ++tile)
+            if (more) rows.brief_groups<true>(g, stop, tile);
+            else rows.brief_groups<false>(g, stop, tile);
         } else {
           const int64_t start = layout.begin[g], all = layout.begin[g + 1] - start;
           for (int64_t line = 0; line < all; line += kPartLines) {

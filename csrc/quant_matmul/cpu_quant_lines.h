@@ -91,8 +91,10 @@ class CodeLines {
     const int64_t offset = line / most(P, 1) * each, bytes = lines / most(P, 1) * each, end = least(offset + bytes, all);
     const int64_t ahead = offset + 2 * bytes <= all ? bytes : rows * w_.pitch - offset;
     const uint8_t* row = w_.data + first * w_.pitch;
+    const Spread spread = spread_;  // in registers: stores of bytes might change members
+    const __m512i top = top_, flip = flip_;
     const auto store = [&](__m512i codes, uint8_t* to) __attribute__((always_inline)) {
-      _mm512_storeu_si512(to, _mm512_ternarylogic_epi64(codes, top_, flip_, 0x6a));  // (codes & top) ^ flip
+      _mm512_storeu_si512(to, _mm512_ternarylogic_epi64(codes, top, flip, 0x6a));  // (codes & top) ^ flip
     };
     const auto read = [](int64_t count) { return ~__mmask64(0) >> (kLine - count); };
     const __mmask64 full = read(each);
@@ -101,7 +103,7 @@ class CodeLines {
       for (int64_t i = offset; i < end; i += each, to += most(P, 1) * kLine) {
         __builtin_prefetch(row + i + ahead, 0, 2);
         if (P == 0) {
-          store(spread_(_mm512_maskz_loadu_epi8(end - i < each ? read(end - i) : full, row + i)), to);
+          store(spread(_mm512_maskz_loadu_epi8(end - i < each ? read(end - i) : full, row + i)), to);
           continue;
         }
         const __m512i codes = _mm512_loadu_si512(row + i);
