@@ -88,7 +88,8 @@ class CodeLines {
   __attribute__((noinline)) void unpack(
       int64_t first, int64_t rows, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {
     const int64_t each = P ? kLine : 8 * w_.bits, all = w_.row_bytes();  // bytes of P lines, or of one
-    const int64_t offset = line / most(P, 1) * each, bytes = lines / most(P, 1) * each, end = least(offset + bytes, all);
+    const int64_t offset = line / most(P, 1) * each, bytes = lines / most(P, 1) * each;
+    const int64_t end = least(offset + bytes, all);
     const int64_t ahead = offset + 2 * bytes <= all ? bytes : rows * w_.pitch - offset;
     const uint8_t* row = w_.data + first * w_.pitch;
     const Spread spread = spread_;  // in registers: stores of bytes might change members
@@ -130,7 +131,8 @@ struct WholeLines {
   Buffer<int64_t> sum;  // of each group
 
   WholeLines(const QuantMatmulArgs& a, const LineLayout& layout)
-      : pitch((layout.begin[a.w.groups] + 1) * kLine), x(a.tokens * pitch), scale(a.tokens), sum(a.tokens * a.w.groups) {
+      : pitch((layout.begin[a.w.groups] + 1) * kLine), x(a.tokens * pitch), scale(a.tokens),
+        sum(a.tokens * a.w.groups) {
     const QuantWeight& w = a.w;
     const int64_t K = w.columns;
     parallel_if(a.tokens * K >= kParallelWork, a.tokens, [&](int64_t begin, int64_t end) {
