@@ -19,14 +19,13 @@ struct LaneProduct {
   const LineLayout& layout;
   const WholeLines& tokens;
   float middle;
-  bool more, brief, direct;
+  bool more, brief;
   Buffer<int32_t> start;  // [token][g][16]
   Buffer<float> sum;      // [token][g]
 
   LaneProduct(const QuantMatmulArgs& a, const LineLayout& layout, const WholeLines& tokens)
       : w(a.w), layout(layout), tokens(tokens), middle(float(1 << w.bits >> 1)), more(w.has_rest(middle)),
         brief(w.groups > 1 && w.group <= kLaneGroup),
-        direct(layout.stored && layout.bytes % kLine == 0 && layout.last_bytes % kLine == 0),
         start(a.tokens * w.groups * 16), sum(a.tokens * w.groups + 8) {
     zero<float>(sum + a.tokens * w.groups, 8);
     const __m512i half = _mm512_set1_epi8(char(0x80));
@@ -34,21 +33,21 @@ struct LaneProduct {
       const int8_t* x = tokens.x + i / w.groups * tokens.pitch;
       const int64_t g = i % w.groups;
       __m512i total = _mm512_setzero_si512();
-      for (int64_t line = layout.begin(g); line < layout.end(w, g); ++line)
+      for (int64_t line = layout.begin[g]; line < layout.begin[g + 1]; ++line)
         total = add_byte_products(total, half, _mm512_load_si512(x + line * kLine));
       _mm512_store_si512(start + i * 16, _mm512_sub_epi32(_mm512_setzero_si512(), total));
       sum[i] = float(tokens.sum[i]);
     }
   }
 
-  // acc[r][t] += codes of row r times token t, lines begin .. end; P planes of a stored line.
+  // acc[r][t] += codes of row r times token t, all of a group; P planes of a stored line.
   template <int P, int R, int T>
   inline __attribute__((always_inline)) void multiply(
-      const uint8_t* const* rows, const int8_t* x, int64_t begin, int64_t end, __m512i (&acc)[R][T]) const {
+      const uint8_t* const* rows, const int8_t* x, int64_t g, __m512i (&acc)[R][T]) const {
     const __m512i top = _mm512_set1_epi8(char(0xff << (8 - 8 / P)));
     const int64_t next = R * w.pitch;
-    for (int64_t line = begin; line < end; line += P) {
-      const int64_t offset = line / P * kLine;
+    int64_t offset = layout.code_line(g) / P * kLine;
+    for (int64_t line = layout.begin[g]; line < layout.begin[g + 1]; line += P, offset += kLine) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         if (T == 1) __builtin_prefetch(rows[r] + offset + next);
@@ -83,7 +82,7 @@ struct LaneProduct {
       for (int64_t g = 0; g < w.groups; ++g) {
         __m512i acc[R][T];
         starts(g, acc);
-        multiply<P>(rows, x, layout.begin(g), layout.end(w, g), acc);
+        multiply<P>(rows, x, g, acc);
         for (int r = 0; r < R; ++r)
           for (int t = 0; t < T; ++t) {
             const int64_t i = (m + t) * w.groups + g;
@@ -101,7 +100,7 @@ struct LaneProduct {
     for (int64_t g = 0; g < w.groups; ++g) {
       __m512i acc[R][T];
       starts(g, acc);
-      multiply<P>(rows, x, layout.begin(g), layout.end(w, g), acc);
+      multiply<P>(rows, x, g, acc);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const __m512 scale = _mm512_set1_ps(parts[r].scale[g]);
@@ -148,21 +147,21 @@ static void lane_product(const QuantMatmulArgs& a) {
   const WholeLines whole(a, layout);
   const LaneProduct product(a, layout, whole);
   parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
-    const int64_t pitch = (layout.row_lines + 1) * kLine;
-    CodeLines codes(w, layout, kRows, 0);
-    const Buffer<uint8_t> own(product.direct ? 0 : kRows * pitch);
+    const int64_t pitch = (layout.code_lines + 1) * kLine;
+    const CodeLines codes(w, layout, 0);
+    const Buffer<uint8_t> own(layout.stored ? 0 : kRows * pitch);
     const Buffer<float> c(kRows * a.tokens), memory(kRows * RowParts::floats(w.groups));
     float bias[kRows];
     const uint8_t* rows[kRows];
     RowParts parts[kRows];
     for (int64_t first = begin * kRows; first < least(end * kRows, w.rows); first += kRows) {
       const int64_t count = least(kRows, w.rows - first);
-      if (!product.direct) codes.load(first, count), codes.unpack(0, w.groups, own, pitch);
+      if (!layout.stored) codes.unpack(first, count, 0, layout.code_lines, own, pitch);
       for (int64_t r = 0; r < count; ++r) {
         parts[r] = RowParts(w, first + r, product.middle, memory + r * RowParts::floats(w.groups));
-        rows[r] = product.direct ? w.data + (first + r) * w.pitch : own + r * pitch;
+        rows[r] = layout.stored ? w.data + (first + r) * w.pitch : own + r * pitch;
       }
-      switch (product.direct ? layout.planes : 1) {
+      switch (layout.planes) {
         case 8: product.block<8>(count, a.tokens, rows, parts, c, kRows); break;
         case 4: product.block<4>(count, a.tokens, rows, parts, c, kRows); break;
         case 2: product.block<2>(count, a.tokens, rows, parts, c, kRows); break;

@@ -11,9 +11,11 @@
 //
 // Bound, 4096 x 4096 of 4 bits in groups of 128, by the bytes at M = 16 (8.9 MB at 23 GB/s: 0.4 ms; products 0.07), at
 //   M = 128 by products and additions (65536 times 18 ns on two cores: 0.6 ms; to unpack 0.1, tokens 0.2). Measured on
-//   two virtual Sapphire Rapids cores that slow each other: 0.8 and 2.9 ms, where bfloat16's dense product takes 1.9
-//   and 5.3, onnxruntime 3.6 and 17, AVX2's bytes 3.1 and 26. 8 bits, a scale a row, M = 128: 4.3 ms, torch._int_mm of
-//   activations that are rounded already 4.2.
+//   two virtual Sapphire Rapids cores that slow each other, minimum and median: 0.8, 0.9 and 2.3, 2.5 ms, where
+//   bfloat16's dense product takes 1.6, 1.8 and 3.5, 3.8. 8 bits, a scale a row, M = 128: 4.6, 5.1, and torch._int_mm
+//   of activations that are rounded already 4.5, 5.2. M = 16, groups of 128, times as fast as bfloat16: 2 bits 1.7, 3, 5
+//   and 7 bits 1.3 (8 codes at a time by pdep: 0.7). 4 bits in groups of 64: 1.5. Shorter ones are still slower,
+//   by a product, a store and the additions of each: 32 0.8 to 0.9, 16 0.5, 7 0.3 (a line each: 0.6, 0.3, 0.15).
 // Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1, not L2;
 //   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).
 #pragma once
@@ -34,7 +36,7 @@ struct TokenTiles {
   Buffer<double> exact;
 
   TokenTiles(const WholeLines& tokens, int64_t count, const LineLayout& layout, int64_t groups)
-      : tiles(pieces(count, kTileLanes)), lines(layout.row_lines), groups(groups), x(tiles * lines * kTileSize),
+      : tiles(pieces(count, kTileLanes)), lines(layout.begin[groups]), groups(groups), x(tiles * lines * kTileSize),
         sum(tiles * groups * kTileLanes), exact(tiles * groups * kTileLanes) {
     parallel_if(count * lines * kTileBytes >= kParallelWork, tiles, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -75,25 +77,37 @@ struct RowTiles {
 
   const int8_t* token(int64_t tile, int64_t line) const { return tokens.x + (tile * tokens.lines + line) * kTileSize; }
 
-  // Rows past the end repeat the last.
+  // Rows past the end repeat the last. `memory`: of kTileRows rows, and a vector.
   void load_parts(int64_t first, int64_t rows, float middle, float* memory) {
     count = pieces(rows, kTileRows);
     ::zero<float>(totals, tokens.tiles * count * kTileSums);
-    const float power = from_bits(uint32_t(127 - layout.shift) << 23);
-    for (int64_t r = 0; r < count * kTileRows; ++r) {
-      const RowParts part(w, first + least(r, rows - 1), middle, memory);
-      const bool more = w.has_rest(middle);
-      for (int64_t g = 0, i = r; g < w.groups; ++g, i += count * kTileRows) {
-        scale[i] = part.scale[g] * power;
-        if (more) zero[i] = part.zero[g], offset[i] = part.offset[g], rest[i] = part.rest[g];
-      }
+    const VecF power = VecF{} + from_bits(uint32_t(127 - layout.shift) << 23), one = VecF{} + 1.0f;
+    RowParts part[kTileRows];
+    for (int64_t tile = 0; tile < count; ++tile) {
+      for (int64_t r = 0; r < kTileRows; ++r)
+        part[r] = RowParts(w, first + least(tile * kTileRows + r, rows - 1), middle,
+                           memory + r * RowParts::floats(w.groups));
+      const auto lay = [&](float* to, float* RowParts::*from, VecF factor) {
+        for (int64_t g = 0; g < w.groups; g += kTileLanes) {
+          VecF v[kTileLanes];
+          for (int64_t r = 0; r < kTileRows; ++r) v[r] = load(part[r].*from + g) * factor;
+          transpose<float>(v);
+          for (int64_t i = 0; i < least(kTileLanes, w.groups - g); ++i)
+            store(to + ((g + i) * count + tile) * kTileRows, v[i]);
+        }
+      };
+      lay(scale, static_cast<float* RowParts::*>(&RowParts::scale), power);
+      if (!w.has_rest(middle)) continue;
+      lay(zero, static_cast<float* RowParts::*>(&RowParts::zero), one);
+      lay(offset, static_cast<float* RowParts::*>(&RowParts::offset), one);
+      lay(rest, &RowParts::rest, one);
     }
   }
 
   // totals += scale sums (+ rest sum x), groups first .. end of the codes by one tile of tokens. A product takes 50
   // cycles, of which the window of the core hides few: a tile is stored after the next one's products, and added after
-  // those of the one behind. L: lines of a group, whose tokens stay in registers, or 0.
-  template <int L, bool kRest>
+  // those of the one behind. Tokens of up to two lines stay in registers.
+  template <bool kRest>
   __attribute__((noinline)) void brief_groups(int64_t first, int64_t end, int64_t tile) const {
     int64_t n = 0, r = 0, g = first;  // r, g: what is added next
     const auto add = [&](const int32_t* from) {
@@ -110,31 +124,33 @@ struct RowTiles {
       }
       if (++r == count) r = 0, ++g;
     };
-    const auto step = [&]<int C>(const uint8_t* code, const int8_t* x, int64_t lines) __attribute__((always_inline)) {
+    const auto step = [&]<int L, int C>(const uint8_t* code, const int8_t* x, int64_t lines)
+                          __attribute__((always_inline)) {
       zero_tile<C>();
-      if constexpr (L == 0) {
-        for (int64_t i = 0; i < lines; ++i) {
-          load_tile<4>(code + i * kTileBytes, pitch), load_tile<6>(x + i * kTileSize, kTileBytes);
-          add_products<C, 4, 6>();
-        }
-      } else {
-        load_tile<4>(code, pitch);
+      if (L == 1 || L == 2) load_tile<4>(code, pitch), add_products<C, 4, 6>();
+      if (L == 2) load_tile<5>(code + kTileBytes, pitch), add_products<C, 5, 7>();
+      for (int64_t i = 0; L == 0 && i < lines; ++i) {
+        load_tile<4>(code + i * kTileBytes, pitch), load_tile<6>(x + i * kTileSize, kTileBytes);
         add_products<C, 4, 6>();
-        if constexpr (L == 2) load_tile<5>(code + kTileBytes, pitch), add_products<C, 5, 7>();
       }
       if (n > 0) store_tile<1 - C>(sums + (1 - C) * kTileSums, kTileBytes);
       if (n > 1) add(sums + C * kTileSums);
     };
-    for (int64_t group = first; group < end; ++group) {
-      const int64_t begin = layout.begin(group), lines = layout.end(w, group) - begin;
-      const uint8_t* code = codes + (begin - layout.begin(first)) * kTileBytes;
-      const int8_t* x = token(tile, begin);
-      if constexpr (L >= 1) load_tile<6>(x, kTileBytes);
-      if constexpr (L == 2) load_tile<7>(x + kTileSize, kTileBytes);
+    const auto steps = [&]<int L>(const uint8_t* code, const int8_t* x, int64_t lines) {
+      if (L >= 1) load_tile<6>(x, kTileBytes);
+      if (L == 2) load_tile<7>(x + kTileSize, kTileBytes);
       for (int64_t row = 0; row < count; ++row, ++n, code += kTileRows * pitch) {
-        if (n % 2) step.template operator()<1>(code, x, lines);
-        else step.template operator()<0>(code, x, lines);
+        if (n % 2) step.template operator()<L, 1>(code, x, lines);
+        else step.template operator()<L, 0>(code, x, lines);
       }
+    };
+    for (int64_t group = first; group < end; ++group) {
+      const int64_t lines = layout.begin[group + 1] - layout.begin[group];
+      const uint8_t* code = codes + (layout.code_line(group) - layout.code_line(first)) * kTileBytes;
+      const int8_t* x = token(tile, layout.begin[group]);
+      if (lines == 1) steps.template operator()<1>(code, x, lines);
+      else if (lines == 2) steps.template operator()<2>(code, x, lines);
+      else steps.template operator()<0>(code, x, lines);
     }
     if (n % 2) store_tile<0>(sums, kTileBytes);
     else store_tile<1>(sums + kTileSums, kTileBytes);
@@ -200,16 +216,6 @@ struct RowTiles {
   }
 };
 
-template <bool kRest>
-static void add_brief_groups(const RowTiles& block, int64_t g, int64_t stop) {
-  const LineLayout& layout = block.layout;
-  const bool even = layout.row_lines == layout.lines * block.w.groups;
-  for (int64_t tile = 0; tile < block.tokens.tiles; ++tile)
-    if (even && layout.lines == 1) block.brief_groups<1, kRest>(g, stop, tile);
-    else if (even && layout.lines == 2) block.brief_groups<2, kRest>(g, stop, tile);
-    else block.brief_groups<0, kRest>(g, stop, tile);
-}
-
 static void tile_product(const QuantMatmulArgs& a) {
   constexpr int64_t kRows = RowTiles::kRows, kBlockLines = 4, kPartLines = 8;  // of groups, and of a long one
   const QuantWeight& w = a.w;
@@ -218,29 +224,30 @@ static void tile_product(const QuantMatmulArgs& a) {
   const TokenTiles tokens(whole, a.tokens, layout, w.groups);
   const float middle = float(1 << w.bits >> 1);
   const bool more = w.has_rest(middle), brief = w.groups > 1 && w.group <= kLaneGroup;
-  const int64_t block = most(1, kBlockLines / layout.lines);  // groups
-  const int64_t lines = brief ? most(kBlockLines, layout.lines) : kPartLines;
+  const int64_t block = most(1, kBlockLines * kLine / layout.group);  // groups
+  const int64_t lines = brief ? pieces(block * layout.group, kLine) + 1 : kPartLines;
   parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
     const Tiles registers;
     RowTiles rows(w, layout, tokens, lines);
-    CodeLines codes(w, layout, kRows, uint8_t(0x80));
-    const Buffer<float> memory(RowParts::floats(w.groups)), results(kTileLanes * kRows);
+    const CodeLines codes(w, layout, uint8_t(0x80));
+    const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes), results(kTileLanes * kRows);
     float bias[kRows];
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t first = piece * kRows, count = least(kRows, w.rows - first);
       rows.load_parts(first, count, middle, memory);
-      codes.load(first, count);
       for (int64_t g = 0; g < w.groups;) {
         const int64_t stop = brief ? least(g + block, w.groups) : g + 1;
         if (brief) {
-          codes.unpack(g, stop, rows.codes, rows.pitch);
-          if (more) add_brief_groups<true>(rows, g, stop);
-          else add_brief_groups<false>(rows, g, stop);
+          const int64_t line = layout.code_line(g), end = pieces(least(stop * layout.group, w.columns), kLine);
+          codes.unpack(first, count, line, end - line, rows.codes, rows.pitch);
+          for (int64_t tile = 0; tile < tokens.tiles; ++tile)
+            if (more) rows.brief_groups<true>(g, stop, tile);
+            else rows.brief_groups<false>(g, stop, tile);
         } else {
-          const int64_t start = layout.begin(g), all = layout.end(w, g) - start;
+          const int64_t start = layout.begin[g], all = layout.begin[g + 1] - start;
           for (int64_t line = 0; line < all; line += kPartLines) {
             const int64_t here = least(kPartLines, all - line);
-            codes.unpack_part(g, line, here, rows.codes, rows.pitch);
+            codes.unpack(first, count, layout.code_line(g) + line, here, rows.codes, rows.pitch);
             rows.add_lines(start + line, here, line == 0);
           }
           rows.add_long_group(g, middle, more);

@@ -1,9 +1,11 @@
 // Both sides of an integer product in lines of 64 bytes, for AVX-512's and AMX's sums of byte products.
 //
-// Stored bytes of a group are read 64 at a time, or all of a shorter one: plane p holds the p-th code of each, one
-// plane behind the other. A code is the top bits of its byte, whose sums are 2^shift times what is wanted: to unpack is
-// a shift and one operation more, and 1 to 8 bits are one kernel. Behind the last code of a group lies anything, and
-// meets activations of 0. Codes that bytes cut, and groups that cut bytes, get a byte each first.
+// Lines of codes are 64 columns of a row whatever its groups. A group has a line of activations for each line of codes
+// that it meets, with 0 in the columns that are not its own: groups that share a line each multiply all of it.
+// Rows whose lines all fill with codes of 1, 2, 4 or 8 bits are read 64 bytes at a time: plane p holds the p-th code of
+// each, one plane behind the other. Others are spread, 64 codes in seven operations, in the order of the columns.
+// A code is the top bits of its byte, whose sums are 2^shift times what is wanted: to unpack is a shift and one
+// operation more, and 1 to 8 bits are one kernel. Behind the last code of a row lies anything, and meets 0.
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_quant_whole.h"
@@ -14,95 +16,111 @@ namespace {
 constexpr int64_t kLine = 64;
 
 struct LineLayout {
-  bool stored;  // read from rows as they are stored; else a code a byte first
+  bool stored;  // in planes, read as they are stored
   int planes, shift;
-  int64_t bytes, last_bytes;  // read of a full group, and of the last
-  int64_t lines, row_lines;   // of a full group, and of a row
+  int64_t group, code_lines;  // of a row
+  Buffer<int64_t> begin;      // of the activations of each group, and their end
 
-  explicit LineLayout(const QuantWeight& w) : planes(8 / w.bits), shift(8 - w.bits) {
-    const int64_t group = least(w.group, w.columns);
-    stored = 8 % w.bits == 0 && (w.groups == 1 || group % planes == 0);
+  explicit LineLayout(const QuantWeight& w)
+      : planes(8 / w.bits), shift(8 - w.bits), group(least(w.group, w.columns)), code_lines(pieces(w.columns, kLine)),
+        begin(w.groups + 1) {
+    stored = 8 % w.bits == 0 && group % (planes * kLine) == 0 && w.columns % (planes * kLine) == 0;
     if (!stored) planes = 1;
-    bytes = pieces(group, planes), last_bytes = pieces(w.columns - (w.groups - 1) * w.group, planes);
-    lines = lines_of(bytes), row_lines = (w.groups - 1) * lines + lines_of(last_bytes);
+    begin[0] = 0;
+    for (int64_t g = 0; g < w.groups; ++g)
+      begin[g + 1] = begin[g] + pieces(least((g + 1) * group, w.columns), kLine) - code_line(g);
   }
-  int64_t lines_of(int64_t bytes) const {
-    return bytes < kLine ? pieces(planes * bytes, kLine) : planes * pieces(bytes, kLine);
+  int64_t code_line(int64_t g) const { return g * group / kLine; }
+};
+
+// The codes of 64 columns, each the top bits of its byte: 16 of a quarter of the bytes as 16-bit windows, even codes
+// moved down to the lower byte's top, odd ones up to the upper's.
+class Spread {
+ public:
+  explicit Spread(int bits) {
+    alignas(64) uint16_t words[32], by[2][32];
+    alignas(64) uint8_t from[2][64];
+    for (int i = 0; i < 32; ++i) {
+      words[i] = uint16_t(i / 8 * bits + i % 8);
+      for (int odd = 0; odd < 2; ++odd) {
+        const int bit = (i % 8 * 2 + odd) * bits, byte = (bit + bits + 7) / 8 - 2, at = bit - 8 * byte;  // byte >= -1
+        from[odd][2 * i] = uint8_t(byte), from[odd][2 * i + 1] = uint8_t(byte + 1);
+        by[odd][i] = uint16_t(odd ? 16 - bits - at : at - (8 - bits));
+      }
+    }
+    words_ = _mm512_load_si512(words);
+    even_ = _mm512_load_si512(from[0]), odd_ = _mm512_load_si512(from[1]);
+    down_ = _mm512_load_si512(by[0]), up_ = _mm512_load_si512(by[1]);
   }
-  int64_t begin(int64_t g) const { return g * lines; }
-  int64_t end(const QuantWeight& w, int64_t g) const { return g + 1 < w.groups ? begin(g + 1) : row_lines; }
+  __m512i operator()(__m512i bytes) const {
+    const __m512i quarters = _mm512_permutexvar_epi16(words_, bytes);
+    const __m512i even = _mm512_srlv_epi16(_mm512_shuffle_epi8(quarters, even_), down_);
+    const __m512i odd = _mm512_sllv_epi16(_mm512_shuffle_epi8(quarters, odd_), up_);
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi16(0xff), even, odd, 0xca);  // the lower byte of even
+  }
+
+ private:
+  __m512i words_, even_, odd_, down_, up_;
 };
 
 // Rows of codes in lines: code - middle times 2^shift with a flip of the top bit, without one the code times 2^shift.
 class CodeLines {
  public:
-  CodeLines(const QuantWeight& w, const LineLayout& layout, int64_t rows, uint8_t flip)
-      : w_(w), layout_(layout), all_(layout.stored ? w.row_bytes() : w.columns), plain_pitch_(w.columns + 8),
-        flip_(flip), plain_(layout.stored ? 0 : rows * plain_pitch_) {}
+  CodeLines(const QuantWeight& w, const LineLayout& layout, uint8_t flip)
+      : w_(w), layout_(layout), spread_(w.bits), top_(_mm512_set1_epi8(char(0xff << layout.shift))),
+        flip_(_mm512_set1_epi8(char(flip))) {}
 
-  void load(int64_t first, int64_t rows) {
-    first_ = first, rows_ = rows;
-    for (int64_t r = 0; !layout_.stored && r < rows; ++r) ::unpack(w_, first + r, plain_ + r * plain_pitch_);
-  }
-
-  // Groups g .. stop. Writes up to 63 bytes beyond.
-  void unpack(int64_t g, int64_t stop, uint8_t* dst, int64_t pitch) const {
-    const int64_t each = layout_.bytes;
-    while (g < stop) {  // full groups of whole lines are one run
-      const int64_t end = each % kLine == 0 && g + 1 < w_.groups ? least(stop, w_.groups - 1) : g + 1;
-      const int64_t group = g + 1 < w_.groups ? each : layout_.last_bytes;
-      run(g * each, (end - g) * group, least(group, kLine), dst, pitch);
-      dst += (end - g) * layout_.lines * kLine, g = end;
+  // Lines of `rows` rows; of planes, all of the bytes they are of.
+  void unpack(int64_t first, int64_t rows, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {
+    switch (layout_.stored ? layout_.planes : 0) {
+      case 8: return unpack<8>(first, rows, line, lines, dst, pitch);
+      case 4: return unpack<4>(first, rows, line, lines, dst, pitch);
+      case 2: return unpack<2>(first, rows, line, lines, dst, pitch);
+      case 1: return unpack<1>(first, rows, line, lines, dst, pitch);
+      default: unpack<0>(first, rows, line, lines, dst, pitch);
     }
-  }
-  // Some lines of a group of 64 bytes or more.
-  void unpack_part(int64_t g, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {
-    const int64_t bytes = g + 1 < w_.groups ? layout_.bytes : layout_.last_bytes, from = line / layout_.planes * kLine;
-    const int64_t here = least(bytes - from, pieces(lines, layout_.planes) * kLine);
-    run(g * layout_.bytes + from, here, least(bytes, kLine), dst, pitch);
   }
 
  private:
-  void run(int64_t offset, int64_t bytes, int64_t plane, uint8_t* dst, int64_t pitch) const {
-    switch (layout_.planes) {
-      case 8: return run<8>(offset, bytes, plane, dst, pitch);
-      case 4: return run<4>(offset, bytes, plane, dst, pitch);
-      case 2: return run<2>(offset, bytes, plane, dst, pitch);
-      default: run<1>(offset, bytes, plane, dst, pitch);
-    }
-  }
-  // The machine does not foresee rows in short runs: the next run of each is fetched, behind the last the next rows'.
+  // P planes, or spread. The machine does not foresee rows in short runs: the next run of each is fetched, behind the
+  // last the next rows'.
   template <int P>
-  __attribute__((noinline)) void run(int64_t offset, int64_t bytes, int64_t plane, uint8_t* dst, int64_t pitch) const {
-    const int64_t row_pitch = layout_.stored ? w_.pitch : plain_pitch_, whole = bytes / kLine * kLine;
-    const uint8_t* row = (layout_.stored ? w_.data + first_ * w_.pitch : plain_) + offset;
-    const int64_t ahead = !layout_.stored ? 0 : offset + 2 * bytes <= all_ ? bytes : rows_ * w_.pitch - offset;
-    const __mmask64 rest = (__mmask64(1) << (bytes - whole)) - 1;
-    const __m512i top = _mm512_set1_epi8(char(0xff << layout_.shift)), flip = _mm512_set1_epi8(char(flip_));
-    const auto line = [&](__m512i codes, uint8_t* to) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        const int left = 8 - 8 / P - p * (8 / P);
-        const __m512i moved = P == 1 ? _mm512_sll_epi16(codes, _mm_cvtsi32_si128(layout_.shift))
-                                     : left ? _mm512_slli_epi16(codes, unsigned(left)) : codes;
-        _mm512_storeu_si512(to + p * plane, _mm512_ternarylogic_epi64(moved, top, flip, 0x6a));  // (moved & top) ^ flip
-      }
+  __attribute__((noinline)) void unpack(
+      int64_t first, int64_t rows, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {
+    const int64_t each = P ? kLine : 8 * w_.bits, all = w_.row_bytes();  // bytes of P lines, or of one
+    const int64_t offset = line / most(P, 1) * each, bytes = lines / most(P, 1) * each;
+    const int64_t end = least(offset + bytes, all);
+    const int64_t ahead = offset + 2 * bytes <= all ? bytes : rows * w_.pitch - offset;
+    const uint8_t* row = w_.data + first * w_.pitch;
+    const Spread spread = spread_;  // in registers: stores of bytes might change members
+    const __m512i top = top_, flip = flip_;
+    const auto store = [&](__m512i codes, uint8_t* to) __attribute__((always_inline)) {
+      _mm512_storeu_si512(to, _mm512_ternarylogic_epi64(codes, top, flip, 0x6a));  // (codes & top) ^ flip
     };
-    for (int64_t r = 0; r < rows_; ++r, row += row_pitch, dst += pitch) {
-      for (int64_t i = 0; i < whole; i += kLine) {
+    const auto read = [](int64_t count) { return ~__mmask64(0) >> (kLine - count); };
+    const __mmask64 full = read(each);
+    for (int64_t r = 0; r < rows; ++r, row += w_.pitch, dst += pitch) {
+      uint8_t* to = dst;
+      for (int64_t i = offset; i < end; i += each, to += most(P, 1) * kLine) {
         __builtin_prefetch(row + i + ahead, 0, 2);
-        line(_mm512_loadu_si512(row + i), dst + i * P);
+        if (P == 0) {
+          store(spread(_mm512_maskz_loadu_epi8(end - i < each ? read(end - i) : full, row + i)), to);
+          continue;
+        }
+        const __m512i codes = _mm512_loadu_si512(row + i);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          const int left = 8 - 8 / most(P, 1) - p * (8 / most(P, 1));
+          store(left ? _mm512_slli_epi16(codes, unsigned(left)) : codes, to + p * kLine);
+        }
       }
-      if (rest) line(_mm512_maskz_loadu_epi8(rest, row + whole), dst + whole * P);
     }
   }
 
   const QuantWeight& w_;
   const LineLayout& layout_;
-  int64_t all_, plain_pitch_;
-  uint8_t flip_;
-  Buffer<uint8_t> plain_;
-  int64_t first_ = 0, rows_ = 0;
+  const Spread spread_;
+  const __m512i top_, flip_;
 };
 
 // Tokens as whole numbers, in lines.
@@ -113,7 +131,8 @@ struct WholeLines {
   Buffer<int64_t> sum;  // of each group
 
   WholeLines(const QuantMatmulArgs& a, const LineLayout& layout)
-      : pitch((layout.row_lines + 1) * kLine), x(a.tokens * pitch), scale(a.tokens), sum(a.tokens * a.w.groups) {
+      : pitch((layout.begin[a.w.groups] + 1) * kLine), x(a.tokens * pitch), scale(a.tokens),
+        sum(a.tokens * a.w.groups) {
     const QuantWeight& w = a.w;
     const int64_t K = w.columns;
     parallel_if(a.tokens * K >= kParallelWork, a.tokens, [&](int64_t begin, int64_t end) {
@@ -128,9 +147,10 @@ struct WholeLines {
         int8_t* line = x + m * pitch;
         __builtin_memset(line, 0, size_t(pitch));
         for (int64_t g = 0; g < w.groups; ++g) {
-          place(plain + g * w.group, least(w.group, K - g * w.group), layout.planes, line + layout.begin(g) * kLine);
+          const int64_t first = g * layout.group, count = least(layout.group, K - first);
+          place(plain + first, count, layout.planes, line + layout.begin[g] * kLine + first % kLine);
           __m512i total = _mm512_setzero_si512();
-          for (int64_t i = layout.begin(g); i < layout.end(w, g); ++i)
+          for (int64_t i = layout.begin[g]; i < layout.begin[g + 1]; ++i)
             total = add_byte_products(total, _mm512_set1_epi8(1), _mm512_load_si512(line + i * kLine));
           sum[m * w.groups + g] = _mm512_reduce_add_epi32(total);
         }
@@ -167,11 +187,9 @@ struct WholeLines {
   }
   template <int P>
   static void place(const int8_t* __restrict src, int64_t count, int8_t* __restrict dst) {
-    const int64_t plane = least(pieces(count, P), kLine);
-    for (; count >= P * kLine; count -= P * kLine, src += P * kLine, dst += P * kLine)
+    for (; count > 0; count -= P * kLine, src += P * kLine, dst += P * kLine)
       for (int i = 0; i < kLine; ++i)
         for (int p = 0; p < P; ++p) dst[p * kLine + i] = src[i * P + p];
-    for (int64_t i = 0; i < count; ++i) dst[i % P * plane + i / P] = src[i];
   }
 };
 
