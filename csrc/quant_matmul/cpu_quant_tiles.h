@@ -178,7 +178,7 @@ static bool exact_in_bf16(const QuantWeight& w) {
 }
 
 struct TileProduct {
-  static constexpr int64_t kMostRows = 256, kBlockTokens = 256;
+  static constexpr int64_t kMostRows = 256, kBlockTokens = 256, kStay = 256;
 
   const QuantMatmulArgs& a;
   const int out_parts = parts_of(a.out.dtype);
@@ -259,8 +259,10 @@ struct TileProduct {
     for (int64_t k = 0; k < w.columns; k += block_columns) {
       const int64_t end = least(k + block_columns, w.columns);
       decode_block(first, rows, k, end - k, memory, line, tiles);
-      // Of tokens in several parts, one sum's columns stay in L1 while all rows pass by; of one part, all columns do.
-      const int64_t stay = x_parts > 1 ? depth : block_columns;
+      // What stays of 32 tokens in L1 while all rows pass by: 16 KB beside as much of the rows (of 32 KB, 4 % slower),
+      // where that cuts no sum.
+      const bool short_groups = scaled && w.groups > 1 && kStay % w.group == 0;
+      const int64_t stay = x_parts > 1 ? depth : short_groups ? kStay : block_columns;
       for (int64_t t = 0; t < strips; t += 2)
         for (int64_t part = k; part < end; part += stay)
           for (int64_t r = 0; r < pieces(rows, 16); r += t + 1 < strips ? 2 : 4)
