@@ -4,9 +4,13 @@ Shape letters: M tokens, N outputs, K inputs.
 """
 
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import child_environment
 
 import scalekern
 from scalekern import _native, reference
@@ -229,3 +233,28 @@ def test_none_of_these_ran_on_torch(monkeypatch):
     w, x = weight(9, 40, "int4", 16), randn(2, 40).requires_grad_()
     scalekern.quant_matmul(x, w).sum().backward()
     assert scalekern.quant_matmul(x[:0], w).shape == (0, 9) and row_bytes(40, 4) == w.data.shape[1]
+
+
+def few_tokens_in_groups():
+    """Groups of a lane's columns, of some lanes, of a whole vector of words and of several; the last ones short."""
+    kinds = [(f, s) for f in ("int1", "int2", "int4", "int8") for s in (True, False) if s or f != "int1"]
+    for format, symmetric in kinds:
+        for M, (K, group) in enumerate(itertools.product((300, 1040), (4, 8, 16, 32, 64, 128, 256))):
+            w = spoiled(weight(9, K, format, group, symmetric))
+            x = randn(M % 4 + 1, K, seed=1)
+            found = error(scalekern.quant_matmul(x, w).double(), x.double() @ w.dequantize(torch.float64).mT)
+            assert found <= 1e-6, f"{format} {group} {K} {M % 4 + 1}: {found:.1e}"
+
+
+def test_few_tokens_in_groups():
+    few_tokens_in_groups()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_few_tokens_at_lower_levels(isa):
+    code = "import test_quant_matmul_cpu as t; t.few_tokens_in_groups()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True,
+        cwd=pathlib.Path(__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

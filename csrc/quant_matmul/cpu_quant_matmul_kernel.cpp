@@ -4,10 +4,11 @@
 //   words of codes meet activations that were laid out for them: lane i of word vector b holds the codes of columns
 //   b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits, inverted, in the
 //   activation. And, subtraction of the middle code (which would cancel digits after the sum), conversion, multiply-add:
-//   4 operations for W weights. What zeros differ from the middle is taken from the sums of a group.
+//   4 operations for W weights (AVX-512, to 4 bits: shift, permutation of a table, multiply-add). What zeros differ from
+//   the middle is taken from the sums of a group.
 // More tokens, where there are tile registers: cpu_quant_tiles.h.
-// More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a block at a
-//   time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
+// More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
+//   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
 #include "quant_matmul/cpu_quant_few_tokens.h"
 #include "quant_matmul/cpu_quant_tiles.h"
@@ -108,8 +109,35 @@ struct InWords {
   static constexpr int W = kLanes<float>, J = 32 / B;
   static constexpr int64_t kColumns = W * J, kBytes = SCALEKERN_VEC_BYTES;
   static constexpr int kMiddle = B == 1 ? 0 : 1 << (B - 1);
+  // With AVX-512 a permutation of 16 floats, which looks at 4 bits of a lane and no further, is mask, subtraction and
+  // conversion in one.
+  static constexpr bool kTable = SCALEKERN_VEC_BYTES == 64 && B <= 4;
+  struct Values {
+    float of[16];
+    constexpr Values() : of() {
+      for (int i = 0; i < 16; ++i) of[i] = float((i & ((1 << B) - 1)) - kMiddle);
+    }
+  };
+  static constexpr Values kValues{};
 
-  static bool fit(const QuantWeight& w) { return w.groups == 1 || w.group % kColumns == 0; }
+  // A lane's J columns are of one group: a vector of words is of one, or of several whole ones (shared).
+  static bool fit(const QuantWeight& w) {
+    return w.groups == 1 || w.group % kColumns == 0 || (w.group % J == 0 && kColumns % w.group == 0);
+  }
+  static bool shared(const QuantWeight& w) { return w.groups > 1 && w.group < kColumns; }
+
+  // Each lane's scale in the b-th vector of words.
+  static inline VecF scales_of(const QuantWeight& w, const float* scale, int64_t b, VecI lane_group) {
+    const int64_t first = b * (kColumns / w.group);
+#if defined(__AVX512F__)
+    if (first + W <= w.groups) return (VecF)_mm512_permutexvar_ps((__m512i)lane_group, (__m512)load(scale + first));
+#elif defined(__AVX2__)
+    if (first + W <= w.groups) return (VecF)_mm256_permutevar8x32_ps((__m256)load(scale + first), (__m256i)lane_group);
+#endif
+    VecF v;
+    for (int i = 0; i < W; ++i) v[i] = scale[least(first + lane_group[i], w.groups - 1)];
+    return v;
+  }
 
   // Tokens as their words of codes want them, [t][block][j][lane], with the sums of each group, [t][g][lane].
   struct Laid {
@@ -122,18 +150,23 @@ struct InWords {
       for (int64_t t = 0; t < count; ++t) {
         __builtin_memcpy(padded, tokens[t], sizeof(float) * size_t(w.columns));
         zero(padded + w.columns, pitch - w.columns);
+        VecF sum = {};
         for (int64_t g = 0; g < groups; ++g) {
-          const int64_t end = g + 1 < groups ? (g + 1) * w.group : pitch;
-          VecF sum = {};
-          for (int64_t k = g * w.group; k < end; k += kColumns)
+          const int64_t begin = g * w.group, first = begin / kColumns * kColumns;
+          const int64_t end = shared(w) ? first + kColumns : g + 1 < groups ? begin + w.group : pitch;
+          if (first == begin) sum = VecF{};
+          for (int64_t k = first; first == begin && k < end; k += kColumns)
             for (int j = 0; j < J; ++j) {
               float lanes[W];
               for (int i = 0; i < W; ++i) lanes[i] = padded[k + i * J + j];
               const VecF v = load(lanes);
               sum += v;
-              store(x + t * pitch + k + j * W, v * from_bits(uint32_t(127 - B * (j % (J / 2))) << 23));
+              store(x + t * pitch + k + j * W, kTable ? v : v * from_bits(uint32_t(127 - B * (j % (J / 2))) << 23));
             }
-          store(sums + (t * groups + g) * W, sum);
+          VecF own = sum;
+          for (int i = 0; shared(w) && i < W; ++i)
+            if (first + i * J < begin || first + i * J >= begin + w.group) own[i] = 0;
+          store(sums + (t * groups + g) * W, own);
         }
       }
     }
@@ -145,6 +178,25 @@ struct InWords {
     Words code[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) __builtin_memcpy(&code[r], words[r] + offset, sizeof(Words));
+#if defined(__AVX512F__)
+    if constexpr (kTable) {
+      const VecF table = load(kValues.of);
+#pragma GCC unroll 32
+      for (int j = 0; j < J; ++j) {
+        VecF v[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+          v[r] = (VecF)_mm512_permutexvar_ps((__m512i)(code[r] >> (B * j)), (__m512)table);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const VecF token = load(x + t * pitch + j * W);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) acc[r][t] += v[r] * token;
+        }
+      }
+      return;
+    }
+#endif
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
@@ -180,7 +232,20 @@ struct InWords {
       part[r].load(w, first + r);
     }
     VecF total[R][T] = {};
-    for (int64_t g = 0; g < w.groups; ++g) {
+    VecI lane_group = {};
+    for (int i = 0; i < W && shared(w); ++i) lane_group[i] = int32_t(i * J / w.group);
+    for (int64_t b = 0; shared(w) && b < whole + (left > 0); ++b) {
+      VecF acc[R][T] = {};
+      for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + R * w.pitch + b * kBytes);
+      multiply<R, T>(b < whole ? row : tail, b < whole ? b * kBytes : 0, laid.x + b * kColumns, laid.pitch, acc);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const VecF scale = scales_of(w, part[r].scale, b, lane_group);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) total[r][t] += scale * acc[r][t];
+      }
+    }
+    for (int64_t g = 0; !shared(w) && g < w.groups; ++g) {
       const int64_t end = g + 1 < w.groups ? (g + 1) * w.group / kColumns : whole;
       VecF acc[R][T] = {};
       int64_t b = g * w.group / kColumns;

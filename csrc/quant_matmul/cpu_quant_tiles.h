@@ -15,13 +15,15 @@
 // meets tokens that were laid out once a call, in pairs of columns; sums of `depth` columns leave the registers for
 // float32 totals, which keeps float32's digits (1.3e-7 at K = 4096).
 // Bound by decoding below 32 tokens, above by products (16 cycles for 16 x 16 x 32, 16 times the float32 rate) and the
-// tiles' loads from L2. 4096 x 4096 of int4 in groups of 128, two cores of a Sapphire Rapids, ms:
+// tiles' loads from L2. 4096 x 4096 of int4 in groups of 128, two cores of a Sapphire Rapids, ms, the least of turns:
 //
 //   tokens   dense bfloat16   bfloat16   float16   float32
-//   16       1.8              1.2        1.6       1.8
-//   128      3.6              3.8        5.1       6.4
+//   16       1.7              1.9        2.4       2.8
+//   128      3.5              3.7        5.0       6.4
 //
 // Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched;
+//   a group's sums added to the totals behind the next group's products, two and four groups at once too (no faster at
+//   16 and 128 tokens, though all stores and additions are 0.9 ms of 128's 3.9); blocks of 512 rows (4 %);
 // a table of scale and zero in three parts where codes are exact (float32 with zeros: 3 times as long at 16 tokens).
 // An output's additions have one order, whatever the number of threads.
 //
