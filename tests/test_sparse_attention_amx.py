@@ -13,7 +13,7 @@ from scalekern import _native, masks, reference
 if (reason := _native.load("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 from conftest import child_environment
-from test_sparse_attention_cpu import CAUSAL, WINDOW, Case, close, ids, inputs, native, oracle
+from test_sparse_attention_cpu import CAUSAL, WINDOW, Case, check_same_bits, close, ids, inputs, native, oracle
 
 BF16 = torch.bfloat16
 # Relative L2. Kernels of floats have up to 2.0e-3 of outputs and 3.0e-3 of gradients, by rounding these and reading a
@@ -152,18 +152,7 @@ REPEATED = {
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_repeats_bit_for_bit_with_any_number_of_threads(name):
-    case = REPEATED[name]
-    t, grads = inputs(case)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (2, 1, 2, 3):
-            torch.set_num_threads(n)
-            out, lse, found = native(case, t, grads)
-            results.append([out, lse, *found.values()])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    check_same_bits(REPEATED[name])
 
 
 CHILD = """

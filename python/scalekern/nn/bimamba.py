@@ -143,18 +143,7 @@ class BiMambaWrapper(nn.Module):
                 other.weight, other.bias = ours.weight, ours.bias
 
     def forward(self, hidden_states, *, mask=None):
-        """Whole sequences.
-
-        Args:
-            hidden_states: (B, L, M).
-            mask: (B, L), zero or False where a row is padded, on either side: a row then gives what it gives alone.
-
-        Returns:
-            (B, L, M).
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type or shape.
-        """
+        """Whole sequences: arguments, result and errors as BiMamba.forward's."""
         flipped = None if mask is None else mask.flip(1)
         y = self.mamba_fwd(hidden_states, mask=mask)
         back = self.mamba_rev(hidden_states.flip(1), mask=flipped).flip(1)
