@@ -265,7 +265,7 @@ _TENSORS = (
 
 def _triton(function):
     """The fused kernels know no `method`, being what "auto" and "fft" mean, and no spectrum: they have their own."""
-    launch = triton("fft_conv", function)
+    launch = triton("fft_conv_long", function)
     run = lambda *args: launch(*args[:-3], args[-2])
     run.triton_module = launch.triton_module
     return run
@@ -276,7 +276,7 @@ def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode,
         return f"method {method!r} was asked for"
     if precision == "ieee":
         return "precision 'ieee' was asked for"
-    return triton("fft_conv", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision)
+    return triton("fft_conv_long", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision)
 
 
 def _allocate_spectrum(k, k_reverse, length, mode):
