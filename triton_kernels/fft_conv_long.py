@@ -207,7 +207,6 @@ def _fft_conv_back_kernel(
 BOUND = 1 << 28  # bytes of workspace and spectrum at a time: 2,000 rows of 32,768 in half precision, 64 of 1,048,576
 WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
 TIMES = 1 << 13  # of a part of the direct sums
-SHARED = 99 * 1024  # bytes of a block, the most that a kernel asks for on any GPU
 
 
 def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None) -> str | None:
@@ -293,7 +292,8 @@ def _cuts(total: int, size: int) -> list[slice]:
 def _turns(u, points: int, operands: str, buffers: int, spectra: int):
     """(factors, type of the workspace, cuts of the channels, cuts of the batch), so that so many buffers of a row and
     float32 spectra of a channel are within BOUND."""
-    factors, kind = dev.sizes(points), torch.float32 if operands == "fp16x3" else torch.float16
+    factors = dev.sizes(points, dev.takes_wide(operands, u.device))
+    kind = torch.float32 if operands == "fp16x3" else torch.float16
     row, channel = buffers * 2 * points_of(factors) * kind.itemsize, spectra * 8 * points_of(factors)
     rows = max(1, min(u.shape[0], (BOUND - channel) // row))
     channels = max(1, min(u.shape[1], BOUND // (rows * row + channel)))

@@ -207,11 +207,18 @@ def add_back(acc, z_re, z_im, column_ptr, q, p, P, BLOCK0: tl.constexpr, OPERAND
 # --- host side ------------------------------------------------------------------------------------------------------
 
 MOST = 1 << 22  # points; float32's tables and offsets are good for more, nothing was tried beyond
-ROWS = ((64, 32), (64, 64))  # (N1, N2)
+# (N1, N2). The larger one pays from 2^17 points on; sm_80 spills 13 KiB a thread with it, and the accumulators of
+# sm_100 go beyond its tensor memory (Triton 3.7 puts a trap in the kernel's place), as they do with split operands.
+ROWS, WIDE = (64, 32), (64, 64)
+
+
+def takes_wide(operands: str, device: torch.device) -> bool:
+    one = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return one and operands != "fp16x3"
 
 
 @functools.cache
-def sizes(points: int) -> dict[str, int]:
+def sizes(points: int, wide: bool) -> dict[str, int]:
     """N0, N1, N2, BLOCK0 and C of the cheapest transform of at least `points` points: N is a multiple of ROW.
 
     By flops, 8 N0 + 16 (N1 + N2) a point; below 64 rows wgmma does not take a column, which counts as half the rate.
@@ -224,7 +231,7 @@ def sizes(points: int) -> dict[str, int]:
         flops = 8 * width * (1 if block == 64 else 2) + 16 * (row[0] + row[1]) + 1700  # and 16 bytes at 10 TFLOP/s
         return n0 * row[0] * row[1] * flops, {"N0": n0, "N1": row[0], "N2": row[1], "BLOCK0": block}
 
-    factors = min((cost(row) for row in ROWS), key=lambda found: found[0])[1]
+    factors = min((cost(row) for row in ((ROWS, WIDE) if wide else (ROWS,))), key=lambda found: found[0])[1]
     # The accumulators of a tile of columns, real and imaginary: 64 registers a thread of 4 warps.
     columns = min(256, 4096 // factors["BLOCK0"], factors["N1"] * factors["N2"])
     return {**factors, "C": max(columns, factors["N2"])}
