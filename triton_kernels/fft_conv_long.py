@@ -378,7 +378,7 @@ def fft_conv_bwd(*args) -> None:
         launch.run()
 
 
-def _specs(dtype: torch.dtype, length: int = 2**20, precision: str | None = None) -> dict[str, Launch]:
+def _specs(dtype: torch.dtype, length: int = 2**15, precision: str | None = None) -> dict[str, Launch]:
     """The launches of a typical call, by name."""
     D, B = 768, max(1, 2**21 // length)
     x, k, vector = meta(B, D, length, dtype=dtype), meta(D, length), meta(D)
@@ -393,3 +393,4 @@ def _specs(dtype: torch.dtype, length: int = 2**20, precision: str | None = None
 
 for _name in ("columns", "rows", "back", "bwd", "lag_columns", "lag_rows", "gradient_rows", "gradient_columns", "sums"):
     compile_spec(f"fft_conv_long_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
+compile_spec("fft_conv_long_rows_wide")(lambda dtype: _specs(dtype, 2**20)["rows"])  # 64 x 64
