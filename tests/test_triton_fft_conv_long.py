@@ -155,7 +155,8 @@ def test_tables(N0, N1, N2):
     k1, n1, n2 = (torch.arange(n) for n in (N1, N1, N2))
     k0 = torch.cat([torch.arange(0, N0, 9), torch.arange(N0 - 9, N0)])
     exact = lambda numerator, denominator: torch.polar(
-        torch.ones(numerator.shape, dtype=torch.float64), -2 * math.pi / denominator * (numerator % denominator).double()
+        torch.ones(numerator.shape, dtype=torch.float64),
+        -2 * math.pi / denominator * (numerator % denominator).double(),
     )  # fmt: skip
     shifted = 4 * k0 + 1  # h = shifted / (4 N0)
     assert (wave("turn_ptr")[k0] - exact(shifted[:, None] * n1, 4 * N0 * N1)).abs().max() < 1e-7

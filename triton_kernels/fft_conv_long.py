@@ -1,9 +1,9 @@
 """Long convolution beyond one fused transform, to 4,194,304 points: three passes over a workspace, forward and backward.
 
-Shape letters: B batch, D channels, L length, M output length, N = N0 ROW points of the transform, ROW = N1 N2, P pieces of
-N0, C columns in a tile, S parts of the batch. The transform is the right-angle one of fft_device.py, in three factors
-(fft_long_device.py); filters are in fft_long_filters.py. `supports`, `fft_conv_fwd` and `fft_conv_bwd` are the op's: what
-one fused transform holds goes to fft_conv.py.
+Shape letters: B batch, D channels, L length, M output length, N = N0 ROW points of the transform, ROW = N1 N2, P
+pieces of N0, C columns in a tile, S parts of the batch. The transform is the right-angle one of fft_device.py, in
+three factors (fft_long_device.py); filters are in fft_long_filters.py. `supports`, `fft_conv_fwd` and `fft_conv_bwd`
+are the op's: what one fused transform holds goes to fft_conv.py.
 
     pass 1, columns   x gate mask -> times F0 [N0, N0] from the left, times the row's shift     -> workspace
     pass 2, rows      [N1, N2] of one k0: inner transform, product with the spectrum, inverse, in place
@@ -12,23 +12,25 @@ one fused transform holds goes to fft_conv.py.
 N is the least multiple of ROW (2,048 or 4,096) that holds M: 16,385 outputs take 18,432 points, 100,000 take 100,352.
 Pieces of a column without samples stay out of the products, those without outputs are not computed.
 
-What bounds it, a point of a gated call in half precision: 6 bytes in pass 1 and in pass 3 two read and two written beside
-the workspace's 4, 8 bytes in pass 2, 24 in all where 8 are the floor (20 and 4 without gates), and 8 N0 + 16 (N1 + N2)
-flops: 1,664 at 32,768 (16 x 64 x 32), 4,096 at 1,048,576 (256 x 64 x 64), 10,240 at 4,194,304. B64 D768 bf16 gated on an
-H200 at 4.8 TB/s and 500 TFLOP/s, predicted: L 32,768 8.1 ms by bytes and 5.4 by flops, 33 % of the byte floor at best;
-L 1,048,576 (5.2e10 points) 0.26 s by bytes and 0.42 by flops. Not yet measured on a GPU. Float32 takes three products for
-one and an 8-byte workspace.
+What bounds it, a point of a gated call in half precision: 6 bytes in pass 1 and in pass 3 two read and two written
+beside the workspace's 4, 8 bytes in pass 2, 24 in all where 8 are the floor (20 and 4 without gates), and 8 N0 + 16
+(N1 + N2) flops: 1,664 at 32,768 (16 x 64 x 32), 4,096 at 1,048,576 (256 x 64 x 64), 10,240 at 4,194,304. B64 D768
+bf16 gated on an H200 at 4.8 TB/s and 500 TFLOP/s, predicted: L 32,768 8.1 ms by bytes and 5.4 by flops, 33 % of the
+byte floor at best; L 1,048,576 (5.2e10 points) 0.26 s by bytes and 0.42 by flops. Not yet measured on a GPU. Float32
+takes three products for one and an 8-byte workspace.
 
-How the work is split: pass 1 and 3 a program for C columns of a row of the batch; pass 2 a program for a k0 of a channel
-and several rows of the batch, which share twiddles and spectrum. Columns beyond 64 k0 are read again for every 64: out
-of L1 and L2, since a program's columns are up to 256 KiB.
+How the work is split: pass 1 and 3 a program for C columns of a row of the batch; pass 2 a program for a k0 of a
+channel and several rows of the batch, which share twiddles and spectrum. Columns beyond 64 k0 are read again for
+every 64: out of L1 and L2, since a program's columns are up to 256 KiB.
 
-Accuracy: a tile of the workspace has a scale of its own, a power of two, so that only the workspace's rounding counts:
-float16's eleven bits, for bfloat16 too, float32's for float32. Half precision rounds twelve operands on the way, eleven
-bits each: 7e-4 of the result's norm, whatever the length.
+Accuracy: a tile of the workspace has a scale of its own, a power of two, so that only the workspace's rounding
+counts: float16's eleven bits, for bfloat16 too, float32's for float32. Half precision rounds twelve operands on the
+way, eleven bits each: 6.4e-4 of the result's norm from 65,536 to 4,194,304 points (interpreted); float32 4.6e-7 at
+1,048,576.
 
-Memory beyond inputs and outputs: BOUND bytes, or one row's workspace and one channel's spectrum (16 N to 40 N bytes) where
-that is more; channels, then rows of the batch, take turns in it. Larger pieces cost nothing, smaller ones launches.
+Memory beyond inputs and outputs: BOUND bytes, or one row's workspace and one channel's spectra (12 N to 40 N bytes)
+where that is more; channels, then rows of the batch, take turns in it. Larger pieces cost nothing, smaller ones
+launches.
 
 Determinism: every sum has a fixed order that depends on the shapes alone; nothing is added atomically.
 """
@@ -126,8 +128,8 @@ def _fft_conv_rows_kernel(
     N1: tl.constexpr, N2: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, CONJUGATE: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    """ws (B, D, 2, N0, ROW) to its product with spectrum (D, 2, N0, N1, N2), with CONJUGATE with its conjugate, in place;
-    scales (B, D, P, ROW / C) before, back (B, D, N0) after. Grid (groups of rows, N0, D).
+    """ws (B, D, 2, N0, ROW) to its product with spectrum (D, 2, N0, N1, N2), with CONJUGATE with its conjugate, in
+    place; scales (B, D, P, ROW / C) before, back (B, D, N0) after. Grid (groups of rows, N0, D).
     """
     ROW: tl.constexpr = N1 * N2
     k0, d = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)

@@ -1,7 +1,7 @@
 """What the passes of a long fft_conv share: device functions, tables and sizes. How they work is in fft_conv_long.py.
 
-Shape letters: B batch, D channels, L length, M output length, N = N0 ROW points of the transform, ROW = N1 N2 of an inner
-row, N0 of a column, P = cdiv(N0, BLOCK0) pieces of a column, C columns in a tile (C / N2 of n1).
+Shape letters: B batch, D channels, L length, M output length, N = N0 ROW points of the transform, ROW = N1 N2 of an
+inner row, N0 of a column, P = cdiv(N0, BLOCK0) pieces of a column, C columns in a tile (C / N2 of n1).
 
 With n = n0 ROW + n1 N2 + n2, k = k0 + N0 (k1 + N1 k2) and the shift h = (k0 + 1/4) / N0 of an inner row:
 
@@ -9,9 +9,10 @@ With n = n0 ROW + n1 N2 + n2, k = k0 + N0 (k1 + N1 k2) and the shift h = (k0 + 1
     X[k0, k1, k2] = sum_n2 (sum_n1 w1^(n1 k1) Y[k0, n1, n2]) exp(-2 pi i n2 (k1 + h) / ROW) w2^(n2 k2)  rows, pass 2
 
 The quarter of a bin that fft_device.py explains is in the column's factor and in h; the inner factors are plain and
-symmetric, so that the way back needs no transposed copy. exp(-2 pi i n1 h / N1) depends on k0 and n1 alone: pass 1 puts
-it into its accumulators, so that what pass 2 loads is its operand already. exp(-2 pi i n2 (k1 + h) / ROW) is the product
-of a table [N1, N2] and one [N0, N2]: no table has N entries, and every entry is float64's sine of an exact fraction.
+symmetric, so that the way back needs no transposed copy. exp(-2 pi i n1 h / N1) depends on k0 and n1 alone: pass 1
+puts it into its accumulators, so that what pass 2 loads is its operand already. exp(-2 pi i n2 (k1 + h) / ROW) is the
+product of a table [N1, N2] and one [N0, N2]: no table has N entries, and every entry is float64's sine of an exact
+fraction.
 """
 
 import functools
@@ -78,7 +79,7 @@ def store_columns(
     ws_ptr, scale_ptr, turn_ptr, acc_re, acc_im, factor, q, block, N0, N1: tl.constexpr, N2: tl.constexpr,
     BLOCK0: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Piece q of Y, from the sums over n0, into the workspace (2, N0, ROW); its scale times factor into (P, ROW / C)."""
+    """Piece q of Y, from the sums over n0, into a workspace (2, N0, ROW); its scale times factor into (P, ROW / C)."""
     ROW: tl.constexpr = N1 * N2
     k0 = q * BLOCK0 + tl.arange(0, BLOCK0)
     at = k0[:, None] * N1 + ((block * C + tl.arange(0, C)) // N2)[None, :]
@@ -125,7 +126,7 @@ def load_row(
     ws_ptr, scale_ptr, k0, N0, N1: tl.constexpr, N2: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    """Row k0 of a workspace as operands (real, imaginary) [N1, N2] below 2, and the scale they are to be multiplied by."""
+    """Row k0 of a workspace as operands (real, imaginary) [N1, N2] below 2, and the scale to multiply them by."""
     own = tl.load(scale_ptr + (k0 // BLOCK0) * (N1 * N2 // C) + tl.arange(0, N1) * N2 // C)  # [N1]
     scale = tl.max(own)
     scale = tl.where(scale == 0, 1.0, scale)

@@ -2,9 +2,9 @@
 
 Shape letters: as in fft_long_device.py, K taps of k, S parts of the batch or of the times.
 
-As in fft_filters.py, whose lags and taps these are: once a channel, whatever the batch, with split operands and a float32
-workspace for every dtype. What bounds them is their bytes: 4 K in, 8 + 8 + 8 N for the spectrum; beside a batch of 16
-rows and more that is little.
+As in fft_filters.py, whose lags and taps these are: once a channel, whatever the batch, with split operands and a
+float32 workspace for every dtype. What bounds them is their bytes: 4 K in, 8 + 8 + 8 N for the spectrum; beside a
+batch of 16 rows and more that is little.
 """
 
 import torch
@@ -101,7 +101,7 @@ def _fft_conv_lag_rows_kernel(
     spectrum_ptr, scale_ptr, scales_ptr, total_ptr, n1_ptr, n2_ptr, inner_ptr, shift_ptr, N0, P,
     N1: tl.constexpr, N2: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    """Y to spectrum (D, 2, N0, N1, N2), in place, divided by scale (D,), the sum of the taps' magnitudes. Grid (N0, D)."""
+    """Y to spectrum (D, 2, N0, N1, N2), in place, divided by scale (D,), the sum of the magnitudes. Grid (N0, D)."""
     ROW: tl.constexpr = N1 * N2
     k0, d = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     spectrum_ptr += d * 2 * N0 * ROW
@@ -293,7 +293,7 @@ def plan_sums(bias_partial, skip_partial, dout, u, pregate, postgate, mask, repl
 def plan_filters(
     dk, dk_reverse, dskip, dbias, lags, partial, bias_partial, skip_partial, u, mode, points, factors, first, channels
 ) -> list[Launch]:  # fmt: skip
-    """From the partial spectra of the channels from `first` on to the lags, and from those to the filters' gradients."""
+    """From the partial spectra of channels from `first` on to the lags, and from those to the filters' gradients."""
     of = lambda t: None if t is None else t[first : first + channels]
     column = lambda t: None if t is None else t[:, first:]
     offset, taps, taps_reverse = geometry(u, dk, mode)[0], dk.shape[1], 0 if dk_reverse is None else dk_reverse.shape[1]
