@@ -1,4 +1,4 @@
-"""Long convolution beyond one fused transform, to 4,194,304 points: three passes over a workspace, forward and backward.
+"""Long convolution beyond one fused transform, to 4,194,304 points: three passes over a workspace, both ways.
 
 Shape letters: B batch, D channels, L length, M output length, N = N0 ROW points of the transform, ROW = N1 N2, P
 pieces of N0, C columns in a tile, S parts of the batch. The transform is the right-angle one of fft_device.py, in
@@ -12,8 +12,8 @@ are the op's: what one fused transform holds goes to fft_conv.py.
 N is the least multiple of ROW (2,048 or 4,096) that holds M: 16,385 outputs take 18,432 points, 100,000 take 100,352.
 Pieces of a column without samples stay out of the products, those without outputs are not computed.
 
-What bounds it, a point of a gated call in half precision: 6 bytes in pass 1 and in pass 3 two read and two written
-beside the workspace's 4, 8 bytes in pass 2, 24 in all where 8 are the floor (20 and 4 without gates), and 8 N0 + 16
+What bounds it, a point of a gated call in half precision: 8 bytes in each pass, 24 in all where 8 are the floor (20
+and 4 without gates): x and gate in, 4 of workspace out; 4 in, 4 out; 4 and the other gate in, 2 out. And 8 N0 + 16
 (N1 + N2) flops: 1,664 at 32,768 (16 x 64 x 32), 4,096 at 1,048,576 (256 x 64 x 64), 10,240 at 4,194,304. B64 D768
 bf16 gated on an H200 at 4.8 TB/s and 500 TFLOP/s, predicted: L 32,768 8.1 ms by bytes and 5.4 by flops, 33 % of the
 byte floor at best; L 1,048,576 (5.2e10 points) 0.26 s by bytes and 0.42 by flops. Not yet measured on a GPU. Float32
