@@ -26,6 +26,7 @@ INTERPRETED := $(addprefix tests/, \
   test_triton_diag_scan.py \
   test_triton_diag_ssm_kernel.py \
   test_triton_fft_conv.py \
+  test_triton_fft_conv_long.py \
   test_triton_interpret.py \
   test_triton_quant_matmul.py \
   test_triton_sparse_attention.py \

@@ -77,7 +77,8 @@ def test_the_way_of_a_gpu(sample, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     "length, options, chosen",
-    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "cuda"), (1024, {"method": "direct"}, "cuda"),
+    [(1024, {}, "triton"), (16384, {}, "triton"), (32768, {}, "triton"),
+     (1 << 22, {}, "triton"), ((1 << 22) + 1, {}, "cuda"), (1024, {"method": "direct"}, "cuda"),
      (1024, {"method": "toeplitz"}, "cuda"),
      (1024, {"precision": "ieee"}, "cuda"), (1024, {"precision": "bf16"}, "triton"),
      (1024, {"dtype": torch.float64}, "cuda"), (1024, {"k": (2, 3, 9)}, "cuda")],

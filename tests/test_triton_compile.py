@@ -46,6 +46,8 @@ ONCE = (
     "sparse_attention_rows", "sparse_attention_dbias", "sparse_attention_dtables", "sparse_attention_decode_merge",
     "powers_sum", "moments", "quant_matmul_sum", "quantize_rows", "dequantize",
     "ssd_scan_bwd", "ssd_scan_matrices", "ssd_scan_states", "ssd_scan_steps", "ssd_scan_tokens",
+    *(f"fft_conv_long_{name}" for name in ("columns", "rows", "back", "bwd", "lag_columns", "lag_rows", "gradient_rows",
+                                           "gradient_columns", "sums")),
 )  # fmt: skip
 CODES = ("sparse_attention_decode_int8", "sparse_attention_decode_int4")  # 90 is among the branches
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.

@@ -39,7 +39,7 @@ def fft_conv(
             matrices), or "auto": what was measured fastest. Gradients are computed by FFT.
         precision: of the products on a GPU: "ieee" (float32, by cuFFT), "tf32" (11 significant bits) or "bf16" (8),
             accumulated in float32; None keeps the tolerance of u's dtype. A CPU always computes in float32 (float64
-            for float64 u), and so does what the fused kernels decline.
+            for float64 u), and so does what the Triton kernels decline.
 
     Returns:
         out (B, D, M) in u's dtype (under autocast, the autocast dtype). On a CPU a token that is not finite makes what
@@ -76,7 +76,7 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
         FFTConvSpectrum, a frozen record of the filters, length, mode and `values`: the Hermitian half of the spectrum,
         complex (D, N / 2 + 1), N the size of the FFT, complex128 for float64 filters and complex64 otherwise; where the
         CPU kernel will take it, about as many numbers as that kernel wants them, float32 (D, *). It is of use on a CPU
-        and to GPU calls that the fused kernels decline (those transform k in a pass of their own). Gradients of a call
+        and to GPU calls that the Triton kernels decline (those transform k in a pass of their own). Gradients of a call
         go to the filters, exactly as without it. A pytree: it may be an argument of compiled and exported functions.
         Filters changed in place since are refused, except in a compiled function.
 
@@ -264,8 +264,8 @@ _TENSORS = (
 
 
 def _triton(function):
-    """The fused kernels know no `method`, being what "auto" and "fft" mean, and no spectrum: they have their own."""
-    launch = triton("fft_conv", function)
+    """The Triton kernels know no `method`, being what "auto" and "fft" mean, and no spectrum: they have their own."""
+    launch = triton("fft_conv_long", function)
     run = lambda *args: launch(*args[:-3], args[-2])
     run.triton_module = launch.triton_module
     return run
@@ -276,7 +276,7 @@ def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode,
         return f"method {method!r} was asked for"
     if precision == "ieee":
         return "precision 'ieee' was asked for"
-    return triton("fft_conv", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision)
+    return triton("fft_conv_long", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision)
 
 
 def _allocate_spectrum(k, k_reverse, length, mode):
