@@ -95,6 +95,35 @@ def test_copied_and_printed():
     assert "rotation='hadamard'" in str(layer)
 
 
+@pytest.mark.parametrize("format", ["int4", "mxfp4"])  # whose scales are kept as they are; as bytes, a view
+@torch.no_grad()
+def test_what_is_kept_of_a_weight_follows_it(format):
+    """A product on the CPU keeps addresses from call to call: of tensors that are changed, moved and put in anew."""
+    layer = QuantLinear(64, 48, format=format, group_size=32)
+    x = torch.randn(2, 64)
+
+    def check():
+        found = layer(x)
+        assert error(found, x.double() @ layer.weight.double().T + layer.bias) <= 1e-6
+        return found
+
+    first = check()
+    layer.weight_data.bitwise_xor_(1)
+    changed = check()
+    assert not torch.equal(first, changed)
+    scales = layer.weight_scales
+    scales.data = (scales.float() * 4).to(scales.dtype)  # the same object, elsewhere
+    layer.bias.data = layer.bias.data + 1
+    moved = check()
+    assert not torch.equal(changed, moved)
+    layer.weight_data = torch.nn.Parameter(layer.weight_data ^ 2, requires_grad=False)
+    assert not torch.equal(moved, check())
+    twin = copy.deepcopy(layer)
+    layer.weight_data.zero_()
+    assert not torch.equal(twin(x), layer(x))
+    check()
+
+
 @pytest.mark.parametrize("K, rotation", [(48, "hadamard"), (40, "random_hadamard"), (18, "hadamard"), (56, "hadamard")])
 def test_a_rotation_is_exact_but_for_rounding(K, rotation):
     """With 8 bits next to nothing is rounded: the product is the float layer's, also by matrices not symmetric."""

@@ -1,5 +1,7 @@
 // scalekern_native::quant_matmul_fwd_cpu and _bwd_cpu: arguments for the kernels of this machine's ISA.
 // powers: scales are the bytes of float8_e8m0fnu, which torch's stable ABI does not know.
+#include <cstring>
+
 #include "common/tensor.h"
 #include "quant_matmul/quant_matmul.h"
 
@@ -50,23 +52,55 @@ void for_experts(const OptionalTensor& offs, int64_t tokens, Run run) {
     if (ends[e] > first) run(e, first, ends[e] - first);
 }
 
+QuantMatmulArgs described(const QuantWeight& w, const OptionalTensor& bias, double activation_max, double activation_scale) {
+  QuantMatmulArgs a{};
+  a.w = w, a.bias = part(bias);
+  a.activation_max = float(activation_max), a.activation_scale = float(activation_scale);
+  return a;
+}
+
+void multiply(const QuantMatmulArgs& a) {
+  if (a.integer()) SCALEKERN_CALL(quant_matmul_integer, (a));
+  else SCALEKERN_CALL(quant_matmul_float, (a));
+}
+
 void forward(
     Tensor out, Tensor x, Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets,
     OptionalTensor outer, OptionalTensor bias, OptionalTensor offs, OptionalTensor table, int64_t bits, double step, double base,
     int64_t mantissa, double zero, int64_t group_size, bool powers, double activation_max, double activation_scale) {
   expect_writes(out);
-  QuantMatmulArgs a{};
-  a.w = weight(data, scales, zeros, offsets, outer, table, x.size(-1), bits, step, base, mantissa, zero, group_size,
-               powers);
-  a.tokens = rows_of(x), a.x = part(x), a.out = part(out), a.bias = part(bias);
-  a.activation_max = float(activation_max), a.activation_scale = float(activation_scale);
+  QuantMatmulArgs a = described(
+      weight(data, scales, zeros, offsets, outer, table, x.size(-1), bits, step, base, mantissa, zero, group_size, powers),
+      bias, activation_max, activation_scale);
+  a.tokens = rows_of(x), a.x = part(x), a.out = part(out);
   for_experts(offs, a.tokens, [&, rows = out.size(-1)](int64_t e, int64_t first, int64_t tokens) {
     QuantMatmulArgs own = a;
     own.w = a.w.from(e * rows, rows), own.tokens = tokens, own.x = a.x.from(first), own.out = a.out.from(first);
     own.bias = a.bias.behind(e * rows * a.bias.column);
-    if (own.integer()) SCALEKERN_CALL(quant_matmul_integer, (own));
-    else SCALEKERN_CALL(quant_matmul_float, (own));
+    multiply(own);
   });
+}
+
+// The arguments of a weight as the bytes of a struct, addresses in it: reading 9 tensors and 9 numbers anew takes 7 us
+// a call, more than a small product.
+Tensor keep(
+    Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets, OptionalTensor outer, OptionalTensor bias,
+    OptionalTensor table, int64_t columns, int64_t bits, double step, double base, int64_t mantissa, double zero,
+    int64_t group_size, bool powers, double activation_max, double activation_scale) {
+  const QuantMatmulArgs a = described(
+      weight(data, scales, zeros, offsets, outer, table, columns, bits, step, base, mantissa, zero, group_size, powers),
+      bias, activation_max, activation_scale);
+  Tensor bytes = torch::stable::new_empty(data, {int64_t(sizeof a)}, ScalarType::Byte);
+  std::memcpy(bytes.data_ptr(), &a, sizeof a);
+  return bytes;
+}
+
+void with_kept(Tensor out, Tensor x, Tensor kept) {
+  expect_writes(out);
+  QuantMatmulArgs a;
+  std::memcpy(&a, kept.data_ptr(), sizeof a);
+  a.tokens = rows_of(x), a.x = part(x), a.out = part(out);
+  multiply(a);
 }
 
 void backward(
@@ -93,6 +127,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "Tensor? outer, Tensor? bias, Tensor? offs, Tensor? table, int bits, float step, float base, int mantissa, float zero, "
       "int group_size, bool powers, float activation_max, float activation_scale) -> ()");
   m.def(
+      "quant_matmul_keep_cpu(Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor? outer, Tensor? bias, "
+      "Tensor? table, int columns, int bits, float step, float base, int mantissa, float zero, int group_size, "
+      "bool powers, float activation_max, float activation_scale) -> Tensor");
+  m.def("quant_matmul_kept_cpu(Tensor(a!) out, Tensor x, Tensor kept) -> ()");
+  m.def(
       "quant_matmul_bwd_cpu(Tensor(a!) dx, Tensor dout, Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, "
       "Tensor? outer, Tensor? offs, Tensor? table, int bits, float step, float base, int mantissa, float zero, int group_size, "
       "bool powers) -> ()");
@@ -100,5 +139,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
   m.impl("quant_matmul_fwd_cpu", TORCH_BOX(&forward));
+  m.impl("quant_matmul_keep_cpu", TORCH_BOX(&keep));
+  m.impl("quant_matmul_kept_cpu", TORCH_BOX(&with_kept));
   m.impl("quant_matmul_bwd_cpu", TORCH_BOX(&backward));
 }

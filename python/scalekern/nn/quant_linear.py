@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scalekern import _checks, _dispatch
-from scalekern.ops.quant_matmul import ACTIVATIONS, native_product, native_weight, quant_matmul, quant_matmul_fwd
+from scalekern.ops.quant_matmul import ACTIVATIONS, kept_product, kept_weight, quant_matmul, quant_matmul_fwd
 from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
 from scalekern.quant.tensor import PARTS
@@ -159,11 +159,11 @@ class QuantLinear(nn.Module):
             options = self.format, self.group_size, self.activation or "", self.activation_scale
             if x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _dispatch.forced()):
                 now, kept = (*own.values(), *options), _kept.get(self)
-                if kept is None or not all(map(operator.is_, kept[0], now)):
-                    # Powers of two are taken as bytes, a view, which does not follow `weight_scales.data = ...`.
-                    keeps = parts[0].dtype != torch.float8_e8m0fnu
-                    kept = _kept[self] = now, native_weight(data, *parts, *options) if keeps else None
-                if kept[1] is not None and (out := native_product(x, kept[1])) is not None:
+                if kept is None or not (all(map(operator.is_, kept[0], now)) and kept[1].is_where_it_was()):
+                    found = kept_weight(self.in_features, data, *parts, *options)
+                    kept = None if found is None else (now, found)
+                    _kept[self] = kept
+                if kept is not None and (out := kept_product(x, kept[1])) is not None:
                     return out
             return quant_matmul_fwd.light(x, data, *parts, None, *options, None)
         return quant_matmul(

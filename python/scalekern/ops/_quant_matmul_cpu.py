@@ -13,6 +13,7 @@ from scalekern.quant import FORMATS
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
 
 _fwd, _bwd = native("quant_matmul_fwd", "cpu"), native("quant_matmul_bwd", "cpu")
+_keep, _kept = native("quant_matmul_keep", "cpu"), native("quant_matmul_kept", "cpu")
 MANTISSA = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e3m2": 2, "fp6_e2m3": 3, "fp4_e2m1": 1}  # bits of the small floats
 
 
@@ -58,7 +59,8 @@ def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, gro
         out.zero_()  # the rows beyond the last expert's
     ends = _ends(offs, len(out))
     parts = data, scales, zeros, offsets, outer, bias
-    call(out, x, weight(*parts, ends, format, group_size, activation, activation_scale))
+    weights = weight(*parts, ends, format, group_size, activation, activation_scale)
+    _fwd(out, x if x.is_contiguous() else _rows(x), *weights)  # out is contiguous
 
 
 def weight(data, scales, zeros, offsets, outer, bias, ends, format, group_size, activation, activation_scale) -> tuple:
@@ -70,8 +72,23 @@ def weight(data, scales, zeros, offsets, outer, bias, ends, format, group_size, 
     )  # fmt: skip
 
 
-def call(out, x, weight: tuple) -> None:
-    _fwd(out, x if x.is_contiguous() else _rows(x), *weight)  # out is contiguous
+class KeptWeight:
+    """A weight whose arguments the native product reads at once, from one tensor; it holds what they point to."""
+
+    def __init__(self, columns: int, *given):
+        data, scales, zeros, offsets, outer, bias, _, table, *numbers = weight(*given)
+        self.rows, self._table = data.shape[0], table
+        self._parts = [part for part in given[:6] if part is not None]  # and not views of them, as powers of two are
+        self._where = [part.data_ptr() for part in self._parts]
+        self._arguments = _keep(data, scales, zeros, offsets, outer, bias, table, columns, *numbers)
+
+    def is_where_it_was(self) -> bool:
+        """`parameter.data = ...` moves a tensor that stays the same object."""
+        return [part.data_ptr() for part in self._parts] == self._where
+
+    def fill(self, out, x) -> None:
+        """out (..., N), contiguous, of x (..., K)."""
+        _kept(out, x if x.is_contiguous() else _rows(x), self._arguments)
 
 
 def backward(
