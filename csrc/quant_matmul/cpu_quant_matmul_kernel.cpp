@@ -10,6 +10,7 @@
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
+#include "quant_matmul/cpu_quant_digits.h"
 #include "quant_matmul/cpu_quant_few_tokens.h"
 #include "quant_matmul/cpu_quant_tiles.h"
 
@@ -335,12 +336,22 @@ static bool in_lanes(const QuantMatmulArgs& a, const Tokens& tokens) {
   return false;
 }
 
-static bool few_tokens(const QuantMatmulArgs& a) {
-  if (a.tokens > kFewTokens) return false;
-  const Tokens tokens(a, 1);
+static bool in_registers(const QuantMatmulArgs& a, const Tokens& tokens) {
   for (int64_t t = 0; t < a.tokens; ++t)
     if (!finite(tokens[t], a.w.columns)) return false;  // Inf would be NaN beside a code of 0
   return in_words(a, tokens) || in_lanes(a, tokens);
+}
+
+static bool few_tokens(const QuantMatmulArgs& a) {
+  if (a.tokens > kFewTokens) return false;
+  const Tokens tokens(a, 1);
+#if defined(__AVX512F__)
+  const auto by_itself = [](const QuantMatmulArgs& own) {
+    if (!in_registers(own, Tokens(own, 1))) by_blocks(own);
+  };
+  if (in_digits(a, tokens, by_itself)) return true;
+#endif
+  return in_registers(a, tokens);
 }
 
 static bool in_tiles(const QuantMatmulArgs& a) {
