@@ -15,6 +15,7 @@ from scalekern.reference.quant_matmul import quant_matmul_fwd as reference_fwd
 
 NAME = "quant_matmul"
 ACTIVATIONS = (None, *ACTIVATION_MAX)
+NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None, offs=None):
@@ -47,6 +48,9 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     Source: Frantar et al., GPTQ, 2023 (weight-only, groups); Dettmers et al., LLM.int8(), 2022, section 2.1 (a scale a
     token and a row).
     """
+    usual = bias is None and activation_scale is None and out_dtype is None and offs is None
+    if usual and not torch.compiler.is_compiling() and (out := _at_once(x, w, activation)) is not None:
+        return out
     if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.dtype not in _checks.FLOATING:
         _checks.tensor(NAME, "x", x, dims=range(1, 65), dtypes=_checks.FLOATING)
     if not isinstance(w, QuantizedTensor):
@@ -73,6 +77,8 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
         _checks.choice(NAME, "out_dtype", out_dtype, _checks.FLOATING)
     if x.device != w.data.device or bias is not None or offs is not None:
         _checks.same_device(NAME, "x", x, bias=bias, w=w.data, offs=offs)
+    if usual and x.is_cpu and not torch.compiler.is_compiling():
+        _keep(w, activation)
     if w.perm is not None:
         x = x.index_select(-1, w.perm)
     rows = x if x.dim() > 1 else x[None]
@@ -81,6 +87,23 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
         w.format, w.group_size, activation or "", activation_scale, out_dtype,
     )  # fmt: skip
     return out if x.dim() > 1 else out[0]
+
+
+def _keep(w: QuantizedTensor, activation) -> None:
+    """Leave with a sound weight what the native call takes of it: of the next call only x is looked at."""
+    if w.perm is None and w.scales.dtype != torch.float8_e8m0fnu:  # taken as bytes, a view, which may be left behind
+        parts = w.data, w.scales, w.zeros, w.offsets, w.outer, None
+        if (weight := native_weight(*parts, w.format, w.group_size, activation or "", None)) is not None:
+            w.__dict__.setdefault("_native", {})[activation] = weight
+
+
+def _at_once(x, w, activation):
+    """The product of a weight that was kept, in 25 us for a small one where all checks take 36; None of any other."""
+    kept = w.__dict__.get("_native") if type(w) is QuantizedTensor and activation in ACTIVATIONS else None
+    weight = kept and kept.get(activation)
+    if weight is None or not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[-1] != w.columns or not x.is_cpu:
+        return None
+    return native_product(x, weight, weight[:5]) if _dispatch.forced() in (None, "cpu") else None
 
 
 def _rows_an_expert(x, rows: int, offs) -> int:
@@ -168,10 +191,11 @@ def native_weight(data, scales, zeros, offsets, outer, bias, format, group_size,
     return _quant_matmul_cpu.weight(*parts, None, format, group_size, activation, activation_scale)
 
 
-def native_product(x, weight):
-    """x (..., K) on the CPU with a weight of `native_weight`, no backend forced and no gradient wanted: in 30 us for a
-    small one where `light` takes 43. None where the op would take another way, with nothing computed."""
-    if not _library.is_plain((x,)) or x.dtype == torch.float64 or not x.numel():
+def native_product(x, weight, parts=()):
+    """x (..., K) on the CPU with a weight of `native_weight`, no backend forced and no gradient wanted of it (`parts`:
+    to be looked at): in 30 us for a small one where `light` takes 43. None where the op would take another way, with
+    nothing computed."""
+    if not _library.is_plain((x, *parts)) or x.dtype not in NATIVE or not x.numel():
         return None
     out = x.new_empty((*x.shape[:-1], weight[0].shape[0]))
     _quant_matmul_cpu.call(out, x, weight)
