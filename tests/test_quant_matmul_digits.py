@@ -21,7 +21,7 @@ from scalekern.quant._pack import pack
 
 pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
 
-BITS = (1, 2, 4, 8)
+BITS = tuple(range(1, 9))
 
 
 def exact_product(x, w):
@@ -47,9 +47,7 @@ def test_whole_numbers_are_exact():
     or make parts of up to 1024 columns; rows end inside a line, and strips of rows inside the four of a tile."""
     shapes = itertools.cycle([(17, 515), (6, 300), (33, 1040), (1, 131), (4, 2300)])
     for bits, zeros in itertools.product(BITS, (False, True)):
-        for group, M in zip((4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 1536, None), itertools.cycle((1, 2, 3, 4))):
-            if group and group < 32 // bits:
-                continue
+        for group, M in zip((4, 7, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 1536, None), itertools.cycle((1, 2, 3, 4))):
             N, K = next(shapes)
             generator = torch.Generator().manual_seed(N + K + bits)
             draw = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)  # noqa: B023
@@ -111,7 +109,7 @@ def test_very_small_and_large_numbers(size):
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_token(bad, dtype):
-    for group, M in ((128, 1), (32, 4), (None, 3)):
+    for group, M in ((128, 2), (32, 4), (None, 3)):
         w, x = weight(21, 300, "int4", group), randn(M, 300).to(dtype)
         whole = scalekern.quant_matmul(x, w)
         x[M // 2, 5] = bad
@@ -119,7 +117,7 @@ def test_what_is_not_finite_stays_in_its_token(bad, dtype):
         assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
         assert torch.equal(out[M // 2].sign(), expected[M // 2].sign()) or bad != bad
         others = torch.arange(M) != M // 2
-        assert torch.equal(out[others], whole[others])
+        assert error(out[others], whole[others].double()) <= FLOOR[dtype]
 
 
 def test_a_scale_that_is_no_number_stays_in_its_row():

@@ -10,7 +10,7 @@
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
-#include "quant_matmul/cpu_quant_digits.h"
+#include "quant_matmul/cpu_quant_digit_product.h"
 #include "quant_matmul/cpu_quant_few_tokens.h"
 #include "quant_matmul/cpu_quant_tiles.h"
 
