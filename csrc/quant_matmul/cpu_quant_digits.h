@@ -1,5 +1,14 @@
-// Products of up to four float tokens with codes of 1, 2, 4 or 8 bits on AVX-512 VNNI: tokens as fixed point, in bytes,
-// so that an instruction multiplies 64 codes by a digit of 64 activations, exactly.
+// Few float tokens with integer codes on AVX-512 VNNI: tokens as fixed point, in bytes, so that an instruction multiplies
+// 64 codes by a digit of 64 activations, exactly.
+//
+// A part of the columns (a group, as a rule) has a unit: the power of two that holds all its numbers, where that loses
+//   nothing, else the least unit that does. Three digits are 24 bits of the largest number, which float32's own
+//   products do not have left either: 1.6e-7 to 2.2e-7 at K = 1000 to 5000, torch's 1.2e-7 to 1.8e-7.
+// What is left over must be small beside the usual number of the part, the one of the exponents' mean, so that a large
+//   one does not hide the others where the weight has nothing for it: else the token takes four digits (numbers up to
+//   some 3000 times the usual one), else, as where a number is not finite or out of range, the kernels of floats.
+//   Each token by itself: it is the same in any company.
+// 3.5 us for a token of 4096 (the units 1.2, the digits 2.3).
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_quant_tokens.h"

@@ -12,6 +12,7 @@ from scalekern.ops import _quant_matmul
 from scalekern.quant import FORMATS
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
 
+op = functools.cache(lambda: torch.ops.scalekern_native.quant_matmul_fwd_cpu.default._op)
 _fwd, _bwd = native("quant_matmul_fwd", "cpu"), native("quant_matmul_bwd", "cpu")
 MANTISSA = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e3m2": 2, "fp6_e2m3": 3, "fp4_e2m1": 1}  # bits of the small floats
 
