@@ -46,15 +46,16 @@ def test_whole_numbers_are_exact():
     """Numbers and scales of few bits: float32 holds every sum, and so do digits. Groups share lines, fill one, several,
     or make parts of up to 1024 columns; rows end inside a line, and strips of rows inside the four of a tile."""
     shapes = itertools.cycle([(17, 515), (6, 300), (33, 1040), (1, 131), (4, 2300)])
+    groups = (4, 7, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 1536, None)
     for bits, zeros in itertools.product(BITS, (False, True)):
-        for group, M in zip((4, 7, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 1536, None), itertools.cycle((1, 2, 3, 4))):
+        for group, M in zip(groups, itertools.cycle((1, 2, 3, 4))):
             N, K = next(shapes)
             generator = torch.Generator().manual_seed(N + K + bits)
             draw = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)  # noqa: B023
             G, size = -(-K // (group or K)), group or K
-            codes, x, halves, z = draw(0, 1 << bits, N, K), draw(-7, 8, M, K), draw(1, 3, N, G), draw(0, 1 << bits, N, G)
-            w = spoiled(QuantizedTensor(pack(codes, bits), halves / 2, z.float() if zeros else None, format=f"int{bits}",
-                                        columns=K, group_size=size))  # fmt: skip
+            codes, x, halves = draw(0, 1 << bits, N, K), draw(-7, 8, M, K), draw(1, 3, N, G)
+            z = draw(0, 1 << bits, N, G).float() if zeros else None
+            w = spoiled(QuantizedTensor(pack(codes, bits), halves / 2, z, format=f"int{bits}", columns=K, group_size=size))
             exact = exact_product(x, w)
             assert torch.equal(scalekern.quant_matmul(x.float(), w).double(), exact), (bits, zeros, group, M, N, K)
 

@@ -1,7 +1,7 @@
 // The product of tokens in digits: R rows by T tokens of D digits in registers, a section at a time.
 //
-// 128 codes of 4 bits of a row are a load, 3 operations to part them, 2 D products, and D + 1 to join the digits' sums
-//   and scale them, because those are born as the bits of floats (DigitSum): 13 at D = 3, where floats take 24 (a shift,
+// 128 codes of 4 bits of a row are a load, 3 operations to part them, 2 D products, and D + 1 to join the digits'
+//   sums and scale them, because those are born as the bits of floats (DigitSum): 13 at D = 3, where floats take 24 (a shift,
 //   a permutation and a multiply-add for 16). One number of 8 bits: 3 for 64.
 // Bound, 4096 x 4096 of 4 bits in groups of 128, one token, two cores of a Sapphire Rapids at 2.65 GHz: 6.5 cycles for
 //   64 bytes and a scale, so 160 us (177 measured with rows that stay in L1), beside 200 for the 8.9 MB from L3: 215 to
@@ -21,7 +21,8 @@ class DigitProduct {
  public:
   static void run(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens) {
     const DigitProduct self(a, s, tokens);
-    parallel_if(a.tokens * a.w.rows * a.w.columns >= kParallelWork, pieces(a.w.rows, kRows), [&](int64_t begin, int64_t end) {
+    const bool worth_it = a.tokens * a.w.rows * a.w.columns >= kParallelWork;
+    parallel_if(worth_it, pieces(a.w.rows, kRows), [&](int64_t begin, int64_t end) {
       self.rows(a, begin * kRows, least(end * kRows, a.w.rows));
     });
   }
@@ -44,13 +45,15 @@ class DigitProduct {
 
   DigitProduct(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens)
       : w(a.w), s(s), tokens(tokens),
-        plain(w.scales.dtype == QuantDtype::f32 && (w.groups == 1 || w.scales.column == 1) && !w.outer.data && w.step == 1),
+        plain(w.scales.dtype == QuantDtype::f32 && (w.groups == 1 || w.scales.column == 1) && !w.outer.data &&
+              w.step == 1),
         more(tokens.more), whole(s.spread ? s.lines : w.row_bytes() / 64),
         left(s.spread ? 0 : w.row_bytes() % 64), padded(s.padded) {}
 
   template <int D, int R, int T>
   static inline __attribute__((always_inline)) void multiply(
-      const uint8_t* const* row, int64_t offset, int64_t ahead, const int8_t* x, int64_t pitch, __m512i (&acc)[R][T * D]) {
+      const uint8_t* const* row, int64_t offset, int64_t ahead, const int8_t* x, int64_t pitch,
+      __m512i (&acc)[R][T * D]) {
     const __m512i mask = _mm512_set1_epi8(char((1 << 8 / P) - 1));
     __m512i bytes[R], code[R];
 #pragma GCC unroll 4
@@ -130,7 +133,8 @@ class DigitProduct {
         }
       });
     section(last, [&](auto& acc) {
-      for (; offset < whole * 64; offset += 64, x += kStep) multiply<D, R, T>(row, offset, offset + ahead, x, pitch, acc);
+      for (; offset < whole * 64; offset += 64, x += kStep)
+        multiply<D, R, T>(row, offset, offset + ahead, x, pitch, acc);
       if (left) multiply<D, R, T>(strip.tail, 0, 0, x, pitch, acc);
     });
 #pragma GCC unroll 2

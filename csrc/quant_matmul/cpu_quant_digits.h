@@ -1,5 +1,5 @@
-// Few float tokens with integer codes on AVX-512 VNNI: tokens as fixed point, in bytes, so that an instruction multiplies
-// 64 codes by a digit of 64 activations, exactly.
+// Few float tokens with integer codes on AVX-512 VNNI: tokens as fixed point, in bytes, so that an instruction
+// multiplies 64 codes by a digit of 64 activations, exactly.
 //
 // A part of the columns (a group, as a rule) has a unit: the power of two that holds all its numbers, where that loses
 //   nothing, else the least unit that does. Three digits are 24 bits of the largest number, which float32's own
@@ -31,7 +31,8 @@ struct Sections {
   alignas(64) int32_t lane_part[16];
 
   explicit Sections(const QuantWeight& w)
-      : spread(8 % w.bits != 0), planes(spread ? 1 : 8 / w.bits), line(kLineBytes * planes), lines(pieces(w.columns, line)) {
+      : spread(8 % w.bits != 0), planes(spread ? 1 : 8 / w.bits), line(kLineBytes * planes),
+        lines(pieces(w.columns, line)) {
     part = w.groups == 1 ? round_up(w.columns, line) : w.group, split = 1;
     shared = part < line;
     fits = w.columns > 0 && (shared ? part % (4 * planes) == 0 && line % part == 0 : part % line == 0);
@@ -113,7 +114,8 @@ struct DigitTokens {
       const __mmask16 some = _mm512_test_epi32_mask(v, v);
       const __m512 e = _mm512_max_ps(_mm512_getexp_ps(_mm512_castsi512_ps(v)), floor);
       most = _mm512_max_epu32(most, v), bits = _mm512_or_si512(bits, v);
-      exponents = _mm512_mask_add_ps(exponents, some, exponents, e), least_one = _mm512_mask_min_ps(least_one, some, least_one, e);
+      exponents = _mm512_mask_add_ps(exponents, some, exponents, e);
+      least_one = _mm512_mask_min_ps(least_one, some, least_one, e);
       found.count += __builtin_popcount(some);
     }
     const uint32_t top = _mm512_reduce_max_epu32(most), all = uint32_t(_mm512_reduce_or_epi32(bits)) & 0x7fffff;

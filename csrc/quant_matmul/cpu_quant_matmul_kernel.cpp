@@ -1,7 +1,7 @@
 // Products of float activations with a low-bit weight.
 //
 // A few tokens (kFewTokens): bound by the weight's bytes, so the weight is read once and stays in registers. Integer
-//   codes on a CPU with VNNI: cpu_quant_digits.h; tables: cpu_quant_few_tokens.h. Elsewhere, and what those leave, 32-bit
+//   codes where there is VNNI: cpu_quant_digits.h; tables: cpu_quant_few_tokens.h. Elsewhere, and what that leaves, 32-bit
 //   words of codes meet activations that were laid out for them: lane i of word vector b holds the codes of columns
 //   b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits, inverted, in the
 //   activation. And, subtraction of the middle code (which would cancel digits after the sum), conversion, multiply-add:
