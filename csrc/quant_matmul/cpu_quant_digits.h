@@ -102,7 +102,6 @@ struct DigitTokens {
     float largest, usual;  // the magnitude that the exponents' mean stands for
     int64_t count;         // of numbers that are not 0
     int lowest;            // no bit of any number is below 2^lowest
-    bool finite;
   };
   Look look(const float* x, int64_t first, int64_t last) const {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -119,7 +118,7 @@ struct DigitTokens {
       found.count += __builtin_popcount(some);
     }
     const uint32_t top = _mm512_reduce_max_epu32(most), all = uint32_t(_mm512_reduce_or_epi32(bits)) & 0x7fffff;
-    found.largest = from_bits(top), found.finite = top < 0x7f800000;
+    found.largest = from_bits(top);
     found.lowest = int(_mm512_reduce_min_ps(least_one)) - 23 + __builtin_ctz(all | 0x800000);
     const float mean = found.count ? _mm512_reduce_add_ps(exponents) / float(found.count) : 0.0f;
     found.usual = from_bits(uint32_t((mean < -126 ? 1 : mean + 127) * 0x1p23f));
@@ -132,7 +131,7 @@ struct DigitTokens {
     for (int64_t p = 0; p < s.parts; ++p) {
       const int64_t first = p * s.part, last = least(first + s.part, w.columns);
       const Look seen = look(from, first, last);
-      if (!seen.finite || seen.largest > 0x1p100f || (seen.count && seen.largest < 0x1p-80f)) return false;
+      if (!(seen.largest < 0x1p100f) || (seen.count && seen.largest < 0x1p-80f)) return false;  // or NaN
       // 127.4 < 127 + 127 / 256 + 127 / 65536. A power of two where that loses nothing, else the least.
       uint32_t bits;
       float own = seen.largest / 127.4f;
