@@ -106,7 +106,7 @@ def _at_once(x, w, activation):
         return None
     if x.dim() < 2 or x.shape[-1] != w.columns or x.dtype not in NATIVE or not (x.is_cpu and x.is_contiguous()):
         return None
-    if _dispatch.forced() not in (None, "cpu") or not x.numel():
+    if not x.numel() or _dispatch.select(NAME, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
     out = x.new_empty((*x.shape[:-1], weight[0].shape[0]))
     _quant_matmul_cpu.op()(out, x, *weight)
