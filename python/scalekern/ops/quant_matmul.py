@@ -106,7 +106,7 @@ def _at_once(x, w, activation):
         return None
     if x.dim() < 2 or x.shape[-1] != w.columns or x.dtype not in NATIVE or not (x.is_cpu and x.is_contiguous()):
         return None
-    if not x.numel() or _dispatch.select(NAME, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
+    if not x.numel() or _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
     out = x.new_empty((*x.shape[:-1], weight[0].shape[0]))
     _quant_matmul_cpu.op()(out, x, *weight)
@@ -193,7 +193,7 @@ def native_weight(data, scales, zeros, offsets, outer, bias, format, group_size,
     parts = data, scales, zeros, offsets, outer, bias
     if not _library.is_plain(parts) or not (data.shape[0] and data.stride(-1) == 1):
         return None
-    if _dispatch.select(NAME, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
+    if _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
     return _quant_matmul_cpu.weight(*parts, None, format, group_size, activation, activation_scale)
 
