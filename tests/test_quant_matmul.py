@@ -1,12 +1,15 @@
 """Gradients of what a weight is scaled and shifted by, against autograd of the oracle in float64; one token, no rows."""
 
+import copy
+
 import pytest
 import torch
 from conftest import INTERPRET
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalekern
-from scalekern import reference
+from scalekern import _native, reference
+from scalekern.ops import _quant_matmul_cpu
 from scalekern.ops.quant_matmul import quant_matmul_fwd
 from scalekern.quant import quantize
 from scalekern.testing import assert_close
@@ -111,3 +114,43 @@ def test_what_the_dispatcher_does_is_not_passed_over(monkeypatch):
     assert not passed(run, leaf)[1] and run(leaf).requires_grad
     with torch.no_grad():
         assert passed(run, leaf)[1]
+
+
+@pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
+def test_a_weight_that_was_used_before(monkeypatch):
+    """The second call goes straight to the kernel: what it may not pass by, it must not."""
+    w, x = quantize(torch.randn(9, 64), "int4", group_size=32), torch.randn(3, 64)
+    first = scalekern.quant_matmul(x, w)
+    assert w.__dict__["_native"] and torch.equal(scalekern.quant_matmul(x, w), first)
+    assert torch.equal(scalekern.quant_matmul(x.mT.contiguous().mT, w), first)
+    assert torch.equal(scalekern.quant_matmul(x[0], w), first[0]) and scalekern.quant_matmul(x[:0], w).shape == (0, 9)
+    assert scalekern.quant_matmul(x.bfloat16(), w).dtype == torch.bfloat16
+    assert scalekern.quant_matmul(x.double(), w).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"quant_matmul: x must have shape \(3, 64\), got \(3, 63\)"):
+        scalekern.quant_matmul(x[:, :63].contiguous(), w)
+    with pytest.raises(ValueError, match="quant_matmul: activation"):
+        scalekern.quant_matmul(x, w, activation="int3")
+    with pytest.raises(TypeError, match="quant_matmul: x must"):
+        scalekern.quant_matmul(x.int(), w)
+    with pytest.raises((TypeError, ValueError), match="quant_matmul: x"):
+        scalekern.quant_matmul([1.0], w)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scalekern.quant_matmul(x, w).dtype == torch.bfloat16
+    assert scalekern.quant_matmul(x.requires_grad_(), w).requires_grad
+    x = x.detach()
+    w.scales.requires_grad_()
+    assert scalekern.quant_matmul(x, w).requires_grad
+    with torch.no_grad():
+        assert torch.equal(scalekern.quant_matmul(x, w), first)
+    w.scales.requires_grad_(False)
+    w.scales.mul_(2)
+    assert torch.allclose(scalekern.quant_matmul(x, w), 2 * first)
+    w = copy.deepcopy(w)
+    w.scales.div_(2)
+    assert torch.equal(scalekern.quant_matmul(x, w), first)
+    for run in (scalekern.quant_matmul, torch.compile(scalekern.quant_matmul, fullgraph=True, backend="eager")):
+        assert torch.equal(run(x, w), first)
+    kernel = []
+    monkeypatch.setattr(_quant_matmul_cpu, "op", lambda: kernel.append)
+    monkeypatch.setenv("SCALEKERN_BACKEND", "reference")
+    assert torch.allclose(scalekern.quant_matmul(x, w), first, atol=1e-5) and not kernel

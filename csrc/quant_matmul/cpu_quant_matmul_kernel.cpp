@@ -1,6 +1,7 @@
 // Products of float activations with a low-bit weight.
 //
-// A few tokens (kFewTokens): bound by the weight's bytes, so the weight is read once and stays in registers. 32-bit
+// A few tokens (kFewTokens): bound by the weight's bytes, so the weight is read once and stays in registers. Integer
+//   codes where there is VNNI: cpu_quant_digits.h; tables: cpu_quant_few_tokens.h. Elsewhere, and what that leaves, 32-bit
 //   words of codes meet activations that were laid out for them: lane i of word vector b holds the codes of columns
 //   b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits, inverted, in the
 //   activation. And, subtraction of the middle code (which would cancel digits after the sum), conversion, multiply-add:
@@ -10,6 +11,7 @@
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
+#include "quant_matmul/cpu_quant_digit_product.h"
 #include "quant_matmul/cpu_quant_few_tokens.h"
 #include "quant_matmul/cpu_quant_tiles.h"
 
@@ -335,12 +337,22 @@ static bool in_lanes(const QuantMatmulArgs& a, const Tokens& tokens) {
   return false;
 }
 
-static bool few_tokens(const QuantMatmulArgs& a) {
-  if (a.tokens > kFewTokens) return false;
-  const Tokens tokens(a, 1);
+static bool in_registers(const QuantMatmulArgs& a, const Tokens& tokens) {
   for (int64_t t = 0; t < a.tokens; ++t)
     if (!finite(tokens[t], a.w.columns)) return false;  // Inf would be NaN beside a code of 0
   return in_words(a, tokens) || in_lanes(a, tokens);
+}
+
+static bool few_tokens(const QuantMatmulArgs& a) {
+  if (a.tokens > kFewTokens) return false;
+  const Tokens tokens(a, 1);
+#if defined(__AVX512F__)
+  const auto by_itself = [](const QuantMatmulArgs& own) {
+    if (!in_registers(own, Tokens(own, 1))) by_blocks(own);
+  };
+  if (in_digits(a, tokens, by_itself)) return true;
+#endif
+  return in_registers(a, tokens);
 }
 
 static bool in_tiles(const QuantMatmulArgs& a) {

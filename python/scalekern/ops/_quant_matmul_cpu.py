@@ -13,7 +13,8 @@ from scalekern.quant import FORMATS
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
 
 _fwd, _bwd = native("quant_matmul_fwd", "cpu"), native("quant_matmul_bwd", "cpu")
-_keep, _kept = native("quant_matmul_keep", "cpu"), native("quant_matmul_kept", "cpu")
+_keep = native("quant_matmul_keep", "cpu")
+_kept = functools.cache(lambda: torch.ops.scalekern_native.quant_matmul_kept_cpu.default._op)
 MANTISSA = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e3m2": 2, "fp6_e2m3": 3, "fp4_e2m1": 1}  # bits of the small floats
 
 
@@ -78,17 +79,20 @@ class KeptWeight:
     def __init__(self, columns: int, *given):
         data, scales, zeros, offsets, outer, bias, _, table, *numbers = weight(*given)
         self.rows, self._table = data.shape[0], table
-        self._parts = [part for part in given[:6] if part is not None]  # and not views of them, as powers of two are
-        self._where = [part.data_ptr() for part in self._parts]
+        self.parts = [part for part in given[:6] if part is not None]  # and not views of them, as powers of two are
+        self._where = [part.data_ptr() for part in self.parts]
         self._arguments = _keep(data, scales, zeros, offsets, outer, bias, table, columns, *numbers)
 
     def is_where_it_was(self) -> bool:
         """`parameter.data = ...` moves a tensor that stays the same object."""
-        return [part.data_ptr() for part in self._parts] == self._where
+        return [part.data_ptr() for part in self.parts] == self._where
+
+    def __reduce__(self):
+        return type(None), ()  # addresses mean nothing to a copy, or in another process
 
     def fill(self, out, x) -> None:
         """out (..., N), contiguous, of x (..., K)."""
-        _kept(out, x if x.is_contiguous() else _rows(x), self._arguments)
+        _kept()(out, x if x.is_contiguous() else _rows(x), self._arguments)
 
 
 def backward(
