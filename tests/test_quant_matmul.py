@@ -145,12 +145,15 @@ def test_a_weight_that_was_used_before(monkeypatch):
     w.scales.requires_grad_(False)
     w.scales.mul_(2)
     assert torch.allclose(scalekern.quant_matmul(x, w), 2 * first)
+    w.scales.data = 2 * w.scales  # the same object, elsewhere
+    assert torch.allclose(scalekern.quant_matmul(x, w), 4 * first)
+    w.scales.data = w.scales / 2
     w = copy.deepcopy(w)
     w.scales.div_(2)
     assert torch.equal(scalekern.quant_matmul(x, w), first)
     for run in (scalekern.quant_matmul, torch.compile(scalekern.quant_matmul, fullgraph=True, backend="eager")):
         assert torch.equal(run(x, w), first)
     kernel = []
-    monkeypatch.setattr(_quant_matmul_cpu, "op", lambda: kernel.append)
+    monkeypatch.setattr(_quant_matmul_cpu.KeptWeight, "fill", lambda *args: kernel.append(args))
     monkeypatch.setenv("SCALEKERN_BACKEND", "reference")
     assert torch.allclose(scalekern.quant_matmul(x, w), first, atol=1e-5) and not kernel
