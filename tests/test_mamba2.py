@@ -112,7 +112,7 @@ def test_packed_and_padded_sequences_are_sequences():
 @pytest.mark.parametrize("name", ["groups", "mlp"])
 @torch.no_grad()
 def test_packed_prompts_fill_the_cache_a_row_a_sequence(name):
-    """As upstream's, which is given both seq_idx and cu_seqlens; a sequence may be shorter than the filter, or empty."""
+    """As upstream's, which is given both seq_idx and cu_seqlens; one sequence is shorter than the filter, one empty."""
     layer, u, after = build(name), torch.randn(1, 40, 8), torch.randn(4, 3, 8)
     bounds = [0, 17, 19, 19, 40]
     index = (torch.arange(40)[None] >= torch.tensor([[17], [19]])).sum(0, dtype=torch.int32)[None]

@@ -4,7 +4,7 @@
 
 namespace {
 
-// To the nearest integer, of |x| < 2^22; of NaN one whose lower half is 0. (That of x + 1.5 x 2^23 is part of its payload.)
+// To the nearest integer, of |x| < 2^22; of NaN one whose lower half is 0: x + 1.5 x 2^23 has part of its payload.
 static inline VecI nearest(VecF x) {
 #if defined(__AVX512F__)
   return (VecI)_mm512_cvtps_epi32((__m512)x);

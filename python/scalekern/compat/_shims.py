@@ -147,7 +147,7 @@ def ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk_size, D=None, z=None, dt_b
 def ssd_selective_scan(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf"))
 ):  # fmt: skip
-    """mamba_chunk_scan by selective_scan, where dt (B, L, H, P), A (H P, N), D and dt_bias (H, P) may be a channel's."""
+    """mamba_chunk_scan by selective_scan, where dt (B, L, H, P), A (H P, N), D and dt_bias (H, P) can be channels'."""
     heads, headdim = x.shape[2:]
 
     def channels(t, axis):  # of heads, or of heads and their channels, at `axis`: to channels

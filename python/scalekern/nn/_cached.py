@@ -17,7 +17,7 @@ class CachedStates:
         if inference_params.seqlen_offset == 0:
             before = None
         elif packed:
-            raise ValueError(f"{self.NAME}: cu_seqlens holds whole sequences, but seqlen_offset is past their beginning")
+            raise ValueError(f"{self.NAME}: cu_seqlens holds whole sequences, but seqlen_offset is past their start")
         elif hidden_states.shape[1] == 1:
             return self.step(hidden_states, conv_state, ssm_state)[0]
         elif mask is not None:

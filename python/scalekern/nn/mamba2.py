@@ -133,7 +133,7 @@ class Mamba2(CachedStates, nn.Module):
                 the same once more, as upstream wants it, and is not read.
             inference_params: as upstream, an object with `key_value_memory_dict`, `seqlen_offset` and
                 `batch_size_offset`; this layer's states live there and are updated in place. At offset 0 they are
-                started afresh, with cu_seqlens a row for each of S sequences; later, any number of tokens continues them.
+                started afresh, with cu_seqlens a row for each sequence; later, any number of tokens continues them.
             mask: (B, L), zero or False where a row is padded on the left.
             initial_states: (conv_state, ssm_state) before the first token, as `allocate_inference_cache` lays them
                 out, one row a batch row or packed sequence. Not changed; gradients flow into them.
