@@ -77,3 +77,89 @@ def test_the_fused_function_is_the_layer():
             headdim=4, ngroups=2, norm_before_gate=False,
         )  # fmt: skip
     assert_close(out, layer(u), tolerance=1e-6)
+
+
+def upstream(module, *names):
+    found = importlib.import_module(f"mamba_ssm.ops.triton.{module}")
+    return [getattr(found, n) for n in names]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["norm_first", "gate_first"])
+@pytest.mark.parametrize("group", [None, 3])
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+def test_gated_norms(centered, group, before):
+    """A bias belongs to the norm: a gate that follows multiplies it, too."""
+    g = torch.Generator().manual_seed(1)
+    x, z, weight, bias = (torch.randn(*s, 12, generator=g, dtype=torch.float64) for s in ((2, 5), (2, 5), (), ()))
+    y = x if before else x * torch.nn.functional.silu(z)
+    y = y.unflatten(-1, (-1, group or 12))
+    y = y - y.mean(-1, keepdim=True) if centered else y
+    y = (y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten(-2) * weight + bias
+    expected = y * torch.nn.functional.silu(z) if before else y
+    with Installed():
+        names = ("layernorm_fn", "rmsnorm_fn", "rms_norm_ref", "RMSNorm", "LayerNorm")
+        layernorm_fn, rmsnorm_fn, rms_norm_ref, RMSNorm, LayerNorm = upstream("layernorm_gated", *names)
+    tensors, options = (x, weight, bias, z), dict(eps=1e-3, group_size=group, norm_before_gate=before)
+    assert_close(layernorm_fn(*tensors, **options, is_rms_norm=not centered), expected, tolerance=1e-12)
+    if not centered:
+        assert_close(rmsnorm_fn(*tensors, **options), expected, tolerance=1e-12)
+        assert_close(rms_norm_ref(*tensors, **options), expected, tolerance=1e-12)
+    layer = (LayerNorm if centered else RMSNorm)(hidden_size=12, eps=1e-3, group_size=group, norm_before_gate=before)
+    assert set(layer.state_dict()) == ({"weight", "bias"} if centered else {"weight"})
+    layer.load_state_dict({"weight": weight, "bias": bias} if centered else {"weight": weight})
+    bias = bias.clone() if centered else torch.zeros(12)
+    tensors = (x.float(), weight.float(), bias.float(), z.float())
+    expected = layernorm_fn(*tensors, **options, is_rms_norm=not centered)
+    assert_close(layer(x.float(), z.float()), expected, tolerance=1e-6)
+
+
+def test_a_gate_follows_upstreams_norms_unless_told_otherwise():
+    x, z = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2))
+    with Installed():
+        RMSNorm, LayerNorm, rmsnorm_fn = upstream("layernorm_gated", "RMSNorm", "LayerNorm", "rmsnorm_fn")
+    for layer in (RMSNorm(8), LayerNorm(8)):
+        assert_close(layer(x, z), layer(x) * torch.nn.functional.silu(z), tolerance=1e-6)
+    assert_close(rmsnorm_fn(x, torch.ones(8), None, z, 1e-5), RMSNorm(8)(x, z), tolerance=1e-6)
+
+
+def test_the_other_scans_of_upstream():
+    g = torch.Generator().manual_seed(3)
+    randn = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
+    x, dt, B, C = randn(2, 37, 4, 6), randn(2, 37, 4), randn(2, 37, 2, 5), randn(2, 37, 2, 5)
+    A, D, z, bias = -torch.rand(4, generator=g), randn(4, 6), randn(2, 37, 4, 6), randn(4)
+    with Installed():
+        combined, plain, by_channels, exact, fused, fused_ref = upstream(
+            "ssd_combined", "mamba_chunk_scan_combined", "mamba_chunk_scan", "ssd_selective_scan",
+            "ssd_chunk_scan_combined_ref", "mamba_split_conv1d_scan_combined", "mamba_split_conv1d_scan_ref",
+        )  # fmt: skip
+    expected = combined(x, dt, A, B, C, 16, D, z, bias, dt_softplus=True, state_dtype=torch.float32)
+    for scan in (plain, exact):
+        assert_close(scan(x, dt, A, B, C, 16, D, z, bias, True), expected, tolerance=2e-6)
+    for limit in ((0.0, float("inf")), (0.3, 0.9)):
+        options = dict(dt_softplus=True, dt_limit=limit)
+        expected = combined(x, dt, A, B, C, 16, D, z, bias, **options)
+        assert_close(by_channels(x, dt, A, B, C, D, z, bias, **options), expected, tolerance=2e-6)
+        wide = dt[..., None].expand(2, 37, 4, 6), A[:, None, None].expand(4, 6, 5).flatten(0, 1)
+        found = by_channels(x, *wide, B, C, D, z, bias[:, None].expand(4, 6), **options)
+        assert_close(found, expected, tolerance=2e-6)
+    expected = combined(x, dt.abs(), A, B, C, 16, D[:, 0])
+    assert_close(by_channels(x, dt.abs(), A, B, C, D[:, 0]), expected, tolerance=2e-6)
+    inputs = randn(2, 37, 24 + 44 + 4), randn(44, 4), randn(44), bias, A, D[:, 0], 16
+    options = dict(rmsnorm_weight=randn(24), outproj_weight=randn(3, 24), headdim=6, ngroups=2, dt_limit=(0.3, 0.9))
+    assert_close(fused(*inputs, **options, state_dtype=None), fused_ref(*inputs, **options), tolerance=5e-6)
+    assert_close(fused(*inputs, headdim=6, ngroups=2), fused_ref(*inputs, headdim=6, ngroups=2), tolerance=5e-6)
+
+
+def test_upstreams_inference_params():
+    with Installed():
+        InferenceParams = importlib.import_module("mamba_ssm.utils.generation").InferenceParams
+        layer = importlib.import_module("mamba_ssm").Mamba2(8, d_state=6, headdim=4, layer_idx=3)
+    u, params = torch.randn(2, 9, 8), InferenceParams(max_seqlen=16, max_batch_size=2)
+    with torch.no_grad():
+        prompt = layer(u[:, :8], inference_params=params)
+        params.seqlen_offset += 8
+        last = layer(u[:, 8:], inference_params=params)
+        assert_close(torch.cat([prompt, last], 1), layer(u), tolerance=1e-6)
+    assert list(params.key_value_memory_dict) == [3]
+    params.reset(32, 4)
+    assert (params.max_seqlen, params.max_batch_size, params.seqlen_offset) == (32, 4, 0)

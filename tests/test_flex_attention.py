@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, create_block_mask, create_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from scalekern.masks import _plan
@@ -125,6 +125,20 @@ def test_full_tiles_are_not_evaluated():
     mod = lambda b, h, q, k: k % 32 <= q % 32
     lists = BlockMask.from_kv_blocks(counts, indices, *full, BLOCK_SIZE=32, mask_mod=mod)
     assert torch.equal(_flex.mask_of(lists, B, H, 64, 64)[0].to_dense(64, 64)[0, 0], torch.ones(64, 64).tril().bool())
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "empty"])
+def test_no_partial_tile_at_all(full):
+    """mask_mod is not asked then: under vmap over no tiles, torch's and_masks fails."""
+    of_key = torch.arange(64) // 32
+    mod = and_masks(lambda b, h, q, k: of_key[q] == of_key[k], lambda b, h, q, k: q >= 0 if full else q < 0)
+    block_mask = create_block_mask(mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=32)
+    assert int(block_mask.kv_num_blocks.sum()) == 0
+    q, k, v = tensors(64, 64)
+    out, lse = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True, return_lse=True)
+    expected = dense(q, k, v, create_mask(mod, None, None, 64, 64, device="cpu"), P**-0.5)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(lse, expected[1])
 
 
 def test_keys_of_one_batch_row_and_aux():

@@ -109,6 +109,28 @@ def test_packed_and_padded_sequences_are_sequences():
     assert_close(conv_state[1], conv_alone[0], tolerance=3e-6)
 
 
+@pytest.mark.parametrize("name", ["groups", "mlp"])
+@torch.no_grad()
+def test_packed_prompts_fill_the_cache_a_row_a_sequence(name):
+    """As upstream's, which is given both seq_idx and cu_seqlens; one sequence is shorter than the filter, one empty."""
+    layer, u, after = build(name), torch.randn(1, 40, 8), torch.randn(4, 3, 8)
+    bounds = [0, 17, 19, 19, 40]
+    index = (torch.arange(40)[None] >= torch.tensor([[17], [19]])).sum(0, dtype=torch.int32)[None]
+    params = types.SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0, batch_size_offset=0)
+    prompt = layer(u, seq_idx=index, cu_seqlens=torch.tensor(bounds), inference_params=params)
+    steps = []
+    for i in range(3):
+        params.seqlen_offset += 1
+        steps.append(layer(after[:, i : i + 1], inference_params=params))
+    for row, (b, e) in enumerate(zip(bounds, bounds[1:])):
+        expected = layer(torch.cat([u[:, b:e], after[row : row + 1]], 1))
+        found = torch.cat([prompt[:, b:e], torch.cat(steps, 1)[row : row + 1]], 1)
+        assert_close(found, expected, tolerance=3e-6, what=f"sequence {row}")
+    for options in (dict(cu_seqlens=torch.tensor(bounds)), dict(seq_idx=index)):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            layer(u, inference_params=params, **options)
+
+
 def test_states_join_with_gradients():
     layer, u = build(), torch.randn(2, 30, 8, requires_grad=True)
     whole = layer(u)

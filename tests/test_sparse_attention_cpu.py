@@ -272,6 +272,22 @@ def test_a_nan_reaches_those_who_see_it_and_nobody_else():
     assert found["k"][..., :31, :].isnan().any(-1).all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F8001FF, -1], ids=hex)
+@pytest.mark.parametrize("name", ["q", "k", "bias"])
+def test_a_nan_of_any_payload_stays_one(name, bits):
+    """Exponents are put together from integers, where the lower bits of a NaN could make it a number again."""
+    case = Case(masks.window(9, 40), (1, 1, 1, 45, 75, 16, 8), bias=(1, 1))
+    t, grads = inputs(case)
+    found = []
+    for spoil in (torch.nan, torch.tensor(bits, dtype=torch.int32).view(torch.float32)):
+        t[name][..., 20, 15] = spoil
+        found.append(native(case, t, grads))
+    for nan, payload in zip(found[0][:2], found[1][:2]):
+        assert nan.isnan().any() and torch.equal(nan.isnan(), payload.isnan())
+    for n, nan in found[0][2].items():
+        assert nan.isnan().any() and torch.equal(nan.isnan(), found[1][2][n].isnan()), n
+
+
 REPEATED = ["many_splits", "full", "window_bf16", "shared_bias"]
 REPEATED += ["tables", "tables_packed", "tables_splits", "tables_batch"]
 

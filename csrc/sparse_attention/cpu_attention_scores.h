@@ -4,18 +4,30 @@
 
 namespace {
 
+// To the nearest integer, of |x| < 2^22; of NaN one whose lower half is 0: x + 1.5 x 2^23 has part of its payload.
+static inline VecI nearest(VecF x) {
+#if defined(__AVX512F__)
+  return (VecI)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  return (VecI)_mm256_cvtps_epi32((__m256)x);
+#else
+  return x == x ? (VecI)(x + kRoundMagic<float>) - 0x4b400000 : VecI{};
+#endif
+}
+
 // 2^x for x <= 0, or above it by rounding errors; exactly 0 below the smallest normal number, where arithmetic can be a
 // hundred times slower. The polynomial of exp2_beside_one (2e-7) without its bounds: what they would keep in order is
 // either cleared or NaN.
 static inline VecF exp2_of_nonpositive(VecF x) {
-  const VecF t = x + kRoundMagic<float>, r = x - (t - kRoundMagic<float>);
+  const VecI n = nearest(x);
+  const VecF r = x - __builtin_convertvector(n, VecF);
   VecF p = splat(1.32764725e-3f);
   p = p * r + 9.67554096e-3f;
   p = p * r + 5.55071309e-2f;
   p = p * r + 2.40221202e-1f;
   p = p * r + 6.93146944e-1f;
   p = p * r + 1.0f;
-  return x < -126.0f ? VecF{} : (VecF)((VecI)p + ((VecI)t << IntOf<float>::mantissa));
+  return x < -126.0f ? VecF{} : (VecF)((VecI)p + (n << IntOf<float>::mantissa));
 }
 static inline VecD exp2_of_nonpositive(VecD x) { return x < -1022.0 ? VecD{} : exp2v(x); }
 

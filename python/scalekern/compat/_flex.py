@@ -133,7 +133,8 @@ def _members(block_mask):
     partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices)
     full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     found = [_full(full, size, q_len, kv_len)]
-    for part in partial.split(max(1, _PAIRS // (size[0] * size[1])), 1):
+    parts = partial.split(max(1, _PAIRS // (size[0] * size[1])), 1) if partial.shape[1] else ()  # no vmap over none
+    for part in parts:
         found.append(_look(block_mask.mask_mod, part, H, size, q_len, kv_len, block_mask.kv_num_blocks.device))
     row, start, end = _merge(*torch.cat(found, 1), kv_len)
     count = torch.bincount(row, minlength=B * H * q_len)

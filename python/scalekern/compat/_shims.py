@@ -5,6 +5,7 @@ finds in a signature).
 """
 
 import collections
+import dataclasses
 import functools
 
 import torch
@@ -75,7 +76,9 @@ def mamba_inner_ref(
 def mamba_chunk_scan_combined(
     x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
     dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False,
+    state_dtype=None,
 ):  # fmt: skip
+    """state_dtype: of upstream's states between chunks. Here they are float32 (float64), whatever it says."""
     return scalekern.ssd_scan(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_limit,
         return_final_states, return_varlen_states,
@@ -86,14 +89,36 @@ def mamba_chunk_scan_combined(
 def mamba_split_conv1d_scan_combined(
     zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None,
     dt_limit=(0.0, float("inf")), return_final_states=False, activation="silu", rmsnorm_weight=None, rmsnorm_eps=1e-6,
-    outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, norm_before_gate=True,
+    outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, norm_before_gate=True, state_dtype=None,
 ):  # fmt: skip
     """The block behind its first projection: convolution, scan, gated norm, and the second projection if given."""
+    return _split_conv1d_scan(
+        scalekern, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx, dt_limit,
+        return_final_states, activation, rmsnorm_weight, rmsnorm_eps, outproj_weight, outproj_bias, headdim, ngroups,
+        norm_before_gate,
+    )  # fmt: skip
+
+
+def mamba_split_conv1d_scan_ref(
+    zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, dt_limit=(0.0, float("inf")), activation="silu",
+    rmsnorm_weight=None, rmsnorm_eps=1e-6, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1,
+    norm_before_gate=True,
+):  # fmt: skip
+    return _split_conv1d_scan(
+        reference, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, None, None, dt_limit, False, activation,
+        rmsnorm_weight, rmsnorm_eps, outproj_weight, outproj_bias, headdim, ngroups, norm_before_gate,
+    )  # fmt: skip
+
+
+def _split_conv1d_scan(
+    ops, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx, dt_limit, return_final_states,
+    activation, rmsnorm_weight, rmsnorm_eps, outproj_weight, outproj_bias, headdim, ngroups, norm_before_gate,
+):  # fmt: skip
     heads = A.shape[0]
     width = D.numel() if D.dim() == 2 else heads * headdim
     d_state = (conv1d_weight.shape[0] - width) // (2 * ngroups)
     z, xBC, dt = zxbcdt.split([width, conv1d_weight.shape[0], heads], -1)
-    xBC = scalekern.causal_conv1d(
+    xBC = ops.causal_conv1d(
         xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation
     ).transpose(1, 2)
     norm = None
@@ -102,17 +127,92 @@ def mamba_split_conv1d_scan_combined(
     y, states = scan_and_norm(
         xBC, z, dt, A, D.flatten(), dt_bias, headdim=width // heads, ngroups=ngroups, d_state=d_state,
         dt_limit=dt_limit, norm=norm, initial_states=initial_states, seq_idx=seq_idx, states_wanted=return_final_states,
+        scan=ops.ssd_scan,
     )  # fmt: skip
     if outproj_weight is not None:
         y = torch.nn.functional.linear(y, outproj_weight, outproj_bias)
     return (y, states) if return_final_states else y
 
 
-def rmsnorm_fn(
-    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, upcast=True
+@_counted
+def mamba_chunk_scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False):
+    return scalekern.ssd_scan(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus)
+
+
+def ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False):
+    return reference.ssd_scan(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus)
+
+
+@_counted
+def ssd_selective_scan(
+    x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf"))
 ):  # fmt: skip
-    out = gated_rms_norm(x, z, weight, eps, group_size or x.shape[-1], norm_before_gate)
-    return out if bias is None else out + bias
+    """mamba_chunk_scan by selective_scan, where dt (B, L, H, P), A (H P, N), D and dt_bias (H, P) can be channels'."""
+    heads, headdim = x.shape[2:]
+
+    def channels(t, axis):  # of heads, or of heads and their channels, at `axis`: to channels
+        if t is None:
+            return None
+        t = t if t.dim() > axis + 1 else t[..., None].expand(*t.shape, headdim)
+        return t.flatten(axis, axis + 1)
+
+    tokens = lambda t: None if t is None else channels(t, 2).transpose(1, 2)  # noqa: E731
+    A = (A if A.dim() == 2 else channels(A, 0)[:, None].expand(-1, B.shape[-1])).float()
+    dt, dt_bias = tokens(dt), channels(dt_bias, 0)
+    if tuple(dt_limit) != (0.0, float("inf")):
+        dt = dt if dt_bias is None else dt + dt_bias[:, None]
+        dt = (torch.nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(x.dtype)
+        dt_bias, dt_softplus = None, False
+    out = scalekern.selective_scan(
+        tokens(x), dt, A, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), channels(D, 0), tokens(z), dt_bias, dt_softplus
+    )
+    return out.transpose(1, 2).unflatten(2, (heads, headdim))
+
+
+def layernorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False):
+    return gated_rms_norm(x, z, weight, eps, group_size or x.shape[-1], norm_before_gate, bias, not is_rms_norm)
+
+
+def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+    return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+def rms_norm_ref(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, upcast=True):
+    return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+class RMSNorm(nn.GatedRMSNorm):
+    """With upstream's defaults: a gate comes behind the norm."""
+
+    def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
+        super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype)
+        self.register_parameter("bias", None)
+
+
+class LayerNorm(RMSNorm):
+    def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
+        super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype)
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
+
+    def forward(self, x, z=None):
+        return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
+
+
+@dataclasses.dataclass
+class InferenceParams:
+    """What generation keeps between calls: each layer's states by its layer_idx, and how many tokens they have seen."""
+
+    max_seqlen: int
+    max_batch_size: int
+    seqlen_offset: int = 0
+    batch_size_offset: int = 0
+    key_value_memory_dict: dict = dataclasses.field(default_factory=dict)
+    lengths_per_sample: torch.Tensor | None = None
+
+    def reset(self, max_seqlen, max_batch_size):
+        self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
+        if self.lengths_per_sample is not None:
+            self.lengths_per_sample.zero_()
 
 
 @_counted
@@ -209,8 +309,15 @@ MODULES = {
     "mamba_ssm.ops.triton.ssd_combined": {
         "mamba_chunk_scan_combined": mamba_chunk_scan_combined,
         "mamba_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
+        "mamba_split_conv1d_scan_ref": mamba_split_conv1d_scan_ref, "mamba_chunk_scan": mamba_chunk_scan,
+        "ssd_chunk_scan_combined_ref": ssd_chunk_scan_combined_ref, "ssd_selective_scan": ssd_selective_scan,
     },
-    "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": nn.GatedRMSNorm, "rmsnorm_fn": rmsnorm_fn},
+    "mamba_ssm.ops.triton.layernorm_gated": {
+        "RMSNorm": RMSNorm, "LayerNorm": LayerNorm, "rmsnorm_fn": rmsnorm_fn, "layernorm_fn": layernorm_fn,
+        "rms_norm_ref": rms_norm_ref,
+    },
+    "mamba_ssm.utils": {},
+    "mamba_ssm.utils.generation": {"InferenceParams": InferenceParams},
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.mamba_simple": {"Mamba": nn.Mamba},
     "mamba_ssm.modules.mamba2": {"Mamba2": nn.Mamba2},

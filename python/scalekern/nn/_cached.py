@@ -6,20 +6,25 @@ import torch
 class CachedStates:
     """For a module with `layer_idx`, `step`, `allocate_inference_cache`, a NAME for errors, and
 
-    _from_states(hidden_states, mask, states): (out, states after it) of a whole sequence, or of its next tokens.
+    _from_states(hidden_states, mask, states): (out, states after it) of a whole sequence, or of its next tokens. With
+    `cu_seqlens` besides, where a layer passes that on: of whole sequences end to end.
     """
 
-    def _forward_cached(self, hidden_states, inference_params, mask):
-        conv_state, ssm_state = self._states_from_cache(inference_params, hidden_states.shape[0])
+    def _forward_cached(self, hidden_states, inference_params, mask, cu_seqlens=None):
+        packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        rows = cu_seqlens.shape[0] - 1 if packed else hidden_states.shape[0]
+        conv_state, ssm_state = self._states_from_cache(inference_params, rows)
         if inference_params.seqlen_offset == 0:
             before = None
+        elif packed:
+            raise ValueError(f"{self.NAME}: cu_seqlens holds whole sequences, but seqlen_offset is past their start")
         elif hidden_states.shape[1] == 1:
             return self.step(hidden_states, conv_state, ssm_state)[0]
         elif mask is not None:
             raise ValueError(f"{self.NAME}: mask pads the beginning of a sequence, but seqlen_offset is past it")
         else:
             before = (conv_state, ssm_state)
-        out, after = self._from_states(hidden_states, mask, before)
+        out, after = self._from_states(hidden_states, mask, before, **packed)
         with torch.no_grad():
             conv_state.copy_(after[0])
             ssm_state.copy_(after[1])

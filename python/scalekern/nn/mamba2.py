@@ -42,13 +42,16 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(y, z, self.weight, self.eps, self.group_size, self.norm_before_gate)
 
 
-def gated_rms_norm(y, z, weight, eps, group_size, norm_before_gate):
+def gated_rms_norm(y, z, weight, eps, group_size, norm_before_gate, bias=None, centered=False):
+    """bias: added behind the weight, before a gate that follows.   centered: a layer norm over each group."""
     wide = torch.promote_types(y.dtype, torch.float32)
     x, gate = y.to(wide), None if z is None else F.silu(z.to(wide))
     if gate is not None and not norm_before_gate:
         x = x * gate
     groups = x.unflatten(-1, (-1, group_size))
+    groups = groups - groups.mean(-1, keepdim=True) if centered else groups
     x = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(wide)
+    x = x if bias is None else x + bias.to(wide)
     if gate is not None and norm_before_gate:
         x = x * gate
     return x.to(y.dtype)
@@ -126,10 +129,11 @@ class Mamba2(CachedStates, nn.Module):
         Args:
             u: (B, L, M), or (B * L, M) with `seqlen` L.
             seq_idx: (B, L) int32: where it changes along a row, a new sequence begins.
-            cu_seqlens: (S + 1,) int32 or int64: the batch of 1 holds S sequences end to end.
+            cu_seqlens: (S + 1,) int32 or int64: the batch of 1 holds S sequences end to end. A seq_idx beside it says
+                the same once more, as upstream wants it, and is not read.
             inference_params: as upstream, an object with `key_value_memory_dict`, `seqlen_offset` and
                 `batch_size_offset`; this layer's states live there and are updated in place. At offset 0 they are
-                started afresh; later, any number of tokens continues them.
+                started afresh, with cu_seqlens a row for each sequence; later, any number of tokens continues them.
             mask: (B, L), zero or False where a row is padded on the left.
             initial_states: (conv_state, ssm_state) before the first token, as `allocate_inference_cache` lays them
                 out, one row a batch row or packed sequence. Not changed; gradients flow into them.
@@ -144,10 +148,13 @@ class Mamba2(CachedStates, nn.Module):
         if mask is not None and (cu_seqlens is not None or seq_idx is not None or initial_states is not None):
             raise ValueError(f"{NAME}: mask goes with none of cu_seqlens, seq_idx and initial_states")
         x = u if seqlen is None else u.unflatten(0, (-1, seqlen))
+        seq_idx = seq_idx if cu_seqlens is None else None
         if inference_params is not None:
-            if any(v is not None for v in (cu_seqlens, seq_idx, initial_states)) or return_final_states:
-                raise ValueError(f"{NAME}: inference_params holds the states: no packed sequences or states besides")
-            out, states = self._forward_cached(x, inference_params, mask), None
+            if any(v is not None for v in (seq_idx, initial_states)) or return_final_states:
+                raise ValueError(
+                    f"{NAME}: inference_params holds the states: no others besides, and packed sequences by cu_seqlens"
+                )
+            out, states = self._forward_cached(x, inference_params, mask, cu_seqlens), None
         else:
             out, states = self._forward_states(x, mask, seq_idx, cu_seqlens, initial_states, return_final_states)
         out = out if seqlen is None else out.flatten(0, 1)
@@ -189,8 +196,8 @@ class Mamba2(CachedStates, nn.Module):
     def _A(self):
         return negative_exp(self.A_log)
 
-    def _from_states(self, hidden_states, mask, states):
-        return self._forward_states(hidden_states, mask, None, None, states, True)
+    def _from_states(self, hidden_states, mask, states, cu_seqlens=None):
+        return self._forward_states(hidden_states, mask, None, cu_seqlens, states, True)
 
     def step(self, hidden_states, conv_state, ssm_state):
         """One token: hidden_states (B, 1, M); both states change in place. Returns (out, conv_state, ssm_state)."""

@@ -147,11 +147,11 @@ class _QuantizedBlock:
     def _state_scale(self, state):
         return self.state_steps.view(state.shape[1:-1])[..., None]
 
-    def _from_states(self, hidden_states, mask, states):
+    def _from_states(self, hidden_states, mask, states, **packed):
         """The cache's 8-bit state as numbers for the scan, and back."""
         if states is not None and states[1].dtype == torch.int8:
             states = states[0], states[1] * self._state_scale(states[1])
-        out, (conv_state, ssm_state) = super()._from_states(hidden_states, mask, states)
+        out, (conv_state, ssm_state) = super()._from_states(hidden_states, mask, states, **packed)
         if self.state_dtype is not None:
             ssm_state = round_to_int8(ssm_state, self._state_scale(ssm_state)).clamp(min=-127)
         return out, (conv_state, ssm_state)
