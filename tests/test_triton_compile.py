@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from scalekern import triton_kernels  # noqa: E402
-from scalekern.triton_kernels import selective_scan_bwd, tuning  # noqa: E402
+from scalekern.triton_kernels import fft_conv, fft_device, fft_long_device, selective_scan_bwd, tuning  # noqa: E402
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = [
@@ -72,6 +73,7 @@ def cases() -> list[tuple[str, str, int]]:
 def resources(name: str, dtype: str, arch: int) -> dict[str, int]:
     """Compile, and read what ptxas allotted from the cubin."""
     compiled = COMPILE_SPECS[name](getattr(torch, dtype)).compile(GPUTarget("cuda", arch, 32))
+    assert "trap;" not in compiled.asm["ptx"], f"{name} needs more than sm_{arch} has: the compiler made it a trap"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -116,6 +118,21 @@ def test_products_run_on_the_matrix_units(name, arch, instruction):
 @pytest.mark.parametrize("name", ("ssd_scan_bwd", "ssd_scan_matrices", "ssd_scan_states"))
 def test_products_of_the_backward_run_on_wgmma(name):
     assert "wgmma.mma_async" in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+@pytest.mark.parametrize("dtype, half", ((torch.bfloat16, 0), (torch.float32, 1)), ids=("bfloat16", "float32"))
+def test_the_longest_fused_transform_of_tensor_memory(dtype, half, monkeypatch):
+    """On sm_100 it compiles to products, twice its length to a trap: which is what the limit is for."""
+    device, points = torch.device("cuda", 0), fft_device.TENSOR_MEMORY_LIMIT[half]
+    made = lambda length: fft_conv._specs(dtype, str(length))["fwd"].compile(GPUTarget("cuda", 100, 32)).asm["ptx"]  # noqa: E731
+    assert "tcgen05.mma" in made(points) and "trap;" not in made(points) and "trap;" in made(2 * points)
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    operands = fft_device.operands_of(dtype, None)
+    assert fft_device.limit(operands, device) == points
+    rows = COMPILE_SPECS["fft_conv_long_rows"](dtype).compile(GPUTarget("cuda", 100, 32)).asm["ptx"]
+    assert fft_long_device.fits(operands, device) == ("trap;" not in rows)
 
 
 SHAPES = [

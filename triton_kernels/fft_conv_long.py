@@ -221,6 +221,8 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precisi
     points = geometry(u, k, mode)[1]
     if why is None and points > dev.MOST:
         why = f"the output has {points} samples, more than {dev.MOST} points can hold"
+    if why is None and not dev.fits(operands_of(u.dtype, precision), u.device):
+        why = f"{points} samples of split float32 operands need more tensor memory than this GPU has"
     return why
 
 

@@ -275,6 +275,8 @@ def add_real_part(acc, b_re, b_im, first_ptr, q, p, N1: tl.constexpr, BLOCK: tl.
 MAX_PIECES = 6
 # The longest transform by a block's shared memory (read out of the cubins), the first number for half precision.
 LIMITS = ((227 * 1024, (16384, 8192)), (163 * 1024, (8192, 4096)), (99 * 1024, (2048, 1024)), (0, (0, 0)))
+# On sm_100 accumulators lie in tensor memory; what needs more than it holds, Triton compiles to a trap.
+TENSOR_MEMORY_LIMIT = (4096, 1024)
 
 
 def operands_of(dtype: torch.dtype, precision: str | None) -> str:
@@ -287,6 +289,8 @@ def limit(operands: str, device: torch.device) -> int:
     shared = LIMITS[0][0]
     if device.type == "cuda":
         shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if torch.cuda.get_device_capability(device)[0] == 10:
+            return TENSOR_MEMORY_LIMIT[operands == "fp16x3"]
     return next(points for least, points in LIMITS if shared >= least)[operands == "fp16x3"]
 
 

@@ -218,6 +218,11 @@ def takes_wide(operands: str, device: torch.device) -> bool:
     return one and operands != "fp16x3"
 
 
+def fits(operands: str, device: torch.device) -> bool:
+    """Whether a row's kernels compile to products: on sm_100 those of split operands become a trap at ROWS too."""
+    return operands != "fp16x3" or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 10
+
+
 @functools.cache
 def sizes(points: int, wide: bool) -> dict[str, int]:
     """N0, N1, N2, BLOCK0 and C of the cheapest transform of at least `points` points: N is a multiple of ROW.
