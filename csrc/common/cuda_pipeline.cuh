@@ -7,11 +7,12 @@
 
 namespace scalekern::device {
 
-// 16 bytes to shared memory, zeros unless `on` (global must be a valid address all the same). Both aligned. Past the L1.
+// 16 bytes to shared memory, past the L1; zeros unless `on` (`global` is a valid address all the same). Both aligned.
 SK_DEVICE void copy_in_group(void* shared, const void* global, bool on = true) {
 #if defined(__CUDA_ARCH__)
   const unsigned address = unsigned(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(on ? 16 : 0) : "memory");
+  const int bytes = on ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 #elif !defined(__CUDACC__)
   emulator::block().copy_in_group(shared, on ? global : nullptr);
 #endif

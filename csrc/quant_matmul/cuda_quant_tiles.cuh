@@ -31,8 +31,8 @@
 //
 // A stage is the codes of a unit (in the order of the fragments: a lane copies and reads its own, 16 bytes at a time),
 // its tokens (rows of 128 bytes, pieces of 16 exchanged by an XOR with the row, so that eight rows of a fragment lie in
-// different banks) and a row of scales for each group (two bytes or four a row). 3 or 4 of them, up to 97 KB a block, are
-// what a block of sm_86 and sm_89 may have. In registers: 32 x M / 256 sums, as many of the group, codes of one unit.
+// different banks) and a row of scales for each group (two bytes or four a row). 3 or 4 of them take up to 96 KB, of 99
+// that a block of sm_86 and sm_89 may have. In registers of a lane: M sums, M of the group, the codes of one unit.
 //
 // Untested without a GPU: alignment faults, bank conflicts, speed. What the emulator shows of the pipeline: copies that
 // land as late and as early as they may, warps that fall behind.
@@ -78,7 +78,7 @@ template <class T, int kBits, int kTokenTiles, bool kFine>
 struct StreamK {
   using Args = tiles::Args;
   using Codes = gemv::Codes<T, kBits, 1 << (kBits - 1)>;
-  static constexpr int kThreads = tiles::kThreads, kBlocks = kTokenTiles <= 2 ? 2 : 1;
+  static constexpr int kThreads = tiles::kThreads, kBlocks = kTokenTiles <= 4 ? 2 : 1;
   static constexpr int kStages = kBits == 8 ? 3 : 4, kParts = kFine ? kStep / 16 : 1;
   static constexpr int kPieces = kBits / 2;  // of 16 bytes: the codes of a lane in a unit, of two tiles of 16 rows
   static constexpr int kCodeBytes = kRows * kStep * kBits / 8, kTokenBytes = 8 * kTokenTiles * kStep * 2;
@@ -87,35 +87,65 @@ struct StreamK {
   static constexpr int stage_bytes(int scale_bytes, bool shifts) {
     return kCodeBytes + kTokenBytes + kParts * kRows * (scale_bytes + (shifts ? 4 : 0));
   }
+  static_assert(kStages * stage_bytes(4, true) <= 99 * 1024);
 
   const Args& a;
   int lane = thread_index() % 32, warp = thread_index() / 32;
 
-  SK_DEVICE void copy(unsigned char* stage, int tile, int step) const {
-    const int mine = (warp * kPieces * 32 + lane) * 16;
-    const uint8_t* from = a.codes + (int64_t(tile) * a.steps + step) * kCodeBytes + mine;
+  // The unit to be copied next, and where this thread's pieces of it are: of addresses made anew for each unit, the
+  // instructions were a quarter of the loop's for 16 tokens.
+  struct Next {
+    static constexpr int kTurns = (64 * kTokenTiles + kThreads - 1) / kThreads;
+    const uint8_t *codes, *scales, *shifts;
+    const uint16_t* x[kTurns];
+    int step, stage;
+  };
+
+  SK_DEVICE Next first(int64_t unit, int tile, int step) const {
+    const int64_t row = int64_t(tile) * a.groups * kRows;
+    Next next{a.codes + unit * kCodeBytes + own_codes(), a.scales + row * a.scale_bytes, a.shifts, {}, step, 0};
+    if (a.shifts) next.shifts += row * 4;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) copy_in_group(stage + mine + i * 512, from + i * 512);
+    for (int i = 0; i < Next::kTurns; ++i) {
+      const int token = (thread_index() + i * kThreads) / 8;
+      next.x[i] = a.x + (token < a.tokens ? token * a.x_row : 0) + thread_index() % 8 * 8;
+    }
+    return next;
+  }
+
+  SK_DEVICE void copy(Next& next) const {
+    unsigned char* stage = shared_memory() + next.stage * a.stage_bytes;
 #pragma unroll
-    for (int i = 0; i < (64 * kTokenTiles + kThreads - 1) / kThreads; ++i) {
-      const int piece = thread_index() + i * kThreads, row = piece / 8, k = step * kStep + piece % 8 * 8;
-      if (64 * kTokenTiles % kThreads && piece >= 64 * kTokenTiles) break;
-      const bool on = row < a.tokens && k < a.columns;
-      copy_in_group(stage + kCodeBytes + place(row, piece % 8), a.x + (on ? row * a.x_row + k : 0), on);
+    for (int i = 0; i < kPieces; ++i) copy_in_group(stage + own_codes() + i * 512, next.codes + i * 512);
+    const int k = next.step * kStep + thread_index() % 8 * 8;
+#pragma unroll
+    for (int i = 0; i < Next::kTurns; ++i) {
+      const int token = (thread_index() + i * kThreads) / 8;
+      if (8 * kTokenTiles % (kThreads / 8) && token >= 8 * kTokenTiles) break;
+      const bool on = token < a.tokens && k < a.columns;
+      const uint16_t* from = on ? next.x[i] + next.step * kStep : a.x;
+      copy_in_group(stage + kCodeBytes + place(token, thread_index() % 8), from, on);
     }
     unsigned char* scales = stage + kCodeBytes + kTokenBytes;
     unsigned char* shifts = scales + kParts * kRows * a.scale_bytes;
+    const int at = thread_index() * 16, bytes = kRows * a.scale_bytes;
+    const int other = at - 2 * kThreads * 4;  // of shifts, which the upper half of the threads copies
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int k = step * kStep + part * 16;
-      const int64_t first = (int64_t(tile) * a.groups + a.by_group.quotient(k < a.columns ? k : a.columns - 1)) * kRows;
-      const int at = thread_index() * 16, bytes = kRows * a.scale_bytes;
-      if (at < bytes) copy_in_group(scales + part * bytes + at, a.scales + first * a.scale_bytes + at);
-      const int other = at - 2 * kThreads * 4;  // the upper half of the threads
+      const int column = next.step * kStep + part * 16;
+      const int group = a.by_group.quotient(column < a.columns ? column : a.columns - 1);
+      if (at < bytes) copy_in_group(scales + part * bytes + at, next.scales + int64_t(group) * bytes + at);
       if (a.shifts && other >= 0 && other < kRows * 4)
-        copy_in_group(shifts + part * kRows * 4 + other, a.shifts + first * 4 + other);
+        copy_in_group(shifts + part * kRows * 4 + other, next.shifts + int64_t(group) * (kRows * 4) + other);
     }
+    next.codes += kCodeBytes;
+    if (++next.stage == kStages) next.stage = 0;
+    if (++next.step < a.steps) return;
+    next.step = 0, next.scales += int64_t(a.groups) * bytes;
+    if (a.shifts) next.shifts += int64_t(a.groups) * (kRows * 4);
   }
+
+  SK_DEVICE int own_codes() const { return (warp * kPieces * 32 + lane) * 16; }
 
   // Where piece `piece` (8 columns) of a token lies among the tokens.
   static SK_DEVICE int place(int token, int piece) { return token * (kStep * 2) + (piece ^ token % 8) * 16; }
@@ -177,7 +207,10 @@ struct StreamK {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[r][n][i] = fused(factor[r][i / 2], part[r][n][i], acc[r][n][i]), part[r][n][i] = 0;
+        for (int i = 0; i < 4; ++i) {
+          acc[r][n][i] = fused(factor[r][i / 2], part[r][n][i], acc[r][n][i]);
+          part[r][n][i] = 0;
+        }
     if (!a.shifts) return;
     read([&](int i) { return reinterpret_cast<const float*>(scales + kParts * kRows * a.scale_bytes)[i]; });
     const uint32_t ones[4] = {gemv::twice<T>(1), gemv::twice<T>(1), gemv::twice<T>(1), gemv::twice<T>(1)};
@@ -204,12 +237,11 @@ struct StreamK {
     const int64_t begin = a.first_unit(program);
     const int count = int(a.first_unit(program + 1) - begin);
     int tile = int(begin / a.steps), step = int(begin - int64_t(tile) * a.steps);
-    int next_tile = tile, next_step = step, next_stage = 0, stage = 0;  // next: to be copied
+    int stage = 0;
+    Next next = first(begin, tile, step);
     const auto copy_next = [&](int unit) {
-      if (unit < count) copy(shared_memory() + next_stage * a.stage_bytes, next_tile, next_step);
+      if (unit < count) copy(next);
       copy_group();
-      if (++next_step == a.steps) next_step = 0, ++next_tile;
-      if (++next_stage == kStages) next_stage = 0;
     };
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy_next(i);

@@ -9,28 +9,25 @@ from scalekern._dispatch import native
 from scalekern.ops import _quant_tiles_layout
 from scalekern.quant import FORMATS
 
-# From as many as a pass of the other kernel takes at once: where that one's lead ends, records have to say.
+# 8 are one pass of the other kernel, at the price of one: which of the two takes them is for records to say.
 FEWEST_TOKENS, MOST_TOKENS = 8, 64
 TAKEN = ("int4", "int8")
 _tiles = native("quant_matmul_tiles", "cuda")
 
 
-def supports_fwd(
-    x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
-) -> str | None:
+def refused(x, data, scales, zeros, offsets, format: str, group_size: int) -> str | None:
+    """Why this kernel does not take a product of x as it is with a weight, else None."""
     K, tokens = x.shape[-1], x.numel() // x.shape[-1]
     if x.dtype not in (torch.float16, torch.bfloat16):
-        return "tensor cores take tokens of float16 and bfloat16 only"
-    if activation or offs is not None:
-        return "rounded activations and experts are left to the other kernels"
+        return "tensor cores take float16 and bfloat16"
     if not FEWEST_TOKENS <= tokens <= MOST_TOKENS:
-        return f"its layout is for {FEWEST_TOKENS} to {MOST_TOKENS} tokens, not {tokens}"
+        return f"the tensor cores' layout is for {FEWEST_TOKENS} to {MOST_TOKENS} tokens, not {tokens}"
     if format not in TAKEN:
-        return f"its layout is of {' and '.join(TAKEN)}, not {format}"
+        return f"the tensor cores' layout is of {' and '.join(TAKEN)}, not {format}"
     if K % 8 or scales.shape[1] > 1 and group_size % 16:
-        return f"columns must be a multiple of 8 and groups of 16, not {K} and {group_size}"
+        return f"the tensor cores' layout is of columns by 8 and groups by 16, not {K} and {group_size}"
     if any(t is not None and t.is_inference() for t in (data, scales, zeros, offsets)):
-        return "a weight made in inference mode does not tell when it changes, and its layout is kept"
+        return "a weight made in inference mode does not tell when it changes, and the tensor cores' layout is kept"
     return None
 
 
@@ -44,7 +41,7 @@ def arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_s
     return out, x, codes, scales, shifts, outer, bias, bits, group_size
 
 
-def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
+def forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_size):
     """Fill out (..., N)."""
     _tiles(*arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_size))
 

@@ -7,7 +7,7 @@ import torch
 
 from scalekern import _checks, _dispatch, _library
 from scalekern._dispatch import Backend, composed, filling, triton
-from scalekern.ops import _quant_matmul, _quant_matmul_cpu, _quant_matmul_cuda, _quant_matmul_tiles
+from scalekern.ops import _quant_matmul, _quant_matmul_cpu, _quant_matmul_cuda
 from scalekern.quant import QuantizedTensor
 from scalekern.reference.quant_matmul import ACTIVATION_MAX
 from scalekern.reference.quant_matmul import quant_matmul_bwd as reference_bwd
@@ -133,7 +133,6 @@ quant_matmul_fwd = _library.define(
     f"quant_matmul_fwd(Tensor x, {_PARTS}, {_OPTIONS}, ScalarType? out_dtype) -> Tensor",
     backends=(
         Backend("triton", filling(_allocate_fwd, triton(NAME, "quant_matmul_fwd"))),
-        Backend("cuda", filling(_allocate_fwd, _quant_matmul_tiles.forward), _quant_matmul_tiles.supports_fwd),
         Backend("cuda", filling(_allocate_fwd, _quant_matmul_cuda.forward), _quant_matmul_cuda.supports_fwd),
         _on_cpu,
         *composed(filling(_allocate_fwd, _quant_matmul.forward), reference_fwd),
