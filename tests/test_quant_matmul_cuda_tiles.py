@@ -58,12 +58,11 @@ def check(x, w, kernel=None, bias=None, **options):
 def test_tokens_and_tails(format, bits, dtype):
     """N a row more than a tile, or less; K no multiple of a step, nor of a group; programs that end within tiles."""
     check(*inputs(1, 1, 8, format, 128, dtype), (bits, 1, False))
-    check(*inputs(5, 257, 392, format, 128, dtype), (bits, 1, False))
+    check(*inputs(5, 257, 200, format, 128, dtype), (bits, 1, False))
     check(*inputs(8, 17, 1000, format, 64, dtype), (bits, 1, False), order="falling")
-    check(*inputs(17, 100, 328, format, 48, dtype), (bits, 4, True), order="shuffled")
-    check(*inputs(16, 300, 200, format, None, dtype), (bits, 2, False))
-    check(*inputs(64, 100, 392, format, 128, dtype, symmetric=False), (bits, 8, False), order="shuffled")
-    check(*inputs(33, 17, 160, format, 32, dtype, symmetric=False), (bits, 8, True))
+    check(*inputs(17, 100, 264, format, 48, dtype), (bits, 4, True), order="shuffled")
+    check(*inputs(64, 100, 200, format, 128, dtype, symmetric=False), (bits, 8, False), order="falling")
+    check(*inputs(33, 17, 72, format, 32, dtype, symmetric=False), (bits, 8, True))
 
 
 @pytest.mark.parametrize("group", (16, 32, 48, 64, 80, 128, 192, 400, None))
@@ -84,8 +83,9 @@ def test_zeros_offsets_outer_and_bias(group):
     check(x, w, bias=torch.randn(19), out_dtype=F32)
     check(x, w.replace(zeros=w.zeros.round().clamp(0, 15).to(torch.uint8), offsets=w.offsets[:1], outer=w.outer[:1]))
     check(x, w.replace(scales=w.scales[:, :1], zeros=None, offsets=w.offsets[:, :1], group_size=264), out_dtype=BF16)
-    check(x, w.replace(zeros=None, offsets=None, scales=w.scales.to(F16)[:1]), out_dtype=F32, bias=torch.randn(19).half())
-    check(x, w.replace(zeros=None, offsets=None, scales=torch.full_like(w.scales, 3, dtype=torch.int8)), out_dtype=F32)
+    w = w.replace(zeros=None, offsets=None)
+    check(x, w.replace(scales=w.scales.to(F16)[:1]), out_dtype=F32, bias=torch.randn(19).half())
+    check(x, w.replace(scales=torch.full_like(w.scales, 3, dtype=torch.int8)), out_dtype=F32)
 
 
 def integers(M, N, K, format, group, dtype=F16):
@@ -99,20 +99,19 @@ def integers(M, N, K, format, group, dtype=F16):
 @DTYPES
 @pytest.mark.parametrize("format", ("int4", "int8"))
 def test_every_code_and_every_unit_counts_once(format, dtype):
-    """5 tiles of rows of 7 steps among few and many programs: with whole numbers, all the same bits."""
-    x, w = integers(8, 1100, 424, format, 64, dtype)
+    """3 tiles of rows of 7 steps among few and many programs: with whole numbers, all the same bits."""
+    x, w = integers(8, 600, 424, format, 64, dtype)
     exact = reference.quant_matmul(x.double(), w)
-    for processors in (1, 2, 3, 4, 132):  # 2 programs each, of 4 units at least
+    for processors in (1, 2, 132):  # 2 programs each, of 4 units at least: 2, 4 and 5
         assert torch.equal(run(x, w, out_dtype=F32, processors=processors)[0].double(), exact), processors
 
 
 @pytest.mark.parametrize("M, format, group, symmetric", [(9, "int4", 128, True), (17, "int8", 32, False)])
 def test_repetition_and_the_order_of_threads_change_no_bit(M, format, group, symmetric):
-    x, w = inputs(M, 270, 840, format, group, symmetric=symmetric)
+    x, w = inputs(M, 270, 456, format, group, symmetric=symmetric)
     outs = [check(x, w, out_dtype=F32, order=order) for order in (*emulated.ORDERS, "shuffled")]
     assert all(torch.equal(outs[0], other) for other in outs[1:])
-    for processors in (1, 5):
-        check(x, w, out_dtype=F32, processors=processors)
+    check(x, w, out_dtype=F32, processors=1)
 
 
 def test_nan_and_infinity_travel_as_in_the_oracle():
@@ -125,7 +124,7 @@ def test_nan_and_infinity_travel_as_in_the_oracle():
 
 
 def test_views_and_strides():
-    """Tokens in any strides and at any address; rows and columns of a larger weight; outputs in rows of another width."""
+    """Tokens in any strides and at any address; rows and columns of a larger weight."""
     x, w = inputs(12, 300, 512, "int4", 32)
     check(x[:, :128], w[3:280, 128:256])
     check(x.mT.contiguous().mT[:, :136], w[:, :136])
@@ -253,8 +252,8 @@ def test_which_calls_it_takes(monkeypatch):
         return cuda.supports_fwd(x, *parts, w.format, w.group_size, activation, None, None)
 
     monkeypatch.setattr(cuda._dispatch, "unavailable", lambda name, device: None)
-    assert reason(9) is None and reason(64, "int8", None, BF16) is None and reason(16, group=48, symmetric=False) is None
-    assert reason(16, K=392) is None
+    assert reason(9) is None and reason(64, "int8", None, BF16) is None
+    assert reason(16, K=392, group=48, symmetric=False) is None
     assert "8 to 64 tokens, not 65" in reason(65)
     assert "int4 and int8, not nf4" in reason(9, "nf4", 64)
     assert "columns by 8 and groups by 16, not 260 and 128" in reason(9, K=260)

@@ -9,7 +9,6 @@ it anew at the next call; what goes behind the counter's back (`w.data.data.copy
 has a layout of its own, kept with the weight that it is a view of, the KEPT last of them.
 """
 
-import functools
 import weakref
 
 import torch
@@ -75,28 +74,23 @@ def _place(t):
     return t.data_ptr(), t.device, t.shape, t.stride(), t.dtype
 
 
-@functools.cache
-def _order(bits: int) -> tuple[int, ...]:
-    """The axes of `codes_of`, in the order of the stored bits."""
-    # Register r of a fragment of 16 x 16 holds rows g (+ 8 for odd r) and columns 2 t, 2 t + 1 (+ 8 for r of 2 and 3) in
-    # lane 4 g + t. A lane's 16 registers of four fragments are 16 pairs of codes; 16 / bits of them share a word, the
-    # first codes of them in its lower half, the second ones in its upper half.
-    tile, warp, two, half, g, step, block, eight, t, e = range(10)
-    return tile, step, warp, g, t, two, block, eight, half, e
-
-
 def codes_of(data, bits: int, K: int):
-    """(T, S, 256 * 64 * bits / 8) uint8 from (N, bytes), filled up with codes of 0: for each warp of 32 rows, pieces
-    of 16 bytes of its 32 lanes side by side."""
+    """(T, S, 256 * 64 * bits / 8) uint8 from (N, bytes), filled up with codes of 0: of each warp, which has 32 rows,
+    pieces of 16 bytes, those of its 32 lanes side by side."""
+    # Register r of a fragment of 16 x 16 holds rows g (+ 8 for odd r) and columns 2 t, 2 t + 1 (+ 8 for r of 2 and 3)
+    # in lane 4 g + t. A lane's 16 registers of four fragments are 16 pairs of codes; 16 / bits of them share a word, the
+    # first codes of them in its lower half, the second ones in its upper half.
     T, S = -(-data.shape[0] // ROWS), -(-K // STEP)
+    tile, warp, two, eight_rows, g, step, fragment, eight_columns, t, code = range(10)
+    order = tile, step, warp, g, t, two, fragment, eight_columns, eight_rows, code
     codes = data.new_empty(T, S, ROWS * STEP * bits // 8)
-    step = max(1, PIECE // (ROWS * STEP * S))
-    for first in range(0, T, step):
-        part = unpack(data[first * ROWS : (first + step) * ROWS], bits, K)
-        size = min(step, T - first)
+    most = max(1, PIECE // (ROWS * STEP * S))
+    for first in range(0, T, most):
+        part = unpack(data[first * ROWS : (first + most) * ROWS], bits, K)
+        size = min(most, T - first)
         missing = 0, S * STEP - K, 0, size * ROWS - part.shape[0]
         part = torch.nn.functional.pad(part, missing, value=1 << (bits - 1))
-        part = part.view(size, 8, 2, 2, 8, S, 4, 2, 4, 2).permute(_order(bits))
+        part = part.view(size, 8, 2, 2, 8, S, 4, 2, 4, 2).permute(order)
         words = part.reshape(size, S, 8, 32, 2, bits, 16 // bits, 2).transpose(-1, -2).reshape(size, S, 8, 32, -1)
         pieces = pack(words, bits).view(size, S, 8, 32, -1, 16).transpose(3, 4)
         codes[first : first + size] = pieces.reshape(size, S, -1)
