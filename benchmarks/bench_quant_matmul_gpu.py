@@ -127,6 +127,7 @@ CASES = [
     _case(44, 1, "w3g128", "int3", 128),
     _case(44, 1, "w8", "int8", None),
     _case(44, 16, "w8", "int8", None),
+    _case(44, 16, "w4g128_zeros", "int4", 128, symmetric=False),
     _case(44, 1, "nf4g64", "nf4", 64),
     _case(44, 1, "nvfp4", "nvfp4", None),
     _case(44, 64, "nvfp4", "nvfp4", None),

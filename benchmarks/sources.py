@@ -22,7 +22,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # What a kernel or an oracle is made of; the dispatcher's rails, which change no result and no time, are left out.
 FOLLOWED = ("scalekern.reference", "scalekern.triton_kernels", "scalekern._packing", "scalekern.ops._")
-HOST_ONLY = CSRC / "common" / "emulator.h"  # runs CUDA kernels in tests: nothing of it reaches a GPU
+# Run CUDA kernels in tests: nothing of them reaches a GPU.
+HOST_ONLY = tuple(CSRC / "common" / name for name in ("emulator.h", "emulator_matrix.h"))
 # Calls kernels of several families as they are, and has no part in them.
 JOINING = (CSRC / "selective_scan" / "cpu_quantized_mamba_update.cpp",)
 # How a kernel is launched, and the candidates that `tune` tries: rails too.
@@ -87,7 +88,7 @@ def _with_includes(paths) -> set[pathlib.Path]:
     found, open_ = set(), list(paths)
     while open_:
         path = open_.pop()
-        if path in found or path == HOST_ONLY or not path.exists():
+        if path in found or path in HOST_ONLY or not path.exists():
             continue
         found.add(path)
         for name in _included(path, _mtime(path)):

@@ -3,6 +3,7 @@
 import torch
 
 from scalekern.ops import _quant_matmul_cuda as gemv
+from scalekern.ops import _quant_matmul_tiles as tiles
 from scalekern.ops import causal_conv1d as conv
 from scalekern.ops import selective_scan as scan
 from scalekern.ops import selective_state_update as update
@@ -68,18 +69,33 @@ def causal_conv1d_update(*args, processors=1, order="rising"):
 KINDS = (*DTYPES[:4], torch.float8_e4m3fn, None, torch.int8, torch.uint8)
 
 
+def _kinds(tensors, powers=()):
+    """As `_pack`, with Kinds for dtypes; powers: the places of bytes that stand for powers of two."""
+    kinds = [5 if i in powers else t is not None and KINDS.index(t.dtype) for i, t in enumerate(tensors)]
+    return [
+        None if t is None else (t.data_ptr(), kind, list(t.shape), list(t.stride())) for t, kind in zip(tensors, kinds)
+    ]
+
+
+def _product(arguments, x, w, bias, out_dtype):
+    out = torch.full((*x.shape[:-1], w.shape[0]), float("nan"), dtype=out_dtype or x.dtype)
+    group = w.group_size or x.shape[-1]
+    return out, arguments(out, x, w.data, w.scales, w.zeros, w.offsets, w.outer, bias, w.format, group)
+
+
 def quant_matmul_gemv(x, w, bias=None, out_dtype=None, order="rising"):
     """w: QuantizedTensor."""
     from scalekern import _C
 
-    out = torch.full((*x.shape[:-1], w.shape[0]), float("nan"), dtype=out_dtype or x.dtype)
-    args = gemv.arguments(
-        out, x, w.data, w.scales, w.zeros, w.offsets, w.outer, bias, w.format, w.group_size or x.shape[-1]
-    )
-    tensors, (*options, powers) = args[:9], args[9:]
-    kinds = [5 if powers and i == 3 else t is not None and KINDS.index(t.dtype) for i, t in enumerate(tensors)]
-    tensors = [
-        None if t is None else (t.data_ptr(), kind, list(t.shape), list(t.stride())) for t, kind in zip(tensors, kinds)
-    ]
-    _C.emulate_quant_matmul_gemv(tensors, *options, 132, ORDERS[order])
+    out, (*args, powers) = _product(gemv.arguments, x, w, bias, out_dtype)
+    _C.emulate_quant_matmul_gemv(_kinds(args[:9], [3] if powers else []), *args[9:], 132, ORDERS[order])
+    return out
+
+
+def quant_matmul_tiles(x, w, bias=None, out_dtype=None, order="rising", processors=2):
+    """w: QuantizedTensor."""
+    from scalekern import _C
+
+    out, args = _product(tiles.arguments, x, w, bias, out_dtype)
+    _C.emulate_quant_matmul_tiles(_kinds(args[:7]), *args[7:], processors, ORDERS[order])
     return out

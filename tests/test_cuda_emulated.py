@@ -427,7 +427,7 @@ def rotate(fault, order):
 
 
 @pytest.mark.parametrize("order", emulated.ORDERS)
-@pytest.mark.parametrize("sound", ["", "copy"])
+@pytest.mark.parametrize("sound", ["", "copy", "group"])
 def test_the_emulator_lets_a_sound_kernel_pass(sound, order):
     assert rotate(sound, order) == ROTATED
 
@@ -442,6 +442,14 @@ def test_the_emulator_lets_a_sound_kernel_pass(sound, order):
 )
 def test_the_emulator_poisons_shared_memory(fault, spoiled, order):
     assert {i for i, x in enumerate(rotate(fault, order)) if x != x} == spoiled
+
+
+def test_copies_in_groups_land_as_late_and_as_early_as_they_may():
+    """All of them late in rising order, at once in falling order, either in the shuffled one."""
+    late = {order: sum(x != x for x in rotate("group is not waited for", order)) for order in emulated.ORDERS}
+    assert late["rising"] == 128 and late["falling"] == 0 and 0 < late["shuffled"] < 128, late
+    early = {order: sum(x == 0 for x in rotate("group over what is read", order)) for order in emulated.ORDERS}
+    assert early["rising"] == 1 and early["falling"] > 90 and 1 < early["shuffled"] < 128, early  # one is a 0
 
 
 def test_the_emulator_shows_a_missing_barrier_in_every_order():

@@ -163,7 +163,7 @@ def test_cuda_library_registers_its_ops_without_a_gpu():
         schema = getattr(torch.ops.scalekern_native, f"{op}_cuda").default._schema
         public = getattr(torch.ops.scalekern, op).default._schema
         assert [a.name for a in schema.arguments][-len(public.arguments) :] == [a.name for a in public.arguments]
-    for op in (*CUDA_OPS, "quant_matmul_gemv"):  # a part of quant_matmul_fwd, with arguments of its own
+    for op in (*CUDA_OPS, "quant_matmul_gemv", "quant_matmul_tiles"):  # the last two: parts of quant_matmul_fwd
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"scalekern_native::{op}_cuda", "CUDA")
 
 

@@ -176,7 +176,7 @@ def test_which_calls_it_takes(monkeypatch):
 
     monkeypatch.setattr(cuda._dispatch, "unavailable", lambda name, device: None)
     assert reason(1, "int4", 128) is None and reason(8, "int2", 64) is None and reason(1, "int8", None) is None
-    assert "tokens" in reason(9, "int4", 128)
+    assert "up to 8 tokens, not 9" in reason(9, "int2", 128)
     assert "activations" in reason(1, "int4", 128, activation="int8")
     assert "float64" in reason(1, "int4", 128, torch.float64)
     for odd in (("int4", 20), ("int3", 64), ("fp8_e4m3", 128)):

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cuda_block.cuh"
+#include "common/cuda_pipeline.cuh"
 
 namespace py = pybind11;
 
@@ -35,11 +35,20 @@ struct Rotate {
       if (i < kThreads / 4) copy_async(tile + 4 * i, a.in + 4 * i + offset);
       copy_commit();
       if (a.fault != "copy is not waited for") copy_wait();
+    } else if (a.fault.starts_with("group")) {
+      if (i < kThreads / 4) copy_in_group(tile + 4 * i, a.in + 4 * i);
+      copy_group();
+      if (a.fault == "group is not waited for") copy_wait_but<1>();
+      else copy_wait_but<0>();
     } else if (a.fault != "element is not written" || i != 5) {
       tile[i + (a.fault == "write past the end" && i == kThreads - 1)] = a.in[i];
     }
     if (a.fault == "barrier skipped by a thread" && i == 5) return;
     if (a.fault != "no barrier") sync_threads();
+    if (a.fault == "group over what is read" && i >= kThreads * 3 / 4) {  // zeros
+      copy_in_group(tile + 4 * i - 3 * kThreads, a.in, false);
+      copy_group();
+    }
     a.out[i] = tile[(i + 1) % kThreads];
   }
 };

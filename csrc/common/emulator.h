@@ -1,9 +1,10 @@
 // Runs the CUDA kernels of this library on the host, for tests on machines without a GPU: the source of a kernel is
 // compiled by the host compiler, and the threads of a block are fibers that take turns at barriers and shuffles.
 //
-// What it would notice: a missing barrier (fibers run in three different orders, and asynchronous copies land only
-// when they are waited for), a barrier or shuffle that not every thread reaches (error), uninitialized shared memory
-// (filled with NaN before each block), writes past its end (canary). What it cannot: alignment faults of vector
+// What it would notice: a missing barrier (fibers run in three different orders, in one of them with warps that fall
+// behind; asynchronous copies land only when they are waited for, those of a pipeline in another order at once), a
+// barrier or shuffle that not every thread reaches (error), uninitialized shared memory (filled with NaN before each
+// block), writes past its end (canary). What it cannot: alignment faults of vector
 // accesses, bank conflicts, speed, the rounding of the special-function unit.
 //
 // Fibers switch by _setjmp and _longjmp: swapcontext, which only starts them here, saves the signal mask by two system
@@ -47,11 +48,30 @@ class Block {
   void copy_async(void* to, const void* from) {
     const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
     if (bits & 15) fail("misaligned asynchronous copy");
-    fibers_[thread]->pending.push_back({to, from});
+    fibers_[thread]->pending.push_back({to, from, 0});
   }
   void copy_wait() {
-    for (auto& [to, from] : fibers_[thread]->pending) std::memcpy(to, from, 16);
+    for (const Copy& copy : fibers_[thread]->pending) copy.land();
     fibers_[thread]->pending.clear();
+  }
+
+  // Copies of a pipeline, in groups; from null: zeros. A device may complete one at any time from its start to the wait
+  // for its group: late in rising order, at once in falling order, either in the shuffled one.
+  void copy_in_group(void* to, const void* from) {
+    const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+    if (bits & 15) return fail("misaligned asynchronous copy");
+    const Copy copy{to, from, fibers_[thread]->group};
+    if (order == Order::falling || (order == Order::shuffled && random_() % 2)) copy.land();
+    else fibers_[thread]->pending.push_back(copy);
+  }
+  void copy_group() { ++fibers_[thread]->group; }
+  // Waits for all groups but the last `newest`.
+  void copy_wait_but(int newest) {
+    Fiber& f = *fibers_[thread];
+    const auto late = [&](const Copy& copy) { return copy.group >= f.group - newest; };
+    const auto ready = std::stable_partition(f.pending.begin(), f.pending.end(), late);
+    for (auto copy = ready; copy != f.pending.end(); ++copy) copy->land();
+    f.pending.erase(ready, f.pending.end());
   }
   void fail(const char* what) { error_ = what; }
 
@@ -64,6 +84,16 @@ class Block {
 
  private:
   enum class State { ready, block, warp, done };
+  struct Copy {
+    void* to;
+    const void* from;
+    int group;
+
+    void land() const {
+      if (from) std::memcpy(to, from, 16);
+      else std::memset(to, 0, 16);
+    }
+  };
   struct Fiber {
     ucontext_t start;
     jmp_buf context;
@@ -72,7 +102,8 @@ class Block {
     State state = State::ready;
     int parity = 0;
     double slot[2] = {0, 0};
-    std::vector<std::pair<void*, const void*>> pending;
+    std::vector<Copy> pending;
+    int group = 0;  // that copies go to now
   };
   static constexpr size_t kStack = 256 * 1024;
   static constexpr unsigned char kCanary = 0xa5;
@@ -110,7 +141,7 @@ class Block {
     const auto self = reinterpret_cast<uintptr_t>(this);
     for (int i = 0; i < threads; ++i) {
       Fiber& f = *fibers_[i];
-      f.state = State::ready, f.parity = 0, f.started = false, f.pending.clear();
+      f.state = State::ready, f.parity = 0, f.started = false, f.pending.clear(), f.group = 0;
       getcontext(&f.start);
       f.start.uc_stack.ss_sp = f.stack.get();
       f.start.uc_stack.ss_size = kStack;
@@ -129,12 +160,19 @@ class Block {
     std::vector<int> sequence(threads);
     for (int i = 0; i < threads; ++i) sequence[i] = order == Order::falling ? threads - 1 - i : i;
     if (order == Order::shuffled) std::shuffle(sequence.begin(), sequence.end(), random_);
+    uint32_t behind = 0;  // warps that do not move this time
+    if (order == Order::shuffled && threads > 32) behind = random_() & random_();
+    bool waits = false;
     for (int i : sequence) {
       if (fibers_[i]->state != State::ready) continue;
+      if (behind >> i / 32 & 1) {
+        waits = true;
+        continue;
+      }
       thread = i;
       resume(*fibers_[i]);
     }
-    bool opened = false;
+    bool opened = waits;
     for (int w = 0; w < threads; w += 32) opened |= open(w, w + 32 < threads ? w + 32 : threads, State::warp);
     if (opened) return true;
     if (open(0, threads, State::block)) return true;

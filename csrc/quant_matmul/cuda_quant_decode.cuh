@@ -15,6 +15,9 @@
 #include <bit>
 
 #include "common/cuda_block.cuh"
+#if !defined(__CUDACC__)
+#include "common/emulator_matrix.h"
+#endif
 
 namespace scalekern::gemv {
 
@@ -177,21 +180,8 @@ SK_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 #elif !defined(__CUDACC__)
-  static thread_local uint32_t words[1024][6];  // of a block's lanes, for one another
-  const int lane = thread_index(), g = lane % 32 / 4, t = lane % 4;
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  std::memcpy(words[lane], mine, sizeof(mine));
-  sync_warp();
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 8; ++j) {
-      const auto& row = words[(lane & ~31) + 4 * g + j % 4];
-      const auto& column = words[(lane & ~31) + 4 * (2 * t + i % 2) + j % 4];
-      for (int shift = 0; shift < 32; shift += 16)
-        acc[i] = fused(widen(T{uint16_t(row[j / 4 * 2 + i / 2] >> shift)}),
-                       widen(T{uint16_t(column[4 + j / 4] >> shift)}), acc[i]);
-    }
-  }
-  sync_warp();
+  const uint32_t b[2] = {b0, b1};
+  emulator::multiply_accumulate(acc, a, b, [](uint16_t bits) { return widen(T{bits}); });
 #endif
 }
 

@@ -27,8 +27,6 @@
 // Groups smaller than a step: B has 8 columns, so each of a row's four lanes gets a column of its own for either of two
 // tokens, at no cost but that of more passes for more tokens. Zeros and offsets meet the sum of x, a product with ones.
 #pragma once
-#include <utility>
-
 #include "quant_matmul/cuda_quant_parts.cuh"
 
 namespace scalekern::gemv {
@@ -50,22 +48,6 @@ struct Args {
   Divisor by_group;
   int row_blocks;
 };
-
-// out[m, n] of a sum that is ready.
-SK_DEVICE void finish(const Args& a, int m, int n, float sum) {
-  if (a.outer.data) sum *= number_at(a.outer, n * a.outer.row);
-  if (a.bias.data) sum += number_at(a.bias, n * a.bias.column);
-  const int64_t at = m * a.out_m + n * a.out_n;
-  if (a.out_kind == kF32) static_cast<float*>(a.out)[at] = sum;
-  else if (a.out_kind == kF64) static_cast<double*>(a.out)[at] = sum;
-  else if (a.out_kind == kF16) static_cast<f16*>(a.out)[at] = narrow<f16>(sum);
-  else static_cast<bf16*>(a.out)[at] = narrow<bf16>(sum);
-}
-
-template <class F, int... i>
-SK_DEVICE void unrolled(F&& f, std::integer_sequence<int, i...>) {
-  (f(std::integral_constant<int, i>()), ...);
-}
 
 // By tensor cores. A warp has 32 rows; the 8 warps of a block take turns along K and add up in order in the end.
 //

@@ -1,5 +1,7 @@
-// What Tiles and Plain of cuda_quant_gemv.cuh read: parts of a weight in the dtypes they come in, and its words.
+// What the kernels of few tokens read (parts of a weight in the dtypes they come in, its words) and how they end.
 #pragma once
+#include <utility>
+
 #include "common/view.h"
 #include "quant_matmul/cuda_quant_decode.cuh"
 
@@ -107,6 +109,23 @@ SK_DEVICE void convert(float (&to)[kCount], const uint32_t (&raw)[kCount], int k
   else if (kind == kF32) each([](uint32_t r) { return as_float(r); });
   else if (kind == kE8m0) each([](uint32_t r) { return number(r, kE8m0); });
   else each([](uint32_t r) { return float(r); });
+}
+
+// out[m, n] of a sum that is ready.
+template <class Args>
+SK_DEVICE void finish(const Args& a, int m, int n, float sum) {
+  if (a.outer.data) sum *= number_at(a.outer, n * a.outer.row);
+  if (a.bias.data) sum += number_at(a.bias, n * a.bias.column);
+  const int64_t at = m * a.out_m + n * a.out_n;
+  if (a.out_kind == kF32) static_cast<float*>(a.out)[at] = sum;
+  else if (a.out_kind == kF64) static_cast<double*>(a.out)[at] = sum;
+  else if (a.out_kind == kF16) static_cast<f16*>(a.out)[at] = narrow<f16>(sum);
+  else static_cast<bf16*>(a.out)[at] = narrow<bf16>(sum);
+}
+
+template <class F, int... i>
+SK_DEVICE void unrolled(F&& f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>()), ...);
 }
 
 }  // namespace scalekern::gemv

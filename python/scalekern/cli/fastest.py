@@ -26,11 +26,12 @@ def table(rows: list[dict]) -> dict:
 
 
 def first_argument(record: dict) -> int:
-    """Elements of the op's first argument: the sequence, or the state of a step (W - 1 tokens of a convolution)."""
+    """Elements of the op's first argument: the sequence, M tokens of K numbers of a product, or the state of a step (W -
+    1 tokens of a convolution)."""
     shape = record["shape"]
     if record["direction"] == "step":
         return shape["B"] * shape["D"] * (shape["N"] if "N" in shape else shape["W"] - 1)
-    return math.prod(shape.get(k, 1) for k in "BDL")
+    return math.prod(shape.get(k, 1) for k in ("MK" if shape.keys().isdisjoint("BDL") else "BDL"))
 
 
 def write(rows: list[dict]) -> None:

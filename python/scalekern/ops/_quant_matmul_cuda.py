@@ -1,4 +1,7 @@
-"""quant_matmul of few tokens by the CUDA C++ kernel: its arguments, and which calls are its own.
+"""quant_matmul of few tokens by the CUDA C++ kernels: arguments, and which calls are whose.
+
+Up to GEMV_TOKENS tokens cuda_quant_gemv.cuh reads any weight as it lies; some formats of 8 to 64 go to the pipeline of
+_quant_matmul_tiles.py, with a layout of its own.
 
 Shape letters: M tokens, N outputs, K inputs.
 """
@@ -7,6 +10,7 @@ import torch
 
 from scalekern import _dispatch
 from scalekern._dispatch import native
+from scalekern.ops import _quant_matmul_tiles
 from scalekern.ops._quant_matmul_cpu import code_values
 
 GEMV_TOKENS = 8  # of a pass; beyond them the weight is decoded once more for each eight
@@ -24,8 +28,11 @@ def supports_fwd(
         return "float64 is left to torch"
     if activation or offs is not None:
         return "rounded activations and experts are left to the other kernels"
+    refused = _quant_matmul_tiles.refused(x, data, scales, zeros, offsets, format, group_size)
+    if refused is None:
+        return None
     if x.numel() > GEMV_TOKENS * x.shape[-1]:
-        return f"it takes up to {GEMV_TOKENS} tokens, not {x.numel() // x.shape[-1]}"
+        return f"it takes up to {GEMV_TOKENS} tokens, not {x.numel() // x.shape[-1]}, as they are; {refused}"
     if not _on_tiles(x, scales, format, group_size) and _dispatch.forced() != "cuda":
         if _dispatch.unavailable("triton", "cuda") is None:
             return "it would take these dtypes and groups a code at a time; Triton's kernel does not"
@@ -52,7 +59,9 @@ def arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_s
 
 def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
     """Fill out (..., N)."""
+    if _quant_matmul_tiles.refused(x, data, scales, zeros, offsets, format, group_size) is None:
+        return _quant_matmul_tiles.forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_size)
     _gemv(*arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_size))
 
 
-forward.native_op = _gemv.native_op
+forward.native_op = _quant_matmul_tiles.forward.native_op  # the newer of the two: a library that has it has both

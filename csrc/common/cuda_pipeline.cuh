@@ -1,0 +1,59 @@
+// What a pipeline from global to shared memory and into the tensor cores uses: copies in groups, rows of matrices.
+#pragma once
+#include "common/cuda_block.cuh"
+#if !defined(__CUDACC__)
+#include "common/emulator_matrix.h"
+#endif
+
+namespace scalekern::device {
+
+// 16 bytes to shared memory, past the L1; zeros unless `on` (`global` is a valid address all the same). Both aligned.
+SK_DEVICE void copy_in_group(void* shared, const void* global, bool on = true) {
+#if defined(__CUDA_ARCH__)
+  const unsigned address = unsigned(__cvta_generic_to_shared(shared));
+  const int bytes = on ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+#elif !defined(__CUDACC__)
+  emulator::block().copy_in_group(shared, on ? global : nullptr);
+#endif
+}
+
+// Ends a group of this thread's copies, be it empty.
+SK_DEVICE void copy_group() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulator::block().copy_group();
+#endif
+}
+
+// Until all groups but the newest kNewest have landed. Other threads see them behind a barrier.
+template <int kNewest>
+SK_DEVICE void copy_wait_but() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#elif !defined(__CUDACC__)
+  emulator::block().copy_wait_but(kNewest);
+#endif
+}
+
+// 2 or 4 matrices of 8 x 8 elements of 16 bits in shared memory: lane 8 i + r brings the address of row r of matrix i
+// (of 2 matrices, lanes from 16 on bring any), and gets of matrix i row lane / 4, elements 2 (lane % 4) and the next:
+// what lane / 4 as a column and lane % 4 need of the right operand of a product.
+template <int kCount>
+SK_DEVICE void load_matrices(uint32_t (&words)[kCount], const void* row) {
+  static_assert(kCount == 2 || kCount == 4);
+#if defined(__CUDA_ARCH__)
+  const unsigned address = unsigned(__cvta_generic_to_shared(row));
+  if constexpr (kCount == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+#elif !defined(__CUDACC__)
+  emulator::load_matrices(words, row);
+#endif
+}
+
+}  // namespace scalekern::device
