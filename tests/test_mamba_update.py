@@ -12,7 +12,9 @@ from scalekern.testing import assert_close
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels")
 # Rows of four at a time, vectors of 4 to 16 lanes, two to a chain: M, D, N, R on both sides of each.
-SIZES = [(1, 3, 2, 1, 1), (1, 32, 16, 5, 2), (1, 33, 47, 16, 3), (2, 70, 35, 4, 17), (3, 129, 66, 7, 48), (5, 97, 81, 16, 33)]
+SIZES = [
+    (1, 3, 2, 1, 1), (1, 32, 16, 5, 2), (1, 33, 47, 16, 3), (2, 70, 35, 4, 17), (3, 129, 66, 7, 48), (5, 97, 81, 16, 33)
+]  # fmt: skip
 # bfloat16: xz, the projections, the step size (an exponent of the decay) and y are rounded between the parts.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-2}
 
@@ -27,8 +29,8 @@ def step(B, M, D, N, R, dtype, wider=0):
 
     args = (
         torch.randn(B, M).to(dtype), torch.randn(B, D, 4).to(dtype), torch.randn(B, D, N).to(param),
-        weight(2 * D, M), torch.randn(D, 4, dtype=param), torch.randn(D, dtype=param), weight(R + 2 * N, D), weight(D, R),
-        weight(M, D), torch.randn(D, N, dtype=param) * 0.5, torch.randn(D, dtype=param), torch.randn(D, dtype=param),
+        weight(2 * D, M), torch.randn(D, 4, dtype=param), torch.randn(D, dtype=param), weight(R + 2 * N, D),
+        weight(D, R), weight(M, D), torch.randn(D, N, dtype=param) * 0.5, torch.randn(D, dtype=param), torch.randn(D, dtype=param),
     )  # fmt: skip
     options = dict(in_proj_bias=torch.randn(2 * D).to(dtype), norm_weight=torch.randn(M).to(dtype))
     return args, options

@@ -124,14 +124,15 @@ def test_products_of_the_backward_run_on_wgmma(name):
 def test_the_longest_fused_transform_of_tensor_memory(dtype, half, monkeypatch):
     """On sm_100 it compiles to products, twice its length to a trap: which is what the limit is for."""
     device, points = torch.device("cuda", 0), fft_device.TENSOR_MEMORY_LIMIT[half]
-    made = lambda length: fft_conv._specs(dtype, str(length))["fwd"].compile(GPUTarget("cuda", 100, 32)).asm["ptx"]  # noqa: E731
+    target = GPUTarget("cuda", 100, 32)
+    made = lambda length: fft_conv._specs(dtype, str(length))["fwd"].compile(target).asm["ptx"]  # noqa: E731
     assert "tcgen05.mma" in made(points) and "trap;" not in made(points) and "trap;" in made(2 * points)
     properties = types.SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     operands = fft_device.operands_of(dtype, None)
     assert fft_device.limit(operands, device) == points
-    rows = COMPILE_SPECS["fft_conv_long_rows"](dtype).compile(GPUTarget("cuda", 100, 32)).asm["ptx"]
+    rows = COMPILE_SPECS["fft_conv_long_rows"](dtype).compile(target).asm["ptx"]
     assert fft_long_device.fits(operands, device) == ("trap;" not in rows)
 
 

@@ -52,7 +52,8 @@ void for_experts(const OptionalTensor& offs, int64_t tokens, Run run) {
     if (ends[e] > first) run(e, first, ends[e] - first);
 }
 
-QuantMatmulArgs described(const QuantWeight& w, const OptionalTensor& bias, double activation_max, double activation_scale) {
+QuantMatmulArgs described(
+    const QuantWeight& w, const OptionalTensor& bias, double activation_max, double activation_scale) {
   QuantMatmulArgs a{};
   a.w = w, a.bias = part(bias);
   a.activation_max = float(activation_max), a.activation_scale = float(activation_scale);
@@ -70,7 +71,8 @@ void forward(
     int64_t mantissa, double zero, int64_t group_size, bool powers, double activation_max, double activation_scale) {
   expect_writes(out);
   QuantMatmulArgs a = described(
-      weight(data, scales, zeros, offsets, outer, table, x.size(-1), bits, step, base, mantissa, zero, group_size, powers),
+      weight(data, scales, zeros, offsets, outer, table, x.size(-1), bits, step, base, mantissa, zero, group_size,
+             powers),
       bias, activation_max, activation_scale);
   a.tokens = rows_of(x), a.x = part(x), a.out = part(out);
   for_experts(offs, a.tokens, [&, rows = out.size(-1)](int64_t e, int64_t first, int64_t tokens) {

@@ -11,8 +11,8 @@
 //   the span is run from its state. What is split and where depends on shapes and the level, never on threads.
 // B1 L2048 D1024 fp32 on two cores of an AMD EPYC (AVX2): 0.7 ms into memory that is there, 1.3 with a fresh output, whose
 //   pages the system clears; a loop over time 16, torch's associative scan 21. Prefetching ahead: 2.0 to 1.3 ms there.
-//   On a Sapphire Rapids, output recycled, D1024 and D256: 2.2 and 0.6 ms without, 1.0 to 1.3 and 0.5 at 8 KB ahead, 0.8 to
-//   1.0 and 0.3 to 0.4 at 0.5 to 2 KB (three streams of 8 KB are half of an L1); not the output's 2.2 and 0.7.
+//   On a Sapphire Rapids, output recycled, D1024 and D256: 2.2 and 0.6 ms without, 1.0 to 1.3 and 0.5 at 8 KB ahead,
+//   0.8 to 1.0 and 0.3 to 0.4 at 0.5 to 2 KB (three streams of 8 KB are half of an L1); not the output's 2.2 and 0.7.
 // Complex numbers lie in vectors as in memory, real and imaginary part beside each other; time-contiguous complex64 is
 //   transposed as doubles.
 #include "common/parallel.h"

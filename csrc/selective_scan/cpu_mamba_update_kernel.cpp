@@ -9,8 +9,8 @@
 //   kRows rows of x share what is loaded of the weight.
 // Measured, fp32, two threads, weights of (3072, 768) and (768, 1536) that the last-level cache holds, Sapphire Rapids:
 //   four rows at a time 57 to 60 GB/s, eight the same, one row 45; torch (MKL) 39 to 44 where this kernel as a whole
-//   reaches 39. Lost: prefetchnta, one row at a time, 33 to 40 GB/s there (it reads past the L2 and its prefetcher), which
-//   an AMD Zen 3 had liked: 27 of 29 GB/s.
+//   reaches 39. Lost: prefetchnta, one row at a time, 33 to 40 GB/s there (it reads past the L2 and its prefetcher),
+//   which an AMD Zen 3 had liked: 27 of 29 GB/s.
 #include "selective_scan/cpu_tile.h"
 #include "selective_scan/mamba_update.h"
 
