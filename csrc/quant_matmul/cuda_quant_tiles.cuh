@@ -14,8 +14,8 @@
 //                                         1.7     3.0     5.5    10.6
 //     x and parts through the L2, MB      7      14      27      54
 //
-// and some 2 us for the second launch, which adds up. The loop of a unit has 345 instructions for 16 tokens (bfloat16,
-// 4 bits, sm_90a), of which a weight without zeros executes some 230: 460 clocks of an SM for 8.7 KB, which take 420 at
+// and some 2 us for the second launch, which adds up. The loop of a unit has 358 instructions for 16 tokens (bfloat16,
+// 4 bits, sm_90a), of which a weight without zeros executes some 240: 480 clocks of an SM for 8.7 KB, which take 420 at
 // 4.8 TB/s and 600 at 3.35. Half of them are no products and no codes: a step of 128 columns would halve those, if a
 // measurement asks for it. For 64 tokens wgmma is what would come next.
 //
@@ -95,60 +95,32 @@ struct StreamK {
   const Args& a;
   int lane = thread_index() % 32, warp = thread_index() / 32;
 
-  // The unit to be copied next, and where this thread's pieces of it are: carried along, they cost 13 instructions a
-  // unit less (345 and 358 for 16 tokens) than made anew from the numbers of tile and step.
-  struct Next {
-    static constexpr int kTurns = (64 * kTokenTiles + kThreads - 1) / kThreads;
-    const uint8_t *codes, *scales, *shifts;
-    const uint16_t* x[kTurns];
-    int step, stage;
-  };
-
-  SK_DEVICE Next first(int64_t unit, int tile, int step) const {
-    const int64_t row = int64_t(tile) * a.groups * kRows;
-    Next next{a.codes + unit * kCodeBytes + own_codes(), a.scales + row * a.scale_bytes, a.shifts, {}, step, 0};
-    if (a.shifts) next.shifts += row * 4;
+  SK_DEVICE void copy(unsigned char* stage, int tile, int step) const {
+    // Addresses made anew for each unit: carried along they were 9 instructions of 358 less, and spills of registers.
+    const int mine = (warp * kPieces * 32 + lane) * 16;
+    const uint8_t* from = a.codes + (int64_t(tile) * a.steps + step) * kCodeBytes + mine;
 #pragma unroll
-    for (int i = 0; i < Next::kTurns; ++i) {
-      const int token = (thread_index() + i * kThreads) / 8;
-      next.x[i] = a.x + (token < a.tokens ? token * a.x_row : 0) + thread_index() % 8 * 8;
-    }
-    return next;
-  }
-
-  SK_DEVICE void copy(Next& next) const {
-    unsigned char* stage = shared_memory() + next.stage * a.stage_bytes;
+    for (int i = 0; i < kPieces; ++i) copy_in_group(stage + mine + i * 512, from + i * 512);
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) copy_in_group(stage + own_codes() + i * 512, next.codes + i * 512);
-    const int k = next.step * kStep + thread_index() % 8 * 8;
-#pragma unroll
-    for (int i = 0; i < Next::kTurns; ++i) {
-      const int token = (thread_index() + i * kThreads) / 8;
-      if (8 * kTokenTiles % (kThreads / 8) && token >= 8 * kTokenTiles) break;
-      const bool on = token < a.tokens && k < a.columns;
-      const uint16_t* from = on ? next.x[i] + next.step * kStep : a.x;
-      copy_in_group(stage + kCodeBytes + place(token, thread_index() % 8), from, on);
+    for (int i = 0; i < (64 * kTokenTiles + kThreads - 1) / kThreads; ++i) {
+      const int piece = thread_index() + i * kThreads, row = piece / 8, k = step * kStep + piece % 8 * 8;
+      if (64 * kTokenTiles % kThreads && piece >= 64 * kTokenTiles) break;
+      const bool on = row < a.tokens && k < a.columns;
+      copy_in_group(stage + kCodeBytes + place(row, piece % 8), a.x + (on ? row * a.x_row + k : 0), on);
     }
     unsigned char* scales = stage + kCodeBytes + kTokenBytes;
     unsigned char* shifts = scales + kParts * kRows * a.scale_bytes;
-    const int at = thread_index() * 16, bytes = kRows * a.scale_bytes;
-    const int other = at - 2 * kThreads * 4;  // of shifts, which the upper half of the threads copies
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int column = next.step * kStep + part * 16;
-      const int group = a.by_group.quotient(column < a.columns ? column : a.columns - 1);
-      if (at < bytes) copy_in_group(scales + part * bytes + at, next.scales + int64_t(group) * bytes + at);
+      const int k = step * kStep + part * 16;
+      const int64_t first = (int64_t(tile) * a.groups + a.by_group.quotient(k < a.columns ? k : a.columns - 1)) * kRows;
+      const int at = thread_index() * 16, bytes = kRows * a.scale_bytes;
+      if (at < bytes) copy_in_group(scales + part * bytes + at, a.scales + first * a.scale_bytes + at);
+      const int other = at - 2 * kThreads * 4;  // the upper half of the threads
       if (a.shifts && other >= 0 && other < kRows * 4)
-        copy_in_group(shifts + part * kRows * 4 + other, next.shifts + int64_t(group) * (kRows * 4) + other);
+        copy_in_group(shifts + part * kRows * 4 + other, a.shifts + first * 4 + other);
     }
-    next.codes += kCodeBytes;
-    if (++next.stage == kStages) next.stage = 0;
-    if (++next.step < a.steps) return;
-    next.step = 0, next.scales += int64_t(a.groups) * bytes;
-    if (a.shifts) next.shifts += int64_t(a.groups) * (kRows * 4);
   }
-
-  SK_DEVICE int own_codes() const { return (warp * kPieces * 32 + lane) * 16; }
 
   // Where piece `piece` (8 columns) of a token lies among the tokens.
   static SK_DEVICE int place(int token, int piece) { return token * (kStep * 2) + (piece ^ token % 8) * 16; }
@@ -240,11 +212,12 @@ struct StreamK {
     const int64_t begin = a.first_unit(program);
     const int count = int(a.first_unit(program + 1) - begin);
     int tile = int(begin / a.steps), step = int(begin - int64_t(tile) * a.steps);
-    int stage = 0;
-    Next next = first(begin, tile, step);
+    int next_tile = tile, next_step = step, next_stage = 0, stage = 0;  // next: to be copied
     const auto copy_next = [&](int unit) {
-      if (unit < count) copy(next);
+      if (unit < count) copy(shared_memory() + next_stage * a.stage_bytes, next_tile, next_step);
       copy_group();
+      if (++next_step == a.steps) next_step = 0, ++next_tile;
+      if (++next_stage == kStages) next_stage = 0;
     };
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy_next(i);
