@@ -14,6 +14,7 @@ from scalekern import quant_matmul
 from scalekern.quant import FORMATS, dequantize, load_quantized, quantize, read_checkpoint, save_quantized
 from scalekern.quant._formats import BLOCK_FORMATS
 from scalekern.quant.readers import METHODS, compressed_tensors, gguf, gptq, mxfp4
+from scalekern.testing import assert_close
 
 RECORDED = quant_peers.load()
 CASES = [(package, case) for package, cases in RECORDED.items() for case in cases]
@@ -224,7 +225,8 @@ def test_a_read_weight_multiplies():
     for package, case, name in (("gptq", "4_v2", "m.weight"), ("gguf", "Q4_K", "m"), ("hqq", "3_1_16", "m.weight")):
         w = found(package, *RECORDED[package][case][:2])[name]
         x = randn(3, w.columns)
-        torch.testing.assert_close(quant_matmul(x, w), x @ dequantize(w, torch.float32).T, rtol=1e-5, atol=1e-4)
+        # Of the norm, as everywhere: by itself Q4_K's first output, -87 out of terms of 63,407, is the rounding of those.
+        assert_close(quant_matmul(x, w), x.double() @ dequantize(w, torch.float64).T, tolerance=1e-6)
 
 
 # Writers
