@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -11,6 +14,7 @@ import scalekern
 from scalekern import _dispatch, _env, _native
 
 INTERPRET = _env.triton_interpret()
+LEVELS = ("baseline", "avx2", "avx512", "vnni", "amx")
 
 
 def pytest_configure(config):
@@ -88,4 +92,22 @@ def child_environment(**changes) -> dict:
     return {**os.environ, **{k: str(v) for k, v in changes.items()}}
 
 
-__all__ = ["INTERPRET", "child_environment", "places", "scalekern"]
+def run_at_level(isa: str, code: str) -> None:
+    """`code` in a process of its own, in this folder, on that level of the CPU kernels, or the highest that there is."""
+    machine = pytest.importorskip("scalekern._C").cpu_isa()
+    level = min(isa, machine, key=LEVELS.index)
+    code = f"from scalekern import _C; assert _C.cpu_isa() == {level!r}, _C.cpu_isa()\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True,
+        cwd=pathlib.Path(__file__).parent, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def run_files_at_level(isa: str, chosen: str, *files: str) -> None:
+    """The tests of `files` that `chosen` chooses, as `run_at_level` runs them; none is an error."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
+    run_at_level(isa, f"import sys, pytest; sys.exit(pytest.main({options!r}))")
+
+
+__all__ = ["INTERPRET", "child_environment", "places", "run_at_level", "run_files_at_level", "scalekern"]

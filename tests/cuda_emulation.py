@@ -7,6 +7,7 @@ from scalekern.ops import _quant_matmul_tiles as tiles
 from scalekern.ops import causal_conv1d as conv
 from scalekern.ops import selective_scan as scan
 from scalekern.ops import selective_state_update as update
+from scalekern.quant import quantize
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)  # enum Dtype
 ORDERS = {"rising": 0, "falling": 1, "shuffled": 2}
@@ -75,6 +76,17 @@ def _kinds(tensors, powers=()):
     return [
         None if t is None else (t.data_ptr(), kind, list(t.shape), list(t.stride())) for t, kind in zip(tensors, kinds)
     ]
+
+
+# The rounding of an output alone is 2e-4 in float16 and 1.7e-3 in bfloat16.
+PRODUCT_TOLERANCE = {torch.float32: 5e-7, torch.float16: 3e-4, torch.bfloat16: 2.2e-3}
+
+
+def inputs_of_a_product(M, N, K, format, group, dtype=torch.float16, seed=0, **options):
+    """(x, w), each row of its own size, so that permuted rows and scales are seen."""
+    torch.manual_seed(seed)
+    rows = lambda *shape: torch.randn(shape) * torch.rand(shape[0], 1).add(0.3)
+    return rows(M, K).to(dtype), quantize(rows(N, K) / K**0.5, format, group_size=group, **options)
 
 
 def _product(arguments, x, w, bias, out_dtype):

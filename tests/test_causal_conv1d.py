@@ -4,13 +4,11 @@ What every op has in common (errors, opcheck, compile, autocast, vmap) is in tes
 Shape letters: B batch, D channels, L length, W filter width, T tokens of an update, K tokens that a state holds.
 """
 
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRET, child_environment
+from conftest import INTERPRET, run_files_at_level
 
 import scalekern
 from scalekern import reference
@@ -434,19 +432,5 @@ def test_bad_input_is_named(case):
 @pytest.mark.skipif(INTERPRET, reason="a check of the CPU kernels")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])  # the rest of this file runs on what the machine has
 def test_every_instruction_set_level(isa):
-    chosen = "(agrees_with_the_oracle and not holes) or update_sizes or widths or another_state_dtype"
-    code = (
-        f"import sys, pytest; from scalekern import _C; print('level', _C.cpu_isa());"
-        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/test_causal_conv1d.py',"
-        f"'tests/test_selective_state_update.py', '-k', 'cpu and ({chosen})']))"
-    )
-    pytest.importorskip("scalekern._C")
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
-    from scalekern import _C
-
-    if _C.cpu_isa() != "baseline":
-        assert f"level {isa}" in result.stdout
+    chosen = "cpu and ((agrees_with_the_oracle and not holes) or update_sizes or widths or another_state_dtype)"
+    run_files_at_level(isa, chosen, "test_causal_conv1d.py", "test_selective_state_update.py")

@@ -1,13 +1,10 @@
 """What is particular to the depthwise convolutions: both methods on every geometry, NaN through an FFT, the pieces."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import INTERPRET, child_environment
+from conftest import INTERPRET, run_at_level
 from oracles import randn
 
 import scalekern
@@ -90,11 +87,7 @@ def test_tap_by_tap(dtype):
 @pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_tap_by_tap_at_lower_levels(isa):
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_depthwise_conv2d as t; t.tap_by_tap(); print('ok')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True
-    )
-    assert done.stdout.strip().endswith("ok"), done.stderr
+    run_at_level(isa, "import test_depthwise_conv2d as t; t.tap_by_tap()")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -1,13 +1,10 @@
 """The CPU kernel of fft_conv: every kind of size, level of instructions, stride, number of threads; NaN in a row."""
 
 import dataclasses
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import run_at_level
 
 import scalekern
 from scalekern import _dispatch, _library, _native, fft_conv, fft_conv_spectrum, reference, testing
@@ -165,11 +162,7 @@ def test_lower_levels_of_instructions(isa):
         "from test_fft_conv_cpu import *\nfor size in ((100, 300), (1024, 1024), (3000, 17)): test_every_size(*size)\n"
         "test_every_option('same', 150, 40, 300, torch.bfloat16)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True,
-        cwd=pathlib.Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_at_level(isa, code)
 
 
 @pytest.mark.parametrize(

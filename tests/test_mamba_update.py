@@ -1,11 +1,8 @@
 """One decoding token of a Mamba block: the native step crosses the edges of its products, at every level of the CPU."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import INTERPRET, child_environment
+from conftest import INTERPRET, run_files_at_level
 
 import scalekern
 from scalekern.testing import assert_close
@@ -54,17 +51,4 @@ def test_the_edges_of_its_products(sizes, dtype, wider):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_level(isa):
-    pytest.importorskip("scalekern._C")
-    code = (
-        "import sys, pytest; from scalekern import _C; print('level', _C.cpu_isa());"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/test_mamba_update.py', '-k', 'edges']))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
-    from scalekern import _C
-
-    if _C.cpu_isa() != "baseline":
-        assert f"level {isa}" in result.stdout
+    run_files_at_level(isa, "edges", "test_mamba_update.py")

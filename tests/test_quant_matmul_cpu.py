@@ -4,13 +4,10 @@ Shape letters: M tokens, N outputs, K inputs.
 """
 
 import itertools
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import run_at_level
 
 import scalekern
 from scalekern import _native, reference
@@ -252,9 +249,4 @@ def test_few_tokens_in_groups():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_few_tokens_at_lower_levels(isa):
-    code = "import test_quant_matmul_cpu as t; t.few_tokens_in_groups()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True,
-        cwd=pathlib.Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_at_level(isa, "import test_quant_matmul_cpu as t; t.few_tokens_in_groups()")

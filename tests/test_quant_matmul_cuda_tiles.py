@@ -10,6 +10,8 @@ import pickle
 import cuda_emulation as emulated
 import pytest
 import torch
+from cuda_emulation import PRODUCT_TOLERANCE as TOLERANCE
+from cuda_emulation import inputs_of_a_product as inputs
 
 from scalekern import reference
 from scalekern.nn import QuantLinear
@@ -22,16 +24,7 @@ from scalekern.testing import error
 _C = pytest.importorskip("scalekern._C", reason="the pybind11 module was not built (setup.py says why)")
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# The rounding of an output alone is 2e-4 in float16 and 1.7e-3 in bfloat16.
-TOLERANCE = {F32: 5e-7, F16: 3e-4, BF16: 2.2e-3}
 DTYPES = pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
-
-
-def inputs(M, N, K, format, group, dtype=F16, seed=0, **options):
-    """(x, w), each row of its own size, so that permuted rows and scales are seen."""
-    torch.manual_seed(seed)
-    rows = lambda *shape: torch.randn(shape) * torch.rand(shape[0], 1).add(0.3)
-    return rows(M, K).to(dtype), quantize(rows(N, K) / K**0.5, format, group_size=group, **options)
 
 
 def run(x, w, **options):

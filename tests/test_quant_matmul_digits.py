@@ -5,13 +5,10 @@ Shape letters: M tokens, N outputs, K inputs, G groups.
 """
 
 import itertools
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import run_at_level
 from test_quant_matmul_cpu import FLOOR, error, on_the_cpu_kernels, randn, spoiled, weight  # noqa: F401
 
 import scalekern
@@ -183,9 +180,4 @@ def check_all(level):
 
 @pytest.mark.parametrize("level", ["avx2", "avx512", "vnni"])
 def test_lower_levels(level):
-    code = f"import test_quant_matmul_digits as t; t.check_all({level!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=level), capture_output=True, text=True,
-        cwd=pathlib.Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_at_level(level, f"import test_quant_matmul_digits as t; t.check_all({level!r})")
