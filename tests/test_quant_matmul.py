@@ -154,6 +154,6 @@ def test_a_weight_that_was_used_before(monkeypatch):
     for run in (scalekern.quant_matmul, torch.compile(scalekern.quant_matmul, fullgraph=True, backend="eager")):
         assert torch.equal(run(x, w), first)
     kernel = []
-    monkeypatch.setattr(_quant_matmul_cpu.KeptWeight, "fill", lambda *args: kernel.append(args))
+    monkeypatch.setattr(_quant_matmul_cpu.KeptWeight, "product", lambda *args: kernel.append(args))
     monkeypatch.setenv("SCALEKERN_BACKEND", "reference")
     assert torch.allclose(scalekern.quant_matmul(x, w), first, atol=1e-5) and not kernel

@@ -1,6 +1,7 @@
 // scalekern_native::quant_matmul_fwd_cpu and _bwd_cpu: arguments for the kernels of this machine's ISA.
 // powers: scales are the bytes of float8_e8m0fnu, which torch's stable ABI does not know.
 #include <cstring>
+#include <vector>
 
 #include "common/tensor.h"
 #include "quant_matmul/quant_matmul.h"
@@ -97,12 +98,34 @@ Tensor keep(
   return bytes;
 }
 
-void with_kept(Tensor out, Tensor x, Tensor kept) {
-  expect_writes(out);
+// Memory for a contiguous tensor of x's shape but for its last size; past the dispatcher, 0.6 us and not 2.
+Tensor like_but_last(const Tensor& x, int64_t last) {
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(dims, 1);
+  sizes.back() = last;
+  for (int64_t d = dims - 1; d-- > 0;) strides[d] = strides[d + 1] * sizes[d + 1];
+  int32_t dtype;
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+// x (..., K) with such a weight, in memory of its own; nothing, and nothing computed, of an x that the kernels do not read.
+std::optional<Tensor> with_kept(Tensor x, Tensor kept) {
   QuantMatmulArgs a;
   std::memcpy(&a, kept.data_ptr(), sizeof a);
+  const int64_t dims = x.dim();
+  const ScalarType dtype = x.scalar_type();
+  const bool reads = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  if (!reads || dims < 1 || x.size(dims - 1) != a.w.columns || !x.numel() || !(dims == 2 || x.is_contiguous()))
+    return std::nullopt;
+  Tensor out = like_but_last(x, a.w.rows);
+  expect_writes(out);
   a.tokens = rows_of(x), a.x = part(x), a.out = part(out);
   multiply(a);
+  return out;
 }
 
 void backward(
@@ -132,7 +155,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "quant_matmul_keep_cpu(Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor? outer, Tensor? bias, "
       "Tensor? table, int columns, int bits, float step, float base, int mantissa, float zero, int group_size, "
       "bool powers, float activation_max, float activation_scale) -> Tensor");
-  m.def("quant_matmul_kept_cpu(Tensor(a!) out, Tensor x, Tensor kept) -> ()");
+  m.def("quant_matmul_kept_cpu(Tensor x, Tensor kept) -> Tensor?");
   m.def(
       "quant_matmul_bwd_cpu(Tensor(a!) dx, Tensor dout, Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, "
       "Tensor? outer, Tensor? offs, Tensor? table, int bits, float step, float base, int mantissa, float zero, int group_size, "

@@ -13,9 +13,13 @@ import os
 _FALSE = ("", "0", "false", "no", "off")
 
 
+# os.environ.get takes a microsecond where there is no such variable, in every call of every op: it catches an exception.
+_raw, _BACKEND = os.environ._data, os.environ.encodekey("SCALEKERN_BACKEND")
+
+
 def backend() -> str | None:
     """SCALEKERN_BACKEND: the one backend that every call must use (reference, cpu, triton, cuda)."""
-    return os.environ.get("SCALEKERN_BACKEND") or None
+    return os.environ["SCALEKERN_BACKEND"] or None if _BACKEND in _raw else None
 
 
 def strict() -> bool:

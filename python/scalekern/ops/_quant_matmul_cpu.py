@@ -78,7 +78,7 @@ class KeptWeight:
 
     def __init__(self, columns: int, *given):
         data, scales, zeros, offsets, outer, bias, _, table, *numbers = weight(*given)
-        self.rows, self._table = data.shape[0], table
+        self._table = table
         self.parts = [part for part in given[:6] if part is not None]  # and not views of them, as powers of two are
         self._where = [part.data_ptr() for part in self.parts]
         self._arguments = _keep(data, scales, zeros, offsets, outer, bias, table, columns, *numbers)
@@ -90,9 +90,9 @@ class KeptWeight:
     def __reduce__(self):
         return type(None), ()  # addresses mean nothing to a copy, or in another process
 
-    def fill(self, out, x) -> None:
-        """out (..., N), contiguous, of x (..., K)."""
-        _kept()(out, x if x.is_contiguous() else _rows(x), self._arguments)
+    def product(self, x):
+        """(..., N) of a plain x on the CPU; None where the native call reads no such x, with nothing computed."""
+        return _kept()(x, self._arguments)
 
 
 def backward(

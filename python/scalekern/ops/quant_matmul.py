@@ -15,7 +15,6 @@ from scalekern.reference.quant_matmul import quant_matmul_fwd as reference_fwd
 
 NAME = "quant_matmul"
 ACTIVATIONS = (None, *ACTIVATION_MAX)
-NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None, offs=None):
@@ -104,15 +103,9 @@ def _at_once(x, w, activation):
     weight = kept and kept.get(activation)
     if weight is None or not _library.is_plain((x, *weight.parts)) or not isinstance(x, torch.Tensor):
         return None
-    if x.dim() < 2 or x.shape[-1] != w.columns or x.dtype not in NATIVE or not (x.is_cpu and x.is_contiguous()):
+    if not x.is_cpu or _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
-    if not x.numel() or _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
-        return None
-    if not weight.is_where_it_was():
-        return None
-    out = x.new_empty((*x.shape[:-1], weight.rows))
-    weight.fill(out, x)
-    return out
+    return weight.product(x) if weight.is_where_it_was() else None
 
 
 def _rows_an_expert(x, rows: int, offs) -> int:
@@ -191,21 +184,11 @@ quant_matmul_bwd = _library.define(
 
 
 def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _quant_matmul_cpu.KeptWeight | None:
-    """What `kept_product` takes beside x; None of tensors that the native call may not read, or without it. options:
-    format, group_size, activation, activation_scale, as for the op."""
+    """What multiplies with these parts at once; None of tensors that the native call may not read, or without it.
+    options: format, group_size, activation, activation_scale, as for the op."""
     parts = data, scales, zeros, offsets, outer, bias
     if not _library.is_plain(parts) or not (data.shape[0] and data.stride(-1) == 1):
         return None
     if _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
     return _quant_matmul_cpu.KeptWeight(K, *parts, None, *options)
-
-
-def kept_product(x, weight):
-    """x (..., K) on the CPU with a weight of `kept_weight`, no backend forced and no gradient wanted: 11 us for a small
-    one where `light` takes 28. None where the op would take another way, with nothing computed."""
-    if not _library.is_plain((x,)) or x.dtype not in NATIVE or not x.numel():
-        return None
-    out = x.new_empty((*x.shape[:-1], weight.rows))
-    weight.fill(out, x)
-    return out
