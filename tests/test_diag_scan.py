@@ -37,6 +37,10 @@ SPLITS = {
     "one_complex_row": ((1, 5001), 1, C64),
     "one_wide_row": ((2, 4100), 1, C128),
     "short_rows": ((900, 3, 70), 2, F64),
+    # From 2 MB an output goes past the caches, if its rows begin where vectors do; with a rest where they do not all.
+    "large": ((1, 530, 1024), 1, F32),
+    "large_rest": ((1, 530, 1028), 1, F32),
+    "large_complex_row": ((1, 17, 9000), 1, C128),
 }
 
 

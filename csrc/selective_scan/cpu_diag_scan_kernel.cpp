@@ -13,9 +13,12 @@
 //   pages the system clears; a loop over time 16, torch's associative scan 21. Prefetching ahead: 2.0 to 1.3 ms there.
 //   On a Sapphire Rapids, output recycled, D1024 and D256: 2.2 and 0.6 ms without, 1.0 to 1.3 and 0.5 at 8 KB ahead,
 //   0.8 to 1.0 and 0.3 to 0.4 at 0.5 to 2 KB (three streams of 8 KB are half of an L1); not the output's 2.2 and 0.7.
+//   Past the caches, D1024 there by turns: 0.95 to 0.67 ms, with the backward 3.9 to 2.6; the op that reads the output
+//   next loses what this wins forward (1.23 to 1.22 with `mul_`).
 // Complex numbers lie in vectors as in memory, real and imaginary part beside each other; time-contiguous complex64 is
 //   transposed as doubles.
 #include "common/parallel.h"
+#include "common/past_caches.h"
 #include "common/tile.h"
 #include "selective_scan/diag_scan.h"
 
@@ -94,7 +97,7 @@ struct Scan {
     else return Pairs<W>::even(a) * s - Pairs<W>::odd(a) * signs() * Pairs<W>::swap(s);
   }
   static inline V signs() {
-    V v;
+    V v{};
     for (int i = 0; i < W; ++i) v[i] = i % 2 ? F(1) : F(-1);
     return v;
   }
@@ -130,10 +133,13 @@ struct Scan {
 
   template <bool summary>
   static void channels(const Stream& a, const Stream& x, const Stream& y, const Stream& h, const Stream& da,
-                       int64_t width, int64_t steps, F* s, F* product, const F* opening) {
+                       int64_t width, int64_t steps, F* s, F* product, const F* opening, bool past_caches) {
     const bool shared = a.lane == 0;
     // Where a thread's part of a row ends, so does what the hardware prefetches: some 2 KB ahead of each stream.
     const int64_t bytes = width * parts * int64_t(sizeof(S)), ahead = kAhead / bytes + 1;
+    const int64_t pitch = parts * int64_t(sizeof(S));
+    const bool past = past_caches && !summary && aligned_for_vectors(y.p, y.time * pitch) &&
+        (!backward || aligned_for_vectors(da.p, da.time * pitch));
     for (int64_t t = 0; t < steps; ++t) {
       const S *at = element(a.p, t * a.time), *xt = element(x.p, t * x.time);
       S* yt = element(y.p, t * y.time);
@@ -144,7 +150,7 @@ struct Scan {
       const auto body = [&](int64_t i, auto get, auto put) __attribute__((always_inline)) {
         if (!shared) __builtin_prefetch(at + ahead * a.time * parts + i, 0);
         __builtin_prefetch(xt + ahead * x.time * parts + i, 0);
-        if constexpr (!summary) __builtin_prefetch(yt + ahead * y.time * parts + i, 1);
+        if (!summary && !past) __builtin_prefetch(yt + ahead * y.time * parts + i, 1);
         const V av = shared ? one : get(at + i);
         V state = load(s + i);
         const V yv = step(av, get(xt + i), state);
@@ -160,11 +166,14 @@ struct Scan {
       };
       int64_t i = 0;
       const int64_t whole = width / E * W;
+      if constexpr (__is_same(S, F))
+        for (; past && i < whole; i += W) body(i, load<F>, store_past_caches<F>);
       for (; i < whole; i += W)
         body(i, [](const S* p) { return load_as<F>(p); }, [](S* p, V v) { store_as<F>(p, v); });
       if (const int64_t rest = width % E)
         body(i, [&](const S* p) { return load_some(p, rest); }, [&](S* p, V v) { store_some(p, v, rest); });
     }
+    if (past) finish_stores();
   }
 
   // --- lanes apart: a vector of them, blocks of tokens transposed ---
@@ -280,7 +289,8 @@ struct Scan {
       for (int64_t i = 0; i < padded; ++i) all[i] = complex && i % 2 ? F(0) : F(1);
     const auto of = [&](const DiagScanTensor& t) { return stream(t, row, lane, piece.begin, span); };
     const Stream a = of(args.a), x = of(args.x), y = of(args.y), h = of(args.h), da = of(args.da);
-    if (plan.direct) channels<summary>(a, x, y, h, da, width, steps, s, all, first ? opening : nullptr);
+    if (plan.direct)
+      channels<summary>(a, x, y, h, da, width, steps, s, all, first ? opening : nullptr, past_caches());
     else
       blocks<summary>(a, x, y, h, da, int(count), steps, s, all, first ? opening : nullptr,
                       plan.in_time && count > 1 ? int(count) - 1 : -1);
@@ -422,6 +432,10 @@ struct Scan {
   void each(int64_t count, const B& body) const {
     if (args.rows * args.lanes * args.length >= kThreads) scalekern::parallel(count, body);
     else body(0, count);
+  }
+
+  bool past_caches() const {
+    return args.rows * args.lanes * args.length * parts * int64_t(sizeof(S)) >= kPastCaches;
   }
 
   void run() {
