@@ -144,7 +144,7 @@ static inline Vec<F> load_at(const int8_t* row, int64_t p) {
   for (int i = 0; i < kLanes<F>; ++i) lanes[i] = F(row[p + i]);
   return load(lanes);
 }
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 // Eight nibbles of a word, each moved to the top of its lane and back with its sign: no mask, no table.
 static inline __m256i eight_nibbles(const Nibbles* row) {
   int32_t word;
@@ -156,9 +156,13 @@ static inline __m256i eight_nibbles(const Nibbles* row) {
 template <class F>
 static inline Vec<F> load_at(const Nibbles* row, int64_t p) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(F) == 4) {
-    const __m512i low = _mm512_castsi256_si512(eight_nibbles(row + (p >> 1)));
-    return (Vec<F>)_mm512_cvtepi32_ps(_mm512_inserti64x4(low, eight_nibbles(row + (p >> 1) + 4), 1));
+  if constexpr (sizeof(F) == 4) {  // each lane's nibble to its low bits, which is all that a look-up of 16 reads
+    int32_t low, high;
+    __builtin_memcpy(&low, row + (p >> 1), 4), __builtin_memcpy(&high, row + (p >> 1) + 4, 4);
+    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+    const __m512i down = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return (Vec<F>)_mm512_permutexvar_ps(_mm512_srlv_epi32(words, down), values);
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(F) == 4) return (Vec<F>)_mm256_cvtepi32_ps(eight_nibbles(row + (p >> 1)));
@@ -193,29 +197,36 @@ static void dequantize(const DecodeCache& cache, const Keys& keys, int64_t i, in
   }
 }
 
+static inline int64_t place(const void*, int64_t p) { return p; }
+static inline int64_t place(const Nibbles*, int64_t p) { return p >> 1; }
+// What the rows hold that come next if keys lie beside each other, as they mostly do: the hardware's own prefetching left
+// decoding over bfloat16 at 1.26 times torch's attention over the whole cache (8 heads, 4,096 keys, P = 128), now 1.10.
+template <class S>
+static inline void fetch(const S* row, int64_t p) {
+  __builtin_prefetch(row + place(row, p));
+}
+
 // s[r * pitch + j] = q_r . k_j over `length` channels from `first` on, for R rows `q_pitch` apart and lanes / R keys.
 template <int R, class F, class S>
 static inline void dots(
     const F* q, int64_t q_pitch, const S* const* keys, int64_t first, int64_t length, F* s, int64_t pitch) {
   constexpr int W = kLanes<F>, K = W / R;
   Vec<F> acc[W] = {};
-  for (int64_t p = first; p < first + length; p += W) {
-    if constexpr (R == 1) {  // W sums and W keys side by side would not fit into 16 registers
-      const Vec<F> query = load(q + p);
-#pragma GCC unroll 16
-      for (int j = 0; j < K; ++j) acc[j] += query * load_at<F>(keys[j], p);
-      continue;
-    }
-    Vec<F> key[K];
-#pragma GCC unroll 16
-    for (int j = 0; j < K; ++j) key[j] = load_at<F>(keys[j], p);
+  constexpr int N = R == 1 && K > 4 ? 4 : K;  // keys side by side: of more, the lines would come in no order
+  const int64_t ahead = K > 1 ? K * (keys[1] - keys[0]) : 0;
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<F> query = load(q + r * q_pitch + p);
+  for (int n = 0; n < K; n += N)
+    for (int64_t p = first; p < first + length; p += W) {
+      Vec<F> key[N];
 #pragma GCC unroll 16
-      for (int j = 0; j < K; ++j) acc[r * K + j] += query * key[j];
+      for (int j = 0; j < N; ++j) fetch(keys[n + j] + ahead, p), key[j] = load_at<F>(keys[n + j], p);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vec<F> query = load(q + r * q_pitch + p);
+#pragma GCC unroll 16
+        for (int j = 0; j < N; ++j) acc[r * K + n + j] += query * key[j];
+      }
     }
-  }
   F sums[W];
   store(sums, sum_lanes<F>(acc));
   for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * pitch, sums + r * K, K * sizeof(F));
@@ -228,11 +239,14 @@ static inline void weigh(
     int64_t acc_pitch) {
   constexpr int W = kLanes<F>;
   Vec<F> sum[R][C];
+  const int64_t ahead = 8 * (values[1] - values[0]);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < C; ++i) sum[r][i] = load(acc + r * acc_pitch + c + i * W);
   for (int64_t j = begin; j < end; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < C; ++i) fetch(values[j] + ahead, c + i * W);
     if constexpr (R == 1) {
 #pragma GCC unroll 8
       for (int i = 0; i < C; ++i) sum[0][i] += p[j] * load_at<F>(values[j], c + i * W);
