@@ -52,6 +52,8 @@ def test_gradients_by_sample_and_jacobians():
     assert torch.equal(shared[2], torch.func.grad(function)(a[2], b[0]))
     inside = torch.func.grad(lambda a: torch.func.vjp(lambda b: function(a, b), b[0])[0])(a[0])  # one level in another
     assert torch.equal(inside, torch.func.grad(function)(a[0], b[0]))
+    batched = torch.func.grad(lambda a: torch.func.vmap(function)(a, b).sum())(a)
+    assert torch.equal(batched[1], torch.func.grad(function)(a[1], b[1]))
     jacobian = torch.func.jacrev(lambda b: scalekern.diag_scan(a[0], b, dim=-1))(b[0])
     assert torch.allclose(jacobian, torch.autograd.functional.jacobian(lambda b: scalekern.diag_scan(a[0], b, dim=-1), b[0]))
 

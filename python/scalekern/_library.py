@@ -122,7 +122,7 @@ def _function(op: Op, setup: Callable | None, gradient: Callable) -> type:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*args):
-            return op(*args)
+            return op.overload(*args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
