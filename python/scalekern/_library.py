@@ -20,6 +20,7 @@ class Op:
 
     public    the public function that it serves (scan_fwd and scan_bwd serve scan)
     empty     empty(*args) is True when the call has no work: the reference answers it, whatever its device
+    function  the torch.autograd.Function that torch.func's transforms see, if it has one
     """
 
     name: str
@@ -29,10 +30,13 @@ class Op:
     fake: Callable
     empty: Callable[..., bool]
     overload: torch._ops.OpOverload
+    function: type | None = None
 
     def __call__(self, *args):
         if forward_ad._current_level >= 0:
             _refuse_tangents(self.name, args)
+        if self.function and torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            return self.function.apply(*args)
         return self.overload(*args)
 
     def light(self, *args):
@@ -76,16 +80,18 @@ def define(
     name = schema.partition("(")[0]
     _lib.define(schema)
     overload = getattr(torch.ops.scalekern, name).default
+    if backward is not None:
+        setup_context, backward = _on_the_same_backend(setup_context, backward)
     op = Op(name, public, schema, backends, fake, empty, overload)
     for key in ("CPU", "CUDA"):
         _lib.impl(name, op.run, key)
     torch.library.register_fake(f"scalekern::{name}", fake, lib=_lib)
     mutates = overload._schema.is_mutable
-    if backward is not None:
-        setup_context, backward = _on_the_same_backend(setup_context, backward)
+    if not mutates:
+        backward = backward or _no_gradient(name, no_gradient)
         torch.library.register_autograd(f"scalekern::{name}", backward, setup_context=setup_context, lib=_lib)
-    elif not mutates:
-        torch.library.register_autograd(f"scalekern::{name}", _no_gradient(name, no_gradient), lib=_lib)
+        if "Tensor[]" not in schema:
+            object.__setattr__(op, "function", _function(op, setup_context, backward))
     if autocast:
         _register_autocast(name, overload, autocast)
     if not mutates:
@@ -108,6 +114,25 @@ def _on_the_same_backend(setup_context: Callable, backward: Callable) -> tuple[C
             return backward(ctx, *grads)
 
     return setup, run
+
+
+def _function(op: Op, setup: Callable | None, gradient: Callable) -> type:
+    """The op once more for torch.func (grad, vjp, jacrev): what `register_autograd` makes is refused there."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return op.overload(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            if setup is not None:
+                setup(ctx, inputs, output)
+
+        backward = staticmethod(gradient)
+        vmap = staticmethod(_vmap_by_loop(op))
+
+    return Function
 
 
 def _no_gradient(name: str, why: str) -> Callable:
