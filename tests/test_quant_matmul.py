@@ -93,7 +93,7 @@ def test_what_the_dispatcher_does_is_not_passed_over(monkeypatch):
 
     def passed(run, *args):
         answers.clear()
-        return run(*args), answers[-1]
+        return run(*args), answers[0]
 
     run = lambda x: scalekern.quant_matmul(x, w)
     again, light = passed(run, x)
