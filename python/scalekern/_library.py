@@ -16,7 +16,7 @@ NO_GRADIENT = "this decoding op has no gradient; train with its sequence form"
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One scalekern::name. Calling it goes through the dispatcher.
+    """One scalekern::name. Calling it goes through the dispatcher where that has something to do.
 
     public    the public function that it serves (scan_fwd and scan_bwd serve scan)
     empty     empty(*args) is True when the call has no work: the reference answers it, whatever its device
@@ -33,15 +33,13 @@ class Op:
     function: type | None = None
 
     def __call__(self, *args):
+        if is_plain(args):  # nothing for the dispatcher to do: a small selective_scan 66 us instead of 104
+            return self.run(*args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(self.name, args)
         if self.function and torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             return self.function.apply(*args)
         return self.overload(*args)
-
-    def light(self, *args):
-        """The same, past the dispatcher where it has nothing to do: 29 us instead of 43 for a small product."""
-        return self.run(*args) if is_plain(args) else self(*args)
 
     def run(self, *args):
         """The implementation behind every device key: pick a backend and run it."""

@@ -157,7 +157,7 @@ class QuantLinear(nn.Module):
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
             options = self.format, self.group_size, self.activation or "", self.activation_scale
-            return quant_matmul_fwd.light(x, data, *parts, None, *options, None)
+            return quant_matmul_fwd(x, data, *parts, None, *options, None)
         return quant_matmul(
             x, self.quantized_weight, bias=self.bias, activation=self.activation,
             activation_scale=self.activation_scale,

@@ -81,7 +81,7 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     if w.perm is not None:
         x = x.index_select(-1, w.perm)
     rows = x if x.dim() > 1 else x[None]
-    out = quant_matmul_fwd.light(
+    out = quant_matmul_fwd(
         rows, w.data, w.scales, w.zeros, w.offsets, w.outer, bias, offs,
         w.format, w.group_size, activation or "", activation_scale, out_dtype,
     )  # fmt: skip

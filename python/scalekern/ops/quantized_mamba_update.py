@@ -92,10 +92,10 @@ def step(*args):
     parts = itertools.chain.from_iterable([a if type(a) is tuple else (a,) for a in args])
     tensors = [t for t in parts if isinstance(t, torch.Tensor)] if torch.is_grad_enabled() else ()
     if not any([t.requires_grad for t in tensors]):
-        return quantized_mamba_update_op.light(*args)
+        return quantized_mamba_update_op(*args)
     plain = lambda a: a.detach() if isinstance(a, torch.Tensor) else a  # noqa: E731
     args = [tuple(plain(t) for t in a) if isinstance(a, tuple) else plain(a) for a in args]
-    return _library.inference_only(NAME, quantized_mamba_update_op.light(*args), *tensors)
+    return _library.inference_only(NAME, quantized_mamba_update_op(*args), *tensors)
 
 
 PROJECTIONS = ("in_proj", "x_proj", "delta_proj", "out_proj")

@@ -73,7 +73,7 @@ def sparse_attention_decode(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     k, v = ((x, None, None, 0, 0) if isinstance(x, torch.Tensor) else (x.data, x.scales, x.offsets, x.bits, x.group_size)
             for x in (k_cache, v_cache))  # fmt: skip
-    out, lse = sparse_attention_decode_op.light(
+    out, lse = sparse_attention_decode_op(
         q, k[0], v[0], lengths, budgets, head_offsets, block_table, starts, sinks, *k[1:3], *v[1:3], sink, circular,
         scale, float(softcap or 0.0), *k[3:], *v[3:], v_cache.shape[-1],
     )  # fmt: skip
