@@ -44,8 +44,7 @@ struct Transform {
     buffer = static_cast<F*>(aligned_alloc(64, sizeof(F) * size_t(2 * room)));
     line = buffer + room;
     for (int64_t i = 0; i < a.m && a.m > 1; ++i)
-      for (int64_t g = 0; g < a.m / 4; ++g)
-{
+      for (int64_t g = 0; g < a.m / 4; ++g) {
         const int word = int(uint64_t(a.signs[i]) >> (4 * g) & 15), flipped = word & 1 ? word ^ 15 : word;
         offsets[i * (a.m / 4) + g] = int32_t(8 * g + flipped / 2);
         signs[i * (a.m / 4) + g] = word & 1 ? F(-1) : F(1);
@@ -59,7 +58,7 @@ struct Transform {
 
   template <class T>
   void base(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
-    const auto some = [&]<int J>() {
+    const auto by = [&]<int J>() {
       switch (a.m / 4) {
         case 3: return base_pass<F, 3, J>(to, pitch, from, from_pitch, apart, offsets, signs);
         case 5: return base_pass<F, 5, J>(to, pitch, from, from_pitch, apart, offsets, signs);
@@ -67,9 +66,8 @@ struct Transform {
         default: return base_pass<F, 10, J>(to, pitch, from, from_pitch, apart, offsets, signs);
       }
     };
-    if (apart % (4 * W) == 0) return some.template operator()<4>();
-    if (apart % (2 * W) == 0) return some.template operator()<2>();
-    return some.template operator()<1>();
+    if (apart % (2 * W) == 0) return by.template operator()<2>();
+    if constexpr (kVectors<T> == 1) by.template operator()<1>();
   }
 
   // Stages of the pass at the top of a run of 2^k points, of which the last pass leaves `rest`.
