@@ -91,9 +91,9 @@ def quantize(device, dtype=FP32, *, M, K) -> Work:
 _OPS, _QUANTIZE = ("hadamard_transform_fwd",), ("fused_hadamard_quantize",)
 _FAST = ("triton", "cpu")  # the reference's products are no contender
 _SIZES = (64, 128, 1024, 3072, 4096, 8192)
-# What the floor is judged by returns a new tensor as the transform does, and of a size that malloc keeps for the next one
-# (up to 32 MiB), beyond a core's own caches. A larger one is fresh memory each time, whose page faults take the system
-# longer than both; "copy" then does another job, since it writes into memory that is there.
+# What the floor is judged by returns a new tensor as the transform does, and of a size that malloc keeps for the next
+# one (up to 32 MiB), beyond a core's own caches. A larger one is fresh memory each time, whose page faults take the
+# system longer than both; "copy" then does another job, since it writes into memory that is there.
 _WITHIN, _KEPT = {"copy to a new tensor": 0.5}, 24 * 2**20
 
 

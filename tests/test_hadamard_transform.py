@@ -147,7 +147,8 @@ def test_cpu_passes_of_every_length(dtype):
 @pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
 def test_at_lower_levels(isa):
     """avx512: without the tiles of bfloat16."""
-    run_files_at_level(isa, "(every_size or not_finite or layouts or cpu_passes) and not triton", "test_hadamard_transform.py")
+    chosen = "(every_size or not_finite or layouts or cpu_passes) and not triton"
+    run_files_at_level(isa, chosen, "test_hadamard_transform.py")
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the interpreter's process tests Triton")
