@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import INTERPRET, kernel_places
+from conftest import INTERPRET, kernel_places, run_files_at_level
 
 import scalekern
 from scalekern import compat
@@ -122,6 +122,33 @@ def test_layouts_change_no_bit(place):
                     assert all(torch.equal(a, b) for a, b in zip(call(layout), wanted))
                 for a, b in zip(call(x[:1, :1, :1].expand(2, 2, 2, n)), call(x[:1, :1, :1])):
                     assert torch.equal(a, b.expand(a.shape))
+
+
+LONG = {32: 37, 64: 1030, 384: 3, 512: 3, 768: 3, 1024: 5, 1280: 3, 8192: 3, 10240: 2, 12288: 2, 14336: 3, 16384: 2}
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_cpu_passes_of_every_length(dtype):
+    """n: rows that end within a tile, a pass or a thread's share; alone and apart they are the same, bit for bit."""
+    tolerance = {torch.float32: 1e-6}.get(dtype, TOLERANCE[dtype] / 2)
+    for n, count in LONG.items():
+        x = rows(count, n, seed=n, dtype=dtype)
+        with scalekern.backend("cpu"):
+            out = scalekern.hadamard_transform(x, n**-0.5)
+            assert_close(out, oracle.hadamard_transform(x.double(), n**-0.5), tolerance=tolerance, what=f"n = {n}")
+            pitched = torch.full((count, n + 8), float("nan"), dtype=dtype)[:, 8:].copy_(x)
+            apart = torch.full((count, 2 * n), float("nan"), dtype=dtype)[:, ::2].copy_(x)
+            for layout, same in ((pitched, out), (apart, out), (x[1:], out[1:]), (x[-1:], out[-1:])):
+                assert torch.equal(scalekern.hadamard_transform(layout, n**-0.5), same), f"n = {n}"
+
+
+@compiled_only
+@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
+def test_at_lower_levels(isa):
+    """avx512: without the tiles of bfloat16."""
+    chosen = "(every_size or not_finite or layouts or cpu_passes) and not triton"
+    run_files_at_level(isa, chosen, "test_hadamard_transform.py")
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the interpreter's process tests Triton")

@@ -1,12 +1,29 @@
 // The Hadamard transform of rows, and its quantization to integers of a scale a group.
 //
-// Bound: memory from a few rows on; log2 n stages of half an addition a point are 0.8 clocks a point at n = 8192.
+// Numbers: one core of a Sapphire Rapids at 2.8 GHz, two for rates; "copy" is memcpy of the same rows.
+// Bound: memory for short rows; from n = 4096 on the vector units as well. A vector of 16 floats of n = 8192 costs 9
+//   additions, 7 operations of its lanes and the scale on two ports, 8.5 clocks: 1.6 us a row, measured 2.3 in two
+//   passes that come out of the L2 (the 32 KB of a row and the 32 KB of the buffer are more than an L1: a memcpy of a
+//   row there is 0.85), where a copy of 24 MB by two threads allows 2.6 us. fp16 has 4 conversions more, 11.5 clocks or
+//   2.1 us, of 1.3 us that a copy takes: half a copy's rate would have to hide all of its memory. bf16 without tiles
+//   (cpu_hadamard_tiles.h) has 6 more, 2.8 us. H_m is bound by loads: an output of two vectors reads an offset, a sign
+//   and two sums for each of its m / 4 terms; that is 20 loads a vector and 4 ns for m = 40, 1.5 ns for m = 12.
 // Split: rows over threads.
 // Passes: the first reads x, the last writes the output, those between run over a row in L1, three stages each (four
-//   with 32 registers). The largest distances come first, so that what follows is runs that lie in L1 by themselves.
+//   with 32 registers; five where the first of two passes can read x twice). The largest distances come first, so that
+//   what follows is runs that lie in L1 by themselves.
 // Order of additions: the same for every layout, so that strides change no bit of the result.
+// What it took, rows of 8,192 floats in L2 6.7 to 2.6 us: butterflies inlined by force (GCC 12 had left half of them a
+//   call, with all vectors through memory); a buffer that begins at a line (malloc's 16 bytes made every vector two
+//   lines); one address for four runs (16 were kept in vector registers); half of H_m's table of sums.
+// Tried and lost, two threads, 8 and 24 MB: prefetching (next row into L1 or L2, the output, both, in bulk or a few
+//   lines a step): float of 512 points 0.70 to 0.79 of a copy's rate, but 8,192 0.55 to 0.48, and bf16 of 4,096 0.60
+//   to 0.40; the next row's first pass between the runs of this one's last, so that memory is read and written at once:
+//   float 4,096 0.64 to 0.53, 8,192 even; four vectors at a time for H_m: even with two, and a table of 20 KB.
+#include <stdlib.h>
+
 #include "common/parallel.h"
-#include "quant_matmul/cpu_hadamard_passes.h"
+#include "quant_matmul/cpu_hadamard_tiles.h"
 #include "quant_matmul/cpu_quantize.h"
 #include "quant_matmul/hadamard.h"
 
@@ -17,6 +34,14 @@ using scalekern::HadamardArgs;
 constexpr int64_t kParallel = 1 << 15;  // points from which threads pay
 constexpr int64_t kApartBytes = 64;     // between runs of the buffer: their lines would meet in one set of the L1
 constexpr int kRunBits = 12;            // of runs that are finished pass by pass, not run by run
+// Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
+// 0.51 to 0.62 of a copy's rate, of 4,096 0.40 to 0.46; float 0.83 to 0.74 and 0.64 to 0.53.
+template <class S>
+#if defined(__AVX512F__)
+constexpr bool kAhead = sizeof(S) == 2;
+#else
+constexpr bool kAhead = true;
+#endif
 
 template <class F, class S>
 struct Transform {
@@ -25,16 +50,20 @@ struct Transform {
   const int64_t padded = a.m << a.k;
   const F scale = F(a.scale);
   int32_t offsets[40 * 10];
+  F signs[40 * 10];
   mutable const char* ahead = nullptr;  // of the next row
+  const int64_t room = ((padded < 512 ? 512 : padded) * (tiled() ? W : 1) + 64 * kGap + kGap - 1) / kGap * kGap;
   F *buffer, *line;  // the row between passes; the row before the first one, where x is not read by it
 
   explicit Transform(const HadamardArgs& args) : a(args) {
-    const size_t room = size_t(padded < W ? W : padded) * (tiled() ? W : 1) + size_t(64 * kGap);
-    buffer = static_cast<F*>(__builtin_malloc(sizeof(F) * 2 * room));
+    buffer = static_cast<F*>(aligned_alloc(64, sizeof(F) * size_t(2 * room)));
     line = buffer + room;
     for (int64_t i = 0; i < a.m && a.m > 1; ++i)
-      for (int64_t g = 0; g < a.m / 4; ++g)
-        offsets[i * (a.m / 4) + g] = int32_t(16 * g + (uint64_t(a.signs[i]) >> (4 * g) & 15));
+      for (int64_t g = 0; g < a.m / 4; ++g) {
+        const int word = int(uint64_t(a.signs[i]) >> (4 * g) & 15), flipped = word & 1 ? word ^ 15 : word;
+        offsets[i * (a.m / 4) + g] = int32_t(8 * g + flipped / 2);
+        signs[i * (a.m / 4) + g] = word & 1 ? F(-1) : F(1);
+      }
   }
   Transform(const Transform&) = delete;
   ~Transform() { __builtin_free(buffer); }
@@ -43,24 +72,42 @@ struct Transform {
   bool tiled() const { return a.m > 1 && a.k < w; }  // runs shorter than a vector: then lanes are rows
 
   template <class T>
-  void base(F* to, int64_t pitch, const T* from, int64_t apart) const {
-    switch (a.m / 4) {
-      case 3: return base_pass<F, 3>(to, pitch, from, apart, offsets);
-      case 5: return base_pass<F, 5>(to, pitch, from, apart, offsets);
-      case 7: return base_pass<F, 7>(to, pitch, from, apart, offsets);
-      default: return base_pass<F, 10>(to, pitch, from, apart, offsets);
-    }
+  void base(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
+    const auto by = [&]<int J>() {
+      switch (a.m / 4) {
+        case 3: return base_pass<F, 3, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+        case 5: return base_pass<F, 5, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+        case 7: return base_pass<F, 7, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+        default: return base_pass<F, 10, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+      }
+    };
+    if (apart % (2 * W) == 0) return by.template operator()<2>();
+    if constexpr (kVectors<T> == 1) by.template operator()<1>();
   }
 
-  // One pass at the top of a run of 2^k points; returns the bits that are left.
+  // Stages of the pass at the top of a run, of which the last pass leaves `rest`.
+  static int top_bits(int rest, bool in_place) {
+    if (kStages == 4 && rest == 5 && !in_place) return 5;
+    const int passes = (rest + kMostStages - 1) / kMostStages;
+    return (rest + passes - 1) / passes;
+  }
+
   template <class T>
-  static int top_pass(F* to, int64_t extra, const T* from, int k) {
-    const int rest = k - w - kStages, passes = (rest + kMostStages - 1) / kMostStages, bits = (rest + passes - 1) / passes;
+  static void top_pass(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t columns, int bits) {
+    if (bits == 1) return pass<F, 1>(to, pitch, from, from_pitch, columns);
+    if (bits == 2) return pass<F, 2>(to, pitch, from, from_pitch, columns);
+    if (bits == 3) return pass<F, 3>(to, pitch, from, from_pitch, columns);
+    if constexpr (kStages == 4)
+      if (bits == 5) return pass<F, 5>(to, pitch, from, from_pitch, columns);
+    pass<F, 4>(to, pitch, from, from_pitch, columns);
+  }
+
+  // The same in place at the top of a run of 2^k points, of which the last pass makes `low`; returns the bits left.
+  template <int low>
+  static int top_pass(F* run, int k) {
+    const int bits = top_bits(k - low, true);
     const int64_t apart = int64_t(1) << (k - bits);
-    if (bits == 1) pass<F, 1>(to, apart + extra, from, apart);
-    else if (bits == 2) pass<F, 2>(to, apart + extra, from, apart);
-    else if (bits == 3) pass<F, 3>(to, apart + extra, from, apart);
-    else pass<F, 4>(to, apart + extra, from, apart);
+    top_pass(run, apart, static_cast<const F*>(run), apart, apart, bits);
     return k - bits;
   }
 
@@ -68,7 +115,7 @@ struct Transform {
   template <class D>
   void finish(D* to, F* run, int k) const {
     if (k <= w + kStages) return last(to, run, int64_t(1) << k, k);
-    const int left = top_pass(run, 0, run, k);
+    const int left = top_pass<w + kStages>(run, k);
     const int64_t part = int64_t(1) << left;
     if (k > kRunBits) {
       for (int64_t i = 0; i < int64_t(1) << k; i += part) finish(to + i, run + i, left);
@@ -77,7 +124,8 @@ struct Transform {
     int bits = left;
     while (bits > w + kStages) {
       int next = bits;
-      for (int64_t i = 0; i < int64_t(1) << k; i += int64_t(1) << bits) next = top_pass(run + i, 0, run + i, bits);
+      for (int64_t i = 0; i < int64_t(1) << k; i += int64_t(1) << bits)
+        next = top_pass<w + kStages>(run + i, bits);
       bits = next;
     }
     last(to, run, int64_t(1) << k, bits);
@@ -111,18 +159,12 @@ struct Transform {
   // A row of m 2^k points, 2^k at least a vector.
   template <class T, class D>
   void row(D* to, const T* from) const {
-    const int k = int(a.k);
-    const int64_t run = int64_t(1) << k;
-    if (a.m > 1) {
-      base(buffer, run + kGap, from, run);
-      for (int64_t i = 0; i < a.m; ++i) finish(to + i * run, buffer + i * (run + kGap), k);
-    } else if (k <= w + kStages) {
-      last(to, from, run, k);
-    } else {
-      const int left = top_pass(buffer, kGap, from, k);
-      const int64_t part = int64_t(1) << left;
-      for (int64_t i = 0; i * part < run; ++i) finish(to + i * part, buffer + i * (part + kGap), left);
-    }
+    const int k = int(a.k), bits = a.m == 1 && k > w + kStages ? top_bits(k - w - kStages, false) : 0, left = k - bits;
+    const int64_t runs = a.m << bits, run = int64_t(1) << left, pitch = run + kGap;
+    if (runs == 1) return last(to, from, run, left);
+    if (a.m > 1) base(buffer, pitch, from, run, run);
+    else top_pass(buffer, pitch, from, run, run, bits);
+    for (int64_t i = 0; i < runs; ++i) finish(to + i * run, buffer + i * pitch, left);
   }
 
   const S* row_of_x(int64_t i) const {
@@ -153,8 +195,13 @@ struct Transform {
 
   void rows(int64_t begin, int64_t end) const {
     if (padded == a.n && a.out) {
+#if defined(__AVX512F__)
       if constexpr (__is_same(S, bf16))
-        if (a.m == 1 && a.k > w && a.k <= w + kStages) return whole_rows<Paired, Paired>(begin, end);
+        if (has_tiles())
+          return a.m == 1 && a.n <= kTilePoints ? short_rows_in_tiles(begin, end) : long_rows_in_tiles(begin, end);
+#endif
+      if constexpr (__is_same(S, bf16))
+        if (a.k > w) return whole_rows<Paired, Paired>(begin, end);
       return whole_rows<S, F>(begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
@@ -168,6 +215,73 @@ struct Transform {
     }
   }
 
+#if defined(__AVX512F__)
+  void last_of_blocks(S* to, const float* from, int64_t points, int bits) const {
+    bf16* const y = reinterpret_cast<bf16*>(to);
+    switch (bits) {
+      case 0: return last_of_tiles<0>(y, from, points, float(scale));
+      case 1: return last_of_tiles<1>(y, from, points, float(scale));
+      case 2: return last_of_tiles<2>(y, from, points, float(scale));
+      case 3: return last_of_tiles<3>(y, from, points, float(scale));
+      default: return last_of_tiles<4>(y, from, points, float(scale));
+    }
+  }
+
+  bool has_tiles() const {
+    return __is_same(S, bf16) && scalekern::has_amx() && a.k >= kTileStages && a.k <= 13 &&
+           (a.m == 1 || padded >= kTilePoints);
+  }
+
+  // Rows of up to 512 points, as many as make 16 blocks; a tile is made while the one before it is in the last pass.
+  void short_rows_in_tiles(int64_t begin, int64_t end) const {
+    const BlockTiles tiles;
+    alignas(64) float blocks[2][kTilePoints];
+    const int64_t most = kTilePoints / a.n;
+    const auto make = [&](int64_t i, float* to) {
+      const S* from = reinterpret_cast<const S*>(line);
+      if (packed() && i + most <= end) from = row_of_x(i);
+      else for (int64_t r = 0; r < most && i + r < end; ++r) gather(i + r, reinterpret_cast<S*>(line) + r * a.n);
+      transform_blocks(to, reinterpret_cast<const bf16*>(from));
+    };
+    make(begin, blocks[0]);
+    for (int64_t i = begin, odd = 0; i < end; i += most, odd ^= 1) {
+      if (i + most < end) make(i + most, blocks[odd ^ 1]);
+      const int64_t count = end - i < most ? end - i : most;
+      last_of_blocks(static_cast<S*>(a.out) + i * a.n, blocks[odd], count * a.n, int(a.k) - kTileStages);
+    }
+  }
+
+  // Longer ones. What a row's last pass has read makes room for the next row's first, so that x is read and the output
+  // is written side by side, and each in order, as a copy does.
+  void long_rows_in_tiles(int64_t begin, int64_t end) const {
+    const BlockTiles tiles;
+    const int k = int(a.k), low = k < 9 ? k : 9;
+    const int64_t run = int64_t(1) << k, gap = run < kTilePoints ? 0 : kGap, pitch = run + gap;
+    const auto at = [&](int64_t j) { return buffer + j + (gap ? (j >> k) * gap : 0); };
+    const auto x = [&](int64_t i) {
+      if (a.stride_n == 1) return row_of_x(i);
+      gather(i, reinterpret_cast<S*>(line));
+      return reinterpret_cast<const S*>(line);
+    };
+    const auto make = [&](const S* from, int64_t j) {
+      if (j > a.n - kTilePoints) j = a.n - kTilePoints;  // again what the tile before it made
+      transform_blocks(at(j), reinterpret_cast<const bf16*>(from + j));
+    };
+    const S* from = x(begin);
+    for (int64_t j = 0; j < a.n; j += kTilePoints) make(from, j);
+    for (int64_t i = begin; i < end; ++i) {
+      if (a.m > 1) base(buffer, pitch, buffer, pitch, run);
+      for (int64_t r = 0; r < a.m && k > low; ++r) top_pass<9>(buffer + r * pitch, k);
+      if (i + 1 < end) from = x(i + 1);
+      for (int64_t j = 0; j < a.n; j += kTilePoints) {
+        const int64_t size = a.n - j < kTilePoints ? a.n - j : kTilePoints;
+        last_of_blocks(static_cast<S*>(a.out) + i * a.n + j, at(j), size, low - kTileStages);
+        if (i + 1 < end) make(from, j);
+      }
+    }
+  }
+#endif
+
   // Written where they belong as they are made. T: what S is read and written as; L: as what it is gathered.
   template <class T, class L>
   void whole_rows(int64_t begin, int64_t end) const {
@@ -175,18 +289,13 @@ struct Transform {
     T* const out = static_cast<T*>(a.out);
     if (a.stride_n == 1 && a.m == 1 && a.k <= w + kStages && packed())
       return last(out + begin * a.n, x(begin), (end - begin) * a.n, int(a.k));
-    const auto one = [&](int64_t i, const auto* from) {
-      if constexpr (__is_same(T, Paired)) last(out + i * a.n, from, a.n, int(a.k));
-      else row(out + i * a.n, from);
-    };
     for (int64_t i = begin; i < end; ++i) {
       if (a.stride_n == 1) {
-        ahead = i + 1 < end ? reinterpret_cast<const char*>(x(i + 1)) : nullptr;
-        one(i, x(i));
+        ahead = kAhead<S> && i + 1 < end ? reinterpret_cast<const char*>(x(i + 1)) : nullptr;
+        row(out + i * a.n, x(i));
       } else {
-        L* const gathered = reinterpret_cast<L*>(line);
-        gather(i, gathered);
-        one(i, static_cast<const L*>(gathered));
+        gather(i, reinterpret_cast<L*>(line));
+        row(out + i * a.n, reinterpret_cast<const L*>(line));
       }
     }
   }
@@ -225,7 +334,7 @@ struct Transform {
         }
       }
       __builtin_memset(line + a.n * W, 0, sizeof(F) * size_t((padded - a.n) * W));
-      base(buffer, run, static_cast<const F*>(line), run);
+      base(buffer, run, static_cast<const F*>(line), run, run);
       if (a.k == 0) last_pass<F, 0, 0>(line, buffer, padded * W, scale, ahead);
       else if (a.k == 1) last_pass<F, 0, 1>(line, buffer, padded * W, scale, ahead);
       else if (a.k == 2) last_pass<F, 0, 2>(line, buffer, padded * W, scale, ahead);
@@ -256,12 +365,16 @@ struct Transform {
 namespace scalekern::SCALEKERN_ISA {
 
 void hadamard(const HadamardArgs& a) {
+#ifdef ONLY
+  return Transform<float, ONLY>::run(a);
+#else
   switch (a.dtype) {  // enum Dtype
     case 0: return Transform<float, float>::run(a);
     case 1: return Transform<double, double>::run(a);
     case 2: return Transform<float, f16>::run(a);
     default: return Transform<float, bf16>::run(a);
   }
+#endif
 }
 
 }  // namespace scalekern::SCALEKERN_ISA

@@ -11,6 +11,7 @@ _AXES = 9  # the kernel's own limit, for x whose axes cannot be joined
 
 _transform = native("hadamard_transform", "cpu")
 _quantize = native("fused_hadamard_quantize", "cpu")
+_factor = functools.cache(factor)
 
 
 @functools.cache
@@ -29,13 +30,13 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 def transform(out, x, scale, order, matrices, transposed) -> None:
     """fill(out, *op arguments)"""
-    m, k = factor(x.shape[-1], order)
+    m, k = _factor(x.shape[-1], order)
     _transform(out, _readable(x), _signs(m, matrices, transposed), k, scale)
 
 
 def quantize(q, scales, x, scale, bits, group_size, order, matrices) -> None:
     """fill(q, scales, *op arguments)"""
-    m, k = factor(x.shape[-1], order)
+    m, k = _factor(x.shape[-1], order)
     group, most = group_size or x.shape[-1], 2 ** (bits - 1) - 1
     _quantize(q, scales, _readable(x), _signs(m, matrices, False), k, scale, group, most)
 
