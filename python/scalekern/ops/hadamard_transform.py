@@ -34,7 +34,8 @@ def hadamard_transform(x, scale=1.0, *, order=None, matrices="fast_hadamard_tran
         transposed: multiply by H's transpose instead, which is n / scale^2 times the inverse where nothing is padded.
 
     Returns:
-        out (..., n) in x's dtype, summed in float32, or float64 for float64 x, and rounded once.
+        out (..., n) in x's dtype, summed in float32, or float64 for float64 x, and rounded once. On a CPU with AMX
+        tiles subnormal numbers of a bfloat16 x count as 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or value, named in the message.
@@ -43,7 +44,7 @@ def hadamard_transform(x, scale=1.0, *, order=None, matrices="fast_hadamard_tran
     determinant theorem and the sum of four squares, 1944.
     """
     _check(NAME, x, scale, order, matrices)
-    return hadamard_transform_fwd.light(x, float(scale), order or 0, matrices, bool(transposed))
+    return hadamard_transform_fwd(x, float(scale), order or 0, matrices, bool(transposed))
 
 
 def fused_hadamard_quantize(
@@ -78,7 +79,7 @@ def fused_hadamard_quantize(
         _checks.at_least(QUANTIZE, "group_size", group_size, 1)
         if x.shape[-1] % group_size:
             raise ValueError(f"{QUANTIZE}: group_size must divide the {x.shape[-1]} points of x, got {group_size}")
-    return _fused_hadamard_quantize.light(x, float(scale), bits, group_size or 0, order or 0, matrices)
+    return _fused_hadamard_quantize(x, float(scale), bits, group_size or 0, order or 0, matrices)
 
 
 def _check(op, x, scale, order, matrices):
