@@ -93,7 +93,7 @@ def child_environment(**changes) -> dict:
 
 
 def run_at_level(isa: str, code: str) -> None:
-    """`code` in a process of its own, in this folder, on that level of the CPU kernels, or the highest that there is."""
+    """`code` in a process of its own, in this folder, on that level of the CPU kernels, or the highest there is."""
     machine = pytest.importorskip("scalekern._C").cpu_isa()
     level = min(isa, machine, key=LEVELS.index)
     code = f"from scalekern import _C; assert _C.cpu_isa() == {level!r}, _C.cpu_isa()\n{code}"

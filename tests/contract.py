@@ -42,9 +42,10 @@ def as_tuple(outputs):
 
 
 def tensors_of(args, kwargs):
-    """{name: tensor} of all tensor arguments, positional ones named by their number, and of caches' parts ("1.data")."""
+    """{name: tensor} of all tensor arguments, positional ones by their number, and of caches' parts ("1.data")."""
     named = {str(i): a for i, a in enumerate(args)} | dict(kwargs)
-    parts = {f"{k}.{part}": t for k, v in named.items() if isinstance(v, QuantizedKV) for part, t in v.tensors().items()}
+    caches = {k: v.tensors() for k, v in named.items() if isinstance(v, QuantizedKV)}
+    parts = {f"{k}.{part}": t for k, tensors in caches.items() for part, t in tensors.items()}
     return {k: v for k, v in named.items() if isinstance(v, torch.Tensor)} | parts
 
 
@@ -62,7 +63,7 @@ def floating(tensors):
 
 
 def clones(args, kwargs, dtype=None):
-    """Fresh leaves (of the oracle's dtype if given; a quantized cache is what it is), so that in-place ops and gradients stay apart."""
+    """Fresh leaves (of the oracle's dtype if given; a quantized cache as it is): changes and gradients stay apart."""
     tensors = {
         k: (testing.upcast(v, dtype) if dtype and "." not in k else v.detach()).clone()
         for k, v in tensors_of(args, kwargs).items()

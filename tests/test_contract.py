@@ -174,13 +174,14 @@ def test_gradcheck(op, sample, on):
 @compiled_only
 @every_trainable
 def test_second_order_is_right_or_refused(op, sample):
-    """Right for what is linear; else refused, by every gradient, and by the gradient that came in: they lead to the backward op, which refuses by its name."""
+    """Right for what is linear; else refused by the backward op, which every gradient and the incoming one lead to."""
     args, kwargs = clones(*sample.make(dtype=torch.float64, seed=3))
     leaves = floating(tensors_of(args, kwargs))
     for leaf in leaves.values():
         leaf.requires_grad_()
     if testing.specs()[op].linear:
-        assert torch.autograd.gradgradcheck(lambda x: getattr(scalekern, op)(x, *args[1:], **kwargs), args[:1], fast_mode=True)
+        function = lambda x: getattr(scalekern, op)(x, *args[1:], **kwargs)
+        assert torch.autograd.gradgradcheck(function, args[:1], fast_mode=True)
         return
     outputs = as_tuple(getattr(scalekern, op)(*args, **kwargs))
     incoming = [torch.ones_like(o).requires_grad_() for o in outputs]
@@ -256,12 +257,13 @@ def test_opcheck(op, sample):
     assert calls
     for overload, call_args in calls:
         call_args = tree_map_only(torch.Tensor, lambda a: a.detach().clone(), call_args)
+        tensors = [a for a in tree_leaves(call_args) if isinstance(a, torch.Tensor)]
         differentiable = overload._schema.name.endswith("_fwd")
-        for a in tree_leaves(call_args) if differentiable else ():
-            if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex()) and a.itemsize > 1:
+        for a in tensors if differentiable else ():
+            if (a.is_floating_point() or a.is_complex()) and a.itemsize > 1:
                 a.requires_grad_()
         checks = OPCHECKS if sample in traced else OPCHECKS[:3]
-        if any(isinstance(a, torch.Tensor) and a.is_floating_point() and a.itemsize == 1 for a in tree_leaves(call_args)):
+        if any(a.is_floating_point() and a.itemsize == 1 for a in tensors):
             checks = checks[1:]  # the first compares its arguments by allclose, which torch has not for float8
         torch.library.opcheck(overload, call_args, test_utils=checks)
 
@@ -298,8 +300,9 @@ def test_compiles_without_a_graph_break_and_for_new_sizes(op, compiler):
     args, kwargs = next(s for s in testing.samples(op) if s.name == DISTINCT.get(op, s.name)).make(seed=5)
     with compiling() as never_again:
         _compare_compiled(op, compiled, args, kwargs)
+        grown = _more_rows if spec.grows_by_rows or not spec.trainable else _longer
         with never_again:
-            _compare_compiled(op, compiled, *(_more_rows if spec.grows_by_rows or not spec.trainable else _longer)(args, kwargs))
+            _compare_compiled(op, compiled, *grown(args, kwargs))
 
 
 def _compare_compiled(op, compiled, args, kwargs):
@@ -326,7 +329,10 @@ def _longer(args, kwargs):
 def _more_rows(args, kwargs):
     """The same sample with its batch doubled."""
     rows = args[0].shape[0]
-    tensors = {k: torch.cat([v, (v * 0.5).to(v.dtype)]) if v.shape[0] == rows else v for k, v in tensors_of(args, kwargs).items()}
+    tensors = {
+        k: torch.cat([v, (v * 0.5).to(v.dtype)]) if v.shape[0] == rows else v
+        for k, v in tensors_of(args, kwargs).items()
+    }
     return with_tensors(args, kwargs, tensors)
 
 
@@ -477,14 +483,13 @@ def _first_floating(args):
 def test_an_expanded_gradient_is_read_in_place(op, sample, on):
     args, kwargs = clones(*sample.make(device=on.device, seed=9))
     leaf = args[_first_floating(args)].requires_grad_()
-    (actual,) = on(lambda: torch.autograd.grad(sum(o.real.sum() for o in as_tuple(getattr(scalekern, op)(*args, **kwargs))), leaf))  # fmt: skip
-    (wanted,) = torch.autograd.grad(
-        sum(
-            (o.real * torch.ones(o.shape, device=o.device)).sum()
-            for o in as_tuple(getattr(reference, op)(*args, **kwargs))
-        ),
-        leaf,
-    )
+
+    def gradient(function, total):
+        (grad,) = torch.autograd.grad(sum(total(o.real) for o in as_tuple(function(*args, **kwargs))), leaf)
+        return grad
+
+    actual = on(gradient, getattr(scalekern, op), torch.sum)  # whose gradient is one number, expanded
+    wanted = gradient(getattr(reference, op), lambda o: (o * torch.ones(o.shape, device=o.device)).sum())
     assert_close(actual, wanted, tolerance=1e-5)
 
 
@@ -584,7 +589,7 @@ def test_not_a_tensor(op):
 
 # --- 7: NaN and Inf ------------------------------------------------------------------------------------------------
 
-# On a GPU these ops compute by FFT or by products of matrices, and what is not finite spreads over that many last axes of the output.
+# On a GPU these ops compute by FFT or by products of matrices: what is not finite spreads over so many last axes.
 SPREAD_BY_FFT = {
     "fft_conv": 1, "toeplitz_conv": 1, "diag_ssm": 1, "depthwise_conv2d": 2, "depthwise_conv_transpose2d": 2,
 }  # fmt: skip
