@@ -1,7 +1,8 @@
-"""What test_contract.py does with every op: run it and its oracle on one sample, with gradients, and compare them."""
+"""What test_contract*.py do with every op: run it and its oracle on one sample, with gradients, and compare them."""
 
 import functools
 
+import pytest
 import torch
 
 import scalekern
@@ -33,6 +34,33 @@ CASES = [
 TRAINABLE = [(op, sample) for op, sample in CASES if testing.specs()[op].trainable]
 IDS = [f"{op}-{sample.name}" for op, sample in CASES]
 TRAINABLE_IDS = [f"{op}-{sample.name}" for op, sample in TRAINABLE]
+
+
+def composed(op):
+    """Whether an op is made of other ops, each of which the interpreter tests by itself."""
+    return bool(testing.specs()[op].through) or any(isinstance(b.run, functools.partial) for b in backends_of(op))
+
+
+def one_each(cases, ids):
+    """One case an op, for what does not depend on the sample."""
+    seen, out = set(), []
+    for (op, sample), name in zip(cases, ids):
+        if op not in seen and not (INTERPRET and composed(op)):
+            seen.add(op)
+            out.append(pytest.param(op, sample, id=name))
+    return out
+
+
+every_case = pytest.mark.parametrize("op, sample", CASES, ids=IDS)
+every_trainable = pytest.mark.parametrize("op, sample", TRAINABLE, ids=TRAINABLE_IDS)
+some_case = pytest.mark.parametrize("op, sample", one_each(CASES, IDS)) if INTERPRET else every_case
+some_trainable = (
+    pytest.mark.parametrize("op, sample", one_each(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
+)
+every_op = pytest.mark.parametrize("op", list(dict.fromkeys(op for op, _ in CASES)))
+compiled_only = pytest.mark.skipif(
+    INTERPRET, reason="the interpreter's process tests kernels, not the torch integration"
+)
 
 
 def as_tuple(outputs):

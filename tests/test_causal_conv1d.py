@@ -1,6 +1,6 @@
 """Numerics of causal_conv1d and causal_conv1d_update on every backend, against the float64 oracle.
 
-What every op has in common (errors, opcheck, compile, autocast, vmap) is in test_contract.py.
+What every op has in common (errors, opcheck, compile, autocast, vmap) is in test_contract_calls.py.
 Shape letters: B batch, D channels, L length, W filter width, T tokens of an update, K tokens that a state holds.
 """
 
