@@ -7,13 +7,17 @@ PY ?= $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check --no-compile
 OUT ?= out/gpu
 
-# All files but the longest two, by their first letters: parts of one to three minutes keep two processes busy to the end.
+CONTRACT := tests/test_contract.py tests/test_contract_calls.py
+
+# All files but those and the compilation's, by their first letters: parts of one to three minutes keep two processes
+# busy to the end.
 REST := test-rest-a-c test-rest-d-m test-rest-n-r test-rest-s-z
 
 # What Triton's interpreter runs; a file a line.
 INTERPRETED := $(addprefix tests/, \
   test_causal_conv1d.py \
   test_contract.py \
+  test_contract_calls.py \
   test_cross_scan.py \
   test_hadamard_transform.py \
   test_quant_matmul_experts.py \
@@ -92,7 +96,7 @@ test: build
 test-contract test-compile $(REST) test-interpret: export OMP_WAIT_POLICY = passive
 
 test-contract:
-	$(PY) -m pytest -q -p no:cacheprovider tests/test_contract.py
+	$(PY) -m pytest -q -p no:cacheprovider $(CONTRACT)
 
 test-compile:
 	$(PY) -m pytest -q -p no:cacheprovider tests/test_triton_compile.py
@@ -101,7 +105,7 @@ test-rest: $(REST)
 
 $(REST): test-rest-%:
 	$(PY) -m pytest -q -p no:cacheprovider \
-	  $(filter-out tests/test_contract.py tests/test_triton_compile.py,$(wildcard tests/test_[$*]*.py))
+	  $(filter-out $(CONTRACT) tests/test_triton_compile.py,$(wildcard tests/test_[$*]*.py))
 
 test-interpret:
 	@if $(PY) -c "import triton" 2>/dev/null; then \

@@ -27,11 +27,14 @@ ROOT = pathlib.Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"  # 10.0 without the a: its PTX is the one that later chips take, compiled once
 ISA_FLAGS = {
-    "baseline": "-O1",  # x86 without AVX2, in a third of the time of -O3; other machines have no other level, and take -O3
+    "baseline": "-O1",  # x86 without AVX2, in a third of -O3's time; other machines have no other level, and take -O3
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
 }
-CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas"
+CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math "
+    "-Wall -Wno-unknown-pragmas"
+)
 
 
 def torch_root() -> pathlib.Path | None:
@@ -156,7 +159,8 @@ class NativeBuild:
             else:
                 objects.append(self.compile("cxx", source, "cpu", self.torch_flags))
         self.link("lib/libscalekern_cpu.so", "libscalekern_cpu.so", objects, self.link_flags())
-        self.info["cpu"] = {"isa": list(levels), "unoptimized": unoptimized, "compiler": first_line([self.cxx, "--version"])}
+        compiler = first_line([self.cxx, "--version"])
+        self.info["cpu"] = {"isa": list(levels), "unoptimized": unoptimized, "compiler": compiler}
 
     def runs(self, level: str) -> bool:
         """Whether this machine has a level's instructions."""
@@ -276,7 +280,8 @@ setup(
     packages=[
         "scalekern", "scalekern.ops", "scalekern.reference", "scalekern.testing", "scalekern.nn", "scalekern.compat",
         "scalekern.integrations", "scalekern.masks", "scalekern.cli", "scalekern.demo", "scalekern.quant",
-        "scalekern.quant.readers", "scalekern.benchmarks", "scalekern.triton_kernels", "scalekern.triton_kernels.configs",
+        "scalekern.quant.readers", "scalekern.benchmarks", "scalekern.triton_kernels",
+        "scalekern.triton_kernels.configs",
     ],
     package_dir={"": "python", "scalekern.triton_kernels": "triton_kernels", "scalekern.benchmarks": "benchmarks"},
     package_data={"scalekern.triton_kernels.configs": ["*.json"], "scalekern": ["py.typed", "fastest.json"]},

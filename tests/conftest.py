@@ -3,12 +3,14 @@
 import contextlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from contract import has_backend
 
 import scalekern
 from scalekern import _dispatch, _env, _native
@@ -81,6 +83,31 @@ def any_backend(place):
         yield backend
 
 
+@pytest.fixture
+def on(place, request):
+    """on(function, ...): run it on the place's backend. on.device: where the sample's tensors belong.
+
+    Skips nothing silently: a backend that declines a sample must say so, and only GPU kernels do, for these reasons.
+    """
+    device, backend = place
+    params = request.node.callspec.params
+    op = params["op"] if "op" in params else params["mutant"].public
+    if not has_backend(op, backend):
+        pytest.skip(f"{op} has no {backend} backend")
+
+    def run(function, *args, **kwargs):
+        try:
+            with scalekern.backend(backend):
+                return function(*args, **kwargs)
+        except scalekern.BackendError as declined:
+            reasons = r"a complex A|filter for every sample|u is float64|group_size is no power of two"
+            assert backend in ("triton", "cuda") and re.search(reasons, str(declined)), declined
+            pytest.skip(str(declined))
+
+    run.device, run.backend = device, backend
+    return run
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
     for name in ("SCALEKERN_BACKEND", "SCALEKERN_STRICT"):
@@ -93,7 +120,7 @@ def child_environment(**changes) -> dict:
 
 
 def run_at_level(isa: str, code: str) -> None:
-    """`code` in a process of its own, in this folder, on that level of the CPU kernels, or the highest that there is."""
+    """`code` in a process of its own, in this folder, on that level of the CPU kernels, or the highest there is."""
     machine = pytest.importorskip("scalekern._C").cpu_isa()
     level = min(isa, machine, key=LEVELS.index)
     code = f"from scalekern import _C; assert _C.cpu_isa() == {level!r}, _C.cpu_isa()\n{code}"

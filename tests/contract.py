@@ -1,7 +1,8 @@
-"""What test_contract.py does with every op: run it and its oracle on one sample, with gradients, and compare them."""
+"""What test_contract*.py do with every op: run it and its oracle on one sample, with gradients, and compare them."""
 
 import functools
 
+import pytest
 import torch
 
 import scalekern
@@ -35,6 +36,33 @@ IDS = [f"{op}-{sample.name}" for op, sample in CASES]
 TRAINABLE_IDS = [f"{op}-{sample.name}" for op, sample in TRAINABLE]
 
 
+def composed(op):
+    """Whether an op is made of other ops, each of which the interpreter tests by itself."""
+    return bool(testing.specs()[op].through) or any(isinstance(b.run, functools.partial) for b in backends_of(op))
+
+
+def one_each(cases, ids):
+    """One case an op, for what does not depend on the sample."""
+    seen, out = set(), []
+    for (op, sample), name in zip(cases, ids):
+        if op not in seen and not (INTERPRET and composed(op)):
+            seen.add(op)
+            out.append(pytest.param(op, sample, id=name))
+    return out
+
+
+every_case = pytest.mark.parametrize("op, sample", CASES, ids=IDS)
+every_trainable = pytest.mark.parametrize("op, sample", TRAINABLE, ids=TRAINABLE_IDS)
+some_case = pytest.mark.parametrize("op, sample", one_each(CASES, IDS)) if INTERPRET else every_case
+some_trainable = (
+    pytest.mark.parametrize("op, sample", one_each(TRAINABLE, TRAINABLE_IDS)) if INTERPRET else every_trainable
+)
+every_op = pytest.mark.parametrize("op", list(dict.fromkeys(op for op, _ in CASES)))
+compiled_only = pytest.mark.skipif(
+    INTERPRET, reason="the interpreter's process tests kernels, not the torch integration"
+)
+
+
 def as_tuple(outputs):
     if isinstance(outputs, QuantizedKV):
         return tuple(outputs.tensors().values())
@@ -42,9 +70,10 @@ def as_tuple(outputs):
 
 
 def tensors_of(args, kwargs):
-    """{name: tensor} of all tensor arguments, positional ones named by their number, and of caches' parts ("1.data")."""
+    """{name: tensor} of all tensor arguments, positional ones by their number, and of caches' parts ("1.data")."""
     named = {str(i): a for i, a in enumerate(args)} | dict(kwargs)
-    parts = {f"{k}.{part}": t for k, v in named.items() if isinstance(v, QuantizedKV) for part, t in v.tensors().items()}
+    caches = {k: v.tensors() for k, v in named.items() if isinstance(v, QuantizedKV)}
+    parts = {f"{k}.{part}": t for k, tensors in caches.items() for part, t in tensors.items()}
     return {k: v for k, v in named.items() if isinstance(v, torch.Tensor)} | parts
 
 
@@ -62,7 +91,7 @@ def floating(tensors):
 
 
 def clones(args, kwargs, dtype=None):
-    """Fresh leaves (of the oracle's dtype if given; a quantized cache is what it is), so that in-place ops and gradients stay apart."""
+    """Fresh leaves (of the oracle's dtype if given; a quantized cache as it is): changes and gradients stay apart."""
     tensors = {
         k: (testing.upcast(v, dtype) if dtype and "." not in k else v.detach()).clone()
         for k, v in tensors_of(args, kwargs).items()

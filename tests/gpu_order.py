@@ -18,7 +18,9 @@ ORDER = (
     "test_a_defect_of_a_kernel_would_be_seen",
 )  # fmt: skip
 LATER = ("torch.float16", "torch.float64")  # the same code as bfloat16 and float32, but for rounding
-STICKY = re.compile("illegal memory access|unspecified launch failure|misaligned address|device-side assert|illegal instruction")
+STICKY = re.compile(
+    "illegal memory access|unspecified launch failure|misaligned address|device-side assert|illegal instruction"
+)
 END = time.time() + float(os.environ.get("SCALEKERN_TEST_SECONDS", "inf"))
 
 

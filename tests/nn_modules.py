@@ -76,7 +76,7 @@ def check_compiled(module, x, backend):
 
 
 def check_padding(rendering, module, left, mask_of=lambda mask: mask):
-    """Rows of 9, 4 and 1 tokens, padded on the left or the right, give what each gives alone, and padding no gradient."""
+    """Rows of 9, 4 and 1 tokens, padded left or right, give what each gives alone, and padding no gradient."""
     rows = [normal(1, length, 4, seed=length) for length in (9, 4, 1)]
     pad = lambda row: F.pad(row, (0, 0, 9 - row.shape[1], 0) if left else (0, 0, 0, 9 - row.shape[1]), value=3.0)
     u = torch.cat([pad(row) for row in rows]).requires_grad_()

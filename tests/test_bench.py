@@ -115,7 +115,7 @@ def test_rounds_end_at_the_deadline():
     slow = lambda x: (time.sleep(0.02), 2 * x)[1]
     begin = time.monotonic()
     (record,) = measure(toy(slow), seconds=60.0, deadline=time.monotonic() + 0.2)
-    assert time.monotonic() - begin < 20 and record["samples"] < 30  # 20 of the 60 asked for: a busy machine stalls for seconds
+    assert time.monotonic() - begin < 20 and record["samples"] < 30  # 20 s of 60: a busy machine stalls for seconds
 
 
 def test_samples_follow_the_wanted_numbers():
@@ -435,8 +435,11 @@ def test_a_case_is_launched_on_what_compiles_and_no_failure_stops_the_next(capsy
         ran.append(_dispatch.forced())
         raise RuntimeError("boom")
 
-    case = toy(run, backends=("cpu", "triton"), rivals={"mamba_ssm": lambda: peers.Peer(lambda: ran.append("peer"), "1"),
-                                                       "copy": lambda: pytest.fail("it compiles nothing")})  # fmt: skip
+    rivals = {
+        "mamba_ssm": lambda: peers.Peer(lambda: ran.append("peer"), "1"),
+        "copy": lambda: pytest.fail("it compiles nothing"),
+    }
+    case = toy(run, backends=("cpu", "triton"), rivals=rivals)
     warm.launch_once(case, CPU, time.monotonic() + 60)
     assert ran == ["triton", "peer"] and "boom" in capsys.readouterr().err
     warm.launch_once(case, CPU, time.monotonic() - 1)
@@ -450,7 +453,8 @@ def test_pytest_benchmarks_runs_the_cases_by_itself(tmp_path):
     pytest.importorskip("pytest_benchmark")
     stats, root = tmp_path / "stats.json", pathlib.Path(__file__).parent.parent
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "conv_update_step_b1_"]
-    command += ["--bench-device", "cpu", "--bench-seconds", "0.01", "--records", str(tmp_path / "r"), "--benchmark-json", str(stats)]  # fmt: skip
+    command += ["--bench-device", "cpu", "--bench-seconds", "0.01", "--records", str(tmp_path / "r")]
+    command += ["--benchmark-json", str(stats)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (entry,) = json.loads(stats.read_text())["benchmarks"]

@@ -1,6 +1,6 @@
 """Numerics of causal_conv1d and causal_conv1d_update on every backend, against the float64 oracle.
 
-What every op has in common (errors, opcheck, compile, autocast, vmap) is in test_contract.py.
+What every op has in common (errors, opcheck, compile, autocast, vmap) is in test_contract_calls.py.
 Shape letters: B batch, D channels, L length, W filter width, T tokens of an update, K tokens that a state holds.
 """
 
@@ -414,7 +414,9 @@ BAD = {
     "batch": (_conv(cu_seqlens=torch.tensor([0, 20])), ValueError, "cu_seqlens.* need a batch of 1, got 2"),
     "both": (_conv(cu_seqlens=ids(1), seq_idx=ids(2, 20)), ValueError, "seq_idx and cu_seqlens .* got both"),
     "cu values": (
-        _conv(x=torch.zeros(1, 5, 20), cu_seqlens=torch.tensor([0, 9, 4, 20])), ValueError, r"rise from 0 to 20, got \[0",
+        _conv(x=torch.zeros(1, 5, 20), cu_seqlens=torch.tensor([0, 9, 4, 20])),
+        ValueError,
+        r"rise from 0 to 20, got \[0",
     ),
     "update state": (_update(conv_state=torch.zeros(3, 5, 2)), ValueError, "conv_state must hold at least 3 tokens"),
     "update slots": (_update(conv_state=torch.zeros(4, 5, 3)), ValueError, "conv_state must have 3 slots like x"),

@@ -351,7 +351,8 @@ def test_upstream_imports(shims):
     A, B = -torch.rand(6, 4, generator=g), torch.randn(2, 4, 9, generator=g)
     scanned, expected = (f(u, delta, A, B, B, return_last_state=True) for f in (selective_scan_fn, selective_scan_ref))
     assert all(error(a, b) < 1e-5 for a, b in zip(scanned, expected))
-    xz, weights = torch.randn(2, 12, 9, generator=g), [torch.randn(*s, generator=g) for s in ((6, 1, 4), (10, 6), (6, 2), (3, 6))]  # fmt: skip  # noqa: E501
+    xz = torch.randn(2, 12, 9, generator=g)
+    weights = [torch.randn(*s, generator=g) for s in ((6, 1, 4), (10, 6), (6, 2), (3, 6))]
     args = (xz, weights[0], None, *weights[1:], None, A)
     assert error(mamba_inner_fn(*args), mamba_inner_ref(*args)) < 1e-5
     x, weight = torch.randn(1, 6, 11, generator=g), torch.randn(6, 4, generator=g)
@@ -406,7 +407,8 @@ def test_a_fresh_process(order):
         import io, logging, sys, warnings
         warnings.simplefilter("ignore")
         from scalekern import compat
-        assert "transformers" not in sys.modules and not [n for n in sys.modules if n.startswith(("mamba_ssm", "causal_conv1d"))]
+        assert "transformers" not in sys.modules
+        assert not [n for n in sys.modules if n.startswith(("mamba_ssm", "causal_conv1d"))]
         if {order!r} == "before":
             compat.install()
         import torch
@@ -426,7 +428,9 @@ def test_a_fresh_process(order):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    expected = [("causal_conv1d_fn", 4), ("causal_conv1d_update", 2), ("selective_scan_fn", 4), ("selective_state_update", 2)]  # fmt: skip  # noqa: E501
+    expected = [
+        ("causal_conv1d_fn", 4), ("causal_conv1d_update", 2), ("selective_scan_fn", 4), ("selective_state_update", 2),
+    ]  # fmt: skip
     assert done.stdout.strip() == str(expected)
 
 

@@ -108,7 +108,10 @@ def test_a_checkpoint_of_upstream_loads():
     """Its buffers, the DFT matrices, are in every layer that has a pointer to the module; ours has none."""
     model = torch.nn.Sequential(flash(16), torch.nn.Linear(2, 2))
     assert set(model.state_dict()) == {"1.weight", "1.bias"}
-    saved = {"1.weight": torch.ones(2, 2), "1.bias": torch.ones(2), "0.f_16_fft": torch.ones(16, 16, 2), "0.twid": torch.ones(8, 2)}  # fmt: skip  # noqa: E501
+    saved = {
+        "1.weight": torch.ones(2, 2), "1.bias": torch.ones(2),
+        "0.f_16_fft": torch.ones(16, 16, 2), "0.twid": torch.ones(8, 2),
+    }  # fmt: skip
     model.load_state_dict(saved)
     assert torch.equal(model[1].weight, saved["1.weight"])
     with pytest.raises(RuntimeError, match="Unexpected"):

@@ -17,9 +17,9 @@ FAMILIES = {
                             mamba_chunk_size=8, mamba_expand=2, attn_layer_indices=[1])),
     "falcon_h1": ("FalconH1", dict(**ATTENTION, mamba_d_ssm=32, mamba_n_heads=8, mamba_d_head=4, mamba_n_groups=2,
                                    mamba_d_state=6, mamba_chunk_size=8, mamba_expand=2)),
-    "zamba2": ("Zamba2", dict(**ATTENTION, mamba_d_state=6, mamba_ngroups=2, mamba_headdim=4, n_mamba_heads=8, chunk_size=8,
-                              mamba_expand=2, hybrid_layer_ids=[1], num_mem_blocks=1, use_mem_rope=False,
-                              adapter_rank=4, layers_block_type=["mamba", "hybrid"])),
+    "zamba2": ("Zamba2", dict(**ATTENTION, mamba_d_state=6, mamba_ngroups=2, mamba_headdim=4, n_mamba_heads=8,
+                              chunk_size=8, mamba_expand=2, hybrid_layer_ids=[1], num_mem_blocks=1,
+                              use_mem_rope=False, adapter_rank=4, layers_block_type=["mamba", "hybrid"])),
     "nemotron_h": ("NemotronH", dict(**ATTENTION, layers_block_type=["mamba", "attention"], mamba_num_heads=8,
                                      mamba_head_dim=4, n_groups=2, ssm_state_size=6, chunk_size=8, expand=2)),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is particular to cross_scan and cross_merge: tiles' edges, layouts, threads, and that each is the other's adjoint."""
+"""What is particular to cross_scan and cross_merge: tiles' edges, layouts, threads, each as the other's adjoint."""
 
 import pytest
 import torch

@@ -218,7 +218,8 @@ def test_emulated_backward_split_over_time(shape, reverse):
     call = [dout, dlast, *args[:10], checkpoints.float(), *args[10:]]
     want = selective_scan_bwd(*doubled(call))
     for processors in (1, 64):  # 64 is enough for a chunk a tile
-        assert_all_close(emulated.selective_scan_bwd(*call, processors=processors), want, SCAN, TOLERANCE[torch.float32])
+        found = emulated.selective_scan_bwd(*call, processors=processors)
+        assert_all_close(found, want, SCAN, TOLERANCE[torch.float32])
 
 
 def test_emulated_backward_without_some_gradients():

@@ -85,7 +85,8 @@ def test_a_fresh_run_leaves_its_files_and_results(finished):
     assert results["held_out_curve"][0][1] == pytest.approx(8, abs=0.5)  # untrained: 8 bits a byte
     assert results["held_out_bits_per_byte"] < results["held_out_curve"][0][1] - 1  # six steps already learn
     assert f"{results['held_out_bits_per_byte']:.3f} held-out bits per byte" in printed
-    assert [t["case"] for t in results["timings"]] == ["training step", "long convolution", "window attention", "prefill", "decode"]
+    cases = ["training step", "long convolution", "window attention", "prefill", "decode"]
+    assert [t["case"] for t in results["timings"]] == cases
     for t in results["timings"]:
         assert t["scalekern_ms"] > 0 and t["pytorch_ms"] > 0
         assert t["speedup"] == pytest.approx(t["pytorch_ms"] / t["scalekern_ms"])

@@ -53,7 +53,7 @@ def test_every_geometry(op, method):
     assert tried > 50
 
 
-# Image, filter, dilation: over all vectors of a tile and the last of them partly filled, several tiles, bands and rows of
+# Image, filter, dilation: over all vectors of a tile and the last partly filled, several tiles, bands and rows of
 # taps; a filter of one tap, one beyond the image; channels fewer than threads and more.
 TAP_BY_TAP = [
     ((1, 1, 70, 131), (5, 9), 1), ((2, 9, 21, 67), (13, 13), 1), ((1, 1, 400, 300), (9, 2), (3, 2)),

@@ -39,7 +39,8 @@ def test_the_nearest_measured_size_decides(records):
 def test_what_the_fastest_kernel_declines_goes_to_the_others_before_torch(records):
     run = lambda *args: None
     own = (Backend("triton", run), Backend("cuda", run), Backend("cuda", run, composed=True), Backend("reference", run))
-    first = lambda entries: [(e.name, e.composed) for e in _dispatch._fastest_first("scan", entries, torch.empty(2**20))]
+    x = torch.empty(2**20)
+    first = lambda entries: [(e.name, e.composed) for e in _dispatch._fastest_first("scan", entries, x)]
     assert first(own) == [("cuda", False), ("triton", False), ("cuda", True), ("reference", False)]
     assert first(own[:1] + own[2:])[0] == ("cuda", True)  # there is no kernel of that name: torch's ops were measured
 

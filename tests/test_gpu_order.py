@@ -25,7 +25,8 @@ def test_a_defect_of_a_kernel_would_be_seen(): pass
 @pytest.mark.parametrize("dtype", ["torch.float16", "torch.bfloat16"])
 def test_forward_agrees_with_the_oracle(dtype): pass
 
-def test_nan_and_inf_travel_as_in_the_oracle(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_nan_and_inf_travel_as_in_the_oracle():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 """
 
 
@@ -41,9 +42,10 @@ def test_the_most_telling_first(tmp_path):
     done = run(tmp_path)
     order = [line.split("::")[1].split()[0] for line in done.stdout.splitlines() if line.startswith("test_them.py::")]
     assert order == [
-        "test_forward_agrees_with_the_oracle[torch.bfloat16]", "test_of_an_op", "test_strides_change_nothing[torch.float32]",
-        "test_nan_and_inf_travel_as_in_the_oracle", "test_a_defect_of_a_kernel_would_be_seen",
-        "test_forward_agrees_with_the_oracle[torch.float16]", "test_strides_change_nothing[torch.float64]",
+        "test_forward_agrees_with_the_oracle[torch.bfloat16]", "test_of_an_op",
+        "test_strides_change_nothing[torch.float32]", "test_nan_and_inf_travel_as_in_the_oracle",
+        "test_a_defect_of_a_kernel_would_be_seen", "test_forward_agrees_with_the_oracle[torch.float16]",
+        "test_strides_change_nothing[torch.float64]",
     ]  # fmt: skip
     assert "6 passed" in done.stdout and "1 failed" in done.stdout
 

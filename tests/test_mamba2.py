@@ -48,16 +48,18 @@ def test_equals_the_equations(name):
     u = torch.randn(2, 11, 8, dtype=torch.float64)
     D, N, G, P, H = layer.d_ssm, 6, layer.ngroups, 4, layer.nheads
     parts = [layer.d_inner - D] * 2 + [D, D + 2 * G * N, H]
-    z0, x0, z, xBC, dt = (u @ layer.in_proj.weight.T + (0 if layer.in_proj.bias is None else layer.in_proj.bias)).split(parts, -1)
+    bias_of = lambda part: 0 if part.bias is None else part.bias
+    z0, x0, z, xBC, dt = (u @ layer.in_proj.weight.T + bias_of(layer.in_proj)).split(parts, -1)
     padded, taps = torch.cat([xBC.new_zeros(2, 3, xBC.shape[-1]), xBC], 1), layer.conv1d.weight[:, 0]
-    xBC = sum(padded[:, i : i + 11] * taps[:, i] for i in range(4)) + (0 if layer.conv1d.bias is None else layer.conv1d.bias)
+    xBC = sum(padded[:, i : i + 11] * taps[:, i] for i in range(4)) + bias_of(layer.conv1d)
     xBC = xBC * xBC.sigmoid()
     d = torch.nn.functional.softplus(dt + layer.dt_bias).clamp(*layer.dt_limit)
     h, ys = u.new_zeros(2, H, P, N), []
     for t in range(11):
         x = xBC[:, t, :D].view(2, H, P)
         B, C = (xBC[:, t, D + i * G * N :][:, : G * N].view(2, G, N).repeat_interleave(H // G, 1) for i in (0, 1))
-        h = torch.exp(-d[:, t] * layer.A_log.exp())[..., None, None] * h + (d[:, t, :, None] * x)[..., None] * B[:, :, None]
+        decay, step = torch.exp(-d[:, t] * layer.A_log.exp()), d[:, t, :, None] * x
+        h = decay[..., None, None] * h + step[..., None] * B[:, :, None]
         skip = layer.D.view(H, P) if layer.D_has_hdim else layer.D[:, None]
         ys.append(((h * C[:, :, None]).sum(-1) + skip * x).flatten(1))
     y, gate = torch.stack(ys, 1), z * z.sigmoid()

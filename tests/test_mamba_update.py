@@ -27,7 +27,8 @@ def step(B, M, D, N, R, dtype, wider=0):
     args = (
         torch.randn(B, M).to(dtype), torch.randn(B, D, 4).to(dtype), torch.randn(B, D, N).to(param),
         weight(2 * D, M), torch.randn(D, 4, dtype=param), torch.randn(D, dtype=param), weight(R + 2 * N, D),
-        weight(D, R), weight(M, D), torch.randn(D, N, dtype=param) * 0.5, torch.randn(D, dtype=param), torch.randn(D, dtype=param),
+        weight(D, R), weight(M, D), torch.randn(D, N, dtype=param) * 0.5, torch.randn(D, dtype=param),
+        torch.randn(D, dtype=param),
     )  # fmt: skip
     options = dict(in_proj_bias=torch.randn(2 * D).to(dtype), norm_weight=torch.randn(M).to(dtype))
     return args, options

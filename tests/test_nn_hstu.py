@@ -49,7 +49,8 @@ def rendering(p, x, time, targets):
                     if j < i and i >= n - targets[s] and j >= n - targets[s]:
                         continue
                     bucket = min(int((after[i] - T[j]).abs().clamp(min=1).log() / 0.301), 12)
-                    score = Q[i] @ K[j] + p["_rel_attn_bias._pos_w"][MAX_LEN - 1 + j - i] + p["_rel_attn_bias._ts_w"][bucket]
+                    score = Q[i] @ K[j] + p["_rel_attn_bias._pos_w"][MAX_LEN - 1 + j - i]
+                    score = score + p["_rel_attn_bias._ts_w"][bucket]
                     total = total + score / (1 + (-score).exp()) / MAX_LEN * V[j]
                 rows.append(total)
             heads.append(torch.stack(rows))

@@ -1,4 +1,4 @@
-"""Quantized Mamba and Mamba-2 blocks: a plain rendering of their arithmetic, decoding, ranges, training, checkpoints."""
+"""Quantized Mamba and Mamba-2 blocks: a plain rendering of the arithmetic, decoding, ranges, training, checkpoints."""
 
 import copy
 import types
@@ -112,7 +112,8 @@ def test_is_its_plain_rendering(kind, precision):
         # 4-bit weights of normal rows are off by 0.1 of them; 8-bit ones and 8-bit activations by below 0.01 each.
         bound = {"w8a8": 0.02, "w4a8": 0.2, "w4a16": 0.2}[precision]
         assert error(out, exact) < bound
-        for spoil in (lambda m: m.D.zero_(), lambda m: m.conv1d.bias.zero_(), lambda m: m.conv1d.weight[..., 0].zero_()):
+        spoils = (lambda m: m.D.zero_(), lambda m: m.conv1d.bias.zero_(), lambda m: m.conv1d.weight[..., 0].zero_())
+        for spoil in spoils:
             other = copy.deepcopy(q)
             spoil(other)
             assert error(other(u), out) > bound

@@ -225,7 +225,7 @@ def test_a_read_weight_multiplies():
     for package, case, name in (("gptq", "4_v2", "m.weight"), ("gguf", "Q4_K", "m"), ("hqq", "3_1_16", "m.weight")):
         w = found(package, *RECORDED[package][case][:2])[name]
         x = randn(3, w.columns)
-        # Of the norm, as everywhere: by itself Q4_K's first output, -87 out of terms of 63,407, is the rounding of those.
+        # Of the norm, as everywhere: by itself Q4_K's first output, -87 out of terms of 63,407, is their rounding.
         assert_close(quant_matmul(x, w), x.double() @ dequantize(w, torch.float64).T, tolerance=1e-6)
 
 

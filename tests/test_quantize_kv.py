@@ -73,7 +73,7 @@ def test_codes_lie_in_bytes_as_described():
     ),
 )  # fmt: skip
 def test_step_by_step_as_attention_over_the_dequantized(layout, k_format, v_format, P, Pv):
-    """A ragged batch over caches of garbage and NaN scales: what was not written, or may not be seen, reaches nothing."""
+    """A ragged batch over caches of garbage and NaN scales: what was not written or may not be seen reaches nothing."""
     if INTERPRET and (layout, P) not in (("circular", 8), ("paged", 7)):
         pytest.skip("one of each kind is enough for the kernels' own process")
     tokens, budgets, L = 2, BUDGETS if layout in ("circular", "ragged") else WHOLE, 8 if INTERPRET else 12

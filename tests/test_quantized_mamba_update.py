@@ -124,7 +124,7 @@ def test_what_was_gathered_follows_the_layers(fused):
 @pytest.mark.parametrize("format", ["int4", "mxfp8_e4m3"])
 def test_numbers_that_are_replaced_are_read(format):
     """`data` of a parameter, as moving a module to a GPU and back replaces it: by a layer, and by a block's step."""
-    twice = lambda t: (t.view(torch.uint8) + 1).view(t.dtype) if t.dtype == torch.float8_e8m0fnu else 2 * t  # noqa: E731
+    twice = lambda t: (t.view(torch.uint8) + 1).view(t.dtype) if t.dtype == torch.float8_e8m0fnu else 2 * t
     layer = QuantLinear.from_linear(torch.nn.Linear(64, 8, bias=False), format=format)
     block, x = block_of(dict(format=format)), torch.randn(1, 64)
     both(block)

@@ -199,9 +199,9 @@ def test_heads_are_cut_by_their_largest_channel():
     assert found.scale.shape == (2, 2)
     equal = quant.sort_and_cluster(torch.ones(3, 4), 3, 4)
     assert torch.equal(equal.per_channel, torch.full((3, 4), 1 / 127))
-    for bad, match in ((dict(head_groups=5, channel_groups=1), "at most 4"), (dict(head_groups=0, channel_groups=1), "at least 1")):
+    for head_groups, match in ((5, "at most 4"), (0, "at least 1")):
         with pytest.raises(ValueError, match=match):
-            quant.sort_and_cluster(absmax, **bad)
+            quant.sort_and_cluster(absmax, head_groups=head_groups, channel_groups=1)
     with pytest.raises(ValueError, match="finite"):
         quant.sort_and_cluster(absmax.log(), 1, 1)
 

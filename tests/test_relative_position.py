@@ -21,7 +21,7 @@ def agree(found, wanted, leaves, mine):
     """Outputs, and the gradients of a random projection, through each party's own leaves."""
     weight = randn(*wanted.shape, seed=9)
     assert_close(found, wanted, tolerance=1e-12)
-    grads = [torch.autograd.grad((out * weight.to(out.device)).sum(), x) for out, x in ((wanted, leaves), (found, mine))]
+    grads = [torch.autograd.grad((y * weight.to(y.device)).sum(), x) for y, x in ((wanted, leaves), (found, mine))]
     for e, a in zip(*grads):
         assert e.norm() > 0
         assert_close(a.to(e.device), e, tolerance=1e-11)

@@ -1,6 +1,6 @@
 """Numerics of selective_state_update on every backend, against the float64 oracle and the scan that it is a step of.
 
-What every op has in common (errors, opcheck, compile, autocast) is in test_contract.py.
+What every op has in common (errors, opcheck, compile, autocast) is in test_contract_calls.py.
 Shape letters: S state slots, B batch, H heads, P head dim, N state size, G groups of B and C.
 """
 

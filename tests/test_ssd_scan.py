@@ -1,4 +1,4 @@
-"""Mamba-2's scan: against the Mamba-1 oracle, transformers' chunks and itself in parts; strong decay, gradients of states."""
+"""Mamba-2's scan against Mamba-1's oracle, transformers' chunks, itself in parts; strong decay, gradients of states."""
 
 import importlib
 import types
@@ -40,7 +40,9 @@ def test_the_oracle_is_the_selective_scan_with_tied_channels():
 @pytest.mark.parametrize("L", [63, 64, 65, 200, 600])
 def test_lengths_that_no_chunk_divides(L, G):
     args = inputs(1, L, 4, 5, 7, G)
-    kwargs = dict(D=torch.randn(4, 5), initial_states=torch.randn(1, 4, 5, 7), dt_softplus=True, return_final_states=True)
+    kwargs = dict(
+        D=torch.randn(4, 5), initial_states=torch.randn(1, 4, 5, 7), dt_softplus=True, return_final_states=True
+    )
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     expected = reference.ssd_scan(*(a.double() for a in args), **wide)
     for a, e in zip(scalekern.ssd_scan(*args, **kwargs), expected):
@@ -124,7 +126,9 @@ def test_memory_does_not_grow_with_the_length(monkeypatch):
 def test_equals_transformers():
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     x, dt, A, B, C = inputs(2, 100, 4, 8, 16, 2)
-    kwargs = dict(D=torch.randn(4), dt_bias=torch.randn(4), dt_softplus=True, dt_limit=(0.1, 1.0), return_final_states=True)
+    kwargs = dict(
+        D=torch.randn(4), dt_bias=torch.randn(4), dt_softplus=True, dt_limit=(0.1, 1.0), return_final_states=True
+    )
     plain = getattr(modeling.mamba2_chunk_scan, "__wrapped__", modeling.mamba2_chunk_scan)
     expected = plain(x, dt, A, B, C, 32, **kwargs)
     for a, e in zip(scalekern.ssd_scan(x, dt, A, B, C, 32, **kwargs), expected):

@@ -139,12 +139,14 @@ def test_greedy_tokens(pair, cache):
 def test_one_token_goes_to_the_decoding_kernel(name, monkeypatch):
     """In every layer of every step after the prompt's, behind padding too; and not where a gradient is wanted."""
     calls, decode = [], attention.sparse_attention_decode
-    monkeypatch.setattr(attention, "sparse_attention_decode", lambda *a, **k: calls.append(k["starts"]) or decode(*a, **k))
+    counted = lambda *a, **k: calls.append(k["starts"]) or decode(*a, **k)
+    monkeypatch.setattr(attention, "sparse_attention_decode", counted)
     model = build(name, "scalekern")
     model.generate(input_ids=torch.full((2, 9), 3), max_new_tokens=4, do_sample=False)
     assert len(calls) == 3 * 2
     arguments, _ = inputs("left")
-    model.generate(input_ids=arguments["input_ids"], attention_mask=arguments["attention_mask"], max_new_tokens=4, do_sample=False)
+    prompt = {name: arguments[name] for name in ("input_ids", "attention_mask")}
+    model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert len(calls) == 2 * 3 * 2 and calls[-1] is not None and calls[-1].tolist() != [0, 0]
     model(input_ids=torch.full((2, 1), 3), use_cache=False).logits.sum().backward()
     assert len(calls) == 2 * 3 * 2

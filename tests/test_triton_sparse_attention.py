@@ -311,12 +311,12 @@ CASES = {
     "heads": (dict(H=4, Hkv=2, Lq=33, Lk=40, P=3, PV=130), masks.per_head([LOCAL, causal, ~sink(0), causal]), {}),
     "silu": (dict(Hkv=2, bias=(1, 1)), LOCAL, dict(silu=True, norm=1 / 45)),
     "tables": (
-        dict(H=3, position=("own", 21), time=("shared", 40), bias=(1, 1), Lk=70), segments(torch.arange(70)[None] // 16),
-        dict(silu=True, norm=0.2),
+        dict(H=3, position=("own", 21), time=("shared", 40), bias=(1, 1), Lk=70),
+        segments(torch.arange(70)[None] // 16), dict(silu=True, norm=0.2),
     ),
     "tables without order": (
-        dict(B=2, Lq=20, Lk=40, position=("shared", 15), time=("own", 80), ordered=False, sinks=True, bias=(2, 1)), LOCAL,
-        dict(softcap=2.0),
+        dict(B=2, Lq=20, Lk=40, position=("shared", 15), time=("own", 80), ordered=False, sinks=True, bias=(2, 1)),
+        LOCAL, dict(softcap=2.0),
     ),
     "position table of one": (dict(dtype=F64, position=("own", 1), Lq=20, Lk=20), causal, {}),
     "time table of one": (dict(dtype=BF16, time=("own", 1), Lq=20, Lk=20), causal, {}),

@@ -25,11 +25,15 @@ TOLERANCE = {F64: (1e-13, 1e-12), F32: (1e-6, 3e-6), F16: (1e-3, 2e-3), BF16: (6
 def case(B, L, H, P, N, G, *, dtype=F32, gate=False, D=1, cu=None, seq_idx=None, states=None, seed=0, **options):
     """(tensors, options): each head and token of its own size, so that permuted ones are seen."""
     g = torch.Generator().manual_seed(seed)
-    own = lambda *shape: torch.randn(shape, generator=g, dtype=F64) * torch.rand(shape[:1] + (1,) * (len(shape) - 1), generator=g, dtype=F64).add(0.5)  # noqa: E731, E501
+
+    def own(*shape):
+        numbers = torch.randn(shape, generator=g, dtype=F64)
+        return numbers * torch.rand(shape[:1] + (1,) * (len(shape) - 1), generator=g, dtype=F64).add(0.5)
+
     real = F64 if dtype == F64 else F32
     tensors = dict(
-        x=own(B, L, H, P).to(dtype), dt=own(B, L, H).sub(1).to(dtype), A=-own(H).abs().to(real), B=own(B, L, G, N).to(dtype),
-        C=own(B, L, G, N).to(dtype), D=own(*(H, P)[:D]).to(real), dt_bias=own(H).to(real),
+        x=own(B, L, H, P).to(dtype), dt=own(B, L, H).sub(1).to(dtype), A=-own(H).abs().to(real),
+        B=own(B, L, G, N).to(dtype), C=own(B, L, G, N).to(dtype), D=own(*(H, P)[:D]).to(real), dt_bias=own(H).to(real),
     )  # fmt: skip
     if gate:
         tensors["z"] = own(B, L, H, P).to(dtype)

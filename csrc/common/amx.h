@@ -5,7 +5,7 @@
 //   amx   bfloat16, and tile registers (Sapphire Rapids): eight of 16 rows of 64 bytes, a product of two in 16 cycles
 //     add_products<C, A, B>     c[i][j] += sum over k < 64 of a[i][k] b[k / 4][4 j + k % 4]   int8, int32: exact
 //     add_bf16_products<...>    c[i][j] += sum over k < 32 of a[i][k] b[k / 2][2 j + k % 2]   bfloat16, float
-//   So a is read as it lies, its rows along K, and b in fours (pairs) of numbers of a column. bfloat16 products round to
+//   So a is read as it lies, rows along K, and b in fours (pairs) of numbers of a column. bfloat16 products round to
 //   nearest, take subnormals as 0 and add pairs of products before the sum: a loop rounds otherwise.
 #pragma once
 #include <cstdint>

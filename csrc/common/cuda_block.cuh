@@ -111,7 +111,7 @@ SK_FN bool aligned16(const T* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
 
-// kCount neighbouring elements as they are stored, moved in pieces of up to 16 bytes. Those of 2 bytes stay in pairs: as
+// kCount neighbouring elements as stored, moved in pieces of up to 16 bytes. Those of 2 bytes stay in pairs: as
 // elements each would take a register.
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Group {

@@ -115,7 +115,7 @@ static void load_tile(
   int64_t row = 0;
   if (lanes == W && lane_stride == 1) {
     for (; row < rows; ++row) {
-      __builtin_prefetch(p + row * row_stride + 64 / int64_t(sizeof(S)), 0);  // what the next lanes of the row will want
+      __builtin_prefetch(p + row * row_stride + 64 / int64_t(sizeof(S)), 0);  // for the row's next lanes
       store(tile + row * pitch, load_as<F>(p + row * row_stride));
     }
   } else if (lanes == W && (row_stride == 1 || row_stride == -1) && lane_stride != 0) {

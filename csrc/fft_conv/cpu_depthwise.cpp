@@ -11,7 +11,8 @@ Images images(const Tensor& t) {
 }
 
 DepthwiseArgs arguments(
-    const Tensor& large, const Tensor& small, const Tensor& w, int64_t top, int64_t left, int64_t rows, int64_t columns) {
+    const Tensor& large, const Tensor& small, const Tensor& w, int64_t top, int64_t left, int64_t rows,
+    int64_t columns) {
   DepthwiseArgs a{};
   a.batch = large.size(0), a.channels = large.size(1), a.dtype = int(dtype_of(large));
   a.large = images(large), a.small = images(small), a.w = data(w);

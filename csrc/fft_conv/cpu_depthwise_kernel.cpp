@@ -1,9 +1,9 @@
-// Depthwise convolution tap by tap, stride 1 (another stride is several of these): forward (the gradient of the image is
+// Depthwise convolution tap by tap, stride 1 (another is several of these): forward (the gradient of the image is
 // the same with the filter turned around) and the gradient of the filter.
 //
 // Bound: multiply-adds, I J a pixel. B8 C64 56 x 56, 13 x 13 is 0.27 G: 1.6 ms on two cores of 64 flops a cycle at
 //   2.6 GHz.
-// Split: an item is a band of rows of one channel of one image; dw: some rows of taps of one channel, all images in turn.
+// Split: an item is a band of rows of a channel of an image; dw: some rows of taps of a channel, all images in turn.
 //   Each is copied into memory of the thread's own first, as float, with the zeros around it: what the loops read is in
 //   L1 or L2, aligned to nothing and never checked.
 // Measured there: 5.2 ms with a fresh output, whose pages alone take 1.5; both gradients 12 ms.
@@ -64,7 +64,8 @@ static void copy_band(
 // Of one tile: rows [y, end) of the image for the R rows from the r-th on, all of which they reach.
 template <class F, int R, int NV>
 static inline __attribute__((always_inline)) void add_rows(
-    const F* x, int64_t pitch, int64_t y, int64_t end, int64_t r, const F* w, int64_t J, int64_t d, Vec<F> (*sums)[NV]) {
+    const F* x, int64_t pitch, int64_t y, int64_t end, int64_t r, const F* w, int64_t J, int64_t d,
+    Vec<F> (*sums)[NV]) {
   constexpr int W = kLanes<F>;
   Vec<F> acc[R][NV];
 #pragma GCC unroll 12
@@ -138,7 +139,8 @@ struct Forward {
       narrow(out + r * dh * columns + q, 1, reinterpret_cast<const F*>(sums[r]), less(NV * W, columns - q));
   }
   template <int NV>
-  int64_t columns_of(const F* x, int64_t first, int64_t last, int64_t count, const F* w, F bias, int64_t q, T* out) const {
+  int64_t columns_of(const F* x, int64_t first, int64_t last, int64_t count, const F* w, F bias, int64_t q,
+                     T* out) const {
     constexpr int64_t R = rows_beside(NV);
     const int64_t even = (count + (count + R - 1) / R - 1) / ((count + R - 1) / R);  // tiles of nearly one height
     for (int64_t p = 0; p < count; p += even)

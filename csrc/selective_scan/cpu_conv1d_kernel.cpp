@@ -13,7 +13,7 @@
 // Tried and lost, fp32 forward with silu, one core with AVX-512: staging every tile, 1.17 ns an element instead of 0.61
 //   (memory and arithmetic took turns); staged tiles of 128 tokens instead of 1,024, 0.84. rcp14 and a Newton step for
 //   the division of silu: 12.4 cycles a vector instead of 11.1; on Zen 3 with AVX2 10.2 instead of 8.5.
-// Measured, AVX2, two threads of a Zen 3, B1 D1536 L2048 in a third-level cache, medians on a noisy machine: 1.1 ms with
+// Measured, AVX2, two threads of a Zen 3, B1 D1536 L2048 in third-level cache, medians on a noisy machine: 1.1 ms with
 //   silu (from 1.75), 0.5 without (from 1.0), a copy 0.3 to 0.4. Lines as long as a row instead of 256 tokens gave half
 //   of it, the shorter gate and the prefetches the rest. Non-temporal stores: no gain while the output fits that cache.
 #include "selective_scan/conv1d.h"

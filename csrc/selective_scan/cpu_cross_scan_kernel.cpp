@@ -2,7 +2,7 @@
 //
 // Bound: memory. A scan reads the image once and writes it K times; a merge reads it K times and writes it once.
 // Split: an item is a band of kBand rows of one channel of one image, so that one image of one channel keeps all
-// threads busy. A band is taken in tiles of kBand x kTile pixels, whose lines of cache (kBand of x, kTile of the columns' line)
+// threads busy. A band is taken in tiles of kBand x kTile pixels, whose cache lines (kBand of x, kTile of the columns)
 // stay in L1; every direction of a tile is made before the next tile is read. A merge sums a tile in float (double)
 // in L1, rows and columns apart, and rounds it once.
 // Channels beside each other in memory: the items' inner axis is then the channel, whose lines the next one reads too.

@@ -116,7 +116,7 @@ void product(const LinearArgs& a) {
   parallel_if(worth_it, worth_it ? threads : 1, work);
 }
 
-// out = x / sqrt(mean(x^2) + eps) weight, `count` numbers; without a weight where it is nullptr, in place where out is x.
+// out = x / sqrt(mean(x^2) + eps) weight, `count` numbers; without a weight if that is nullptr, in place if out is x.
 template <class T, class F = Compute<T>>
 void normalize(const T* x, const T* weight, int64_t count, double eps, T* out) {
   constexpr int64_t V = kLanes<F>;

@@ -18,7 +18,7 @@ using namespace scalekern;
 constexpr int64_t kAwake = 1 << 17;  // products of in_proj from which its threads have worked
 
 // What ops/quantized_mamba_update.py writes about a projection, in this order: `powers` for scales that are the bytes
-// of float8_e8m0fnu, 1 for a part that there is, 0 for one that there is not; `block` = m 2^k points of a rotation or 0.
+// of float8_e8m0fnu, 1 for a part that there is, 0 for one that is missing; `block` = m 2^k points of a rotation or 0.
 struct Layout {
   double bits, step, base, mantissa, zero, group, columns, powers, zeros, offsets, outer, bias, table, block, m, k;
 };

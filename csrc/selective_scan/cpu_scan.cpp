@@ -42,7 +42,8 @@ ScanArgs arguments(
   a.chunk = checkpoint_stride(a.states), a.slots = checkpoints.size(1);
   const int64_t chunks = (a.length + a.chunk - 1) / a.chunk;
   a.pad = reverse ? chunks * a.chunk - a.length : 0;
-  a.io = int(dtype_of(delta)), a.complex_A = dtype_of(A) == Dtype::c64 || dtype_of(A) == Dtype::c128, a.softplus = softplus;
+  a.io = int(dtype_of(delta)), a.complex_A = dtype_of(A) == Dtype::c64 || dtype_of(A) == Dtype::c128,
+  a.softplus = softplus;
   const int time = reverse ? 2 : -1, row = reverse && a.batch == 1 ? 0 : -1;
   a.u = view(u, time), a.delta = view(delta, time), a.z = view(z, time), a.A = view(A);
   a.B = view(B, reverse && a.groups_B ? 3 : -1), a.C = view(C, reverse && a.groups_C ? 3 : -1);

@@ -19,7 +19,8 @@ void update(
   a.state = data(state), a.out = data(out);
   a.x = data(x), a.dt = data(dt), a.A = data(A), a.B = data(B), a.C = data(C), a.D = data(D), a.z = data(z);
   a.dt_bias = data(dt_bias), a.indices = data(indices);
-  a.state_s = stride(state, 0), a.state_h = stride(state, 1), a.state_p = stride(state, 2), a.state_n = stride(state, 3);
+  a.state_s = stride(state, 0), a.state_h = stride(state, 1), a.state_p = stride(state, 2),
+  a.state_n = stride(state, 3);
   a.x_b = stride(x, 0), a.x_h = stride(x, 1), a.x_p = stride(x, 2);
   a.dt_b = stride(dt, 0), a.dt_h = stride(dt, 1), a.dt_p = stride(dt, 2);
   a.z_b = stride(z, 0), a.z_h = stride(z, 1), a.z_p = stride(z, 2);
@@ -33,8 +34,8 @@ void update(
     const int64_t slot = a.indices_are_int64 ? static_cast<const int64_t*>(a.indices)[b * a.indices_b]
                                              : static_cast<const int32_t*>(a.indices)[b * a.indices_b];
     STD_TORCH_CHECK(
-        slot < state.size(0), scale.has_value() ? "quantized" : "selective", "_state_update: state_batch_indices must be below ", state.size(0), ", got ",
-        slot);
+        slot < state.size(0), scale.has_value() ? "quantized" : "selective",
+        "_state_update: state_batch_indices must be below ", state.size(0), ", got ", slot);
   }
   SCALEKERN_CALL(selective_state_update, (a));
 }

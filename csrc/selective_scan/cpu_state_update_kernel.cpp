@@ -132,12 +132,13 @@ template <class T, class S>
 void run(const StateUpdateArgs& a) {
   constexpr int64_t V = kLanes<Compute<T>>;
   const int64_t blocks = (a.dim + V - 1) / V, rows = a.batch * a.heads;
-  parallel_if(rows * a.dim * a.states >= (a.awake ? kParallelAwake : kParallelElements), rows * blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / blocks, first = i % blocks * V, left = a.dim - first;
-      block<T, S>(a, row / a.heads, row % a.heads, first, left < V ? left : V);
-    }
-  });
+  parallel_if(rows * a.dim * a.states >= (a.awake ? kParallelAwake : kParallelElements), rows * blocks,
+              [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) {
+                  const int64_t row = i / blocks, first = i % blocks * V, left = a.dim - first;
+                  block<T, S>(a, row / a.heads, row % a.heads, first, left < V ? left : V);
+                }
+              });
 }
 
 template <class T>

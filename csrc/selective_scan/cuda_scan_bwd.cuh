@@ -7,7 +7,7 @@
 // token and warp (a warp: 8 channels). By count 40 unit operations against 18 forward, so at most 1.0e11 tokens x
 // channels a second on an H200, and as much by issue slots (about 75 instructions a state quad and token).
 // Predicted: 4e10 to 7e10. Measured on an H200: 8.6e9 (15.6 ms at B8 D4096 N16 L4096; 1,585 instructions a token of 32
-// channels, five times the count, and half of the issue slots). Plain rows have their own kernel (cuda_scan_bwd_rows.cuh).
+// channels, five times the count, and half of the issue slots). Plain rows have their own, cuda_scan_bwd_rows.cuh.
 //
 // Split: a thread owns 4 states of a channel, N / 4 lanes a channel, 384 threads (96 channels at N = 16) a block;
 // tokens in sequence, from the last chunk to the first. One block an SM: 168 registers, 146 KB. Compiled and not taken:
@@ -32,8 +32,8 @@ struct BwdArgs {
   void *dD, *dbias;                      // (B, D), likewise
   void* partial;                         // (B, segments, slots, L, 2 padded): dB, dC summed over the channels of a slot
   int64_t slots, round;                  // slots a segment; this launch takes its blocks from round * slots on
-  // Plain rows only (cuda_scan_bwd_rows.cuh). chunks of time, in scan order, of chunk_tiles tiles; where there are two or
-  // more: the adjoint on entering each from its end (B, chunks, D, N), its sum of step sizes (B, chunks, D).
+  // Plain rows only (cuda_scan_bwd_rows.cuh). chunks of time, in scan order, of chunk_tiles tiles; where there are two
+  // or more: the adjoint on entering each from its end (B, chunks, D, N), its sum of step sizes (B, chunks, D).
   int64_t chunks, chunk_tiles;
   void *entry, *step_sum;
   int tokens, padded, pitch;             // tokens of a tile; states padded to whole threads; pitch of a tile's row

@@ -8,7 +8,7 @@
 // times, 8 bytes a row each, and are waited for at once, where the forward fetches whole groups of 8 one group ahead
 // (what gained it a quarter). To be tried next.
 //
-// Split: two lanes a channel (l and l ^ 16), 8 states each; a warp 16 channels, a block 64; 128 threads. Tokens from the
+// Split: two lanes a channel (l, l ^ 16), 8 states each; a warp 16 channels, a block 64; 128 threads. Tokens from the
 // last tile of 64 to the first: up the tile from its checkpoint, leaving the states on entering each group of 8 in
 // shared memory; then group by group back down, four tokens at a time, whose 4 x 8 states stay in registers.
 // Where that does not fill the GPU, time is split too: the adjoint of every chunk but the first is swept once from zero
@@ -445,7 +445,8 @@ struct ScanBwdRows {
     Walk w = begin_walk(a, place);
     F step_sum = 0;
     const int64_t tiles = (a.p.length + kRowTokens - 1) / kRowTokens;
-    const int64_t begin = place.chunk * a.chunk_tiles, end = begin + a.chunk_tiles < tiles ? begin + a.chunk_tiles : tiles;
+    const int64_t begin = place.chunk * a.chunk_tiles,
+                  end = begin + a.chunk_tiles < tiles ? begin + a.chunk_tiles : tiles;
 #pragma unroll 1
     for (int64_t i = end - 1; i >= begin; --i) {  // in scan order, from the last
       const int64_t slot = kReverse ? tiles - 1 - i : i, left = a.p.length - slot * kRowTokens;

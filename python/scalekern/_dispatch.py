@@ -1,9 +1,9 @@
 """Which backend runs a call, and why the others do not.
 
 An op holds a tuple of `Backend`s, best first (on a GPU that has records, `fastest.json`, written by
-`python -m scalekern report`, puts the one that was measured fastest for a call's size in front). A call walks it: a backend is taken when it serves the device,
-is available on this machine, and its `supports(*args)` returns None. `scalekern.backend("triton")` or
-SCALEKERN_BACKEND narrow the walk to one backend; what that one cannot do is then an error.
+`python -m scalekern report`, puts the one measured fastest for a call's size in front). A call walks it: a backend is
+taken when it serves the device, is available on this machine, and its `supports(*args)` returns None.
+`scalekern.backend("triton")` or SCALEKERN_BACKEND narrow the walk to one; what that one cannot do is then an error.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ import os
 _FALSE = ("", "0", "false", "no", "off")
 
 
-# os.environ.get takes a microsecond where there is no such variable, in every call of every op: it catches an exception.
+# os.environ.get takes a microsecond where there is no such variable, in every call of an op: it catches an exception.
 _raw, _BACKEND = os.environ._data, os.environ.encodekey("SCALEKERN_BACKEND")
 
 

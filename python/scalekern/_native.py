@@ -17,7 +17,8 @@ def load(kind: str) -> str | None:
     """Load the `cpu` or `cuda` library once. None when it is loaded, else why it is not."""
     path = library_path(kind)
     if not path.exists():
-        return f"the {kind} library was not built (reinstall where {'nvcc' if kind == 'cuda' else 'a C++ compiler'} is found)"
+        compiler = "nvcc" if kind == "cuda" else "a C++ compiler"
+        return f"the {kind} library was not built (reinstall where {compiler} is found)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

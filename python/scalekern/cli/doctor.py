@@ -118,7 +118,9 @@ def hints() -> list[str]:
     isa = built["cpu_isa_in_use"]
     compiled = "avx512" if isa in ("vnni", "amx") else isa  # those are instructions inside that level's kernels
     if compiled in built.get("cpu", {}).get("unoptimized", ()):
-        found.append(f"the {compiled} kernels were built without optimization, on a machine without {compiled}: build them here")
+        found.append(
+            f"the {compiled} kernels were built without optimization, on a machine without {compiled}: build them here"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() == 1 and cores > 1:
         found.append(f"torch uses 1 thread of {cores} cores (OMP_NUM_THREADS, torch.set_num_threads)")

@@ -26,8 +26,8 @@ def table(rows: list[dict]) -> dict:
 
 
 def first_argument(record: dict) -> int:
-    """Elements of the op's first argument: the sequence, M tokens of K numbers of a product, or the state of a step (W -
-    1 tokens of a convolution)."""
+    """Elements of the op's first argument: the sequence, M tokens of K numbers of a product, or a step's state (W - 1
+    tokens of a convolution)."""
     shape = record["shape"]
     if record["direction"] == "step":
         return shape["B"] * shape["D"] * (shape["N"] if "N" in shape else shape["W"] - 1)

@@ -2,11 +2,12 @@
 
 transformers decorates the torch form of every kernel function when a modeling module is imported: the decorator looks
 for the upstream package once and keeps what it found in a closure. `patch` makes it look again in modules that are
-already there. On top, the two Mamba-1 mixers and the blocks around them run on scalekern's own forward (integrations.transformers), which
-decodes a token of a block in one op, and which in train mode does not take upstream's fused function where that computes something
-else than their torch path: MambaMixer masks the padding after the convolution as well, FalconMambaMixer normalizes the
-step size before its projection and not after it. Where their caches are not known (integrations.transformers.unknown),
-the mixers stay transformers' own and call the shims as they would call upstream's functions, in train mode too.
+already there. On top, the two Mamba-1 mixers and the blocks around them run on scalekern's own forward
+(integrations.transformers): it decodes a block's token in one op, and in train mode leaves upstream's fused function
+where that computes something else than their torch path (MambaMixer masks the padding after the convolution as well,
+FalconMambaMixer normalizes the step size before its projection and not after it). Where their caches are not known
+(integrations.transformers.unknown), the mixers stay transformers' own and call the shims as they would call upstream's
+functions, in train mode too.
 """
 
 import functools
@@ -87,9 +88,9 @@ def _warn_once() -> None:
     from scalekern.integrations.transformers import KNOWN
 
     warnings.warn(
-        f"scalekern.compat does not know the Mamba layers of transformers {transformers.__version__}: they keep their own "
-        "forward, which takes single functions of mamba_ssm and causal_conv1d from scalekern at best, and none for a "
-        f"whole token. Upgrade scalekern, or install transformers {KNOWN}.",
+        f"scalekern.compat does not know the Mamba layers of transformers {transformers.__version__}: they keep their "
+        "own forward, which takes single functions of mamba_ssm and causal_conv1d from scalekern at best, and none for "
+        f"a whole token. Upgrade scalekern, or install transformers {KNOWN}.",
         stacklevel=2,
     )
 

@@ -1,5 +1,5 @@
-"""`python -m scalekern demo`: train a byte-level Mamba / H3 / attention model on real text with scalekern's ops, run it, compare,
-and quantize it.
+"""`python -m scalekern demo`: train a byte-level Mamba / H3 / attention model on real text with scalekern's ops, run,
+compare and quantize it.
 
 Leaves in --out: checkpoint.safetensors, results.json, sample.txt and demo.png.
 """
@@ -97,7 +97,10 @@ def _run(args) -> int:
     timings = compare.timings(trainer.model, _windows(trainer), trainer.settings, _is_quick(trainer))
     rows = [[t.case, t.shape, f"{t.scalekern_ms:.2f}", f"{t.pytorch_ms:.2f}", f"{t.speedup:.1f}x"] for t in timings]
     say("\n" + console.table(["milliseconds", "size", "scalekern", "plain PyTorch", "ratio"], rows))
-    say("(plain PyTorch: the reference backend, whose scan is a loop over time and whose attention computes every score)\n")
+    say(
+        "(plain PyTorch: the reference backend, whose scan is a loop over time "
+        "and whose attention computes every score)\n"
+    )
     results["timings"] = [{**dataclasses.asdict(t), "speedup": t.speedup} for t in timings]
     formats = _quantize(trainer, results)
     say(console.table(quantized.HEADER, quantized.rows(formats)) + "\n")
@@ -237,8 +240,8 @@ def _plot(trainer, timings, formats, path: pathlib.Path) -> None:
 
     config = trainer.model.config
     title = (
-        f"Byte-level {ARCHES[config.arch]} / H3 / attention, {config.layers} layers of width {config.width}, on {trainer.device}: "
-        f"{trainer.curve[-1][1]:.2f} held-out bits per byte after {trainer.seconds:.0f} s"
+        f"Byte-level {ARCHES[config.arch]} / H3 / attention, {config.layers} layers of width {config.width}, "
+        f"on {trainer.device}: {trainer.curve[-1][1]:.2f} held-out bits per byte after {trainer.seconds:.0f} s"
     )
     try:
         plot.draw(path, trainer.losses, trainer.curve, timings, formats, title)

@@ -160,7 +160,7 @@ class Trainer:
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW; weights of matmuls decay, the rest (norms, biases, A, D, embedding) does not, and what a layer marks for its
+    """AdamW; weights of matmuls decay, the rest (norms, biases, A, D, embedding) does not; what a layer marks for its
     own rate (H3's A, B and dt, in which a kernel is exponential) learns at a quarter of the others'."""
     named = dict(model.named_parameters())
     kernels = [p for p in named.values() if hasattr(p, "_optim")]

@@ -1,4 +1,4 @@
-"""transformers on scalekern's ops: `accelerate(model)` for Mamba layers, `.undo()` on what it returns; and `register()`,
+"""transformers on scalekern's ops: `accelerate(model)` for Mamba layers, `.undo()` on what it returns; `register()`,
 after which `attn_implementation="scalekern"` runs attention (integrations.attention).
 
 Shape letters: B batch, L length, M model width, D channels, N state size, W filter width, R rank of the step size.
@@ -237,7 +237,8 @@ def _is_plain_block(mixer, norm, hidden_states) -> bool:
         and type(norm).__name__ == type(mixer).__name__.replace("Mixer", "RMSNorm")
         and not (_is_replaced(mixer) or _is_replaced(norm) or _is_replaced(mixer._modules["conv1d"]))
         and not _obstacle(mixer)
-        and hidden_states.dtype == norm._parameters["weight"].dtype == mixer._modules["in_proj"]._parameters["weight"].dtype
+        and hidden_states.dtype == norm._parameters["weight"].dtype
+        and hidden_states.dtype == mixer._modules["in_proj"]._parameters["weight"].dtype
         and hidden_states.dtype in (torch.float32, torch.float64)
         and _is_plain(mixer, hidden_states)
     )  # fmt: skip

@@ -102,8 +102,10 @@ def _leaf(row, code, sides, moved, tables):
     x = rows.place + dx
     batch = lambda count: rows.sequence if count > 1 else torch.zeros_like(rows.sequence)
     if opcode in (NEIGHBOR, DENSE):
-        raise ValueError("sparse_attention: mask must be made of causal, window, sink, prefix, blocks, segments, dilated and rows "
-                         "for packed sequences, got one over an image or of a tensor")  # fmt: skip
+        raise ValueError(
+            "sparse_attention: mask must be made of causal, window, sink, prefix, blocks, segments, dilated and rows "
+            "for packed sequences, got one over an image or of a tensor"
+        )
     if opcode == DILATED:
         return [tables.same(swap, x % p[0], (columns.place + dy) % p[0])]
     if opcode == SAME:

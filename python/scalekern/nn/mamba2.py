@@ -96,7 +96,9 @@ class Mamba2(CachedStates, nn.Module):
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         self.headdim, self.ngroups, self.dt_limit = headdim, ngroups, tuple(dt_limit)
         if self.d_ssm % headdim or (self.d_ssm // headdim) % ngroups:
-            raise ValueError(f"{NAME}: headdim must divide {self.d_ssm} channels and ngroups their heads, got {headdim}, {ngroups}")  # fmt: skip  # noqa: E501
+            raise ValueError(
+                f"{NAME}: headdim must divide {self.d_ssm} channels and ngroups their heads, got {headdim}, {ngroups}"
+            )
         self.nheads = self.d_ssm // headdim
         self.rmsnorm, self.norm_before_gate = rmsnorm, norm_before_gate
         self.D_has_hdim, self.chunk_size, self.layer_idx = D_has_hdim, chunk_size, layer_idx

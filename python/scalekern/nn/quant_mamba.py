@@ -137,7 +137,9 @@ class _QuantizedBlock:
         dtype = x.dtype
         if self.rounding is not None:
             x, B, C = (round_to_int8(t, s).to(torch.promote_types(dtype, torch.float32)) * s for t, s in (
-                (x, self.x_scale.view(x.shape[1:])), (B, self._by_group(self.B_steps)), (C, self._by_group(self.C_steps))
+                (x, self.x_scale.view(x.shape[1:])),
+                (B, self._by_group(self.B_steps)),
+                (C, self._by_group(self.C_steps)),
             ))  # fmt: skip
         if state.dtype == torch.int8:
             scale = self.state_steps.view(state.shape[1:-1])

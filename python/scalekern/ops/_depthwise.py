@@ -29,12 +29,12 @@ from scalekern.reference.depthwise_conv2d import sides
 
 METHODS = ("auto", "direct", "fft")
 _conv_cpu, _dw_cpu = _dispatch.native("depthwise_conv2d", "cpu"), _dispatch.native("depthwise_conv2d_dw", "cpu")
-# "auto", on a CPU: tap by tap up to so many taps, times the stride's (rows beyond the image do not count). B8 C64 56 x 56, two
-# cores with AVX-512, forward / both ways, against the FFT: K = 7 2.2 / 7.9 against 6.8 / 20 ms, 13 5.2 / 17 against
-# 10 / 33, 17 6.8 / 25 against 8.4 / 33, 25 13 / 37 against 10 / 26. With AVX2 the loop takes twice as long, the FFT not.
+# "auto", on a CPU: tap by tap up to so many taps, times the stride's (rows beyond the image do not count). B8 C64
+# 56 x 56, two cores with AVX-512, K = 7, 13, 17, 25: 2.2 / 7.9, 5.2 / 17, 6.8 / 25, 13 / 37 ms forward / both ways,
+# by FFT 6.8 / 20, 10 / 33, 8.4 / 33, 10 / 26. With AVX2 the loop takes twice as long, the FFT not.
 NATIVE_TAPS = 256
 # Elsewhere: torch's grouped convolution up to 9 taps an axis. Its forward is as fast as ours to the 9 (14 with AVX-512)
-# taps that oneDNN has kernels for, with a stride 1.3 to 4 times faster, and 20 to 50 times slower from there on (K = 15:
+# taps that oneDNN has kernels for, with a stride 1.3 to 4 times faster, and 20 to 50 times slower beyond them (K = 15:
 # 264 ms); its gradients are 2.5 to 12 times slower from K = 5 on. Never measured on a GPU.
 DIRECT_TAPS = 9
 # Bytes of one piece's spectrum. The case above, one thread: 2^19 to 2^23 bytes 22 to 23 ms, 2^24 38 ms. Large pieces
@@ -261,7 +261,7 @@ def _spoiled(y):
     return y.device.type == "cpu" and not torch.isfinite(y.sum())
 
 
-# --- tap by tap: the native kernel on a CPU, else torch's convolutions -------------------------------------------------
+# --- tap by tap: the native kernel on a CPU, else torch's convolutions ------------------------------------------------
 
 
 @functools.cache

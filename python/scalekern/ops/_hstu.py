@@ -46,7 +46,11 @@ def code(offsets, num_targets, queries: int, keys: int, causal, max_attn_len, co
     first_of = lambda n: torch.where(n > 0, n + context, 0)  # the first token with a number of at least n
     low, high = torch.zeros_like(number), first_of(number)
     reach = max_attn_len if max_attn_len else None
-    full = number >= last - min_full_attn_len if reach and min_full_attn_len else torch.zeros_like(number, dtype=torch.bool)
+    full = (
+        number >= last - min_full_attn_len
+        if reach and min_full_attn_len
+        else torch.zeros_like(number, dtype=torch.bool)
+    )
     if reach:
         low = torch.where(full, 0, first_of(number - reach))
     if contextual_len:

@@ -47,7 +47,9 @@ def check_ends(ends: list[int], tokens: int) -> None:
         raise ValueError(f"quant_matmul: offs must rise from 0 to at most {tokens}, the rows of x, got {ends}")
 
 
-def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
+def forward(
+    out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
+):  # fmt: skip
     """Fill out (..., N)."""
     if offs is not None:
         out.zero_()

@@ -49,7 +49,9 @@ def _options(format, group_size, scales, device):
     return *code_values(format, device), group_size, scales.dtype == torch.float8_e8m0fnu
 
 
-def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
+def forward(
+    out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
+):  # fmt: skip
     """Fill out (..., N)."""
     if x.dtype == torch.float64:
         return _quant_matmul.forward(

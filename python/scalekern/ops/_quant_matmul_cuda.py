@@ -57,7 +57,9 @@ def arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_s
     return out, x, data, scales, zeros, offsets, outer, bias, table, bits, step, base, zero, group_size, powers
 
 
-def forward(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype):  # fmt: skip
+def forward(
+    out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
+):  # fmt: skip
     """Fill out (..., N)."""
     if _quant_matmul_tiles.refused(x, data, scales, zeros, offsets, format, group_size) is None:
         return _quant_matmul_tiles.forward(out, x, data, scales, zeros, offsets, outer, bias, format, group_size)

@@ -78,7 +78,7 @@ def codes_of(data, bits: int, K: int):
     """(T, S, 256 * 64 * bits / 8) uint8 from (N, bytes), filled up with codes of 0: of each warp, which has 32 rows,
     pieces of 16 bytes, those of its 32 lanes side by side."""
     # Register r of a fragment of 16 x 16 holds rows g (+ 8 for odd r) and columns 2 t, 2 t + 1 (+ 8 for r of 2 and 3)
-    # in lane 4 g + t. A lane's 16 registers of four fragments are 16 pairs of codes; 16 / bits of them share a word, the
+    # in lane 4 g + t. A lane's 16 registers of four fragments are 16 pairs of codes; 16 / bits share a word, the
     # first codes of them in its lower half, the second ones in its upper half.
     T, S = -(-data.shape[0] // ROWS), -(-K // STEP)
     tile, warp, two, eight_rows, g, step, fragment, eight_columns, t, code = range(10)

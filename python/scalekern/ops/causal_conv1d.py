@@ -80,7 +80,8 @@ def causal_conv1d_update(
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight_, bias_ = _to(weight_, real), _to(bias_, real)
     steps = x_.unsqueeze(-1) if x.dim() == 2 else x_
-    out = causal_conv1d_update_op(state_, steps, weight_, bias_, cache_seqlens, conv_state_indices, activation is not None)
+    silu = activation is not None
+    out = causal_conv1d_update_op(state_, steps, weight_, bias_, cache_seqlens, conv_state_indices, silu)
     return _library.inference_only("causal_conv1d_update", out.view(x.shape), x, conv_state, weight, bias)
 
 

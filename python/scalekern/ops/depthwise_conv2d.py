@@ -30,9 +30,9 @@ def depthwise_conv2d(x, w, bias=None, *, padding="same", stride=1, dilation=1, m
         padding: zeros around x: "same" (d (I - 1) rows and d (J - 1) columns, of an odd number one more below and on
             the right, so that P = ceil(H / s)), "valid", an integer, or a pair (rows, columns).
         stride, dilation: an integer or a pair.
-        method: "direct" (tap by tap; on a GPU torch's grouped convolution), "fft", or "auto": direct up to 256 taps, times
-            the stride's, on a GPU 9 an axis. By FFT an error is relative to the largest values of the
-            image, not to those around a pixel.
+        method: "direct" (tap by tap; on a GPU torch's grouped convolution), "fft", or "auto": direct up to 256 taps,
+            times the stride's, on a GPU 9 an axis. By FFT an error is relative to the largest values of the image, not
+            to those around a pixel.
 
     Returns:
         out (B, C, P, Q) in x's dtype, P = (H + top + bottom - d (I - 1) - 1) // s + 1. Half precision is computed in

@@ -96,7 +96,9 @@ def _check(q, k, v, offsets, num_targets, time, time_table, position_table, norm
     _checks.bounds(NAME, "offsets", offsets, total)
     sequences = offsets.shape[0] - 1
     if q.shape[0] != total and (sequences == 0 or q.shape[0] % sequences):
-        raise ValueError(f"{NAME}: q must have {total} rows, or equally many of each of {sequences} sequences, got {q.shape[0]}")
+        raise ValueError(
+            f"{NAME}: q must have {total} rows, or equally many of each of {sequences} sequences, got {q.shape[0]}"
+        )
     if num_targets is not None:
         _checks.tensor(NAME, "num_targets", num_targets, dims=1, dtypes=(torch.int32, torch.int64))
         _checks.shape(NAME, "num_targets", num_targets, (sequences,))
@@ -110,7 +112,8 @@ def _check(q, k, v, offsets, num_targets, time, time_table, position_table, norm
             _checks.tensor(NAME, name, table, dims=(1, 2), dtypes=_checks.FLOATING)
             _checks.shape(NAME, name, table, (None,), (heads, None))
             if table.shape[-1] < 1 or (name == "position_table" and table.shape[-1] % 2 == 0):
-                raise ValueError(f"{NAME}: {name} must have {'an odd number of' if 'pos' in name else ''} entries, got {table.shape[-1]}")
+                count = "an odd number of" if "pos" in name else ""
+                raise ValueError(f"{NAME}: {name} must have {count} entries, got {table.shape[-1]}")
     _checks.choice(NAME, "normalize", normalize, NORMALIZE)
     _checks.same_device(NAME, "q", q, k=k, v=v, offsets=offsets, num_targets=num_targets, time=time,
                         time_table=time_table, position_table=position_table)  # fmt: skip

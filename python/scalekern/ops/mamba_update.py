@@ -146,7 +146,7 @@ _cpu.native_op = _native.native_op
 def _is_native(conv_state, ssm_state, hidden_states, in_proj_weight, in_proj_bias, *rest) -> bool:
     """The native step is for few rows, reads rows of the weights, and wants everything else contiguous.
 
-    It divides by the rank of the step size, which is 0 for a model narrower than 16 that takes a sixteenth of its width.
+    It divides by the rank of the step size, which is 0 where a model narrower than 16 takes a sixteenth of its width.
     """
     _, _, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A_log, _, _, norm_weight, *_ = rest
     rows = (hidden_states, in_proj_weight, x_proj_weight, delta_proj_weight, out_proj_weight)

@@ -114,7 +114,9 @@ def _rows_an_expert(x, rows: int, offs) -> int:
     if x.dim() != 2:
         raise ValueError(f"{NAME}: x must have 2 dimensions when offs is given, got shape {tuple(x.shape)}")
     if not offs.shape[0] or rows % offs.shape[0]:
-        raise ValueError(f"{NAME}: offs must have as many elements as w has matrices, got {offs.shape[0]} for {rows} rows")
+        raise ValueError(
+            f"{NAME}: offs must have as many elements as w has matrices, got {offs.shape[0]} for {rows} rows"
+        )
     return rows // offs.shape[0]
 
 

@@ -145,7 +145,10 @@ quantized_selective_scan_bwd = _library.define(
     f"quantized_selective_scan_bwd(Tensor dout, Tensor? dlast_state, {_TENSORS}, Tensor checkpoints, "
     "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
-        *(Backend(name, functools.partial(_quantized.selective_backward, scan=selective_scan_bwd)) for name in ("cuda", "triton", "cpu")),
+        *(
+            Backend(name, functools.partial(_quantized.selective_backward, scan=selective_scan_bwd))
+            for name in ("cuda", "triton", "cpu")
+        ),
         Backend("reference", reference_bwd),
     ),
     fake=_allocate_bwd,

@@ -260,7 +260,11 @@ selective_scan_bwd = _library.define(
     "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
         Backend("cuda", filling(_allocate_bwd, _cuda_bwd), lambda g, h, *a: _cuda_supports_bwd(*a)),
-        Backend("triton", filling(_allocate_bwd, triton("selective_scan", "selective_scan_bwd")), lambda g, h, *a: _gpu_supports(*a)),
+        Backend(
+            "triton",
+            filling(_allocate_bwd, triton("selective_scan", "selective_scan_bwd")),
+            lambda g, h, *a: _gpu_supports(*a),
+        ),
         Backend("cpu", filling(_allocate_bwd, native("selective_scan_bwd", "cpu"))),
         Backend("reference", reference_bwd),
     ),

@@ -62,7 +62,10 @@ def sort_and_cluster(absmax: torch.Tensor, head_groups: int, channel_groups: int
     absmax = absmax.detach().float() if absmax.dim() == 2 else absmax.detach().float()[None]
     if not (torch.isfinite(absmax).all() and (absmax >= 0).all()):
         raise ValueError(f"{NAME}: absmax must be finite and at least 0, got {absmax.min()} to {absmax.max()}")
-    for name, groups, most in (("head_groups", head_groups, len(absmax)), ("channel_groups", channel_groups, absmax[0].numel())):  # fmt: skip
+    for name, groups, most in (
+        ("head_groups", head_groups, len(absmax)),
+        ("channel_groups", channel_groups, absmax[0].numel()),
+    ):
         _checks.at_least(NAME, name, groups, 1)
         if groups > most:
             raise ValueError(f"{NAME}: {name} must be at most {most}, got {groups}")

@@ -22,7 +22,8 @@ class Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         filled = self.width * done // max(total, 1)
-        line = f"quantize |{'#' * filled}{'.' * (self.width - filled)}| {done}/{total} {time.monotonic() - self.begin:.0f} s {name}"
+        bar, seconds = "#" * filled + "." * (self.width - filled), time.monotonic() - self.begin
+        line = f"quantize |{bar}| {done}/{total} {seconds:.0f} s {name}"
         columns = shutil.get_terminal_size().columns - 1
         sys.stderr.write(f"\r{line[:columns]:{columns}}" + ("\n" if done == total else ""))
         sys.stderr.flush()

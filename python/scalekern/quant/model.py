@@ -70,7 +70,7 @@ def quantize_model(
             "int4", "group_size": 64, "method": "hqq", "symmetric": False, "rotation": "hadamard"})], or "int4".
         inputs: batches to calibrate on and to measure output errors with, each a tensor, a tuple of arguments or a
             dict of them; the model runs over them once, in float, in eval mode.
-        progress: True or False: a bar on stderr or none; default: a bar where stderr is a terminal. A function is called
+        progress: True or False: a bar on stderr or none; default: a bar where that is a terminal. A function is called
             as progress(done, total, name) before each layer and once after the last.
 
     Returns:

@@ -40,7 +40,10 @@ def causal_conv1d_fwd(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu
         states = [final for _, final in finals]
     else:  # the state of a row is that of its last run
         last = dict(finals)
-        states = [last.get(row, _zeros(x, width, real) if initial_states is None else initial_states[row].to(real)) for row in range(x.shape[0])]  # fmt: skip
+        states = [
+            last.get(row, _zeros(x, width, real) if initial_states is None else initial_states[row].to(real))
+            for row in range(x.shape[0])
+        ]
     final = torch.stack(states) if states else x.new_zeros(0, x.shape[1], width - 1, dtype=real)
     return result.to(x.dtype), final.to(x.dtype)
 
@@ -48,7 +51,7 @@ def causal_conv1d_fwd(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu
 def causal_conv1d_bwd(dout, dfinal_states, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu):
     """(dx, dweight, dbias, dinitial_states); an absent input's gradient is empty (0,).
 
-    dpre = dout act'(pre);  dx[t] = sum_w weight[w] dpre[t + (W - 1) - w];  dweight[w] = sum_t dpre[t] x[t - (W - 1) + w]
+    dpre = dout act'(pre); dx[t] = sum_w weight[w] dpre[t + (W - 1) - w]; dweight[w] = sum_t dpre[t] x[t - (W - 1) + w]
     """
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     width = weight.shape[1]

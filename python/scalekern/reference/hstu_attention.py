@@ -68,9 +68,15 @@ def valid(n, causal, targets, max_attn_len, contextual_len, min_full_attn_len):
 def time_buckets(time, K):
     """floor(log(max(1, |t_{i+1} - t_j|)) / 0.301) up to K, (n, n); the last token's next one is itself."""
     following = torch.cat([time[1:], time[-1:]])
-    return torch.searchsorted(bucket_edges(K).to(time.device), (following[:, None] - time).abs().clamp(min=1), right=True)
+    return torch.searchsorted(
+        bucket_edges(K).to(time.device), (following[:, None] - time).abs().clamp(min=1), right=True
+    )
 
 
 def bucket_edges(K):
     """The least integer of each bucket 1 to K: exact where a logarithm would be rounded."""
-    return torch.tensor([math.ceil(math.exp(BUCKET * (i + 1)) - 1e-9) for i in range(K)], dtype=torch.float64).clamp(max=2.0**62).long()
+    return (
+        torch.tensor([math.ceil(math.exp(BUCKET * (i + 1)) - 1e-9) for i in range(K)], dtype=torch.float64)
+        .clamp(max=2.0**62)
+        .long()
+    )

@@ -83,8 +83,9 @@ def quant_matmul_fwd(
         data, scales, zeros, offsets, outer, format=format, columns=x.shape[-1], group_size=group_size
     )
     return quant_matmul(
-        x, w, bias=bias, activation=activation or None, activation_scale=activation_scale, out_dtype=out_dtype, offs=offs
-    )
+        x, w, bias=bias, activation=activation or None, activation_scale=activation_scale, out_dtype=out_dtype,
+        offs=offs,
+    )  # fmt: skip
 
 
 def quant_matmul_bwd(
@@ -114,7 +115,9 @@ def quant_matmul_bwd(
     grads = (by_code * factor, -plain * scales.to(wide) * factor, plain * factor, (dw * undone).sum(-1, keepdim=True))
     none = x.new_empty(0)
     found = [
-        grad.sum_to_size(part.shape).to(part.dtype) if weight_grads and part is not None and part.dtype in TRAINED else none
+        grad.sum_to_size(part.shape).to(part.dtype)
+        if weight_grads and part is not None and part.dtype in TRAINED
+        else none
         for grad, part in zip(grads, (scales, zeros, offsets, outer))
     ]
     return dx.to(x.dtype), *found, none if bias is None else dout.sum(0).to(bias.dtype)

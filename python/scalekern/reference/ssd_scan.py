@@ -69,12 +69,15 @@ def _states(xs, d, A, B, C, initial_states, seq_idx, cu_seqlens):
     varlen = first[:0]
     if cu_seqlens is not None and first.shape[0]:
         bounds = cu_seqlens.tolist()
-        varlen = torch.stack([states[e - 1][0] if e > b else first[i] for i, (b, e) in enumerate(zip(bounds, bounds[1:]))])
+        varlen = torch.stack(
+            [states[e - 1][0] if e > b else first[i] for i, (b, e) in enumerate(zip(bounds, bounds[1:]))]
+        )
     return torch.stack(states, 1) if states else first[:, None][:, :0], varlen, h
 
 
 def ssd_scan_bwd(
-    dout, dfinal, dvarlen, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max
+    dout, dfinal, dvarlen, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus,
+    dt_min, dt_max,
 ):  # fmt: skip
     """(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states); an absent input's gradient is empty (0,).
 
@@ -142,8 +145,8 @@ def ssd_scan_bwd(
         dD = (dy * xs).sum((0, 1))
         dD = (dD.sum(-1) if D.dim() == 1 else dD).to(D.dtype)
     return (
-        dx.to(x.dtype), dd.to(dt.dtype), (d * da).sum((0, 1)).to(A.dtype), group(dBs).to(B.dtype), group(dCs).to(C.dtype),
-        dD, dz, none if dt_bias is None else dd.sum((0, 1)).to(dt_bias.dtype),
+        dx.to(x.dtype), dd.to(dt.dtype), (d * da).sum((0, 1)).to(A.dtype), group(dBs).to(B.dtype),
+        group(dCs).to(C.dtype), dD, dz, none if dt_bias is None else dd.sum((0, 1)).to(dt_bias.dtype),
         none if initial_states is None else dfirst[: initial_states.shape[0]].to(initial_states.dtype),
     )  # fmt: skip
 

@@ -4,7 +4,7 @@
         args, kwargs = sample.make(device="cpu", dtype=torch.bfloat16)
         out = scalekern.selective_scan(*args, **kwargs)
 
-A family's samples are in the module of its name; a new op adds its list there and is tested by test_contract.py.
+A family's samples are in the module of its name; a new op adds its list there and is tested by test_contract*.py.
 """
 
 import dataclasses

@@ -18,8 +18,9 @@ def _scans(B, P, H, W, N, R, *directions, grouped=False, skip=True):
     def build(f):
         K = len(directions)
         args = (
-            f.io(B, K * P if grouped else P, H, W), f.io(K, R + 2 * N, P, scale=P**-0.5), f.io(K, P, R, scale=0.3 * R**-0.5),
-            f.param(K, P, scale=0.3), -f.positive(K * P, N), f.param(K * P) if skip else None,
+            f.io(B, K * P if grouped else P, H, W), f.io(K, R + 2 * N, P, scale=P**-0.5),
+            f.io(K, P, R, scale=0.3 * R**-0.5), f.param(K, P, scale=0.3), -f.positive(K * P, N),
+            f.param(K * P) if skip else None,
         )  # fmt: skip
         return args, {"directions": directions, "grouped": grouped}
 

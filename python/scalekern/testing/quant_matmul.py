@@ -22,7 +22,9 @@ def weight(N, K, format, group_size=128, *, symmetric=True, act_order=False, two
     return w.to(device)
 
 
-def _matmul(M, N, K, format, group_size=None, *, bias=False, static=False, cut=None, activation=None, ends=None, **options):
+def _matmul(
+    M, N, K, format, group_size=None, *, bias=False, static=False, cut=None, activation=None, ends=None, **options
+):
     """M: the leading sizes of x. cut: (rows, columns) of the whole weight that are used, as a view. ends: offs."""
 
     def build(f):

@@ -147,7 +147,9 @@ SPECS = {
             Sample("plain", _conv(2, 5, 9, 2, bias=False, silu=False)),
             Sample("wide", _conv(1, 3, 11, 8, state=True)),
             Sample("short", _conv(2, 3, 1, 5, state=True)),
-            Sample("seq_idx", _conv(2, 4, 8, 3, state=True, seq_idx=[[0, 0, 1, 1, 1, 2, -1, -1], [5, 5, 5, 5, 5, 5, 5, 7]])),
+            Sample(
+                "seq_idx", _conv(2, 4, 8, 3, state=True, seq_idx=[[0, 0, 1, 1, 1, 2, -1, -1], [5, 5, 5, 5, 5, 5, 5, 7]])
+            ),
             Sample("packed", _conv(1, 5, 20, 4, state=True, cu=[0, 1, 9, 9, 20])),
         )
     ),

@@ -11,16 +11,21 @@ from scalekern.testing import Sample, Spec
 
 
 def _attention(B, Hq, Lq, P, mask=None, *, Hkv=None, Lk=None, Pv=None, bias=None, options="", **plain):
-    """bias: its first two sizes. options: any of sinks, temperature, position_table, shared_table, image_table (4 x 4)."""
+    """bias: its first two sizes. options: sinks, temperature, position_table, shared_table, image_table (4 x 4)."""
 
     def build(f):
         keys, key_heads = Lq if Lk is None else Lk, Hq if Hkv is None else Hkv
         kwargs = dict(plain)
         if bias is not None:
             kwargs["bias"] = f.io(*bias, Lq, keys)
-        makers = {"position_table": lambda: f.param(Hq, 11), "shared_table": lambda: f.param(7), "image_table": lambda: f.param(Hq, 7, 7)}
+        makers = {
+            "position_table": lambda: f.param(Hq, 11),
+            "shared_table": lambda: f.param(7),
+            "image_table": lambda: f.param(Hq, 7, 7),
+        }
         for name in options.split():
-            kwargs[name.replace("shared", "position").replace("image", "position")] = makers.get(name, lambda: f.param(Hq))()
+            key = name.replace("shared", "position").replace("image", "position")
+            kwargs[key] = makers.get(name, lambda: f.param(Hq))()
         args = f.io(B, Hq, Lq, P), f.io(B, key_heads, keys, P), f.io(B, key_heads, keys, P if Pv is None else Pv)
         return (*args, mask), kwargs
 
@@ -56,20 +61,34 @@ SPECS = {
             Sample("one", _attention(1, 1, 1, 1, masks.causal)),
             Sample(
                 "everything",
-                _attention(2, 4, 19, 12, masks.causal.shift(4, 0), Hkv=2, Lk=23, Pv=5, bias=(1, 4), options="sinks position_table",
-                           softcap=3.0, scale=0.7, return_lse=True),
+                _attention(2, 4, 19, 12, masks.causal.shift(4, 0), Hkv=2, Lk=23, Pv=5, bias=(1, 4),
+                           options="sinks position_table", softcap=3.0, scale=0.7, return_lse=True),
             ),
             Sample("empty_rows", _attention(1, 2, 21, 6, _hidden(2, 21, 13), Lk=13, bias=(1, 1))),
-            Sample("attending_if_empty", _attention(2, 2, 9, 4, _hidden(1, 9, 11), Lk=11, bias=(2, 1), empty_rows="attend")),
+            Sample(
+                "attending_if_empty",
+                _attention(2, 2, 9, 4, _hidden(1, 9, 11), Lk=11, bias=(2, 1), empty_rows="attend"),
+            ),
             Sample("packed", _packed([9, 0, 1, 21], 4, 8, _STREAM, Hkv=2, return_lse=True)),
             Sample(
                 "packed_cross",
                 _packed([7, 3, 5], 2, 4, masks.blocks([2, 5, 9]) | masks.prefix([1, 0, 4]) & ~masks.dilated(2),
                         key_lengths=[11, 2, 8], softcap=2.0),
             ),
-            Sample("hstu", _attention(2, 2, 33, 8, masks.causal & masks.prefix([33, 20]), bias=(2, 2), options="shared_table", score="silu", norm=1 / 33)),
-            Sample("swin_v2", _attention(2, 3, 16, 8, masks.window2d((4, 4), 2, 1), options="temperature image_table", score="cosine")),
-            Sample("a_mask_a_head", _attention(1, 3, 70, 8, masks.per_head([masks.causal, masks.window(3, 3), masks.dilated(3)]))),
+            Sample(
+                "hstu",
+                _attention(2, 2, 33, 8, masks.causal & masks.prefix([33, 20]), bias=(2, 2), options="shared_table",
+                           score="silu", norm=1 / 33),
+            ),
+            Sample(
+                "swin_v2",
+                _attention(2, 3, 16, 8, masks.window2d((4, 4), 2, 1), options="temperature image_table",
+                           score="cosine"),
+            ),
+            Sample(
+                "a_mask_a_head",
+                _attention(1, 3, 70, 8, masks.per_head([masks.causal, masks.window(3, 3), masks.dilated(3)])),
+            ),
         ),
         gradient_factor=4,  # score "cosine" rounds q and k at length 1 and multiplies them by up to 100
         rounding_of_saved=0.5,
@@ -123,12 +142,14 @@ SPECS["sparse_attention_decode"] = Spec(
         Sample("paged", _decode(2, 4, 2, 2, 20, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
                                 budgets=[6, 9, 16, 4], sink=1)),
         Sample("padded", _decode(3, 4, 2, 2, 8, [12, 13, 0], S=33, starts=[3, 20, 33], budgets=[9, 37, 5, 6], sink=2)),
-        Sample("int8_keys", _decode(3, 4, 2, 1, 16, [37, 0, 70], S=71, Pv=24, budgets=[9, 37, 5, 70], sink=2, return_lse=True,
-                                    k_format={"scale_dtype": torch.float32})),
-        Sample("int4_groups", _decode(2, 4, 1, 2, 48, [45, 7], S=11, Pv=32, budgets=[10, 6, 3, 9], sink=3, circular=True,
-                                      k_format={"bits": 4, "group_size": 16}, v_format={"bits": 4, "group_size": 16, "symmetric": True})),
-        Sample("int4_odd", _decode(2, 6, 2, 1, 13, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33, sinks=True,
-                                   k_format={"bits": 4, "group_size": 5, "symmetric": True}, v_format={"bits": 4})),
+        Sample("int8_keys", _decode(3, 4, 2, 1, 16, [37, 0, 70], S=71, Pv=24, budgets=[9, 37, 5, 70], sink=2,
+                                    return_lse=True, k_format={"scale_dtype": torch.float32})),
+        Sample("int4_groups", _decode(2, 4, 1, 2, 48, [45, 7], S=11, Pv=32, budgets=[10, 6, 3, 9], sink=3,
+                                      circular=True, k_format={"bits": 4, "group_size": 16},
+                                      v_format={"bits": 4, "group_size": 16, "symmetric": True})),
+        Sample("int4_odd", _decode(2, 6, 2, 1, 13, [11, 16], pages=(7, 4, [[3, 0, 6, -1], [5, 2, 1, 4]]), Pv=33,
+                                   sinks=True, k_format={"bits": 4, "group_size": 5, "symmetric": True},
+                                   v_format={"bits": 4})),
         Sample("one", _decode(1, 1, 1, 1, 1, [1], S=1, sinks=True)),
     ),
     inference=True,
@@ -172,7 +193,8 @@ SPECS["quantize_kv_update"] = Spec(
         Sample("contiguous", _update(3, 2, 4, 16, [7, 2, 0], S=9)),
         Sample("padded", _update(3, 2, 1, 13, [7, 2, 0], S=9, starts=[2, 0, 9], bits=4, group_size=8)),
         Sample("ragged", _update(2, 2, 2, 8, [13, 1], capacities=(3, 8), sink=1, circular=True, symmetric=True)),
-        Sample("paged", _update(2, 2, 3, 8, [9, 16], pages=(7, 4, [[-5, 0, 6, -1], [99, 2, -1, 4]]), scale_dtype=torch.float32)),
+        Sample("paged", _update(2, 2, 3, 8, [9, 16], pages=(7, 4, [[-5, 0, 6, -1], [99, 2, -1, 4]]),
+                                scale_dtype=torch.float32)),
     ),
     inference=True,
 )  # fmt: skip
@@ -204,9 +226,11 @@ def _hstu(lengths, H, P, *, Pv=None, new=None, buckets=None, targets=None, posit
 SPECS["hstu_attention"] = Spec(
     (
         Sample("tables", _hstu([9, 0, 1, 12], 2, 4, buckets=20, positions=11)),
-        Sample("everything", _hstu([17, 4], 2, 4, Pv=6, buckets=12, positions=7, shared=True, targets=[5, 1], max_attn_len=4,
-                                   contextual_len=2, min_full_attn_len=3, normalize="length", alpha=0.7)),
-        Sample("newest", _hstu([9, 12], 1, 5, new=3, buckets=20, causal=False, normalize="scaling_len", scaling_len=10)),
+        Sample("everything", _hstu([17, 4], 2, 4, Pv=6, buckets=12, positions=7, shared=True, targets=[5, 1],
+                                   max_attn_len=4, contextual_len=2, min_full_attn_len=3, normalize="length",
+                                   alpha=0.7)),
+        Sample("newest", _hstu([9, 12], 1, 5, new=3, buckets=20, causal=False, normalize="scaling_len",
+                               scaling_len=10)),
     ),
     rounding_of_saved=0.5,
     through="sparse_attention",

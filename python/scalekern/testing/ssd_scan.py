@@ -41,7 +41,9 @@ SPECS = {
             Sample("one_token", _ssd(1, 1, 1, 1, 1, state=1, final=True)),
             Sample("limits", _ssd(1, 9, 4, 2, 3, G=4, bias=True, limit=(0.3, 0.9), D=1)),
             Sample("seq_idx", _ssd(2, 80, 2, 3, 4, seq_idx=[_runs(5, 64, 11), _runs(70, 10)], state=2, final=True)),
-            Sample("packed", _ssd(1, 90, 2, 3, 4, G=2, cu=[0, 1, 1, 66, 90], state=4, final=True, varlen=True, gate=True)),
+            Sample(
+                "packed", _ssd(1, 90, 2, 3, 4, G=2, cu=[0, 1, 1, 66, 90], state=4, final=True, varlen=True, gate=True)
+            ),
             Sample("packed_one_state", _ssd(1, 20, 2, 3, 4, cu=[0, 8, 20], state=1, varlen=True, D=1)),
         ),
         grows_by_rows=True,

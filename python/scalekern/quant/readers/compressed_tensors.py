@@ -139,7 +139,8 @@ def _write_layer(name, w: QuantizedTensor) -> dict[str, torch.Tensor]:
         fail(name, f"must be int2 to int8 without offsets and with one level of scales, got {w.format}")
     if w.scales.dtype not in FLOATS:
         fail(name, f"must have floating scales of at most 32 bits, got {w.scales.dtype}")
-    words = lambda codes: pack(torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32)), fmt.bits).view(torch.int32)  # noqa: E731
+    filled = lambda codes: torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32))
+    words = lambda codes: pack(filled(codes), fmt.bits).view(torch.int32)
     codes, g_idx = unpack(w.data, fmt.bits, K), torch.arange(K, device=w.device) // w.group_size
     if w.perm is not None:
         back = torch.argsort(w.perm)
