@@ -126,12 +126,16 @@ class MixerModel(nn.Module):
         return {i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs) for i, layer in layers}
 
     def forward(self, input_ids, inference_params=None, **mixer_kwargs):
+        """input_ids (B, L) -> (B, L, M). Where cu_seqlens, which goes to every mixer, ends before L, zeros follow."""
+        length, bounds = input_ids.shape[1], mixer_kwargs.get("cu_seqlens")
+        if bounds is not None and not torch.compiler.is_compiling():  # upstream lets padding follow the last sequence
+            input_ids = input_ids[:, : int(bounds[-1])]
         hidden_states, residual = self.embedding(input_ids), None
         for layer in self.layers:
-            hidden_states, residual = layer(
-                hidden_states, residual, inference_params=inference_params, **mixer_kwargs
-            )  # fmt: skip
-        return add_norm(self.norm_f, hidden_states, residual, self.fused_add_norm, self.residual_in_fp32)[0]
+            hidden_states, residual = layer(hidden_states, residual, inference_params=inference_params, **mixer_kwargs)
+        out, _ = add_norm(self.norm_f, hidden_states, residual, self.fused_add_norm, self.residual_in_fp32)
+        missing = length - out.shape[1]
+        return nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
 
 
 @dataclasses.dataclass
@@ -172,6 +176,8 @@ def sample(logits, top_k=1, top_p=0.0, min_p=0.0, temperature=1.0):
     p = logits.softmax(-1)  # sorted, where there are indices
     if 0 < top_p < 1:
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0)
+    if top_k <= 0 and indices is not None:  # drawn from in the vocabulary's order, as upstream: alike from a seed
+        p, indices = p.scatter(-1, indices, p), None
     if min_p > 0:
         p = torch.where(p >= min_p * p.amax(-1, keepdim=True), p, 0)
     token = torch.multinomial(p, 1)
