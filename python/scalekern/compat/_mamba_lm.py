@@ -233,7 +233,7 @@ def decode(
             streamer.put(token[:, None].cpu())
         begin = params.seqlen_offset = end
         if eos_token_id is not None:
-            ended |= token == eos_token_id
+            ended = token == eos_token_id
             if ended.all():
                 break
     if streamer is not None:
