@@ -3,6 +3,7 @@
     import scalekern.compat
     scalekern.compat.install()
     from mamba_ssm import Mamba                     # scalekern.nn.Mamba
+    from mamba_ssm import MambaLMHeadModel          # the language model around it: training, generate, checkpoints
     model = transformers.MambaForCausalLM(config)   # an unmodified transformers, on scalekern's ops
     from flashfftconv import FlashFFTConv           # on scalekern.fft_conv
     from fast_hadamard_transform import hadamard_transform  # with a right gradient
@@ -24,13 +25,13 @@ import importlib.metadata
 import importlib.util
 import sys
 
-from scalekern.compat import _flashfftconv, _h3, _hadamard, _shims, _transformers
+from scalekern.compat import _flashfftconv, _h3, _hadamard, _mamba_lm, _shims, _transformers
 from scalekern.compat._flex import flex_attention
 
 __all__ = ["calls", "flex_attention", "install", "installed", "reset_calls", "uninstall"]
 
 VERSIONS = _shims.VERSIONS | _flashfftconv.VERSIONS | _h3.VERSIONS | _hadamard.VERSIONS
-MODULES = _shims.MODULES | _flashfftconv.MODULES | _h3.MODULES | _hadamard.MODULES
+MODULES = _shims.MODULES | _mamba_lm.MODULES | _flashfftconv.MODULES | _h3.MODULES | _hadamard.MODULES
 
 _finder: "_Finder | None" = None
 _last: "_Finder | None" = None  # asked after everybody else
