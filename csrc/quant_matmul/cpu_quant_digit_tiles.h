@@ -85,7 +85,9 @@ struct DigitTiles {
       }
     });
   }
-  const int8_t* at(int64_t tile, int64_t part) const { return x + (tile * lines + layout.begin[part]) * kDigits * kTileSize; }
+  const int8_t* at(int64_t tile, int64_t part) const {
+    return x + (tile * lines + layout.begin[part]) * kDigits * kTileSize;
+  }
 
  private:
   struct Memory {

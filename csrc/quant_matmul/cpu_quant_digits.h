@@ -170,8 +170,8 @@ struct DigitTokens {
       const int64_t first = p * s.part, here = least(s.part, w.columns - first);
       Part part;
       // Up to 15 bytes beyond: of the next part, or 0 at the end.
-      if (!::split(look(from + first, here), from + first, here, count, allowed, more, plain + first, plain_pitch(), part))
-        return false;
+      const Look seen = look(from + first, here);
+      if (!::split(seen, from + first, here, count, allowed, more, plain + first, plain_pitch(), part)) return false;
       unit[t * s.padded + p] = s.spread ? part.unit * from_bits(uint32_t(127 - 8 + w.bits) << 23) : part.unit;
       sum[t * s.padded + p] = part.sum;
     }
