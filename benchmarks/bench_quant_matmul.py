@@ -130,16 +130,18 @@ _W4A8, _W8A8 = (
 _FAST = ("cuda", "triton", "cpu")
 
 
-def _cpu(build, note, M, priority, targets, ops=OPS[:1], direction="fwd"):
-    return case("qmm", build, ops, direction, "cpu", priority, {"M": M, **_SIZES}, backends=_FAST, note=note,
+def _cpu(build, note, M, priority, targets, ops=OPS[:1], direction="fwd", dtype=FP32):
+    return case("qmm", build, ops, direction, "cpu", priority, {"M": M, **_SIZES}, dtype, backends=_FAST, note=note,
                 targets=targets)  # fmt: skip
 
 
 CPU = [
     _cpu(_W4, "w4g128", 1, 45, {"torch int4": 2.0}),
     _cpu(_W4A8, "w4g128a8", 1, 45, {"onnxruntime": 1.0}),
-    *(_cpu(_W4, "w4g128", M, 46, {"dense bfloat16": 1.0}) for M in (16, 128)),
+    *(_cpu(_W4, "w4g128", M, 46, {"dense bfloat16": 1.0}, dtype=t) for M in (16, 128) for t in (FP32, BF16)),
     *(_cpu(_W4A8, "w4g128a8", M, 46, {"onnxruntime": 3.0, "dense bfloat16": 1.0}) for M in (16, 128)),
+    *(_cpu(functools.partial(matmul, format="int4", group_size=g, activation="int8"), f"w4g{g}a8", 16, 48,
+           {"dense bfloat16": 1.0}) for g in (64, 32)),
     *(_cpu(_W8A8, "w8a8", M, 47, {"torch._int_mm": 1.0}) for M in (1, 16, 128)),
     _cpu(functools.partial(_W4, train=True), "w4g128", 128, 90, {}, OPS, "fwd+bwd"),
     *(case("qmm", experts, OPS[:1], "fwd", "cpu", 93, {"E": 16, "M": M, "N": 1024, "K": 1024}, backends=_FAST,

@@ -184,7 +184,7 @@ class DigitProduct {
 
   // 16 parts from the i-th on: what their groups have, 0 behind the last.
   __m512 by_part(const float* of, int64_t i) const {
-    if (s.split == 1) return _mm512_maskz_loadu_ps(DigitTokens::until(s.parts - i), of + i);
+    if (s.split == 1) return _mm512_maskz_loadu_ps(until(s.parts - i), of + i);
     float each[16] = {};
     for (int64_t j = 0; j < least(16, s.parts - i); ++j) each[j] = of[(i + j) / s.split];
     return _mm512_loadu_ps(each);

@@ -62,6 +62,75 @@ struct DigitSum<4> {
   static constexpr float kAll = 0x1.8p23f + 0x1.8p15f + 193;
 };
 
+static inline __mmask16 until(int64_t count) {
+  return count < 16 ? __mmask16((1 << count) - 1) : __mmask16(0xffff);
+}
+
+// What decides on a part's unit.
+struct Look {
+  float largest, usual;  // the magnitude that the exponents' mean stands for
+  int64_t count;         // of numbers that are not 0
+  int lowest;            // no bit of any number is below 2^lowest
+};
+static Look look(const float* x, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512(), bits = most;
+  __m512 exponents = _mm512_setzero_ps(), least_one = _mm512_set1_ps(200), floor = _mm512_set1_ps(-200);
+  Look found{};
+  for (int64_t k = 0; k < count; k += 16) {
+    const __m512i v = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(until(count - k), x + k)), magnitude);
+    const __mmask16 some = _mm512_test_epi32_mask(v, v);
+    const __m512 e = _mm512_max_ps(_mm512_getexp_ps(_mm512_castsi512_ps(v)), floor);
+    most = _mm512_max_epu32(most, v), bits = _mm512_or_si512(bits, v);
+    exponents = _mm512_mask_add_ps(exponents, some, exponents, e);
+    least_one = _mm512_mask_min_ps(least_one, some, least_one, e);
+    found.count += __builtin_popcount(some);
+  }
+  const uint32_t top = _mm512_reduce_max_epu32(most), all = uint32_t(_mm512_reduce_or_epi32(bits)) & 0x7fffff;
+  found.largest = from_bits(top);
+  found.lowest = int(_mm512_reduce_min_ps(least_one)) - 23 + __builtin_ctz(all | 0x800000);
+  const float mean = found.count ? _mm512_reduce_add_ps(exponents) / float(found.count) : 0.0f;
+  found.usual = from_bits(uint32_t((mean < -126 ? 1 : mean + 127) * 0x1p23f));
+  return found;
+}
+
+struct Part {
+  float unit, sum;  // of the first digit; of the digits (where it is asked for)
+};
+// A part's numbers in `digits` digits, `pitch` bytes apart, up to 15 bytes beyond; false where that does not hold them
+// well enough: what is left over may be `allowed` times the usual number.
+static bool split(const Look& seen, const float* x, int64_t count, int digits, float allowed, bool sum, int8_t* plain,
+                  int64_t pitch, Part& part) {
+  if (!(seen.largest < 0x1p100f) || (seen.count && seen.largest < 0x1p-80f)) return false;  // or NaN
+  const float scale = from_bits(uint32_t(127 + 8 * (digits - 1)) << 23);
+  const __m512i flip = _mm512_set1_epi32(int32_t(0x80808080u >> (32 - 8 * digits)));
+  // 127.4 < 127 + 127 / 256. A power of two where that loses nothing, else the least.
+  uint32_t bits;
+  float own = seen.largest / 127.4f;
+  __builtin_memcpy(&bits, &own, 4);
+  const int exponent = int((bits + 0x7fffff) >> 23) - 127;
+  if (seen.count == 0) own = 1;
+  else if (seen.lowest >= exponent - 8 * (digits - 1)) own = from_bits(uint32_t(127 + exponent) << 23);
+  const __m512 by = _mm512_set1_ps(1 / own), fine = _mm512_set1_ps(scale);
+  __m512 left = _mm512_setzero_ps();
+  __m512d low = _mm512_setzero_pd(), high = low;
+  for (int64_t k = 0; k < count; k += 16) {
+    const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(until(count - k), x + k), by), fine);
+    const __m512i whole = _mm512_cvtps_epi32(v);
+    left = _mm512_add_ps(left, _mm512_abs_ps(_mm512_sub_ps(v, _mm512_cvtepi32_ps(whole))));
+    if (sum) {
+      low = _mm512_add_pd(low, _mm512_cvtepi32_pd(_mm512_castsi512_si256(whole)));
+      high = _mm512_add_pd(high, _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(whole, 1)));
+    }
+    __m512i bytes = _mm512_xor_si512(_mm512_add_epi32(whole, flip), flip);
+    for (int d = digits - 1; d >= 0; --d, bytes = _mm512_srli_epi32(bytes, 8))
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(plain + d * pitch + k), _mm512_cvtepi32_epi8(bytes));
+  }
+  if (!(_mm512_reduce_add_ps(left) * (own / scale) <= allowed * float(seen.count) * seen.usual)) return false;
+  part = {own, float(_mm512_reduce_add_pd(_mm512_add_pd(low, high)) * double(own / scale))};
+  return true;
+}
+
 struct DigitTokens {
   static constexpr int kMostDigits = 4;
   const QuantWeight& w;
@@ -94,72 +163,17 @@ struct DigitTokens {
   int64_t plain_pitch() const { return s.lines * s.line + 64; }  // vectors are stored whole
   const int32_t* starts(int64_t t, int64_t section) const { return start + (t * s.count + section) * kMostDigits * 16; }
 
-  static __mmask16 until(int64_t count) { return count < 16 ? __mmask16((1 << count) - 1) : __mmask16(0xffff); }
-
  private:
-  // What decides on a part's unit.
-  struct Look {
-    float largest, usual;  // the magnitude that the exponents' mean stands for
-    int64_t count;         // of numbers that are not 0
-    int lowest;            // no bit of any number is below 2^lowest
-  };
-  Look look(const float* x, int64_t first, int64_t last) const {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i most = _mm512_setzero_si512(), bits = most;
-    __m512 exponents = _mm512_setzero_ps(), least_one = _mm512_set1_ps(200), floor = _mm512_set1_ps(-200);
-    Look found{};
-    for (int64_t k = first; k < last; k += 16) {
-      const __m512i v = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(until(last - k), x + k)), magnitude);
-      const __mmask16 some = _mm512_test_epi32_mask(v, v);
-      const __m512 e = _mm512_max_ps(_mm512_getexp_ps(_mm512_castsi512_ps(v)), floor);
-      most = _mm512_max_epu32(most, v), bits = _mm512_or_si512(bits, v);
-      exponents = _mm512_mask_add_ps(exponents, some, exponents, e);
-      least_one = _mm512_mask_min_ps(least_one, some, least_one, e);
-      found.count += __builtin_popcount(some);
-    }
-    const uint32_t top = _mm512_reduce_max_epu32(most), all = uint32_t(_mm512_reduce_or_epi32(bits)) & 0x7fffff;
-    found.largest = from_bits(top);
-    found.lowest = int(_mm512_reduce_min_ps(least_one)) - 23 + __builtin_ctz(all | 0x800000);
-    const float mean = found.count ? _mm512_reduce_add_ps(exponents) / float(found.count) : 0.0f;
-    found.usual = from_bits(uint32_t((mean < -126 ? 1 : mean + 127) * 0x1p23f));
-    return found;
-  }
   // The digits of a token in the order of its columns; false where they do not hold it well enough.
   bool split(const float* from, int64_t t, int count, float allowed, int8_t* plain) const {
-    const float scale = from_bits(uint32_t(127 + 8 * (count - 1)) << 23);
-    const __m512i flip = _mm512_set1_epi32(int32_t(0x80808080u >> (32 - 8 * count)));
     for (int64_t p = 0; p < s.parts; ++p) {
-      const int64_t first = p * s.part, last = least(first + s.part, w.columns);
-      const Look seen = look(from, first, last);
-      if (!(seen.largest < 0x1p100f) || (seen.count && seen.largest < 0x1p-80f)) return false;  // or NaN
-      // 127.4 < 127 + 127 / 256 + 127 / 65536. A power of two where that loses nothing, else the least.
-      uint32_t bits;
-      float own = seen.largest / 127.4f;
-      __builtin_memcpy(&bits, &own, 4);
-      const int exponent = int((bits + 0x7fffff) >> 23) - 127;
-      if (seen.count == 0) own = 1;
-      else if (seen.lowest >= exponent - 8 * (count - 1)) own = from_bits(uint32_t(127 + exponent) << 23);
-      const __m512 by = _mm512_set1_ps(1 / own), fine = _mm512_set1_ps(scale);
-      __m512 left = _mm512_setzero_ps();
-      __m512d low = _mm512_setzero_pd(), high = low;
-      for (int64_t k = first; k < last; k += 16) {
-        const __mmask16 some = until(last - k);
-        const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + k), by), fine);
-        const __m512i whole = _mm512_cvtps_epi32(v);
-        left = _mm512_add_ps(left, _mm512_abs_ps(_mm512_sub_ps(v, _mm512_cvtepi32_ps(whole))));
-        if (more) {
-          low = _mm512_add_pd(low, _mm512_cvtepi32_pd(_mm512_castsi512_si256(whole)));
-          high = _mm512_add_pd(high, _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(whole, 1)));
-        }
-        __m512i bytes = _mm512_xor_si512(_mm512_add_epi32(whole, flip), flip);
-        for (int d = count - 1; d >= 0; --d, bytes = _mm512_srli_epi32(bytes, 8)) {
-          int8_t* to = plain + d * plain_pitch() + k;  // up to 15 beyond: of the next part, or 0 at the end
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(bytes));
-        }
-      }
-      if (!(_mm512_reduce_add_ps(left) * (own / scale) <= allowed * float(seen.count) * seen.usual)) return false;
-      unit[t * s.padded + p] = s.spread ? own * from_bits(uint32_t(127 - 8 + w.bits) << 23) : own;
-      sum[t * s.padded + p] = float(_mm512_reduce_add_pd(_mm512_add_pd(low, high)) * double(own / scale));
+      const int64_t first = p * s.part, here = least(s.part, w.columns - first);
+      Part part;
+      // Up to 15 bytes beyond: of the next part, or 0 at the end.
+      const Look seen = look(from + first, here);
+      if (!::split(seen, from + first, here, count, allowed, more, plain + first, plain_pitch(), part)) return false;
+      unit[t * s.padded + p] = s.spread ? part.unit * from_bits(uint32_t(127 - 8 + w.bits) << 23) : part.unit;
+      sum[t * s.padded + p] = part.sum;
     }
     for (int d = 0; d < count; ++d)
       __builtin_memset(plain + d * plain_pitch() + w.columns, 0, size_t(plain_pitch() - w.columns));

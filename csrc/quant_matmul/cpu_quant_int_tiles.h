@@ -14,19 +14,15 @@
 //   two virtual Sapphire Rapids cores that slow each other, minimum and median: 0.8, 0.9 and 2.3, 2.5 ms, where
 //   bfloat16's dense product takes 1.6, 1.8 and 3.5, 3.8. 8 bits, a scale a row, M = 128: 4.6, 5.1, and torch._int_mm
 //   of activations that are rounded already 4.5, 5.2. M = 16, groups of 128, times as fast as bfloat16: 2 bits 1.7, 3, 5
-//   and 7 bits 1.3 (8 codes at a time by pdep: 0.7). 4 bits in groups of 64: 1.5. Shorter ones are still slower,
-//   by a product, a store and the additions of each: 32 0.8 to 0.9, 16 0.5, 7 0.3 (a line each: 0.6, 0.3, 0.15).
+//   and 7 bits 1.3 (8 codes at a time by pdep: 0.7). 4 bits in groups of 64: 1.6, of 32 1.15. Shorter ones are still
+//   slower, by a product, a store and the additions of each: 16 0.7, 7 0.4 (a line each: 0.3, 0.15).
 // Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1, not L2;
 //   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).
 #pragma once
-#include "common/amx.h"
-#include "common/tile.h"
-#include "quant_matmul/cpu_quant_lines.h"
+#include "quant_matmul/cpu_quant_row_block.h"
 
 #if defined(__AVX512F__)
 namespace {
-
-constexpr int64_t kTileSize = kTileRows * kTileBytes, kTileSums = kTileRows * kTileLanes;
 
 // Tokens by 16, quads of columns across: [tile][line][16 quads][16 tokens][4]. Sums of their groups [tile][g][16].
 struct TokenTiles {
@@ -59,50 +55,16 @@ struct TokenTiles {
 };
 
 // A block of rows and what it is multiplied into. Results: [tile of tokens][tile of rows][16 rows][16 tokens].
-struct RowTiles {
-  static constexpr int64_t kMost = 4, kRows = kMost * kTileRows;
-  const QuantWeight& w;
-  const LineLayout& layout;
+struct RowTiles : RowBlock {
   const TokenTiles& tokens;
-  int64_t count, pitch;  // tiles of rows; bytes from row to row of codes
-  Buffer<uint8_t> codes;
-  Buffer<float> scale, zero, offset, rest;  // [g][rows]
   Buffer<float> totals;
   Buffer<int32_t> sums;  // of two tiles; of all, for long groups
 
   RowTiles(const QuantWeight& w, const LineLayout& layout, const TokenTiles& tokens, int64_t lines)
-      : w(w), layout(layout), tokens(tokens), count(kMost), pitch((lines + 1) * kTileBytes), codes(kRows * pitch),
-        scale(kRows * w.groups), zero(kRows * w.groups), offset(kRows * w.groups), rest(kRows * w.groups),
-        totals(tokens.tiles * kRows * kTileLanes), sums(most(2, tokens.tiles * kMost) * kTileSums) {}
+      : RowBlock(w, layout, lines), tokens(tokens), totals(tokens.tiles * kRows * kTileLanes),
+        sums(most(2, tokens.tiles * kMost) * kTileSums) {}
 
   const int8_t* token(int64_t tile, int64_t line) const { return tokens.x + (tile * tokens.lines + line) * kTileSize; }
-
-  // Rows past the end repeat the last. `memory`: of kTileRows rows, and a vector.
-  void load_parts(int64_t first, int64_t rows, float middle, float* memory) {
-    count = pieces(rows, kTileRows);
-    ::zero<float>(totals, tokens.tiles * count * kTileSums);
-    const VecF power = VecF{} + from_bits(uint32_t(127 - layout.shift) << 23), one = VecF{} + 1.0f;
-    RowParts part[kTileRows];
-    for (int64_t tile = 0; tile < count; ++tile) {
-      for (int64_t r = 0; r < kTileRows; ++r)
-        part[r] = RowParts(w, first + least(tile * kTileRows + r, rows - 1), middle,
-                           memory + r * RowParts::floats(w.groups));
-      const auto lay = [&](float* to, float* RowParts::*from, VecF factor) {
-        for (int64_t g = 0; g < w.groups; g += kTileLanes) {
-          VecF v[kTileLanes];
-          for (int64_t r = 0; r < kTileRows; ++r) v[r] = load(part[r].*from + g) * factor;
-          transpose<float>(v);
-          for (int64_t i = 0; i < least(kTileLanes, w.groups - g); ++i)
-            store(to + ((g + i) * count + tile) * kTileRows, v[i]);
-        }
-      };
-      lay(scale, static_cast<float* RowParts::*>(&RowParts::scale), power);
-      if (!w.has_rest(middle)) continue;
-      lay(zero, static_cast<float* RowParts::*>(&RowParts::zero), one);
-      lay(offset, static_cast<float* RowParts::*>(&RowParts::offset), one);
-      lay(rest, &RowParts::rest, one);
-    }
-  }
 
   // totals += scale sums (+ rest sum x), groups first .. end of the codes by one tile of tokens. A product takes 50
   // cycles, of which the window of the core hides few: a tile is stored after the next one's products, and added after
@@ -235,6 +197,7 @@ static void tile_product(const QuantMatmulArgs& a) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t first = piece * kRows, count = least(kRows, w.rows - first);
       rows.load_parts(first, count, middle, memory);
+      zero<float>(rows.totals, tokens.tiles * rows.count * kTileSums);
       for (int64_t g = 0; g < w.groups;) {
         const int64_t stop = brief ? least(g + block, w.groups) : g + 1;
         if (brief) {
@@ -255,16 +218,9 @@ static void tile_product(const QuantMatmulArgs& a) {
         g = stop;
       }
       load_bias(a, first, count, bias);
-      for (int64_t tile = 0; tile < tokens.tiles; ++tile) {
-        for (int64_t r = 0; r < rows.count; ++r) {
-          VecF v[kTileRows];
-          __builtin_memcpy(v, rows.totals + (tile * rows.count + r) * kTileSums, sizeof v);
-          transpose<float>(v);
-          for (int64_t j = 0; j < kTileLanes; ++j) store(results + j * kRows + r * kTileRows, v[j]);
-        }
-        for (int64_t j = 0, m = tile * kTileLanes; j < kTileLanes && m < a.tokens; ++j, ++m)
-          store_results(a, m, first, count, results + j * kRows, whole.scale[m], bias);
-      }
+      for (int64_t tile = 0; tile < tokens.tiles; ++tile)
+        rows.write(a, rows.totals + tile * rows.count * kTileSums, first, count, tile * kTileLanes, whole.scale, bias,
+                   results);
     }
   });
 }

@@ -7,11 +7,13 @@
 //   activation. And, subtraction of the middle code (which would cancel digits after the sum), conversion, multiply-add:
 //   4 operations for W weights (AVX-512, to 4 bits: shift, permutation of a table, multiply-add). What zeros differ from
 //   the middle is taken from the sums of a group.
-// More tokens, where there are tile registers: cpu_quant_tiles.h.
+// More tokens, where there are tile registers: integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what that
+//   leaves, in cpu_quant_tiles.h, as bfloat16.
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
 #include "quant_matmul/cpu_quant_digit_product.h"
+#include "quant_matmul/cpu_quant_digit_tiles.h"
 #include "quant_matmul/cpu_quant_few_tokens.h"
 #include "quant_matmul/cpu_quant_tiles.h"
 
@@ -355,9 +357,22 @@ static bool few_tokens(const QuantMatmulArgs& a) {
   return in_registers(a, tokens);
 }
 
+#if defined(__AVX512F__)
+// Digits take half a bfloat16 product each: one for the two of a 16-bit result, as tiles need for bfloat16 tokens; they
+// win there where unpacking is what counts, and codes part with a shift.
+static bool worth_digits(const QuantMatmulArgs& a) {
+  if (8 % a.w.bits != 0 && a.x.dtype != QuantDtype::f32) return false;
+  return a.x.dtype != QuantDtype::bf16 || a.tokens <= DigitTiles::kMost;
+}
+#endif
+
 static bool in_tiles(const QuantMatmulArgs& a) {
 #if defined(__AVX512F__)
-  return a.tokens > kFewTokens && scalekern::has_amx() && TileProduct{a}.run(by_blocks);
+  if (a.tokens <= kFewTokens || !scalekern::has_amx()) return false;
+  const auto in_floats = [](const QuantMatmulArgs& own) {
+    if (!TileProduct{own}.run(by_blocks)) by_blocks(own);
+  };
+  return (worth_digits(a) && in_digit_tiles(a, by_blocks, in_floats)) || TileProduct{a}.run(by_blocks);
 #else
   return false;
 #endif

@@ -1,5 +1,6 @@
-// Products of many tokens with a low-bit weight on the tile registers, in bfloat16 whatever the dtype: a number is the
-// sum of one to three bfloat16 parts, each the rest of what comes before it rounded, and a product that of parts.
+// Products of many tokens with a low-bit weight on the tile registers, in bfloat16 whatever the dtype (integer codes as
+// bytes, most of them: cpu_quant_digit_tiles.h): a number is the sum of one to three bfloat16 parts, each the rest of
+// what comes before it rounded, and a product that of parts.
 //
 //   out       parts of w   products                       relative error of a product
 //   bfloat16  2            x_0 w_0, x_0 w_1               2^-9, of x alone

@@ -1,0 +1,69 @@
+// A block of rows of a weight for the tile registers, whose C's rows they are: codes in lines, and their groups' parts.
+#pragma once
+#include "common/amx.h"
+#include "common/tile.h"
+#include "quant_matmul/cpu_quant_lines.h"
+
+#if defined(__AVX512F__)
+namespace {
+
+constexpr int64_t kTileSize = kTileRows * kTileBytes, kTileSums = kTileRows * kTileLanes;
+
+struct RowBlock {
+  static constexpr int64_t kMost = 4, kRows = kMost * kTileRows;
+  const QuantWeight& w;
+  const LineLayout& layout;
+  int64_t count, pitch;  // tiles of rows; bytes from row to row of codes
+  Buffer<uint8_t> codes;
+  Buffer<float> scale, zero, offset, rest;  // [g][rows]
+
+  RowBlock(const QuantWeight& w, const LineLayout& layout, int64_t lines)
+      : w(w), layout(layout), count(kMost), pitch((lines + 1) * kTileBytes), codes(kRows * pitch),
+        scale(kRows * w.groups), zero(kRows * w.groups), offset(kRows * w.groups), rest(kRows * w.groups) {}
+
+  // Rows past the end repeat the last; `tiles` of them at once. `memory`: of kTileRows rows, and a vector.
+  void load_parts(int64_t first, int64_t rows, float middle, float* memory, int64_t tiles = 1) {
+    count = round_up(pieces(rows, kTileRows), tiles);
+    const VecF power = VecF{} + from_bits(uint32_t(127 - layout.shift) << 23), one = VecF{} + 1.0f;
+    RowParts part[kTileRows];
+    for (int64_t tile = 0; tile < count; ++tile) {
+      for (int64_t r = 0; r < kTileRows; ++r)
+        part[r] = RowParts(w, first + least(tile * kTileRows + r, rows - 1), middle,
+                           memory + r * RowParts::floats(w.groups));
+      const auto lay = [&](float* to, float* RowParts::*from, VecF factor) {
+        for (int64_t g = 0; g < w.groups; g += kTileLanes) {
+          VecF v[kTileLanes];
+          for (int64_t r = 0; r < kTileRows; ++r) v[r] = load(part[r].*from + g) * factor;
+          transpose<float>(v);
+          for (int64_t i = 0; i < least(kTileLanes, w.groups - g); ++i)
+            store(to + ((g + i) * count + tile) * kTileRows, v[i]);
+        }
+      };
+      lay(scale, static_cast<float* RowParts::*>(&RowParts::scale), power);
+      if (!w.has_rest(middle)) continue;
+      lay(zero, static_cast<float* RowParts::*>(&RowParts::zero), one);
+      lay(offset, static_cast<float* RowParts::*>(&RowParts::offset), one);
+      lay(rest, &RowParts::rest, one);
+    }
+  }
+
+  // Outputs of these rows for the tokens from m on, up to 16. `totals`: [tile of rows][16 rows][16 tokens]; `results`:
+  // 16 x kRows. Whether all are finite.
+  bool write(const QuantMatmulArgs& a, const float* totals, int64_t first, int64_t rows, int64_t m, const float* scales,
+             const float* bias, float* results) const {
+    VecF strange = {};
+    for (int64_t r = 0; r < count; ++r) {
+      VecF v[kTileRows];
+      __builtin_memcpy(v, totals + r * kTileSums, sizeof v);
+      for (int64_t i = 0; i < least(kTileRows, rows - r * kTileRows); ++i) strange += v[i] * 0.0f;
+      transpose<float>(v);
+      for (int64_t j = 0; j < kTileLanes; ++j) store(results + j * kRows + r * kTileRows, v[j]);
+    }
+    for (int64_t j = 0; j < kTileLanes && m + j < a.tokens; ++j)
+      store_results(a, m + j, first, rows, results + j * kRows, scales ? scales[m + j] : 1, bias);
+    return sum_of<float>(strange) == 0;
+  }
+};
+
+}  // namespace
+#endif
