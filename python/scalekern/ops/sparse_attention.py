@@ -309,29 +309,29 @@ def _backward(ctx, dout, dlse):
     return *(grads.get(i) if x is not None else None for i, x in enumerate(inputs)), *(None,) * 5
 
 
-def _cpu_tiles(q, v, planned):
-    code, plan = planned(CPU_BLOCK)
-    return code, plan.ptr, plan.runs, *plan.block
+def _cpu_tiles(code, q, k, v):
+    # One tile of queries: the kernel looks at the mask itself, in 3 to 20 us for 4,096 keys. A decoding step's shifted
+    # mask is new, and its plan would take 3 to 8 ms.
+    plan = None if q.shape[2] <= CPU_BLOCK[0] else _plan(code, q, k, CPU_BLOCK)
+    return code, plan and plan.ptr, plan and plan.runs, *CPU_BLOCK
 
 
-def _triton_tiles(q, v, planned):
+def _triton_tiles(code, q, k, v):
     from scalekern.triton_kernels.sparse_attention import block_of
 
-    return planned(block_of(q, v))
+    return code, _plan(code, q, k, block_of(q, v))
 
 
-def _planned(mask, cu_seqlens, cu_seqlens_k, q, k):
-    """A function of the block: the code that a kernel reads, and the plan of the tiles that it visits."""
+def _plan(code, q, k, block):
     queries, keys = q.shape[2], k.shape[2]
-    code = mask if cu_seqlens is None else packed(mask, cu_seqlens, cu_seqlens_k, queries, keys)
+    # Decoding: the plan for the keys that fill their last tile serves a tile's worth of steps (making one takes
+    # 2 to 12 ms). Kernels guard the end, and what is full there is full without its last keys.
+    rounded = -(-keys // block[1]) * block[1] if queries <= block[0] else keys
+    return masks.plan_of(code, queries, rounded, block)
 
-    def found(block):
-        # Decoding: the plan for the keys that fill their last tile serves a tile's worth of steps (making one takes
-        # 2 to 12 ms). Kernels guard the end, and what is full there is full without its last keys.
-        rounded = -(-keys // block[1]) * block[1] if queries <= block[0] else keys
-        return code, masks.plan_of(code, queries, rounded, block)
 
-    return found
+def _code_for(mask, cu_seqlens, cu_seqlens_k, q, k):
+    return mask if cu_seqlens is None else packed(mask, cu_seqlens, cu_seqlens_k, q.shape[2], k.shape[2])
 
 
 def _fwd(kernel, tiles):
@@ -339,7 +339,7 @@ def _fwd(kernel, tiles):
 
     def fill(out, lse, q, k, v, mask, cu_seqlens, cu_seqlens_k, *rest):
         *given, scale, softcap, silu, norm = rest  # bias, sinks, tables
-        found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
+        found = tiles(_code_for(mask, cu_seqlens, cu_seqlens_k, q, k), q, k, v)
         kernel(out, lse, q, k, v, *found, *given, scale_of(q, scale), softcap, silu, norm)
 
     return _like(kernel, _resolved(fill, 5, -1))
@@ -354,7 +354,7 @@ def _bwd(kernel, tiles):
     def fill(*args):
         dq, dk, dv, dbias, dsinks, dposition, dtime, dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, *rest = args
         *given, out, lse, scale, softcap, silu, norm, need_dbias = rest  # bias, sinks, tables
-        found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
+        found = tiles(_code_for(mask, cu_seqlens, cu_seqlens_k, q, k), q, k, v)
         sums = dbias.to(_wide(dbias)) if need_dbias else None
         others = [None if x is None else d for d, x in zip((dsinks, dposition, dtime), (given[1], given[2], given[5]))]
         kernel(
