@@ -63,7 +63,6 @@ struct AttnArgs {
   int64_t group_count, piece_count, partial_count;
 };
 
-constexpr int64_t kFewQueries = 16;
 constexpr int64_t kPieceTiles = 4;  // of 64 keys
 
 }  // namespace scalekern

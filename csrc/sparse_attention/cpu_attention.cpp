@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/amx.h"
 #include "common/tensor.h"
 #include "common/view.h"
 #include "sparse_attention/attention.h"
@@ -72,6 +73,15 @@ AttnArgs arguments(
   return a;
 }
 
+// Up to how many queries a kernel of its own is faster than panels of 2 vectors of them, most of whose lanes stay empty.
+// 8 heads of 4,096 keys, P 64, Sapphire Rapids, ms, few and panels: float32 1 query 0.76 1.96, 8 1.25 1.75, 12 1.70 1.82,
+// 16 2.07 1.85; bfloat16, whose panels go through tile registers, 4 0.91 1.33, 6 1.29 1.30, 8 1.44 1.27.
+int64_t few_queries(const AttnArgs& a) {
+  if (a.dtype == int(Dtype::bf16) && has_amx()) return 6;
+  const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
+  return 2 * bytes / (a.wide_lse ? 8 : 4) * 3 / 8;
+}
+
 // Few queries: groups of heads that share keys, about kGroupRows rows each, and their keys in pieces. By the mask and the
 // lengths alone: sums are the same for any number of threads.
 struct FewQueries {
@@ -122,7 +132,7 @@ void attention_fwd(
   expect_writes(out);
   a.out = view(out), a.lse = view(lse);
   if (ptr.has_value()) return SCALEKERN_CALL(attention_fwd, (a));
-  const bool few = a.q_len <= kFewQueries && !a.silu && !a.time;
+  const bool few = a.q_len <= few_queries(a) && !a.silu && !a.time;
   const QueryTile tile(a.code, a.mask_depth, a.q_len, a.kv_len, few);
   a.ptr = tile.ptr.data(), a.runs = tile.runs.data();
   if (!few) return SCALEKERN_CALL(attention_fwd, (a));

@@ -1,4 +1,4 @@
-// Forward of sparse_attention for few queries (kFewQueries, softmax): decoding with a mask.
+// Forward of sparse_attention for few queries (few_queries of cpu_attention.cpp; softmax): decoding with a mask.
 //
 // Bound: bytes of the keys and values, read once for all query heads of a key head; from about four rows (heads x
 //   queries) a key head on, multiply-adds and the sums across lanes that a score ends in.

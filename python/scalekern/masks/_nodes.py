@@ -181,9 +181,13 @@ class Mask:
     def _lowered(self):
         return _code.lower(self)
 
-    @remembered
     def _shifts(self):
-        return _code.Shifts(self.code())
+        """How shifts change the code; None when first asked: a mask made for one shift is lowered with it in less time."""
+        memory = self.__dict__.setdefault("_memory", {})
+        if memory.setdefault("shifts") is None:
+            memory["shifts"] = _code.Shifts(self.code()) if "shifted" in memory else None
+            memory["shifted"] = True
+        return memory["shifts"]
 
     def plan(self, q_len: int, kv_len: int, block=(128, 128), device="cpu") -> "_plan.Plan":
         """Which tiles to visit; see scalekern.masks.Plan. The same object at each call, for recent lengths."""
@@ -328,7 +332,8 @@ class Shift(_OfOne):
     dk: int
 
     def _lowered(self):
-        return self.mask._shifts()(self.dq, self.dk)
+        shifts = self.mask._shifts()
+        return shifts(self.dq, self.dk) if shifts else _code.lower(self)
 
     def _at(self, x, y, b, h):
         return self.mask._at(x + self.dq, y + self.dk, b, h)

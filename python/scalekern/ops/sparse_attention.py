@@ -87,7 +87,7 @@ def sparse_attention(
     code, text = (None, _text_of(mask, lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
     tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
     scale = scale if scale is None else float(scale)
-    out, lse = sparse_attention_fwd(
+    out, lse = sparse_attention_fwd.light(
         q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, float(softcap or 0.0), score == "silu",
         float(norm), text,
     )  # fmt: skip
@@ -136,8 +136,11 @@ def _code_of(mask, lengths, device):
     code = mask.known_code(device) if lengths is None else None
     if code is not None:  # a tenth of a small call's time is saved
         return code
+    make = lambda: (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
+    if torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        return make()  # leaving what there is not would take 9 us, and a decoding step's shifted mask is new
     with _plain():
-        return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
+        return make()
 
 
 @_constant
@@ -193,9 +196,11 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(NAME, name, x, dims=4, dtypes=_checks.FLOATING)
         _checks.dtype(NAME, name, x, q.dtype)
-    (batch, heads, queries, dim), (_, key_heads, keys, _) = q.shape, k.shape
-    _checks.shape(NAME, "k", k, (batch, None, None, dim))
-    _checks.shape(NAME, "v", v, (batch, key_heads, keys, None))
+    (batch, heads, queries, dim), (key_batch, key_heads, keys, key_dim) = q.shape, k.shape
+    if key_batch != batch or key_dim != dim:  # else 1 us less than asking for a shape with gaps
+        _checks.shape(NAME, "k", k, (batch, None, None, dim))
+    if v.shape[:3] != k.shape[:3]:
+        _checks.shape(NAME, "v", v, (batch, key_heads, keys, None))
     if not 1 <= dim <= 256 or not 1 <= v.shape[3] <= 256:
         raise ValueError(f"{NAME}: the last axes of q and v must have 1 to 256 elements, got {dim} and {v.shape[3]}")
     if heads and (key_heads == 0 or heads % key_heads):
