@@ -271,7 +271,8 @@ def _edges(K, device):
 
 def _allocate_fwd(q, k, v, *rest):
     """The outputs, uninitialized: what the fake returns and what the kernels fill."""
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
+    rows = tuple(q.shape)[:3]
+    return q.new_empty((*rows, v.shape[3])), q.new_empty(rows, dtype=_wide(q))
 
 
 def _allocate_bwd(
@@ -307,7 +308,7 @@ def _backward(ctx, dout, dlse):
         return (None,) * (_TENSORS + 5)
     dout = torch.zeros_like(out) if dout is None else dout
     need_dbias = inputs[6] is not None and ctx.needs_input_grad[6]
-    found = sparse_attention_bwd(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
+    found = sparse_attention_bwd.light(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
     grads = dict(zip((0, 1, 2, 6, 7, 8, 11), found))
     if not need_dbias:
         del grads[6]
