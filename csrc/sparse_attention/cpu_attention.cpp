@@ -75,9 +75,12 @@ AttnArgs arguments(
 
 // Up to how many queries a kernel of its own is faster than panels of 2 vectors of them, most of whose lanes stay empty.
 // 8 heads of 4,096 keys, P 64, Sapphire Rapids, ms, few and panels: float32 1 query 0.76 1.96, 8 1.25 1.75, 12 1.70 1.82,
-// 16 2.07 1.85; bfloat16, whose panels go through tile registers, 4 0.91 1.33, 6 1.29 1.30, 8 1.44 1.27.
+// 16 2.07 1.85 (of AVX2's narrower panels 6 1.0 1.2); bfloat16, whose panels go through tile registers, 4 0.91 1.33,
+// 6 1.29 1.30, 8 1.44 1.27. The baseline would convert halves one by one.
 int64_t few_queries(const AttnArgs& a) {
+  const bool halves = a.dtype == int(Dtype::bf16) || a.dtype == int(Dtype::f16);
   if (a.dtype == int(Dtype::bf16) && has_amx()) return 6;
+  if (halves && isa() == Isa::baseline) return 0;
   const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
   return 2 * bytes / (a.wide_lse ? 8 : 4) * 3 / 8;
 }
