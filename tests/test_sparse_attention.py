@@ -188,6 +188,16 @@ def test_equal_masks_share_plans(monkeypatch):
     assert built == [(150, 150), (131, 131)]  # none for a tile of rows
 
 
+@pytest.mark.skipif(INTERPRET, reason="of the lists that kernels get")
+def test_triton_decodes_a_tile_of_keys_with_one_plan():
+    pytest.importorskip("triton")
+    from scalekern.ops.sparse_attention import _triton_tiles
+
+    q, k, v = qkv(1, 300, ("cpu", "cpu"))
+    plans = [_triton_tiles(masks.everything.code(), q, k[:, :, :n], v[:, :, :n])[1] for n in (129, 250, 256, 257)]
+    assert plans[0] is plans[1] is plans[2] is not plans[3] and plans[0].kv_len == 256
+
+
 @pytest.mark.skipif(INTERPRET, reason="of the CPU kernels")
 def test_memory_is_linear_in_the_length():
     """32,768 tokens and a window: scores alone would be 4 GB a head."""

@@ -136,11 +136,10 @@ def _code_of(mask, lengths, device):
     code = mask.known_code(device) if lengths is None else None
     if code is not None:  # a tenth of a small call's time is saved
         return code
-    make = lambda: (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
-    if torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None:
-        return make()  # leaving what there is not would take 9 us, and a decoding step's shifted mask is new
-    with _plain():
-        return make()
+    # Leaving what there is not would take 9 us, and a decoding step's shifted mask is new.
+    bare = torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    with contextlib.nullcontext() if bare else _plain():
+        return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
 
 
 @_constant
@@ -316,24 +315,22 @@ def _backward(ctx, dout, dlse):
 
 
 def _cpu_tiles(code, q, k, v):
-    # One tile of queries: the kernel looks at the mask itself, in 3 to 20 us for 4,096 keys. A decoding step's shifted
-    # mask is new, and its plan would take 3 to 8 ms.
-    plan = None if q.shape[2] <= CPU_BLOCK[0] else _plan(code, q, k, CPU_BLOCK)
-    return code, plan and plan.ptr, plan and plan.runs, *CPU_BLOCK
+    # A decoding step's shifted mask is new, and its plan would take 3 to 8 ms: of one tile of queries the kernel looks
+    # at the mask itself, in 3 to 20 us for 4,096 keys.
+    if q.shape[2] <= CPU_BLOCK[0]:
+        return code, None, None, *CPU_BLOCK
+    plan = masks.plan_of(code, q.shape[2], k.shape[2], CPU_BLOCK)
+    return code, plan.ptr, plan.runs, *CPU_BLOCK
 
 
 def _triton_tiles(code, q, k, v):
     from scalekern.triton_kernels.sparse_attention import block_of
 
-    return code, _plan(code, q, k, block_of(q, v))
-
-
-def _plan(code, q, k, block):
-    queries, keys = q.shape[2], k.shape[2]
     # Decoding: the plan for the keys that fill their last tile serves a tile's worth of steps (making one takes
     # 2 to 12 ms). Kernels guard the end, and what is full there is full without its last keys.
+    (queries, keys), block = (q.shape[2], k.shape[2]), block_of(q, v)
     rounded = -(-keys // block[1]) * block[1] if queries <= block[0] else keys
-    return masks.plan_of(code, queries, rounded, block)
+    return code, masks.plan_of(code, queries, rounded, block)
 
 
 def _code_for(mask, cu_seqlens, cu_seqlens_k, q, k):
