@@ -126,6 +126,24 @@ def test_a_nan_reaches_the_rows_that_see_it(dtype):
     assert torch.equal(out[..., ::2, :], clean[0][..., ::2, :])
 
 
+def test_what_an_earlier_call_left_reaches_nothing():
+    """Channels beside the last one of a row, in memory that a call full of NaN used in the same layout."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        narrow, wide = (few(CAUSAL.shift(90, 0), (1, 2, 1, 3, 93, n, n)) for n in (20, 32))
+        t, _ = inputs(narrow)
+        expected = native(narrow, t, None)
+        nan, _ = inputs(wide)
+        for x in "qkv":
+            nan[x][:] = torch.nan
+        for _ in range(3):
+            native(wide, nan, None)
+            assert all(torch.equal(a, e) for a, e in zip(native(narrow, t, None)[:2], expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("name", ["three", "grouped", "many_heads_a_key_head", "a_mask_a_head", "bf16_rows"])
 def test_repeats_bit_for_bit_with_any_number_of_threads(name):
     check_same_bits(CASES[name])
