@@ -73,10 +73,10 @@ AttnArgs arguments(
   return a;
 }
 
-// Up to how many queries a kernel of its own is faster than panels of 2 vectors of them, most of whose lanes stay empty.
-// 8 heads of 4,096 keys, P 64, Sapphire Rapids, ms, few and panels: float32 1 query 0.76 1.96, 8 1.25 1.75, 12 1.70 1.82,
-// 16 2.07 1.85 (of AVX2's narrower panels 6 1.0 1.2); bfloat16, whose panels go through tile registers, 4 0.91 1.33,
-// 6 1.29 1.30, 8 1.44 1.27. The baseline would convert halves one by one.
+// Up to how many queries a kernel of their own is faster than panels of 2 vectors of them, most of whose lanes are empty.
+// 8 heads of 4,096 keys, P 64, Sapphire Rapids, calls in ms, it and panels: float32, 1 query 0.76 1.96, 8 1.25 1.75, 12
+// 1.70 1.82, 16 2.07 1.85; bfloat16, whose panels go through tile registers, 3 0.91 1.33, 6 1.29 1.30, 8 1.44 1.27. With
+// AVX2, 6 queries: panels 1.1 to 1.2 of its time. The baseline would convert halves one by one.
 int64_t few_queries(const AttnArgs& a) {
   const bool halves = a.dtype == int(Dtype::bf16) || a.dtype == int(Dtype::f16);
   if (a.dtype == int(Dtype::bf16) && has_amx()) return 6;
@@ -85,8 +85,8 @@ int64_t few_queries(const AttnArgs& a) {
   return 2 * bytes / (a.wide_lse ? 8 : 4) * 3 / 8;
 }
 
-// Few queries: groups of heads that share keys, about kGroupRows rows each, and their keys in pieces. By the mask and the
-// lengths alone: sums are the same for any number of threads.
+// Few queries: groups of heads that share keys, about kGroupRows rows each, and their keys in pieces. By the mask and
+// the lengths alone: sums are the same for any number of threads.
 struct FewQueries {
   std::vector<int32_t> tiles;
   std::vector<AttnHeads> groups;
@@ -179,8 +179,8 @@ void attention_bwd(
     Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks, OptionalTensor dposition_table,
     OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k,
     Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs, int64_t block_q, int64_t block_k,
-    OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos,
-    OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
+    OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos,
+    OptionalTensor k_pos, OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
     double softcap, bool silu, double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
@@ -228,8 +228,8 @@ void mask_bits(Tensor out, Tensor code) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
-      "sparse_attention_fwd_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor? ptr, "
-      "Tensor? runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, Tensor? position_table, "
+      "sparse_attention_fwd_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor code, "
+      "Tensor? ptr, Tensor? runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, Tensor? position_table, "
       "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
       "float softcap, bool silu, float norm) -> ()");
   m.def(

@@ -6,8 +6,8 @@
 // Layout: that of decoding (cpu_decode_tiles.h): lanes along P for the scores and along Pv for the values, blocks of
 //   four rows share what was loaded. All scores of a piece are there before its first exponential: one maximum a piece,
 //   nothing is rescaled.
-// Work: pieces of at most kPieceTiles tiles of keys that some row sees, the next one to whoever is free; the partial sums
-//   of a row are merged in order, so that neither threads nor their number change a bit.
+// Work: pieces of at most kPieceTiles tiles of keys that some row sees, the next one to whoever is free; the partial
+//   sums of a row are merged in order, so that neither threads nor their number change a bit.
 #include "sparse_attention/cpu_attention_scores.h"
 #include "sparse_attention/cpu_decode_tiles.h"
 
@@ -129,10 +129,10 @@ class Few {
           const F* w = m.scores + r * kPieceKeys + j * kKeys;
           F* acc = sums + r * pitch() + 2;
           if (!whole) {
-            for (int64_t i = 0; i < size; ++i)
+            for (int64_t i = 0; i < size; ++i, w += kPieceKeys, acc += pitch())
               for (int64_t k = 0; k < keys; ++k)
                 if (m.words[r + i][t] >> k & 1)
-                  weigh_rows<1>(w + i * kPieceKeys, kPieceKeys, from, 0, value_dim_, k, k + 1, acc + i * pitch(), pitch());
+                  weigh_rows<1>(w, kPieceKeys, from, 0, value_dim_, k, k + 1, acc, pitch());
           } else if (size == 1) {
             weigh_rows<1>(w, kPieceKeys, from, 0, value_dim_, 0, keys, acc, pitch());
           } else if (size == 2) {
@@ -188,12 +188,14 @@ class Few {
   Vec<F> terms(int64_t b, int64_t h, int64_t i, int64_t k0) const {
     alignas(64) F lanes[W] = {};
     const int64_t keys = least(W, a_.kv_len - k0);
+    const int64_t row = b * a_.bias.s[0] + h * a_.bias.s[1] + i * a_.bias.s[2];
     for (int64_t k = 0; a_.bias && k < keys; ++k)
-      lanes[k] = element<F>(a_.bias.data, b * a_.bias.s[0] + h * a_.bias.s[1] + i * a_.bias.s[2] + (k0 + k) * a_.bias.s[3],
-                            a_.bias_dtype);
+      lanes[k] = element<F>(a_.bias.data, row + (k0 + k) * a_.bias.s[3], a_.bias_dtype);
     if (a_.position) {
       const F* table = static_cast<const F*>(a_.position.data) + (a_.position_heads == 1 ? 0 : h) * a_.position.s[0];
-      const auto place = [](const AttnTensor& t, int64_t n) { return int64_t(static_cast<const int32_t*>(t.data)[n * t.s[0]]); };
+      const auto place = [](const AttnTensor& t, int64_t n) -> int64_t {
+        return static_cast<const int32_t*>(t.data)[n * t.s[0]];
+      };
       const int64_t zero = a_.positions / 2 - place(a_.q_pos, i);
       for (int64_t k = 0; k < keys; ++k)
         lanes[k] += table[most(0, least(zero + place(a_.k_pos, k0 + k), a_.positions - 1)) * a_.position.s[1]];

@@ -182,7 +182,7 @@ class Mask:
         return _code.lower(self)
 
     def _shifts(self):
-        """How shifts change the code; None when first asked: a mask made for one shift is lowered with it in less time."""
+        """How shifts change the code; None when first asked: what is made for one shift is lowered with it faster."""
         memory = self.__dict__.setdefault("_memory", {})
         if memory.setdefault("shifts") is None:
             memory["shifts"] = _code.Shifts(self.code()) if "shifted" in memory else None
