@@ -236,6 +236,24 @@ def test_masks_are_values():
     assert repr(~(causal | sink(1)).shift(1, 0).transpose()) == "~(causal | sink(1)).shift(1, 0).transpose()"
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_shift_adds_to_the_code(seed):
+    """A mask's code is lowered with its first shift, and added to for the next ones, of heads, turns and tables too."""
+    mask, _ = mask_cases.expression(random.Random(seed), seed % 4)
+    for dq, dk in ((3, -7), (0, 5), (-20, 0)):
+        shifted = mask.shift(dq, dk)
+        assert torch.equal(shifted.code(), _code.lower(mask.shift(dq, dk)))
+        assert (shifted.heads, shifted.batches) == (mask.heads, mask.batches)
+
+
+def test_shifts_have_a_limit():
+    far = causal.transpose().shift(2**29, -(2**29)) & window(3, 0).shift(0, 2**29)
+    for dq, dk in ((1, 0), (0, 1), (0, -1), (0, 1)):  # each from the code of far but the first, which is lowered whole
+        with pytest.raises(ValueError, match="shift: shifts must sum up to at most 2\\^29"):
+            far.shift(dq, dk).code()
+    assert torch.equal(far.shift(-1, 0).code(), _code.lower(far.shift(-1, 0)))
+
+
 def test_plans_are_kept_with_their_code_alone():
     code = causal.code().clone()
     plan = masks.plan_of(code, 10, 10)

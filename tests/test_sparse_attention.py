@@ -179,13 +179,23 @@ def test_equal_masks_share_plans(monkeypatch):
     built = []
     build = _plan._build
     monkeypatch.setattr(_plan, "_build", lambda *args: built.append(args[1:3]) or build(*args))
-    q, k, v = qkv(50, 50, ("cpu", "cpu"))
+    q, k, v = qkv(150, 150, ("cpu", "cpu"))
     for _ in range(3):
-        for n in (50, 31):
+        for n in (150, 131, 64):
             rule = masks.causal & masks.window(11, 0)  # a new object, as each layer makes its own
             part = [x[:, :, :n].detach().requires_grad_() for x in (q, k, v)]
             scalekern.sparse_attention(*part, rule).sum().backward()
-    assert built == [(50, 64), (31, 64)]  # a tile of rows: one plan for all lengths that end in the same tile
+    assert built == [(150, 150), (131, 131)]  # none for a tile of rows
+
+
+@pytest.mark.skipif(INTERPRET, reason="of the lists that kernels get")
+def test_triton_decodes_a_tile_of_keys_with_one_plan():
+    pytest.importorskip("triton")
+    from scalekern.ops.sparse_attention import _triton_tiles
+
+    q, k, v = qkv(1, 300, ("cpu", "cpu"))
+    plans = [_triton_tiles(masks.everything.code(), q, k[:, :, :n], v[:, :, :n])[1] for n in (129, 250, 256, 257)]
+    assert plans[0] is plans[1] is plans[2] is not plans[3] and plans[0].kv_len == 256
 
 
 @pytest.mark.skipif(INTERPRET, reason="of the CPU kernels")

@@ -19,6 +19,7 @@ class Case:
     shape: tuple = (1, 2, 2, 70, 70, 16, 16)  # B, Hq, Hkv, Lq, Lk, P, Pv
     dtype: torch.dtype = torch.float32
     block: tuple = (64, 64)
+    planned: bool = True  # else the kernel looks at the mask itself, of at most 64 queries
     softcap: float = 0.0
     bias: tuple | None = None  # shape of its batch and heads
     bias_dtype: torch.dtype | None = None
@@ -194,7 +195,8 @@ def native(case, t, grads):
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     t = {n: None if x is None else scattered(x, case.layout) for n, x in t.items()}
     plan, scale_to_norm = case.mask.plan(Lq, Lk, block=case.block), options(case)
-    common = (t["q"], t["k"], t["v"], case.mask.code("cpu"), plan.ptr, plan.runs, *case.block, t["bias"], t["sinks"])
+    lists = (plan.ptr, plan.runs) if case.planned else (None, None)
+    common = (t["q"], t["k"], t["v"], case.mask.code("cpu"), *lists, *case.block, t["bias"], t["sinks"])
     q_pos, k_pos, q_time, k_time, edges = (scattered_vector(x, case.layout) for x in vectors(case))
     common += (t["position"], q_pos, k_pos) if case.position else (None,) * 3
     common += (t["time"], q_time, k_time, edges) if case.time else (None,) * 4

@@ -18,6 +18,16 @@ struct AttnSplit {
   int64_t offset;  // of its partial sums among those of a (b, kv head), in rows
 };
 
+// Of few queries: query heads [h, h + heads) of one key head, which read its keys together, and a piece of these keys,
+// tiles[first] to tiles[first + count - 1] of 64, which one thread reads.
+struct AttnHeads {
+  int64_t b, h, heads, first_piece, pieces;
+};
+struct AttnPiece {
+  int64_t group, first, count;
+  int64_t partial;  // row of its partial sums
+};
+
 // Shape letters: B batch, Hq and Hkv heads, Lq and Lk lengths, P head dim, Pv value head dim.
 struct AttnArgs {
   int64_t batch, heads, kv_heads, q_len, kv_len, dim, value_dim;
@@ -44,11 +54,21 @@ struct AttnArgs {
   int64_t batch_groups, head_groups;
   bool partial_dbias;
   int64_t bias_heads;  // 1 or Hq
+  // few queries: the mask's bits [list][query][tile of 64 keys], the groups of heads, the pieces of their keys
+  const uint64_t* bits;
+  int64_t key_tiles;
+  const int32_t* tiles;
+  const AttnHeads* groups;
+  const AttnPiece* pieces;
+  int64_t group_count, piece_count, partial_count;
 };
+
+constexpr int64_t kPieceTiles = 4;  // of 64 keys
 
 }  // namespace scalekern
 
 SCALEKERN_DECLARE(void, attention_fwd, (const scalekern::AttnArgs&))
+SCALEKERN_DECLARE(void, attention_few, (const scalekern::AttnArgs&))
 SCALEKERN_DECLARE(void, attention_bwd, (const scalekern::AttnArgs&))
 // to (B, H, Lq, Lk) contiguous bools; only code, mask_depth, batch, heads, q_len, kv_len are read.
 SCALEKERN_DECLARE(void, attention_mask, (const scalekern::AttnArgs&, bool* to))

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/amx.h"
 #include "common/tensor.h"
 #include "common/view.h"
 #include "sparse_attention/attention.h"
+#include "sparse_attention/query_tile.h"
 
 namespace {
 
@@ -50,9 +52,9 @@ void set_tables(
 }
 
 AttnArgs arguments(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& code, const Tensor& ptr, const Tensor& runs,
-    int64_t block_q, int64_t block_k, const OptionalTensor& bias, const OptionalTensor& sinks, double scale,
-    double softcap, bool silu, double norm) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& code, const OptionalTensor& ptr,
+    const OptionalTensor& runs, int64_t block_q, int64_t block_k, const OptionalTensor& bias,
+    const OptionalTensor& sinks, double scale, double softcap, bool silu, double norm) {
   AttnArgs a{};
   a.batch = q.size(0), a.heads = q.size(1), a.q_len = q.size(2), a.dim = q.size(3);
   a.kv_heads = k.size(1), a.kv_len = k.size(2), a.value_dim = v.size(3);
@@ -61,7 +63,8 @@ AttnArgs arguments(
   a.ptr = static_cast<const int32_t*>(data(ptr)), a.runs = static_cast<const int32_t*>(data(runs));
   const int64_t lists = a.plan_heads * a.plan_batches * ceil_div(a.q_len, block_q);
   STD_TORCH_CHECK(
-      ptr.size(0) == lists + 1, "sparse_attention: expected a plan of ", lists, " lists, got ", ptr.size(0) - 1);
+      ptr.has_value() ? ptr->size(0) == lists + 1 : a.q_len <= block_q && block_q == kMaskBlock && block_k == kKeyTile,
+      "sparse_attention: expected a plan of ", lists, " lists, or at most 64 queries");
   a.dtype = int(dtype_of(q)), a.wide_lse = dtype_of(q) == Dtype::f64;
   if (bias.has_value()) a.bias_dtype = int(dtype_of(*bias));
   a.silu = silu, a.scale = scale, a.softcap = softcap, a.norm = norm;
@@ -70,17 +73,74 @@ AttnArgs arguments(
   return a;
 }
 
+// Up to how many queries a kernel of their own is faster than panels of 2 vectors of them, most of whose lanes are empty.
+// 8 heads of 4,096 keys, P 64, Sapphire Rapids, calls in ms, it and panels: float32, 1 query 0.76 1.96, 8 1.25 1.75, 12
+// 1.70 1.82, 16 2.07 1.85; bfloat16, whose panels go through tile registers, 3 0.91 1.33, 6 1.29 1.30, 8 1.44 1.27. With
+// AVX2, 6 queries: panels 1.1 to 1.2 of its time. The baseline would convert halves one by one.
+int64_t few_queries(const AttnArgs& a) {
+  const bool halves = a.dtype == int(Dtype::bf16) || a.dtype == int(Dtype::f16);
+  if (a.dtype == int(Dtype::bf16) && has_amx()) return 6;
+  if (halves && isa() == Isa::baseline) return 0;
+  const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
+  return 2 * bytes / (a.wide_lse ? 8 : 4) * 3 / 8;
+}
+
+// Few queries: groups of heads that share keys, about kGroupRows rows each, and their keys in pieces. By the mask and
+// the lengths alone: sums are the same for any number of threads.
+struct FewQueries {
+  std::vector<int32_t> tiles;
+  std::vector<AttnHeads> groups;
+  std::vector<AttnPiece> pieces;
+
+  FewQueries(AttnArgs& a, const QueryTile& tile) {
+    constexpr int64_t kGroupRows = 64;
+    const int64_t group = a.heads / a.kv_heads, together = std::clamp<int64_t>(kGroupRows / a.q_len, 1, group);
+    int64_t first = 0, batch = -1, rows = 0;
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t h = 0, heads; h < a.heads; h += heads) {
+        heads = std::min(together, group - h % group);
+        const int64_t bm = a.plan_batches == 1 ? 0 : b;
+        if (a.plan_heads > 1 || bm != batch) {  // else it sees what the heads before do
+          first = int64_t(tiles.size()), batch = bm;
+          const int64_t lists = a.plan_heads == 1 ? 1 : heads, list = bm * a.plan_heads + (a.plan_heads == 1 ? 0 : h);
+          const uint64_t* words = tile.words.data() + list * a.q_len * tile.tiles;
+          for (int64_t t = 0; t < tile.tiles; ++t) {
+            uint64_t some = 0;
+            for (int64_t r = 0; r < lists * a.q_len; ++r) some |= words[r * tile.tiles + t];
+            if (some) tiles.push_back(int32_t(t));
+          }
+        }
+        const int64_t seen = int64_t(tiles.size()) - first, count = ceil_div(seen, kPieceTiles);
+        const int64_t number = int64_t(groups.size());
+        groups.push_back({b, h, heads, int64_t(pieces.size()), count});
+        for (int64_t s = 0; s < count; ++s, rows += heads * a.q_len) {
+          const int64_t begin = seen * s / count;
+          pieces.push_back({number, first + begin, seen * (s + 1) / count - begin, rows});
+        }
+      }
+    a.bits = tile.words.data(), a.key_tiles = tile.tiles, a.tiles = tiles.data();
+    a.groups = groups.data(), a.group_count = int64_t(groups.size());
+    a.pieces = pieces.data(), a.piece_count = int64_t(pieces.size()), a.partial_count = rows;
+  }
+};
+
 void attention_fwd(
-    Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q,
-    int64_t block_k, OptionalTensor bias, OptionalTensor sinks,
-    OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos, OptionalTensor time_table,
+    Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs,
+    int64_t block_q, int64_t block_k, OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table,
+    OptionalTensor q_pos, OptionalTensor k_pos, OptionalTensor time_table,
     OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale, double softcap, bool silu,
     double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
   expect_writes(out);
   a.out = view(out), a.lse = view(lse);
-  SCALEKERN_CALL(attention_fwd, (a));
+  if (ptr.has_value()) return SCALEKERN_CALL(attention_fwd, (a));
+  const bool few = a.q_len <= few_queries(a) && !a.silu && !a.time;
+  const QueryTile tile(a.code, a.mask_depth, a.q_len, a.kv_len, few);
+  a.ptr = tile.ptr.data(), a.runs = tile.runs.data();
+  if (!few) return SCALEKERN_CALL(attention_fwd, (a));
+  const FewQueries plan(a, tile);
+  SCALEKERN_CALL(attention_few, (a));
 }
 
 // Query tiles [0, n) in parts of about equal work, each with the keys that its lists touch.
@@ -118,12 +178,17 @@ std::vector<AttnSplit> make_splits(const AttnArgs& a, int64_t count) {
 void attention_bwd(
     Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks, OptionalTensor dposition_table,
     OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k,
-    Tensor v, Tensor code, Tensor ptr, Tensor runs, int64_t block_q, int64_t block_k, OptionalTensor bias,
-    OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos, OptionalTensor k_pos,
-    OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
+    Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs, int64_t block_q, int64_t block_k,
+    OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos,
+    OptionalTensor k_pos, OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
     double softcap, bool silu, double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
+  std::optional<QueryTile> tile;
+  if (!ptr.has_value()) {
+    tile.emplace(a.code, a.mask_depth, a.q_len, a.kv_len, false);
+    a.ptr = tile->ptr.data(), a.runs = tile->runs.data();
+  }
   expect_writes(dq), expect_writes(dk), expect_writes(dv);
   a.out = view(out), a.lse = view(lse), a.dout = view(dout), a.dlse = view(dlse);
   a.dq = view(dq), a.dk = view(dk), a.dv = view(dv), a.dbias = view(dbias);
@@ -163,14 +228,14 @@ void mask_bits(Tensor out, Tensor code) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
-      "sparse_attention_fwd_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, "
-      "Tensor runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, Tensor? position_table, "
+      "sparse_attention_fwd_cpu(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor code, "
+      "Tensor? ptr, Tensor? runs, int block_q, int block_k, Tensor? bias, Tensor? sinks, Tensor? position_table, "
       "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
       "float softcap, bool silu, float norm) -> ()");
   m.def(
       "sparse_attention_bwd_cpu(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks, "
       "Tensor(f!)? dposition_table, Tensor(g!)? dtime_table, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
-      "Tensor q, Tensor k, Tensor v, Tensor code, Tensor ptr, Tensor runs, int block_q, int block_k, Tensor? bias, "
+      "Tensor q, Tensor k, Tensor v, Tensor code, Tensor? ptr, Tensor? runs, int block_q, int block_k, Tensor? bias, "
       "Tensor? sinks, Tensor? position_table, "
       "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
       "float softcap, bool silu, float norm) -> ()");

@@ -162,8 +162,8 @@ struct TileBits {
 };
 
 // Of queries [q0, q0 + rows) and keys [k0, k0 + keys); rows past the end see nothing.
-static void fill_bits(const AttnArgs& a, TileBits& bits, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0,
-                      int64_t keys, MaskWord* stack) {
+static inline void fill_bits(const AttnArgs& a, TileBits& bits, int64_t b, int64_t h, int64_t q0, int64_t rows,
+                             int64_t k0, int64_t keys, MaskWord* stack) {
   for (int64_t q = 0; q < rows; q += kMaskBlock)
     for (int64_t k = 0; k < keys; k += kMaskBlock) {
       evaluate_mask(a.code, b, h, q0 + q, k0 + k, stack);

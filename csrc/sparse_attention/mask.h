@@ -2,8 +2,7 @@
 //
 // Every leaf has a natural orientation, rows x and bits y (for most, the bits of a row are an interval: two shifts);
 // where x plays key, the block is transposed. AND, OR and NOT work word by word.
-// Included by cpu_*_kernel.cpp only. Coordinates may leave the sequences: leaves answer there, and no table is read
-// out of its range.
+// Coordinates may leave the sequences: leaves answer there, and no table is read out of its range.
 #pragma once
 #include <cstdint>
 
@@ -97,40 +96,38 @@ static MaskWord equal_bits(const int32_t* ids, int64_t count, int32_t id, int64_
   return word;
 }
 
-template <class Row>
-static inline void fill_rows(MaskWord* to, int64_t x0, const Row& row) {
-  for (int r = 0; r < kMaskBlock; ++r) to[r] = row(x0 + r);
-}
-
-// One leaf: row r is x0 + r, bit c is y0 + c.
-static void mask_leaf(const int32_t* code, const int32_t* in, int64_t b, int64_t h, int64_t x0, int64_t y0,
+// One leaf: row r of `rows` is x0 + r, bit c is y0 + c.
+static void mask_leaf(const int32_t* code, const int32_t* in, int64_t b, int64_t h, int64_t x0, int64_t y0, int rows,
                       MaskWord* to) {
   const int32_t* p = in + 4;
+  const auto fill = [&](const auto& row) {
+    for (int r = 0; r < rows; ++r) to[r] = row(x0 + r);
+  };
   const auto batch = [&](int32_t n) { return n == 1 ? int64_t(0) : b; };
   switch (in[0]) {
-    case kMaskAll: return fill_rows(to, x0, [](int64_t) { return ~MaskWord(0); });
-    case kMaskCausal: return fill_rows(to, x0, [&](int64_t x) { return interval_bits(-kMaskFar, x + 1, y0); });
+    case kMaskAll: return fill([](int64_t) { return ~MaskWord(0); });
+    case kMaskCausal: return fill([&](int64_t x) { return interval_bits(-kMaskFar, x + 1, y0); });
     case kMaskWindow: {
       const int64_t left = p[0] < 0 ? kMaskFar : p[0], right = p[1] < 0 ? kMaskFar : p[1];
-      return fill_rows(to, x0, [&](int64_t x) { return interval_bits(x - left, x + right + 1, y0); });
+      return fill([&](int64_t x) { return interval_bits(x - left, x + right + 1, y0); });
     }
     case kMaskBelow: {
       const MaskWord word = interval_bits(0, p[0], y0);
-      return fill_rows(to, x0, [&](int64_t) { return word; });
+      return fill([&](int64_t) { return word; });
     }
     case kMaskPrefix: {
       const MaskWord word = interval_bits(0, code[p[0] + batch(p[1])], y0);
-      return fill_rows(to, x0, [&](int64_t) { return word; });
+      return fill([&](int64_t) { return word; });
     }
     case kMaskBlocks:
-      return fill_rows(to, x0, [&](int64_t x) {
+      return fill([&](int64_t x) {
         return x < 0 ? 0 : interval_bits(0, code[p[0] + mask_clamp(x, 0, p[1] - 1)], y0);
       });
     case kMaskSame: {
       const int32_t *of_x = code + p[0] + batch(p[4]) * p[1], *of_y = code + p[2] + batch(p[4]) * p[3];
       int32_t last = -1;
       MaskWord word = 0;  // of the last id: neighbours mostly share it
-      return fill_rows(to, x0, [&](int64_t x) {
+      return fill([&](int64_t x) {
         const int32_t id = x >= 0 && x < p[1] ? of_x[x] : -1;
         if (id != last) word = id < 0 ? 0 : equal_bits(of_y, p[3], id, y0);
         last = id;
@@ -141,30 +138,31 @@ static void mask_leaf(const int32_t* code, const int32_t* in, int64_t b, int64_t
       const int64_t step = p[0];
       MaskWord comb = 0;
       for (int64_t i = 0; i < 64; i += step) comb |= MaskWord(1) << i;
-      return fill_rows(to, x0, [&](int64_t x) {
+      return fill([&](int64_t x) {
         const int64_t distance = (x - y0) % step, first = distance < 0 ? distance + step : distance;
         return first < 64 ? comb << first : 0;
       });
     }
-    case kMaskNeighbor: return fill_rows(to, x0, [&](int64_t x) { return neighbor_bits(p, x, y0); });
+    case kMaskNeighbor: return fill([&](int64_t x) { return neighbor_bits(p, x, y0); });
     case kMaskDense: {
       const int64_t words = (int64_t(p[2]) + 31) / 32;
       const int32_t* table = code + p[0] + (batch(p[3]) * p[4] + (p[4] == 1 ? 0 : h)) * p[1] * words;
-      return fill_rows(to, x0, [&](int64_t x) {
+      return fill([&](int64_t x) {
         return x < 0 || x / p[5] >= p[1] ? 0 : dense_bits(table + x / p[5] * words, p[2], p[6], y0);
       });
     }
     case kMaskRows: {
       const int32_t* flags = code + p[0] + batch(p[2]) * p[1];
-      return fill_rows(to, x0, [&](int64_t x) { return x >= 0 && x < p[1] && flags[x] ? ~MaskWord(0) : 0; });
+      return fill([&](int64_t x) { return x >= 0 && x < p[1] && flags[x] ? ~MaskWord(0) : 0; });
     }
-    default: return fill_rows(to, x0, [](int64_t) { return MaskWord(0); });
+    default: return fill([](int64_t) { return MaskWord(0); });
   }
 }
 
 // stack: 64 words for every leaf that is pushed at a time. Leaves the block in stack[0 .. 64): word r is query q0 + r,
-// bit c is key k0 + c.
-static void evaluate_mask(const int32_t* code, int64_t b, int64_t h, int64_t q0, int64_t k0, MaskWord* stack) {
+// bit c is key k0 + c; the first `rows` of them where no more are asked for.
+static void evaluate_mask(const int32_t* code, int64_t b, int64_t h, int64_t q0, int64_t k0, MaskWord* stack,
+                          int rows = kMaskBlock) {
   const int32_t* program = code + code[2 + (code[0] == 1 ? 0 : h)];
   const int32_t* in = program + 2;
   MaskWord* top = stack;  // one past the last block
@@ -172,18 +170,19 @@ static void evaluate_mask(const int32_t* code, int64_t b, int64_t h, int64_t q0,
     MaskWord *last = top - kMaskBlock, *before = last - kMaskBlock;
     switch (in[0]) {
       case kMaskAnd:
-        for (int r = 0; r < kMaskBlock; ++r) before[r] &= last[r];
+        for (int r = 0; r < rows; ++r) before[r] &= last[r];
         top = last;
         break;
       case kMaskOr:
-        for (int r = 0; r < kMaskBlock; ++r) before[r] |= last[r];
+        for (int r = 0; r < rows; ++r) before[r] |= last[r];
         top = last;
         break;
       case kMaskNot:
-        for (int r = 0; r < kMaskBlock; ++r) last[r] = ~last[r];
+        for (int r = 0; r < rows; ++r) last[r] = ~last[r];
         break;
       default:
-        mask_leaf(code, in, b, h, (in[1] ? k0 : q0) + in[2], (in[1] ? q0 : k0) + in[3], top);
+        mask_leaf(code, in, b, h, (in[1] ? k0 : q0) + in[2], (in[1] ? q0 : k0) + in[3],
+                  in[1] ? kMaskBlock : rows, top);
         if (in[1]) transpose_bits(top);
         top += kMaskBlock;
     }

@@ -175,8 +175,19 @@ class Mask:
 
     @remembered
     def _code_on(self, device):
-        host = _code.lower(self) if device.type == "cpu" else self.code()
+        host = self._lowered() if device.type == "cpu" else self.code()
         return _plan.interned(host, device)
+
+    def _lowered(self):
+        return _code.lower(self)
+
+    def _shifts(self):
+        """How shifts change the code; None when first asked: what is made for one shift is lowered with it faster."""
+        memory = self.__dict__.setdefault("_memory", {})
+        if memory.setdefault("shifts") is None:
+            memory["shifts"] = _code.Shifts(self.code()) if "shifted" in memory else None
+            memory["shifted"] = True
+        return memory["shifts"]
 
     def plan(self, q_len: int, kv_len: int, block=(128, 128), device="cpu") -> "_plan.Plan":
         """Which tiles to visit; see scalekern.masks.Plan. The same object at each call, for recent lengths."""
@@ -297,8 +308,13 @@ class Or(_Pair):
         return self.a._at(x, y, b, h) | self.b._at(x, y, b, h)
 
 
+class _OfOne(Mask):
+    heads = property(lambda self: self.mask.heads)
+    batches = property(lambda self: self.mask.batches)
+
+
 @node()
-class Not(Mask):
+class Not(_OfOne):
     mask: Mask
 
     def _at(self, x, y, b, h):
@@ -310,10 +326,14 @@ class Not(Mask):
 
 
 @node()
-class Shift(Mask):
+class Shift(_OfOne):
     mask: Mask
     dq: int
     dk: int
+
+    def _lowered(self):
+        shifts = self.mask._shifts()
+        return shifts(self.dq, self.dk) if shifts else _code.lower(self)
 
     def _at(self, x, y, b, h):
         return self.mask._at(x + self.dq, y + self.dk, b, h)
@@ -324,7 +344,7 @@ class Shift(Mask):
 
 
 @node()
-class Transpose(Mask):
+class Transpose(_OfOne):
     mask: Mask
 
     def _at(self, x, y, b, h):

@@ -87,7 +87,7 @@ def sparse_attention(
     code, text = (None, _text_of(mask, lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
     tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
     scale = scale if scale is None else float(scale)
-    out, lse = sparse_attention_fwd(
+    out, lse = sparse_attention_fwd.light(
         q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, float(softcap or 0.0), score == "silu",
         float(norm), text,
     )  # fmt: skip
@@ -136,7 +136,9 @@ def _code_of(mask, lengths, device):
     code = mask.known_code(device) if lengths is None else None
     if code is not None:  # a tenth of a small call's time is saved
         return code
-    with _plain():
+    # Leaving what there is not would take 6 us, and a decoding step's shifted mask is new.
+    bare = torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    with contextlib.nullcontext() if bare else _plain():
         return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
 
 
@@ -193,9 +195,11 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(NAME, name, x, dims=4, dtypes=_checks.FLOATING)
         _checks.dtype(NAME, name, x, q.dtype)
-    (batch, heads, queries, dim), (_, key_heads, keys, _) = q.shape, k.shape
-    _checks.shape(NAME, "k", k, (batch, None, None, dim))
-    _checks.shape(NAME, "v", v, (batch, key_heads, keys, None))
+    (batch, heads, queries, dim), (key_batch, key_heads, keys, key_dim) = q.shape, k.shape
+    if key_batch != batch or key_dim != dim:  # a shape with gaps takes 1 us to compare
+        _checks.shape(NAME, "k", k, (batch, None, None, dim))
+    if v.shape[:3] != k.shape[:3]:
+        _checks.shape(NAME, "v", v, (batch, key_heads, keys, None))
     if not 1 <= dim <= 256 or not 1 <= v.shape[3] <= 256:
         raise ValueError(f"{NAME}: the last axes of q and v must have 1 to 256 elements, got {dim} and {v.shape[3]}")
     if heads and (key_heads == 0 or heads % key_heads):
@@ -266,7 +270,8 @@ def _edges(K, device):
 
 def _allocate_fwd(q, k, v, *rest):
     """The outputs, uninitialized: what the fake returns and what the kernels fill."""
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
+    rows = tuple(q.shape)[:3]
+    return q.new_empty((*rows, v.shape[3])), q.new_empty(rows, dtype=_wide(q))
 
 
 def _allocate_bwd(
@@ -302,36 +307,34 @@ def _backward(ctx, dout, dlse):
         return (None,) * (_TENSORS + 5)
     dout = torch.zeros_like(out) if dout is None else dout
     need_dbias = inputs[6] is not None and ctx.needs_input_grad[6]
-    found = sparse_attention_bwd(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
+    found = sparse_attention_bwd.light(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
     grads = dict(zip((0, 1, 2, 6, 7, 8, 11), found))
     if not need_dbias:
         del grads[6]
     return *(grads.get(i) if x is not None else None for i, x in enumerate(inputs)), *(None,) * 5
 
 
-def _cpu_tiles(q, v, planned):
-    code, plan = planned(CPU_BLOCK)
-    return code, plan.ptr, plan.runs, *plan.block
+def _cpu_tiles(code, q, k, v):
+    # A decoding step's shifted mask is new, and its plan would take 3 to 8 ms: of one tile of queries the kernel looks
+    # at the mask itself, in 2 to 13 us for 4,096 keys and few queries.
+    if q.shape[2] <= CPU_BLOCK[0]:
+        return code, None, None, *CPU_BLOCK
+    plan = masks.plan_of(code, q.shape[2], k.shape[2], CPU_BLOCK)
+    return code, plan.ptr, plan.runs, *CPU_BLOCK
 
 
-def _triton_tiles(q, v, planned):
+def _triton_tiles(code, q, k, v):
     from scalekern.triton_kernels.sparse_attention import block_of
 
-    return planned(block_of(q, v))
+    # Decoding: the plan for the keys that fill their last tile serves a tile's worth of steps (making one takes
+    # 2 to 12 ms). Kernels guard the end, and what is full there is full without its last keys.
+    (queries, keys), block = (q.shape[2], k.shape[2]), block_of(q, v)
+    rounded = -(-keys // block[1]) * block[1] if queries <= block[0] else keys
+    return code, masks.plan_of(code, queries, rounded, block)
 
 
-def _planned(mask, cu_seqlens, cu_seqlens_k, q, k):
-    """A function of the block: the code that a kernel reads, and the plan of the tiles that it visits."""
-    queries, keys = q.shape[2], k.shape[2]
-    code = mask if cu_seqlens is None else packed(mask, cu_seqlens, cu_seqlens_k, queries, keys)
-
-    def found(block):
-        # Decoding: the plan for the keys that fill their last tile serves a tile's worth of steps (making one takes
-        # 2 to 12 ms). Kernels guard the end, and what is full there is full without its last keys.
-        rounded = -(-keys // block[1]) * block[1] if queries <= block[0] else keys
-        return code, masks.plan_of(code, queries, rounded, block)
-
-    return found
+def _code_for(mask, cu_seqlens, cu_seqlens_k, q, k):
+    return mask if cu_seqlens is None else packed(mask, cu_seqlens, cu_seqlens_k, q.shape[2], k.shape[2])
 
 
 def _fwd(kernel, tiles):
@@ -339,7 +342,7 @@ def _fwd(kernel, tiles):
 
     def fill(out, lse, q, k, v, mask, cu_seqlens, cu_seqlens_k, *rest):
         *given, scale, softcap, silu, norm = rest  # bias, sinks, tables
-        found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
+        found = tiles(_code_for(mask, cu_seqlens, cu_seqlens_k, q, k), q, k, v)
         kernel(out, lse, q, k, v, *found, *given, scale_of(q, scale), softcap, silu, norm)
 
     return _like(kernel, _resolved(fill, 5, -1))
@@ -354,7 +357,7 @@ def _bwd(kernel, tiles):
     def fill(*args):
         dq, dk, dv, dbias, dsinks, dposition, dtime, dout, dlse, q, k, v, mask, cu_seqlens, cu_seqlens_k, *rest = args
         *given, out, lse, scale, softcap, silu, norm, need_dbias = rest  # bias, sinks, tables
-        found = tiles(q, v, _planned(mask, cu_seqlens, cu_seqlens_k, q, k))
+        found = tiles(_code_for(mask, cu_seqlens, cu_seqlens_k, q, k), q, k, v)
         sums = dbias.to(_wide(dbias)) if need_dbias else None
         others = [None if x is None else d for d, x in zip((dsinks, dposition, dtime), (given[1], given[2], given[5]))]
         kernel(
