@@ -87,7 +87,7 @@ def sparse_attention(
     code, text = (None, _text_of(mask, lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
     tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
     scale = scale if scale is None else float(scale)
-    out, lse = sparse_attention_fwd.light(
+    out, lse = sparse_attention_fwd(
         q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, float(softcap or 0.0), score == "silu",
         float(norm), text,
     )  # fmt: skip
@@ -307,7 +307,7 @@ def _backward(ctx, dout, dlse):
         return (None,) * (_TENSORS + 5)
     dout = torch.zeros_like(out) if dout is None else dout
     need_dbias = inputs[6] is not None and ctx.needs_input_grad[6]
-    found = sparse_attention_bwd.light(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
+    found = sparse_attention_bwd(dout, dlse, *inputs, out, lse, *ctx.options, need_dbias)
     grads = dict(zip((0, 1, 2, 6, 7, 8, 11), found))
     if not need_dbias:
         del grads[6]
