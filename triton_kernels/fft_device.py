@@ -213,6 +213,18 @@ def load_spectrum(ptr, q, N1: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexp
 
 
 @triton.jit
+def beside_skip(scale_ptr, skip_ptr, stride_skip_d, d):
+    """(total, share, skip / total): a channel's spectrum, which is divided by its scale, times share plus the last, a
+    constant since skip is a tap at 0, is that of the filters and skip divided by total, which bounds it by 1."""
+    scale, skip = tl.load(scale_ptr + d), 0.0
+    if skip_ptr is not None:
+        skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
+    total = scale + tl.abs(skip)
+    total = tl.where(total == 0, 1.0, total)
+    return total, scale / total, skip / total
+
+
+@triton.jit
 def transform(
     x, q, first_ptr, second_re, second_im, t_re, t_im, PIECES: tl.constexpr, N1: tl.constexpr, BLOCK: tl.constexpr,
     N2: tl.constexpr, R: tl.constexpr, OPERANDS: tl.constexpr,

@@ -6,6 +6,8 @@ These kernels run once a channel, whatever the batch: their operands are split (
 that a filter's error is float32's, and their blocks have 64 rows so that a block's operands fit in shared memory.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -61,25 +63,25 @@ def _at_lag(
 
 @triton.jit
 def _two_sided(
-    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, n, N: tl.constexpr, L, M, K, K_reverse, offset,
+    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, N: tl.constexpr, L, M, K, K_reverse, offset,
     CIRCULAR: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """(g[n], g[n - N]), [BLOCK, N2] like n."""
+    """(g[n], g[n - N]) without skip, [BLOCK, N2] like n."""
     above = _at_lag(k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, L, M, K, K_reverse, offset, CIRCULAR, INT64)
     below = _at_lag(
         k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n - N, L, M, K, K_reverse, offset, CIRCULAR, INT64
     )  # fmt: skip
-    return above + tl.where(n == 0, skip, 0.0), below
+    return above, below
 
 
 @triton.jit
 def _fft_conv_spectrum_kernel(
-    spectrum_ptr, scale_ptr, k_ptr, reverse_ptr, skip_ptr, first_ptr, second_ptr, twiddle_ptr, L, M, K, K_reverse,
-    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s, stride_skip_d,
+    spectrum_ptr, scale_ptr, k_ptr, reverse_ptr, first_ptr, second_ptr, twiddle_ptr, L, M, K, K_reverse,
+    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s,
     P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, CIRCULAR: tl.constexpr, OPERANDS: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
-    """spectrum (D, 2, N1, N2) of g and skip, divided by scale (D,), the sum of their magnitudes. Grid (P, D).
+    """spectrum (D, 2, N1, N2) of g without skip, divided by scale (D,), the sum of its magnitudes. Grid (P, D).
 
     A lag j below zero stands at j + N, and w^(j (k + 1/4)) = i w^((j + N) (k + 1/4)): it is imaginary there.
     """
@@ -89,26 +91,22 @@ def _fft_conv_spectrum_kernel(
     k_ptr += d * stride_k_d
     if reverse_ptr is not None:
         reverse_ptr += d * stride_reverse_d
-    skip = 0.0
-    if skip_ptr is not None:
-        skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
     total = tl.zeros([BLOCK, N2], tl.float32)
     largest = tl.zeros([BLOCK, N2], tl.float32)
     for p in tl.range(P, num_stages=1):
         above, below = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
             offset, CIRCULAR, INT64,
         )  # fmt: skip
         total += tl.abs(above) + tl.abs(below)
         largest = tl.maximum(largest, tl.maximum(tl.abs(above), tl.abs(below)))
-    total, largest = tl.sum(total), tl.max(largest)
-    scale = tl.where(total == 0, 1.0, total)
+    scale, largest = tl.sum(total), tl.max(largest)
     largest = tl.where(largest < 1e-30, 1.0, largest)
     acc_re = tl.zeros([BLOCK, N2], tl.float32)
     acc_im = tl.zeros([BLOCK, N2], tl.float32)
     for p in tl.range(P, num_stages=1):
         above, below = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
             offset, CIRCULAR, INT64,
         )  # fmt: skip
         above, below = operand(above / largest, OPERANDS), operand(below / largest, OPERANDS)
@@ -119,8 +117,9 @@ def _fft_conv_spectrum_kernel(
     second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
     g_re, g_im = second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, 1, OPERANDS)
     at = d * 2 * N + times_of(q, BLOCK, N2, 1)
-    tl.store(spectrum_ptr + at, g_re * (largest / scale))
-    tl.store(spectrum_ptr + N + at, g_im * (largest / scale))
+    share = largest / tl.where(scale == 0, 1.0, scale)
+    tl.store(spectrum_ptr + at, g_re * share)
+    tl.store(spectrum_ptr + N + at, g_im * share)
     if q == 0:
         tl.store(scale_ptr + d, scale)
 
@@ -213,9 +212,8 @@ def _fft_conv_taps_kernel(
 
 def geometry(u: torch.Tensor, k: torch.Tensor, mode: str) -> tuple[int, int]:
     """(o, M)."""
-    length, taps = u.shape[2], k.shape[-1]
+    length, taps = int(u.shape[2]), int(k.shape[-1])
     return (taps - 1) // 2 if mode == "same" else 0, length + taps - 1 if mode == "full" else length
-
 
 
 def factors_of(u: torch.Tensor, points: int, operands: str) -> dict[str, int]:
@@ -230,7 +228,6 @@ def filter_factors_of(u: torch.Tensor, points: int, operands: str) -> dict[str, 
     return {"P": factors["P"] * pieces, "BLOCK": factors["BLOCK"] // pieces, "N2": factors["N2"]}
 
 
-
 def tables_of(factors: dict[str, int], operands: str, device: torch.device) -> dict:
     """The tables, and how kernels read them."""
     n1, n2 = factors["P"] * factors["BLOCK"], factors["N2"]
@@ -243,28 +240,37 @@ def tables_of(factors: dict[str, int], operands: str, device: torch.device) -> d
     return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": twiddles_, "OPERANDS": operands}
 
 
-
-def workspace(u: torch.Tensor, points: int, operands: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(spectrum, scale)."""
-    factors, channels = factors_of(u, points, operands), u.shape[1]
-    real = {"dtype": torch.float32}
-    spectrum = u.new_empty(channels, 2, factors["P"] * factors["BLOCK"], factors["N2"], **real)
-    return spectrum, u.new_empty(channels, **real)
+def shape_of_spectra(channels: int, *sizes: int) -> tuple[int, ...]:
+    """Of (D + E, 2, *sizes), the spectra of D channels with their scales at the begin of the E that follow. It tells
+    the layouts apart: sizes are (N1, N2) of a fused transform, (N0, N1, N2) of a long one."""
+    return channels + triton.cdiv(channels, 2 * math.prod(sizes)), 2, *sizes
 
 
+def split_spectra(values: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(spectrum (D, 2, *sizes), scale (D,))"""
+    return values[:channels], values[channels:].view(-1)[:channels]
 
-def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands) -> Launch:
+
+def spectra(u, k, k_reverse, mode, operands, given=None) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
+    """(spectrum, scale, how they are made): a given one is there, if it is laid out as this call's kernels read it."""
+    factors, channels = factors_of(u, geometry(u, k, mode)[1], operands), u.shape[1]
+    shape = shape_of_spectra(channels, factors["P"] * factors["BLOCK"], factors["N2"])
+    if given is not None and given.shape == shape:
+        return *split_spectra(given.contiguous(), channels), []
+    spectrum, scale = split_spectra(u.new_empty(shape, dtype=torch.float32), channels)
+    return spectrum, scale, [plan_spectrum(spectrum, scale, u, k, k_reverse, mode, operands)]
+
+
+def plan_spectrum(spectrum, scale, u, k, k_reverse, mode, operands) -> Launch:
     offset, points = geometry(u, k, mode)
     factors = filter_factors_of(u, points, operands)
     args = dict(
-        spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
+        spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse,
         **tables_of(factors, "fp16x3", u.device), L=u.shape[2], M=points, K=k.shape[1],
         K_reverse=0 if k_reverse is None else k_reverse.shape[1], offset=offset, **strides("k", k, "ds"),
-        **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"), **factors, CIRCULAR=mode == "circular",
-        INT64=wide(k, k_reverse),
+        **strides("reverse", k_reverse, "ds"), **factors, CIRCULAR=mode == "circular", INT64=wide(k, k_reverse),
     )  # fmt: skip
     return Launch(_fft_conv_spectrum_kernel, (factors["P"], u.shape[1]), args, dev.warps(factors["BLOCK"]))
-
 
 
 def plan_filters(

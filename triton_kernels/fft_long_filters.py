@@ -14,7 +14,7 @@ import triton.language as tl
 from . import fft_long_device as dev
 from .common import Launch, index, strides, wide
 from .fft_device import add_product, masked, negative, operand
-from .fft_filters import _fft_conv_taps_kernel, _two_sided, geometry
+from .fft_filters import _fft_conv_taps_kernel, _two_sided, geometry, shape_of_spectra, split_spectra
 from .fft_long_device import (
     add_back,
     column_factor,
@@ -37,25 +37,25 @@ from .fft_long_device import (
 
 @triton.jit
 def _lag_columns(
-    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, p, block, N, L, M, K, K_reverse, offset,
+    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, p, block, N, L, M, K, K_reverse, offset,
     ROW: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, CIRCULAR: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """(g[n], g[n - N]) of piece p, zero from N on: [BLOCK0, C]."""
     n = column_places(p, block, ROW, BLOCK0, C)
     above, below = _two_sided(
-        k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, n, N, L, M, K, K_reverse, offset, CIRCULAR, INT64
+        k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, N, L, M, K, K_reverse, offset, CIRCULAR, INT64
     )  # fmt: skip
     return above, tl.where(n < N, below, 0.0)
 
 
 @triton.jit
 def _fft_conv_lag_columns_kernel(
-    spectrum_ptr, scales_ptr, total_ptr, k_ptr, reverse_ptr, skip_ptr, column_ptr, turn_ptr, N0, P, L, M, K, K_reverse,
-    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s, stride_skip_d,
+    spectrum_ptr, scales_ptr, total_ptr, k_ptr, reverse_ptr, column_ptr, turn_ptr, N0, P, L, M, K, K_reverse,
+    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s,
     N1: tl.constexpr, N2: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, CIRCULAR: tl.constexpr,
     OPERANDS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """Y of g and skip into spectrum (D, 2, N0, ROW), scales (D, P, ROW / C); total (D, ROW / C), the sum of their
+    """Y of g without skip into spectrum (D, 2, N0, ROW), scales (D, P, ROW / C); total (D, ROW / C), the sum of its
     magnitudes. Grid (ROW / C, D). A lag j below zero stands at j + N, and is imaginary there.
     """
     ROW: tl.constexpr = N1 * N2
@@ -64,14 +64,11 @@ def _fft_conv_lag_columns_kernel(
     k_ptr += d * stride_k_d
     if reverse_ptr is not None:
         reverse_ptr += d * stride_reverse_d
-    skip = 0.0
-    if skip_ptr is not None:
-        skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
     total = tl.zeros([BLOCK0, C], tl.float32)
     largest = tl.zeros([BLOCK0, C], tl.float32)
     for p in tl.range(P, num_stages=1):
         above, below = _lag_columns(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, p, block, N, L, M, K, K_reverse, offset, ROW,
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, p, block, N, L, M, K, K_reverse, offset, ROW,
             BLOCK0, C, CIRCULAR, INT64,
         )  # fmt: skip
         total += tl.abs(above) + tl.abs(below)
@@ -83,7 +80,7 @@ def _fft_conv_lag_columns_kernel(
         acc_im = tl.zeros([BLOCK0, C], tl.float32)
         for p in tl.range(P, num_stages=1):
             above, below = _lag_columns(
-                k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, p, block, N, L, M, K, K_reverse, offset, ROW,
+                k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, p, block, N, L, M, K, K_reverse, offset, ROW,
                 BLOCK0, C, CIRCULAR, INT64,
             )  # fmt: skip
             above, below = operand(above * (1 / scale), OPERANDS), operand(below * (1 / scale), OPERANDS)
@@ -110,10 +107,10 @@ def _fft_conv_lag_rows_kernel(
     x_re, x_im, own = load_row(spectrum_ptr, scales_ptr + d * P * (ROW // C), k0, N0, N1, N2, BLOCK0, C, OPERANDS)
     g_re, g_im = row_transform(x_re, x_im, one_re, one_im, one_minus, two_re, two_im, t_re, t_im, N1, N2, OPERANDS)
     scale = tl.sum(tl.load(total_ptr + d * (ROW // C) + tl.arange(0, ROW // C)))  # [ROW / C]
-    scale = tl.where(scale == 0, 1.0, scale)
+    share = own / tl.where(scale == 0, 1.0, scale)
     at = row_places(k0, N1, N2)
-    tl.store(spectrum_ptr + at, g_re * (own / scale))
-    tl.store(spectrum_ptr + N0 * ROW + at, g_im * (own / scale))
+    tl.store(spectrum_ptr + at, g_re * share)
+    tl.store(spectrum_ptr + N0 * ROW + at, g_im * share)
     if k0 == 0:
         tl.store(scale_ptr + d, scale)
 
@@ -246,16 +243,16 @@ def _fft_conv_sums_kernel(
 SPLIT = "fp16x3"
 
 
-def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, factors) -> list[Launch]:
-    """Of some channels: spectrum (D, 2, N) and scale (D,)."""
+def plan_spectrum(spectrum, scale, u, k, k_reverse, mode, factors) -> list[Launch]:
+    """Of some channels: spectrum (D, 2, N0, N1, N2) and scale (D,)."""
     offset, points = geometry(u, k, mode)
     channels, blocks = spectrum.shape[0], factors["N1"] * factors["N2"] // factors["C"]
     scales = scale.new_empty(channels, dev.pieces(factors), blocks)
     total = scale.new_empty(channels, blocks)
     columns = dict(
-        spectrum_ptr=spectrum, scales_ptr=scales, total_ptr=total, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
+        spectrum_ptr=spectrum, scales_ptr=scales, total_ptr=total, k_ptr=k, reverse_ptr=k_reverse,
         L=u.shape[2], M=points, K=k.shape[1], K_reverse=0 if k_reverse is None else k_reverse.shape[1], offset=offset,
-        **strides("k", k, "ds"), **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"),
+        **strides("k", k, "ds"), **strides("reverse", k_reverse, "ds"),
         CIRCULAR=mode == "circular", INT64=wide(k, k_reverse),
     )  # fmt: skip
     rows = dict(spectrum_ptr=spectrum, scale_ptr=scale, scales_ptr=scales, total_ptr=total)
@@ -263,6 +260,31 @@ def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, factors) -> list
         dev.plan(_fft_conv_lag_columns_kernel, (blocks, channels), columns, factors, SPLIT, u.device),
         dev.plan(_fft_conv_lag_rows_kernel, (factors["N0"], channels), rows, factors, SPLIT, u.device),
     ]
+
+
+def factors_for(u, points: int, operands: str, given=None):
+    """(factors of the transform, the given spectrum if it has them, else None). One of split operands' serves all."""
+    found = [dev.sizes(points, wide) for wide in (dev.takes_wide(operands, u.device), False)]
+    for factors in found:
+        if given is not None and given.shape == shape_of_spectra(u.shape[1], *dev.sizes_of(factors)):
+            return factors, given.contiguous()
+    return found[0], None
+
+
+def spectra(u, k, k_reverse, mode, many: int, factors: dict[str, int], given=None):
+    """A function of a cut of at most so many channels: (spectrum, scale, how they are made, in memory for so many)."""
+    channels = many if given is None else u.shape[1]
+    values = u.new_empty(shape_of_spectra(many, *dev.sizes_of(factors)), dtype=torch.float32) if given is None else given
+    all_of_them, scales = split_spectra(values, channels)
+
+    def of(cut):
+        if given is not None:
+            return all_of_them[cut], scales[cut], []
+        spectrum, scale = all_of_them[: cut.stop - cut.start], scales[: cut.stop - cut.start]
+        reverse = None if k_reverse is None else k_reverse[cut]
+        return spectrum, scale, plan_spectrum(spectrum, scale, u, k[cut], reverse, mode, factors)
+
+    return of
 
 
 def plan_products(partial, u_columns, dout_columns, factors, operands, add) -> Launch:

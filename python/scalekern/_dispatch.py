@@ -179,6 +179,7 @@ def filling(allocate: Callable, fill: Callable) -> Callable:
         fill(*(outputs if isinstance(outputs, tuple) else (outputs,)), *args)
         return outputs
 
+    run.allocate = allocate
     run.native_op = getattr(fill, "native_op", None)
     run.triton_module = getattr(fill, "triton_module", None)
     run.fill_module = fill.__module__  # of torch code; the benchmarks' digests start from it
