@@ -65,7 +65,7 @@ from .fft_device import (
     transform,
     twiddles,
 )  # fmt: skip
-from .fft_filters import factors_of, geometry, plan_filters, spectra, tables_of
+from .fft_filters import factors_of, geometry, plan_filters, shape_of_spectra, spectra, tables_of
 from .tuning import config
 
 __all__ = ["fft_conv_bwd", "fft_conv_fwd", "supports"]
@@ -124,8 +124,9 @@ def _fft_conv_fwd_kernel(
                 x, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, OPERANDS
             )  # fmt: skip
             g_re, g_im = load_spectrum(spectrum_ptr + d * 2 * N, q, N1, BLOCK, N2, R)  # [BLOCK R, N2]
-            g_re = g_re * (share * (FULL / N)) + skip * (FULL / N)
-            g_im *= share * ((-FULL if CONJUGATE else FULL) / N)
+            if skip_ptr is not None:
+                g_re, g_im = g_re * share + skip, g_im * share
+            g_re, g_im = g_re * (FULL / N), g_im * ((-FULL if CONJUGATE else FULL) / N)
             b_re, b_im = inverse_first_half(
                 x_re * g_re - x_im * g_im, x_re * g_im + x_im * g_re, second_re, second_im, t_re, t_im, BLOCK, N2, R,
                 OPERANDS,
@@ -320,11 +321,11 @@ def plan_fft_conv_fwd(
 ) -> list[Launch]:  # fmt: skip
     """The launches, from shapes, strides and dtypes alone."""
     operands = dev.operands_of(u.dtype, precision)
-    spectrum, scale, launches = spectra(u, k, k_reverse, mode, operands, spectrum)
+    spectrum, scale, beside, launches = spectra(u, k, k_reverse, skip, mode, operands, spectrum)
     return [
         *launches,
         _plan_convolution(
-            out, None, u, pregate, mask, postgate, None, None, bias, spectrum, scale, skip, out.shape[2], False,
+            out, None, u, pregate, mask, postgate, None, None, bias, spectrum, scale, beside, out.shape[2], False,
             operands,
         ),
     ]  # fmt: skip
@@ -365,7 +366,7 @@ def plan_fft_conv_bwd(
     dk_reverse, dskip = None if k_reverse is None else dk_reverse, None if skip is None else dskip
     dbias, dpregate = None if bias is None else dbias, None if pregate is None else dpregate
     operands = dev.operands_of(u.dtype, precision)
-    spectrum, scale, launches = spectra(u, k, k_reverse, mode, operands, spectrum)
+    spectrum, scale, beside, launches = spectra(u, k, k_reverse, skip, mode, operands, spectrum)
     factors = factors_of(u, points, operands)
     blocks = _blocks("fft_conv_bwd", u, factors)
     groups = triton.cdiv(u.shape[0], blocks["R"])
@@ -378,7 +379,7 @@ def plan_fft_conv_bwd(
     skip_partial = None if skip is None else scale.new_empty(parts, channels)
     launches += [
         _plan_convolution(
-            du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, skip, points, True, operands
+            du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, beside, points, True, operands
         ),
         _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks, operands),
         *plan_filters(
@@ -389,7 +390,7 @@ def plan_fft_conv_bwd(
     if postgate is not None:
         launches.append(
             _plan_convolution(
-                dpostgate, None, u, pregate, mask, dout, None, None, bias, spectrum, scale, skip, points, False,
+                dpostgate, None, u, pregate, mask, dout, None, None, bias, spectrum, scale, beside, points, False,
                 operands,
             )
         )  # fmt: skip
@@ -411,10 +412,13 @@ def _specs(dtype: torch.dtype, options: str = "") -> dict[str, Launch]:
     call = (x, k, reverse, vector, vector, x, x, mask, M)
     gradients = plan_fft_conv_bwd(x, k, reverse, vector, vector, x, x, x, *call)
     names = ("spectrum", "du", "bwd", "lags", "taps")
-    return {"fwd": plan_fft_conv_fwd(x, *call)[1], **dict(zip(names, gradients))}
+    spectrum, forward = plan_fft_conv_fwd(x, *call)
+    given = meta(*shape_of_spectra(D, *spectrum.args["spectrum_ptr"].shape[2:]))
+    (given,) = plan_fft_conv_fwd(x, *call, None, given)
+    return {"fwd": forward, "fwd_given": given, **dict(zip(names, gradients))}
 
 
-for _name in ("spectrum", "fwd", "bwd", "lags", "taps", "du"):
+for _name in ("spectrum", "fwd", "fwd_given", "bwd", "lags", "taps", "du"):
     compile_spec(f"fft_conv_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du", "wide")):
     compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])

@@ -44,7 +44,7 @@ from . import fft_long_device as dev
 from . import fft_long_filters as filters
 from .common import Launch, compile_spec, index, meta, strides, wide
 from .fft_device import add_product, beside_skip, masked, operand, operands_of
-from .fft_filters import geometry
+from .fft_filters import geometry, shape_of_spectra
 from .fft_long_device import (
     add_back,
     column_factor,
@@ -147,8 +147,10 @@ def _fft_conv_rows_kernel(
         )  # fmt: skip
         x_re, x_im = row_transform(x_re, x_im, one_re, one_im, one_minus, two_re, two_im, t_re, t_im, N1, N2, OPERANDS)
         # |x| is below 2 each way before the transform, that of the spectrum is at most 1.
-        g_re = tl.load(spectrum_ptr) * (share * (FULL / (4 * ROW))) + skip * (FULL / (4 * ROW))  # [N1, N2]
-        g_im = tl.load(spectrum_ptr + N0 * ROW) * (share * ((-FULL if CONJUGATE else FULL) / (4 * ROW)))
+        g_re, g_im = tl.load(spectrum_ptr), tl.load(spectrum_ptr + N0 * ROW)  # [N1, N2]
+        if skip_ptr is not None:
+            g_re, g_im = g_re * share + skip, g_im * share
+        g_re, g_im = g_re * (FULL / (4 * ROW)), g_im * ((-FULL if CONJUGATE else FULL) / (4 * ROW))
         store_row(
             own_ptr, back_ptr + row * N0, turn_ptr, x_re * g_re - x_im * g_im, x_re * g_im + x_im * g_re, scale, k0, N0,
             one_re, one_im, one_minus, two_re, two_im, t_re, t_im, N1, N2, OPERANDS,
@@ -265,7 +267,7 @@ class _Piece:
     ) -> list[Launch]:  # fmt: skip
         """Product and inverse, of the workspace that `forward` filled."""
         out, second_out, post, second_post = map(self.cut, (out, second_out, post, second_post))
-        bias, skip = (None if t is None else t[self.channels] for t in (bias, skip))
+        bias = None if bias is None else bias[self.channels]
         batch, channels, length = out.shape
         back = scale.new_empty(batch, channels, self.factors["N0"])
         turns = max(1, min(batch, batch * channels * self.factors["N0"] // WANTED))
@@ -309,16 +311,16 @@ def _plan_fwd(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, p
     factors, given = filters.factors_for(u, out.shape[2], operands, spectrum)
     kind, channels, rows = _turns(u, factors, operands, 1, given is None)
     many = channels[0].stop
-    spectra = filters.spectra(u, k, k_reverse, mode, many, factors, given)
+    spectra = filters.spectra(u, k, k_reverse, skip, mode, many, factors, given)
     buffer = u.new_empty(rows[0].stop * many * 2 * dev.points_of(factors), dtype=kind)
     for cut in channels:
-        spectrum, scale, launches = spectra(cut)
+        spectrum, scale, beside, launches = spectra(cut)
         yield from launches
         for row in rows:
             piece = _Piece(row, cut, factors, operands, mask)
             columns = piece.workspace(u, buffer)
             yield piece.forward(columns, u, pregate, piece.mask)
-            yield from piece.back(out, None, columns, spectrum, scale, skip, postgate, None, None, bias, False)
+            yield from piece.back(out, None, columns, spectrum, scale, beside, postgate, None, None, bias, False)
 
 
 def fft_conv_fwd(out, *args) -> None:
@@ -340,7 +342,7 @@ def _plan_bwd(
     factors, given = filters.factors_for(u, points, operands, spectrum)
     kind, channels, rows = _turns(u, factors, operands, 2, 3)
     many = channels[0].stop
-    spectra = filters.spectra(u, k, k_reverse, mode, many, factors, given)
+    spectra = filters.spectra(u, k, k_reverse, skip, mode, many, factors, given)
     size = rows[0].stop * many * 2 * dev.points_of(factors)
     buffers = u.new_empty(2, size, dtype=kind)
     parts = max(1, min(rows[0].stop, WANTED // (factors["N0"] * many)))
@@ -352,7 +354,7 @@ def _plan_bwd(
         whole = _Piece(slice(None), slice(None), factors, operands, mask)
         yield filters.plan_sums(*sums, dout, u, pregate, postgate, whole.mask, whole.replaces)
     for cut in channels:
-        spectrum, scale, launches = spectra(cut)
+        spectrum, scale, beside, launches = spectra(cut)
         count = cut.stop - cut.start
         partial = partials[: parts * spectrum.numel()].view(parts, *spectrum.shape)
         yield from launches
@@ -362,9 +364,9 @@ def _plan_bwd(
             yield piece.forward(of_u, u, pregate, piece.mask)
             yield piece.forward(of_dout, dout, postgate)
             yield filters.plan_products(partial, of_u, of_dout, factors, operands, row.start > 0)
-            yield from piece.back(du, dpregate, of_dout, spectrum, scale, skip, pregate, u, piece.mask, None, True)
+            yield from piece.back(du, dpregate, of_dout, spectrum, scale, beside, pregate, u, piece.mask, None, True)
             if postgate is not None:
-                yield from piece.back(dpostgate, None, of_u, spectrum, scale, skip, dout, None, None, bias, False)
+                yield from piece.back(dpostgate, None, of_u, spectrum, scale, beside, dout, None, None, bias, False)
         yield from filters.plan_filters(
             dk, dk_reverse, dskip, dbias, lags[:count], partial, *sums, u, mode, points, factors, cut.start, count
         )
@@ -383,14 +385,16 @@ def _specs(dtype: torch.dtype, length: int = 2**15, precision: str | None = None
     D, B = 768, max(1, 2**21 // length)
     x, k, vector = meta(B, D, length, dtype=dtype), meta(D, length), meta(D)
     call = (x, k, None, vector, vector, x, x, None, "causal", precision)
-    forward = _plan_fwd(x, *call)
     names = ("lag_columns", "lag_rows", "columns", "rows", "back")
-    found = dict(zip(names, forward))
+    found = dict(zip(names, _plan_fwd(x, *call)))
+    given = meta(*shape_of_spectra(D, *found["lag_rows"].args["spectrum_ptr"].shape[2:]))
+    found |= dict(zip(("", "rows_given", "back_given"), _plan_fwd(x, *call, given)))
     names = ("sums", *names[:2], "columns", "dout", "bwd", "rows_conjugate", "du", "rows", "dpostgate",
              "gradient_rows", "gradient_columns")  # fmt: skip
     return {**dict(zip(names, _plan_bwd(x, k, None, vector, vector, x, x, x, *call))), **found}
 
 
-for _name in ("columns", "rows", "back", "bwd", "lag_columns", "lag_rows", "gradient_rows", "gradient_columns", "sums"):
+for _name in ("columns", "rows", "back", "bwd", "lag_columns", "lag_rows", "gradient_rows", "gradient_columns", "sums",
+              "rows_given", "back_given"):  # fmt: skip
     compile_spec(f"fft_conv_long_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 compile_spec("fft_conv_long_rows_wide")(lambda dtype: _specs(dtype, 2**20)["rows"])  # 64 x 64

@@ -50,9 +50,9 @@ def fft_conv_spectrum(values, k, k_reverse, length, mode, dtype) -> None:
     values[channels:] = 0
     spectrum, scale = split_spectra(values, channels)
     if values.dim() == 4:
-        launches = [fft_filters.plan_spectrum(spectrum, scale, u, k, k_reverse, mode, operands_of(dtype, None))]
+        launches = [fft_filters.plan_spectrum(spectrum, scale, u, k, k_reverse, None, mode, operands_of(dtype, None))]
     else:
         factors, _ = fft_long_filters.factors_for(u, geometry(u, k, mode)[1], operands_of(dtype, None), values)
-        launches = fft_long_filters.plan_spectrum(spectrum, scale, u, k, k_reverse, mode, factors)
+        launches = fft_long_filters.plan_spectrum(spectrum, scale, u, k, k_reverse, None, mode, factors)
     for launch in launches:
         launch.run()

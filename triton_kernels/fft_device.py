@@ -214,14 +214,17 @@ def load_spectrum(ptr, q, N1: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexp
 
 @triton.jit
 def beside_skip(scale_ptr, skip_ptr, stride_skip_d, d):
-    """(total, share, skip / total): a channel's spectrum, which is divided by its scale, times share plus the last, a
-    constant since skip is a tap at 0, is that of the filters and skip divided by total, which bounds it by 1."""
-    scale, skip = tl.load(scale_ptr + d), 0.0
-    if skip_ptr is not None:
+    """(total, share, constant): a channel's spectrum, which its scale divides, times share plus constant is that of the
+    filters and of skip, a tap at lag 0, divided by total, which bounds it by 1. No skip_ptr: skip is in the spectrum.
+    """
+    scale = tl.load(scale_ptr + d)
+    if skip_ptr is None:
+        return tl.where(scale < 1e-30, 1.0, scale), 1.0, 0.0
+    else:
         skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
-    total = scale + tl.abs(skip)
-    total = tl.where(total == 0, 1.0, total)
-    return total, scale / total, skip / total
+        total = scale + tl.abs(skip)
+        total = tl.where(total < 1e-30, 1.0, total)
+        return total, scale / total, skip / total
 
 
 @triton.jit

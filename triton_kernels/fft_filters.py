@@ -63,25 +63,25 @@ def _at_lag(
 
 @triton.jit
 def _two_sided(
-    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, N: tl.constexpr, L, M, K, K_reverse, offset,
+    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, n, N: tl.constexpr, L, M, K, K_reverse, offset,
     CIRCULAR: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """(g[n], g[n - N]) without skip, [BLOCK, N2] like n."""
+    """(g[n], g[n - N]), [BLOCK, N2] like n."""
     above = _at_lag(k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, L, M, K, K_reverse, offset, CIRCULAR, INT64)
     below = _at_lag(
         k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n - N, L, M, K, K_reverse, offset, CIRCULAR, INT64
     )  # fmt: skip
-    return above, below
+    return above + tl.where(n == 0, skip, 0.0), below
 
 
 @triton.jit
 def _fft_conv_spectrum_kernel(
-    spectrum_ptr, scale_ptr, k_ptr, reverse_ptr, first_ptr, second_ptr, twiddle_ptr, L, M, K, K_reverse,
-    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s,
+    spectrum_ptr, scale_ptr, k_ptr, reverse_ptr, skip_ptr, first_ptr, second_ptr, twiddle_ptr, L, M, K, K_reverse,
+    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s, stride_skip_d,
     P: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, CIRCULAR: tl.constexpr, OPERANDS: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
-    """spectrum (D, 2, N1, N2) of g without skip, divided by scale (D,), the sum of its magnitudes. Grid (P, D).
+    """spectrum (D, 2, N1, N2) of g and skip, divided by scale (D,), the sum of their magnitudes. Grid (P, D).
 
     A lag j below zero stands at j + N, and w^(j (k + 1/4)) = i w^((j + N) (k + 1/4)): it is imaginary there.
     """
@@ -91,11 +91,14 @@ def _fft_conv_spectrum_kernel(
     k_ptr += d * stride_k_d
     if reverse_ptr is not None:
         reverse_ptr += d * stride_reverse_d
+    skip = 0.0
+    if skip_ptr is not None:
+        skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
     total = tl.zeros([BLOCK, N2], tl.float32)
     largest = tl.zeros([BLOCK, N2], tl.float32)
     for p in tl.range(P, num_stages=1):
         above, below = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
             offset, CIRCULAR, INT64,
         )  # fmt: skip
         total += tl.abs(above) + tl.abs(below)
@@ -106,7 +109,7 @@ def _fft_conv_spectrum_kernel(
     acc_im = tl.zeros([BLOCK, N2], tl.float32)
     for p in tl.range(P, num_stages=1):
         above, below = _two_sided(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, times_of(p, BLOCK, N2, 1), N, L, M, K, K_reverse,
             offset, CIRCULAR, INT64,
         )  # fmt: skip
         above, below = operand(above / largest, OPERANDS), operand(below / largest, OPERANDS)
@@ -117,7 +120,7 @@ def _fft_conv_spectrum_kernel(
     second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
     g_re, g_im = second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, 1, OPERANDS)
     at = d * 2 * N + times_of(q, BLOCK, N2, 1)
-    share = largest / tl.where(scale == 0, 1.0, scale)
+    share = largest / tl.where(scale < 1e-30, 1.0, scale)
     tl.store(spectrum_ptr + at, g_re * share)
     tl.store(spectrum_ptr + N + at, g_im * share)
     if q == 0:
@@ -251,24 +254,28 @@ def split_spectra(values: torch.Tensor, channels: int) -> tuple[torch.Tensor, to
     return values[:channels], values[channels:].view(-1)[:channels]
 
 
-def spectra(u, k, k_reverse, mode, operands, given=None) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
-    """(spectrum, scale, how they are made): a given one is there, if it is laid out as this call's kernels read it."""
+def spectra(u, k, k_reverse, skip, mode, operands, given=None):
+    """(spectrum, scale, the skip that is not in it, the launches that make it).
+
+    A given one is there, without skip, if it is laid out as the kernels of this call read it.
+    """
     factors, channels = factors_of(u, geometry(u, k, mode)[1], operands), u.shape[1]
     shape = shape_of_spectra(channels, factors["P"] * factors["BLOCK"], factors["N2"])
     if given is not None and given.shape == shape:
-        return *split_spectra(given.contiguous(), channels), []
+        return *split_spectra(given.contiguous(), channels), skip, []
     spectrum, scale = split_spectra(u.new_empty(shape, dtype=torch.float32), channels)
-    return spectrum, scale, [plan_spectrum(spectrum, scale, u, k, k_reverse, mode, operands)]
+    return spectrum, scale, None, [plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands)]
 
 
-def plan_spectrum(spectrum, scale, u, k, k_reverse, mode, operands) -> Launch:
+def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands) -> Launch:
     offset, points = geometry(u, k, mode)
     factors = filter_factors_of(u, points, operands)
     args = dict(
-        spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse,
+        spectrum_ptr=spectrum, scale_ptr=scale, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
         **tables_of(factors, "fp16x3", u.device), L=u.shape[2], M=points, K=k.shape[1],
         K_reverse=0 if k_reverse is None else k_reverse.shape[1], offset=offset, **strides("k", k, "ds"),
-        **strides("reverse", k_reverse, "ds"), **factors, CIRCULAR=mode == "circular", INT64=wide(k, k_reverse),
+        **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"), **factors, CIRCULAR=mode == "circular",
+        INT64=wide(k, k_reverse),
     )  # fmt: skip
     return Launch(_fft_conv_spectrum_kernel, (factors["P"], u.shape[1]), args, dev.warps(factors["BLOCK"]))
 

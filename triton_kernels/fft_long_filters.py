@@ -37,25 +37,25 @@ from .fft_long_device import (
 
 @triton.jit
 def _lag_columns(
-    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, p, block, N, L, M, K, K_reverse, offset,
+    k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, p, block, N, L, M, K, K_reverse, offset,
     ROW: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, CIRCULAR: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """(g[n], g[n - N]) of piece p, zero from N on: [BLOCK0, C]."""
     n = column_places(p, block, ROW, BLOCK0, C)
     above, below = _two_sided(
-        k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, n, N, L, M, K, K_reverse, offset, CIRCULAR, INT64
+        k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, n, N, L, M, K, K_reverse, offset, CIRCULAR, INT64
     )  # fmt: skip
     return above, tl.where(n < N, below, 0.0)
 
 
 @triton.jit
 def _fft_conv_lag_columns_kernel(
-    spectrum_ptr, scales_ptr, total_ptr, k_ptr, reverse_ptr, column_ptr, turn_ptr, N0, P, L, M, K, K_reverse,
-    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s,
+    spectrum_ptr, scales_ptr, total_ptr, k_ptr, reverse_ptr, skip_ptr, column_ptr, turn_ptr, N0, P, L, M, K, K_reverse,
+    offset, stride_k_d, stride_k_s, stride_reverse_d, stride_reverse_s, stride_skip_d,
     N1: tl.constexpr, N2: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, CIRCULAR: tl.constexpr,
     OPERANDS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """Y of g without skip into spectrum (D, 2, N0, ROW), scales (D, P, ROW / C); total (D, ROW / C), the sum of its
+    """Y of g and skip into spectrum (D, 2, N0, ROW), scales (D, P, ROW / C); total (D, ROW / C), the sum of their
     magnitudes. Grid (ROW / C, D). A lag j below zero stands at j + N, and is imaginary there.
     """
     ROW: tl.constexpr = N1 * N2
@@ -64,11 +64,14 @@ def _fft_conv_lag_columns_kernel(
     k_ptr += d * stride_k_d
     if reverse_ptr is not None:
         reverse_ptr += d * stride_reverse_d
+    skip = 0.0
+    if skip_ptr is not None:
+        skip = tl.load(skip_ptr + d * stride_skip_d).to(tl.float32)
     total = tl.zeros([BLOCK0, C], tl.float32)
     largest = tl.zeros([BLOCK0, C], tl.float32)
     for p in tl.range(P, num_stages=1):
         above, below = _lag_columns(
-            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, p, block, N, L, M, K, K_reverse, offset, ROW,
+            k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, p, block, N, L, M, K, K_reverse, offset, ROW,
             BLOCK0, C, CIRCULAR, INT64,
         )  # fmt: skip
         total += tl.abs(above) + tl.abs(below)
@@ -80,7 +83,7 @@ def _fft_conv_lag_columns_kernel(
         acc_im = tl.zeros([BLOCK0, C], tl.float32)
         for p in tl.range(P, num_stages=1):
             above, below = _lag_columns(
-                k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, p, block, N, L, M, K, K_reverse, offset, ROW,
+                k_ptr, reverse_ptr, stride_k_s, stride_reverse_s, skip, p, block, N, L, M, K, K_reverse, offset, ROW,
                 BLOCK0, C, CIRCULAR, INT64,
             )  # fmt: skip
             above, below = operand(above * (1 / scale), OPERANDS), operand(below * (1 / scale), OPERANDS)
@@ -107,7 +110,7 @@ def _fft_conv_lag_rows_kernel(
     x_re, x_im, own = load_row(spectrum_ptr, scales_ptr + d * P * (ROW // C), k0, N0, N1, N2, BLOCK0, C, OPERANDS)
     g_re, g_im = row_transform(x_re, x_im, one_re, one_im, one_minus, two_re, two_im, t_re, t_im, N1, N2, OPERANDS)
     scale = tl.sum(tl.load(total_ptr + d * (ROW // C) + tl.arange(0, ROW // C)))  # [ROW / C]
-    share = own / tl.where(scale == 0, 1.0, scale)
+    share = own / tl.where(scale < 1e-30, 1.0, scale)
     at = row_places(k0, N1, N2)
     tl.store(spectrum_ptr + at, g_re * share)
     tl.store(spectrum_ptr + N0 * ROW + at, g_im * share)
@@ -243,16 +246,16 @@ def _fft_conv_sums_kernel(
 SPLIT = "fp16x3"
 
 
-def plan_spectrum(spectrum, scale, u, k, k_reverse, mode, factors) -> list[Launch]:
+def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, factors) -> list[Launch]:
     """Of some channels: spectrum (D, 2, N0, N1, N2) and scale (D,)."""
     offset, points = geometry(u, k, mode)
     channels, blocks = spectrum.shape[0], factors["N1"] * factors["N2"] // factors["C"]
     scales = scale.new_empty(channels, dev.pieces(factors), blocks)
     total = scale.new_empty(channels, blocks)
     columns = dict(
-        spectrum_ptr=spectrum, scales_ptr=scales, total_ptr=total, k_ptr=k, reverse_ptr=k_reverse,
+        spectrum_ptr=spectrum, scales_ptr=scales, total_ptr=total, k_ptr=k, reverse_ptr=k_reverse, skip_ptr=skip,
         L=u.shape[2], M=points, K=k.shape[1], K_reverse=0 if k_reverse is None else k_reverse.shape[1], offset=offset,
-        **strides("k", k, "ds"), **strides("reverse", k_reverse, "ds"),
+        **strides("k", k, "ds"), **strides("reverse", k_reverse, "ds"), **strides("skip", skip, "d"),
         CIRCULAR=mode == "circular", INT64=wide(k, k_reverse),
     )  # fmt: skip
     rows = dict(spectrum_ptr=spectrum, scale_ptr=scale, scales_ptr=scales, total_ptr=total)
@@ -271,20 +274,21 @@ def factors_for(u, points: int, operands: str, given=None):
     return found[0], None
 
 
-def spectra(u, k, k_reverse, mode, many: int, factors: dict[str, int], given=None):
-    """A function of a cut of at most so many channels: (spectrum, scale, how they are made, in memory for so many)."""
-    channels = many if given is None else u.shape[1]
-    values = u.new_empty(shape_of_spectra(many, *dev.sizes_of(factors)), dtype=torch.float32) if given is None else given
-    all_of_them, scales = split_spectra(values, channels)
+def spectra(u, k, k_reverse, skip, mode, many: int, factors: dict[str, int], given=None):
+    """A function of a cut of the channels, at most so many: (spectrum, scale, the skip that is not in it, the launches
+    that make it in the one buffer); a given one is there, without skip."""
+    of = lambda t, cut: None if t is None else t[cut]
+    if given is not None:
+        spectrum, scale = split_spectra(given, u.shape[1])
+        return lambda cut: (spectrum[cut], scale[cut], of(skip, cut), [])
+    buffer = u.new_empty(shape_of_spectra(many, *dev.sizes_of(factors)), dtype=torch.float32)
+    spectrum, scale = split_spectra(buffer, many)
 
-    def of(cut):
-        if given is not None:
-            return all_of_them[cut], scales[cut], []
-        spectrum, scale = all_of_them[: cut.stop - cut.start], scales[: cut.stop - cut.start]
-        reverse = None if k_reverse is None else k_reverse[cut]
-        return spectrum, scale, plan_spectrum(spectrum, scale, u, k[cut], reverse, mode, factors)
+    def make(cut):
+        own = spectrum[: cut.stop - cut.start], scale[: cut.stop - cut.start]
+        return *own, None, plan_spectrum(*own, u, k[cut], of(k_reverse, cut), of(skip, cut), mode, factors)
 
-    return of
+    return make
 
 
 def plan_products(partial, u_columns, dout_columns, factors, operands, add) -> Launch:
