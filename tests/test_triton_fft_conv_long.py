@@ -213,6 +213,7 @@ def test_supports():
     u, k = torch.empty(1, 1, 2**17), torch.empty(1, 4)
     for call, reason in (
         ((u.double(), k), "float64"), ((u, k[None]), "k is a filter for every sample"),
+        ((u.expand(1, 65536, 2**17), k.expand(65536, 4)), "65536 channels"),
         ((torch.empty(1, 1, 1).expand(1, 1, 2**22 + 1), k), "4194305 samples, more than 4194304"),
     ):  # fmt: skip
         assert reason in long.supports(*call, *[None] * 6, "causal")

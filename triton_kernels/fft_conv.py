@@ -256,12 +256,15 @@ def _fft_conv_bwd_kernel(
 
 WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHANNELS = 65535  # of a grid's second and third dimension
 
 
 def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None, spectrum=None) -> str | None:
     """None, or why these kernels do not compute the call."""
     if u.dtype not in DTYPES:
         return f"u is {str(u.dtype)[6:]}, not float32, float16 or bfloat16"
+    if u.shape[1] > CHANNELS:
+        return f"u has {u.shape[1]} channels, a grid has room for {CHANNELS}"
     for name, filters in (("k", k), ("k_reverse", k_reverse)):
         if filters is None:
             continue
