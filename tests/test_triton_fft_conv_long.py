@@ -71,10 +71,13 @@ def test_options(short, option):
 
 @pytest.mark.parametrize("L, K, mode, dtype", ((4200, 9000, "causal", F16), (30, 4100, "full", F32)))
 def test_several_pieces_of_a_column(short, L, K, mode, dtype):
-    """More rows than a tile has, 17, with samples in both pieces or in one of them."""
+    """More rows than a tile has, 17, with samples in both pieces or in one of them; the first may be the smaller."""
     torch.manual_seed(3)
     short(C=256)
-    check(*case(1, 1, L, K, mode, dtype, ""), kernels=long)
+    B, D = (2, 2) if L > 4096 else (1, 1)
+    args, dout = case(B, D, L, K, mode, dtype, "bias")
+    args[0][0, 0, :4096] *= 1e-6
+    check(args, dout, kernels=long)
 
 
 @pytest.mark.parametrize("N1, N2, BLOCK0, C", ((32, 16, 16, 32), (16, 32, 32, 64)))
@@ -170,9 +173,9 @@ def test_tables(N0, N1, N2):
 
 def test_memory_in_turns_and_parts(short, monkeypatch):
     """Few bytes at a time: channels, then rows, take turns. The signals' results are the same bits, the filters' sums
-    are in another order. No buffer is larger than the bound."""
+    are in another order. All buffers of a call together are within the bound, but for the scales."""
     torch.manual_seed(11)
-    args, dout = case(3, 2, 258, 40, "causal", F16, "skip postgate")
+    args, dout = case(3, 2, 258, 40, "causal", F16)
     whole = [forward(args, dout, long), *backward(args, dout, long)]
     sizes, empty = [], torch.Tensor.new_empty
 
@@ -183,12 +186,36 @@ def test_memory_in_turns_and_parts(short, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", seen)
     row = 2 * 512 * 2  # bytes of a workspace, and half of those of a spectrum
-    monkeypatch.setattr(long, "BOUND", 2 * 2 * row + 3 * 2 * row)  # two rows at a time in the backward
+    scales = 2 * 512
     monkeypatch.setattr(long, "WANTED", 1)
-    found = [forward(args, dout, long), *backward(args, dout, long)]
-    assert max(sizes) <= long.BOUND
+    monkeypatch.setattr(long, "BOUND", 2 * row + 2 * row)
+    found = [forward(args, dout, long)]
+    assert 3 * row <= sum(sizes) <= long.BOUND + scales
+    sizes.clear()
+    monkeypatch.setattr(long, "BOUND", 2 * 2 * row + 3 * 2 * row)  # two rows at a time in the backward
+    found += backward(args, dout, long)
+    assert 8 * row <= sum(sizes) <= long.BOUND + scales
     for i, (a, b) in enumerate(zip(whole, found)):
-        assert torch.equal(a, b) if i in (0, 1, 7) else error(b, a) < 1e-6 or not a.numel(), i
+        assert torch.equal(a, b) if i in (0, 1, 6, 7) else error(b, a) < 1e-6, i
+
+
+@pytest.mark.parametrize("wanted", (3, 4))
+def test_groups_of_rows_end_with_the_batch(short, monkeypatch, wanted):
+    """Three rows in groups of two, or in two parts of the gradient: no row is missed, taken twice or beyond them."""
+    torch.manual_seed(14)
+    monkeypatch.setattr(long, "WANTED", wanted)
+    empty, tails = torch.Tensor.new_empty, []
+
+    def guarded(self, *shape, **kw):
+        """As it is, with numbers behind that must stay."""
+        size = empty(self, *shape, **kw).shape
+        whole = empty(self, size.numel() + 4096, **kw).fill_(7)
+        tails.append(whole[size.numel() :])
+        return whole[: size.numel()].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    check(*case(3, 1, 270, 60, "causal", F16, "postgate"), kernels=long)
+    assert tails and all((tail == 7).all() for tail in tails)
 
 
 def test_repeatable_and_64_bit_offsets(short, monkeypatch):

@@ -244,7 +244,7 @@ def tables_of(factors: dict[str, int], operands: str, device: torch.device) -> d
 
 
 def shape_of_spectra(channels: int, *sizes: int) -> tuple[int, ...]:
-    """Of (D + E, 2, *sizes), the spectra of D channels with their scales at the begin of the E that follow. It tells
+    """Of (D + E, 2, *sizes), given spectra of D channels with their scales at the begin of the E that follow. It tells
     the layouts apart: sizes are (N1, N2) of a fused transform, (N0, N1, N2) of a long one."""
     return channels + triton.cdiv(channels, 2 * math.prod(sizes)), 2, *sizes
 
@@ -263,7 +263,7 @@ def spectra(u, k, k_reverse, skip, mode, operands, given=None):
     shape = shape_of_spectra(channels, factors["P"] * factors["BLOCK"], factors["N2"])
     if given is not None and given.shape == shape:
         return *split_spectra(given.contiguous(), channels), skip, []
-    spectrum, scale = split_spectra(u.new_empty(shape, dtype=torch.float32), channels)
+    spectrum, scale = (u.new_empty(size, dtype=torch.float32) for size in ((channels, *shape[1:]), channels))
     return spectrum, scale, None, [plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands)]
 
 

@@ -276,13 +276,12 @@ def factors_for(u, points: int, operands: str, given=None):
 
 def spectra(u, k, k_reverse, skip, mode, many: int, factors: dict[str, int], given=None):
     """A function of a cut of the channels, at most so many: (spectrum, scale, the skip that is not in it, the launches
-    that make it in the one buffer); a given one is there, without skip."""
+    that make it in one memory); a given one is there, without skip."""
     of = lambda t, cut: None if t is None else t[cut]
     if given is not None:
         spectrum, scale = split_spectra(given, u.shape[1])
         return lambda cut: (spectrum[cut], scale[cut], of(skip, cut), [])
-    buffer = u.new_empty(shape_of_spectra(many, *dev.sizes_of(factors)), dtype=torch.float32)
-    spectrum, scale = split_spectra(buffer, many)
+    spectrum, scale = (u.new_empty(n, dtype=torch.float32) for n in ((many, 2, *dev.sizes_of(factors)), many))
 
     def make(cut):
         own = spectrum[: cut.stop - cut.start], scale[: cut.stop - cut.start]
