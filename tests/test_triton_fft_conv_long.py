@@ -17,6 +17,7 @@ import scalekern  # noqa: E402
 from scalekern.triton_kernels import fft_conv, fft_device  # noqa: E402
 from scalekern.triton_kernels import fft_conv_long as long  # noqa: E402
 from scalekern.triton_kernels import fft_long_device as dev  # noqa: E402
+from scalekern.triton_kernels import fft_long_filters as filters  # noqa: E402
 from test_triton_fft_conv import (  # noqa: E402
     BF16,
     F16,
@@ -117,6 +118,19 @@ def test_precision(short, precision, bound):
     out = poisoned(dout)
     long.fft_conv_fwd(out, *args, precision)
     assert bound / 20 < error(out, oracle_fwd(*[double(x) for x in args])) <= bound
+
+
+@pytest.mark.parametrize("parts", (1, 2, 3))
+def test_direct_sums_in_parts(parts):
+    """dbias and dskip over three blocks of times, the last not full, in parts of one and more of them."""
+    torch.manual_seed(15)
+    args, dout = case(3, 2, 2300, 300, "full", F16)
+    u, pregate, postgate, mask = args[0], *args[5:8]
+    dbias, dskip = (torch.full((parts, 2), float("nan")) for _ in range(2))
+    filters.plan_sums(dbias, dskip, dout, u, pregate, postgate, mask.view(torch.uint8), True).run()
+    dy, v = dout.double() * postgate, u.double() * pregate * mask[:, None]
+    assert error(dbias.sum(0), dy.sum((0, 2))) < 1e-5
+    assert error(dskip.sum(0), (dy[..., :2300] * v).sum((0, 2))) < 1e-5
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------

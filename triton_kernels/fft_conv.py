@@ -36,8 +36,9 @@ The backward takes three passes over the rows: du and dpregate (the forward kern
 spectrum), dpostgate (the forward again), dg. One pass would save two of its six transforms, and needs twice the
 registers.
 
-Memory beyond inputs and outputs: the spectrum, D (2 N + 1) floats, unless one is given (fft_conv_spectrum.py); in the
-backward also S D 2 N for partial sums and D 2 N for dg; S D is at most max(D, WANTED / P). No buffer grows with the batch.
+Memory beyond inputs and outputs: the spectrum, D (2 N + 1) floats, unless it is given (fft_conv_spectrum.py); in the
+backward also S D 2 N for partial sums and D 2 N for dg; S D is at most max(D, WANTED / P). No buffer grows with the
+batch.
 
 Determinism: every sum has a fixed order; S depends on the shapes alone.
 """

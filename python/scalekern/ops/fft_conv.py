@@ -28,7 +28,7 @@ def fft_conv(
     Args:
         u: (B, D, L), float64, float32, float16 or bfloat16, any strides.
         k: (D, K), or (B, D, K) a filter for every sample; k[0] meets the current token. K from 1, also beyond L. Or
-            what `fft_conv_spectrum` made of such filters for this L and mode.
+            what `fft_conv_spectrum` made of such filters for this L, mode and dtype of u.
         mode: "causal" (M = L outputs), "circular" (period L; M = L), "same" (scipy's; M = L) or "full" (M = L + K - 1).
         skip: (D,), multiplies v.   bias: (D,), added before the postgate.
         pregate: (B, D, L).   postgate: (B, D, M).
@@ -72,8 +72,8 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None, dtype=None):
         k: (D, K) or (B, D, K), floating, on the device of the calls.   k_reverse: (D, R) or (B, D, R), or None.
         length: L of the calls, from 1.   mode: as of `fft_conv`.
         dtype: of u in the calls; float64 for float64 filters and float32 otherwise when None. Calls in a narrower one
-            may take it too, but on a GPU half precision has kernels of its own for some lengths (on sm_90 from 8,193
-            to 16,384 samples, on sm_100 from 1,025 on), which read only what was made for it.
+            may take it too, but on a GPU half precision has kernels of its own for some lengths (sm_80: 4,097 to 8,192
+            outputs, sm_90: 8,193 to 16,384, sm_100: from 1,025 on), which read only what was made for it.
 
     Returns:
         FFTConvSpectrum, a frozen record of the filters, length, mode, dtype and `values`: the Hermitian half of the
