@@ -30,6 +30,7 @@ from test_triton_fft_conv import (  # noqa: E402
     double,
     error,
     forward,
+    oracle_bwd,
     oracle_fwd,
     poisoned,
     randn,
@@ -142,6 +143,8 @@ def test_half_precision_keeps_its_range(short):
     args, dout = case(3, 2, 600, 600, "causal", BF16, "")
     args[0][0, :, 140:] = 0
     args[0][1] *= 1e-6
+    args[0][1, :, torch.arange(600) % 256 >= 128] = 0  # a tile of it
+    dout *= 1e3
     args[0][2, :, 300:] *= 1e4
     args[1][1] *= 1e5
     args[0][0, 1] = 0
@@ -149,6 +152,10 @@ def test_half_precision_keeps_its_range(short):
     for b in range(3):
         for d in range(2):
             assert error(out[b, d], expected[b, d]) <= (TOLERANCE[BF16] if expected[b, d].any() else 0)
+    (du, dk, *_), (expected_du, expected_dk, *_) = backward(args, dout, long), oracle_bwd(*map(double, (dout, *args)))
+    for d in range(2):
+        assert error(dk[d], expected_dk[d]) <= TOLERANCE[BF16]
+        assert all(error(du[b, d], expected_du[b, d]) <= TOLERANCE[BF16] for b in range(3))
 
 
 def test_masked_nan_goes_nowhere_and_others_everywhere(short):
