@@ -158,6 +158,18 @@ def test_half_precision_keeps_its_range(short):
         assert all(error(du[b, d], expected_du[b, d]) <= TOLERANCE[BF16] for b in range(3))
 
 
+def test_filters_of_very_different_magnitudes(short):
+    """One of zeros, and ahead of the samples 1e6 times what is behind them."""
+    torch.manual_seed(16)
+    args, dout = case(1, 2, 300, 300, "causal", F16, "k_reverse")
+    args[1][0], args[2][0] = 0, 0
+    args[2][1] *= 1e6
+    dout /= 1e3
+    args[0] /= 1e3
+    out, expected = forward(args, dout, long), oracle_fwd(*map(double, args))
+    assert not out[:, 0].any() and error(out[:, 1], expected[:, 1]) <= TOLERANCE[F16]
+
+
 def test_masked_nan_goes_nowhere_and_others_everywhere(short):
     torch.manual_seed(10)
     args, dout = case(2, 1, 300, 33)
@@ -209,6 +221,7 @@ def test_memory_in_turns_and_parts(short, monkeypatch):
     row = 2 * 512 * 2  # bytes of a workspace, and half of those of a spectrum
     scales = 2 * 512
     monkeypatch.setattr(long, "WANTED", 1)
+    monkeypatch.setattr(long, "TIMES", 200)  # direct sums in two parts
     monkeypatch.setattr(long, "BOUND", 2 * row + 2 * row)
     found = [forward(args, dout, long)]
     assert 3 * row <= sum(sizes) <= long.BOUND + scales
