@@ -3,6 +3,7 @@
 Shape letters: B batch, D channels, L length (and taps of the filter).
 """
 
+import dataclasses
 import functools
 import math
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import scalekern
-from scalekern import reference
+from scalekern import _dispatch, reference
 from scalekern.benchmarks import harness, memory, peers
 from scalekern.benchmarks.bench_selective_scan import BF16, FP32, case, gradient_tolerance, normal
 from scalekern.benchmarks.case import Work
@@ -86,12 +87,12 @@ def cached(device, dtype=FP32, *, B, D, L) -> Work:
     """Inference with the filters' spectrum made once, against the same call with the filters."""
     randn = normal(device, 0)
     u, k = randn(B, D, L).to(dtype), randn(D, L) / L**0.5
-    spectrum = scalekern.fft_conv_spectrum(k, L)
+    spectrum = functools.cache(lambda backend: scalekern.fft_conv_spectrum(k, L, dtype=dtype))  # of who will read it
     plain = lambda: peers.torch_peer(lambda: scalekern.fft_conv(u, k))
     return Work(
-        run=lambda: scalekern.fft_conv(u, spectrum),
+        run=lambda: scalekern.fft_conv(u, spectrum(_dispatch.forced())),
         oracle=lambda: exact(u, k, {}, u, lambda f, at, d: f), tolerance=TOLERANCE[dtype],
-        bytes_moved=2 * B * D * L * dtype.itemsize + spectrum.values.nbytes,
+        bytes_moved=2 * B * D * L * dtype.itemsize + spectrum(None).values.nbytes,
         flops=int(2 * B * D * 2.5 * 2 * L * math.log2(2 * L)), peers={"without a spectrum": plain},
     )  # fmt: skip
 
@@ -157,9 +158,13 @@ CUDA += [  # a float32 spectrum of torch's takes 16 bytes a point of the batch: 
     )
 ]  # fmt: skip
 _TOEPLITZ = {"B": 2, "D": 256, "L": 8192, "K": 64, "G": 256}
+_spectrum = functools.partial(case, "fft_conv", cached, SPECTRUM_OPS, "fwd", note="spectrum", backends=_FAST,
+                              targets={"without a spectrum": 1})  # fmt: skip
+for _i, _length in enumerate((2048, 8192)):
+    _shape = {"B": 1, "D": 768, "L": _length}
+    CPU += [dataclasses.replace(_spectrum("cpu", 40 + _i, _shape), devices=("cpu", "cuda"))]
+    CUDA += [_spectrum("cuda", 42 + _i, _shape | {"L": 4 * _length}, BF16)]
 CPU += [
-    *(case("fft_conv", cached, SPECTRUM_OPS, "fwd", "cpu", 40 + i, {"B": 1, "D": 768, "L": length}, note="spectrum",
-           backends=_FAST, targets={"without a spectrum": 1}) for i, length in enumerate((2048, 8192))),
     *(case("toeplitz", functools.partial(toeplitz, train=direction != "fwd"), ops, direction, "cpu", priority,
            {**_TOEPLITZ, "G": groups}, backends=_FAST)
       for groups, direction, ops, priority in (

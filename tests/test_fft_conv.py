@@ -312,8 +312,15 @@ def test_a_spectrum_that_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="k must be a spectrum of float64 filters for float64 u"):
+    with pytest.raises(TypeError, match="k must be a spectrum for float64 u, got one for float32 .make it with dtype=torch.float64"):
         scalekern.fft_conv(u.double(), spectrum)
+    half = scalekern.fft_conv_spectrum(k, 9, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="a spectrum for float32 u, got one for bfloat16 .make it with dtype=torch.flo"):
+        scalekern.fft_conv(u, half)
+    with torch.autocast("cpu", torch.bfloat16):  # which makes u narrow enough
+        assert torch.equal(scalekern.fft_conv(u, half), scalekern.fft_conv(u.bfloat16(), k))
+    with pytest.raises(ValueError, match="fft_conv_spectrum: dtype must be one of None, torch.float64"):
+        scalekern.fft_conv_spectrum(k, 9, dtype=torch.int32)
     k.mul_(2)
     with pytest.raises(ValueError, match="made before they were changed"):
         scalekern.fft_conv(u, spectrum)
@@ -335,4 +342,8 @@ def test_a_spectrum_compiles_and_exports():
 
     program = torch.export.export(Module(), (u, spectrum))
     assert error(program.module()(u, spectrum), plain) < 1e-6
-    torch.library.opcheck(torch.ops.scalekern.fft_conv_spectrum.default, (k.detach(), None, 20, "causal"))
+    tensors, kind = torch.utils._pytree.tree_flatten(spectrum)  # as a saved program keeps it
+    kind = torch.utils._pytree.treespec_loads(torch.utils._pytree.treespec_dumps(kind))
+    found = torch.utils._pytree.tree_unflatten(tensors, kind)
+    assert (found.length, found.mode, found.dtype) == (20, "causal", torch.float32) and found.k is k
+    torch.library.opcheck(torch.ops.scalekern.fft_conv_spectrum.default, (k.detach(), None, 20, "causal", k.dtype))

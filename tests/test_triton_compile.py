@@ -40,7 +40,7 @@ MAIN = (
     "sparse_attention_fwd", "sparse_attention_dq", "sparse_attention_dkv", "toeplitz_conv_fwd", "toeplitz_conv_bwd",
     "sparse_attention_decode", "hadamard_rows", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_gemv",
     "quant_matmul_bwd", "cross_scan_fwd", "cross_merge_fwd", "quantize_kv", "diag_scan_fwd", "diag_scan_bwd",
-    "ssd_scan_fwd",
+    "ssd_scan_fwd", "fft_conv_fwd_given", "fft_conv_long_rows_given",
 )  # fmt: skip
 # Compiled for sm_90 alone, since each takes seconds.
 ONCE = (
@@ -54,7 +54,7 @@ CODES = ("sparse_attention_decode_int8", "sparse_attention_decode_int4")  # 90 i
 # The dtypes that a kernel takes beside bfloat16; the filters' kernels of fft_conv are the same for every dtype of u.
 # The interpreter runs the rest of attention's and toeplitz_conv's.
 DTYPES = {name: ("float16", "float32", "float64") for name in MAIN[:6]}
-DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",)}
+DTYPES |= {"fft_conv_fwd": ("float16", "float32"), "fft_conv_bwd": ("float32",), "fft_conv_fwd_given": ("float32",)}
 DTYPES |= {name: ("float32",) for name in ("hadamard_rows", "hadamard_tile")}
 DTYPES |= {"toeplitz_conv_fwd": ("float32",), "sparse_attention_fwd": ("float32",)}
 DTYPES |= {"quant_matmul_fwd": ("float32", "float64")}

@@ -261,6 +261,7 @@ def test_supports():
         ([args[0], args[1][None].expand(2, 2, 5), *args[2:]], "k is a filter for every sample"),
         ([*args[:2], args[2].double(), *args[3:]], "k_reverse is float64"),
         ([torch.empty(1, 1, 2**16), torch.empty(1, 4), *args[2:]], "65536 samples"),
+        ([torch.empty(1, 65536, 2), torch.empty(65536, 4), *args[2:]], "65536 channels, a grid has room for 65535"),
     ]
     for call, reason in reasons:
         assert reason in fft_conv.supports(*call)

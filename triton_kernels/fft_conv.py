@@ -36,8 +36,9 @@ The backward takes three passes over the rows: du and dpregate (the forward kern
 spectrum), dpostgate (the forward again), dg. One pass would save two of its six transforms, and needs twice the
 registers.
 
-Memory beyond inputs and outputs: the spectrum, D (2 N + 1) floats; in the backward also S D 2 N for partial sums and
-D 2 N for dg; S D is at most max(D, WANTED / P). No buffer grows with the batch.
+Memory beyond inputs and outputs: the spectrum, D (2 N + 1) floats, unless it is given (fft_conv_spectrum.py); in the
+backward also S D 2 N for partial sums and D 2 N for dg; S D is at most max(D, WANTED / P). No buffer grows with the
+batch.
 
 Determinism: every sum has a fixed order; S depends on the shapes alone.
 """
@@ -51,6 +52,7 @@ from .common import Launch, compile_spec, index, meta, strides, wide
 from .fft_device import (
     FULL,
     add_real_part,
+    beside_skip,
     inverse_first_half,
     load_signal,
     load_spectrum,
@@ -64,7 +66,7 @@ from .fft_device import (
     transform,
     twiddles,
 )  # fmt: skip
-from .fft_filters import factors_of, geometry, plan_filters, plan_spectrum, tables_of, workspace
+from .fft_filters import factors_of, geometry, plan_filters, shape_of_spectra, spectra, tables_of
 from .tuning import config
 
 __all__ = ["fft_conv_bwd", "fft_conv_fwd", "supports"]
@@ -75,12 +77,12 @@ __all__ = ["fft_conv_bwd", "fft_conv_fwd", "supports"]
 @triton.jit
 def _fft_conv_fwd_kernel(
     out_ptr, second_out_ptr, x_ptr, gate_ptr, in_mask_ptr, post_ptr, second_post_ptr, out_mask_ptr, bias_ptr,
-    spectrum_ptr, scale_ptr, first_ptr, second_ptr, twiddle_ptr, B, L_in, L_out, turns,
+    spectrum_ptr, scale_ptr, skip_ptr, first_ptr, second_ptr, twiddle_ptr, B, L_in, L_out, turns,
     stride_out_b, stride_out_d, stride_out_l, stride_second_out_b, stride_second_out_d, stride_second_out_l,
     stride_x_b, stride_x_d, stride_x_l, stride_gate_b, stride_gate_d, stride_gate_l,
     stride_in_mask_b, stride_in_mask_l, stride_post_b, stride_post_d, stride_post_l,
     stride_second_post_b, stride_second_post_d, stride_second_post_l, stride_out_mask_b, stride_out_mask_l,
-    stride_bias_d,
+    stride_bias_d, stride_skip_d,
     P: tl.constexpr, P_IN: tl.constexpr, P_OUT: tl.constexpr, BLOCK: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     CONJUGATE: tl.constexpr, REPLACES: tl.constexpr, OPERANDS: tl.constexpr,
     INT64: tl.constexpr,
@@ -104,7 +106,8 @@ def _fft_conv_fwd_kernel(
         second_out_ptr += d * stride_second_out_d
         second_post_ptr += d * stride_second_post_d
     second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
-    back = tl.load(scale_ptr + d) * (N2 / FULL)
+    total, share, skip = beside_skip(scale_ptr, skip_ptr, stride_skip_d, d)
+    back = total * (N2 / FULL)
     for turn in tl.range(turns, num_stages=1):
         first = (tl.program_id(0) * turns + turn) * R
         x = load_signal(
@@ -122,6 +125,8 @@ def _fft_conv_fwd_kernel(
                 x, q, first_ptr, second_re, second_im, t_re, t_im, P_IN, N1, BLOCK, N2, R, OPERANDS
             )  # fmt: skip
             g_re, g_im = load_spectrum(spectrum_ptr + d * 2 * N, q, N1, BLOCK, N2, R)  # [BLOCK R, N2]
+            if skip_ptr is not None:
+                g_re, g_im = g_re * share + skip, g_im * share
             g_re, g_im = g_re * (FULL / N), g_im * ((-FULL if CONJUGATE else FULL) / N)
             b_re, b_im = inverse_first_half(
                 x_re * g_re - x_im * g_im, x_re * g_im + x_im * g_re, second_re, second_im, t_re, t_im, BLOCK, N2, R,
@@ -252,12 +257,15 @@ def _fft_conv_bwd_kernel(
 
 WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHANNELS = 65535  # of a grid's second and third dimension
 
 
-def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None) -> str | None:
+def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None, spectrum=None) -> str | None:
     """None, or why these kernels do not compute the call."""
     if u.dtype not in DTYPES:
         return f"u is {str(u.dtype)[6:]}, not float32, float16 or bfloat16"
+    if u.shape[1] > CHANNELS:
+        return f"u has {u.shape[1]} channels, a grid has room for {CHANNELS}"
     for name, filters in (("k", k), ("k_reverse", k_reverse)):
         if filters is None:
             continue
@@ -271,7 +279,6 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precisi
     return "u has no samples" if u.shape[2] == 0 else None
 
 
-
 def _blocks(kernel: str, u: torch.Tensor, factors: dict[str, int]) -> dict[str, int]:
     """R and num_warps. Short rows share a tile of up to 2,048 elements; half that if operands are split or strided."""
     points = factors["P"] * factors["BLOCK"] * factors["N2"]
@@ -280,16 +287,14 @@ def _blocks(kernel: str, u: torch.Tensor, factors: dict[str, int]) -> dict[str, 
     return config(kernel, f"{str(u.dtype)[6:]}-P{factors['P']}-{factors['BLOCK']}x{factors['N2']}", u.device, default)
 
 
-
 def _bytes(mask: torch.Tensor | None) -> dict:
     """A mask as the kernels read it, and whether it replaces."""
     replaces = mask is not None and mask.dtype == torch.bool
     return {"mask": mask.view(torch.uint8) if replaces else mask, "REPLACES": replaces}
 
 
-
 def _plan_convolution(
-    out, second_out, x, gate, in_mask, post, second_post, out_mask, bias, spectrum, scale, points, conjugate,
+    out, second_out, x, gate, in_mask, post, second_post, out_mask, bias, spectrum, scale, skip, points, conjugate,
     operands,
 ) -> Launch:  # fmt: skip
     factors = factors_of(x, points, operands)
@@ -302,12 +307,12 @@ def _plan_convolution(
     args = dict(
         out_ptr=out, second_out_ptr=second_out, x_ptr=x, gate_ptr=gate, in_mask_ptr=in_mask["mask"], post_ptr=post,
         second_post_ptr=second_post, out_mask_ptr=out_mask["mask"], bias_ptr=bias, spectrum_ptr=spectrum,
-        scale_ptr=scale, **tables_of(factors, operands, x.device), B=batch, L_in=length,
+        scale_ptr=scale, skip_ptr=skip, **tables_of(factors, operands, x.device), B=batch, L_in=length,
         L_out=length_out, turns=turns, **strides("out", out, "bdl"), **strides("second_out", second_out, "bdl"),
         **strides("x", x, "bdl"), **strides("gate", gate, "bdl"), **strides("in_mask", in_mask["mask"], "bl"),
         **strides("post", post, "bdl"), **strides("second_post", second_post, "bdl"),
         **strides("out_mask", out_mask["mask"], "bl"),
-        **strides("bias", bias, "d"), **factors, P_IN=max(1, triton.cdiv(length, piece)),
+        **strides("bias", bias, "d"), **strides("skip", skip, "d"), **factors, P_IN=max(1, triton.cdiv(length, piece)),
         P_OUT=max(1, triton.cdiv(length_out, piece)), R=blocks["R"], CONJUGATE=conjugate,
         REPLACES=in_mask["REPLACES"] or out_mask["REPLACES"],
         INT64=wide(out, second_out, x, gate, post, second_post, in_mask["mask"], out_mask["mask"]),
@@ -315,24 +320,25 @@ def _plan_convolution(
     return Launch(_fft_conv_fwd_kernel, (triton.cdiv(groups, turns), channels), args, blocks["num_warps"])
 
 
-
-def plan_fft_conv_fwd(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None) -> list[Launch]:
+def plan_fft_conv_fwd(
+    out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None, spectrum=None
+) -> list[Launch]:  # fmt: skip
     """The launches, from shapes, strides and dtypes alone."""
-    points, operands = geometry(u, k, mode)[1], dev.operands_of(u.dtype, precision)
-    spectrum, scale = workspace(u, points, operands)
+    operands = dev.operands_of(u.dtype, precision)
+    spectrum, scale, beside, launches = spectra(u, k, k_reverse, skip, mode, operands, spectrum)
     return [
-        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands),
+        *launches,
         _plan_convolution(
-            out, None, u, pregate, mask, postgate, None, None, bias, spectrum, scale, points, False, operands
+            out, None, u, pregate, mask, postgate, None, None, bias, spectrum, scale, beside, out.shape[2], False,
+            operands,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def fft_conv_fwd(*args) -> None:
     """fill(out, *op arguments)"""
     for launch in plan_fft_conv_fwd(*args):
         launch.run()
-
 
 
 def _plan_products(
@@ -355,17 +361,16 @@ def _plan_products(
     return Launch(_fft_conv_bwd_kernel, grid, args, blocks["num_warps"])
 
 
-
 def plan_fft_conv_bwd(
     du, dk, dk_reverse, dskip, dbias, dpregate, dpostgate, dout, u, k, k_reverse, skip, bias, pregate, postgate, mask,
-    mode, precision=None,
+    mode, precision=None, spectrum=None,
 ) -> list[Launch]:  # fmt: skip
     """The launches, from shapes, strides and dtypes alone. Outputs of absent inputs are not touched."""
     points, channels = dout.shape[2], u.shape[1]
     dk_reverse, dskip = None if k_reverse is None else dk_reverse, None if skip is None else dskip
     dbias, dpregate = None if bias is None else dbias, None if pregate is None else dpregate
     operands = dev.operands_of(u.dtype, precision)
-    spectrum, scale = workspace(u, points, operands)
+    spectrum, scale, beside, launches = spectra(u, k, k_reverse, skip, mode, operands, spectrum)
     factors = factors_of(u, points, operands)
     blocks = _blocks("fft_conv_bwd", u, factors)
     groups = triton.cdiv(u.shape[0], blocks["R"])
@@ -376,10 +381,9 @@ def plan_fft_conv_bwd(
     lags = spectrum.new_empty(channels, 2, spectrum.shape[2] * spectrum.shape[3])
     bias_partial = None if bias is None else scale.new_empty(parts, channels)
     skip_partial = None if skip is None else scale.new_empty(parts, channels)
-    launches = [
-        plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands),
+    launches += [
         _plan_convolution(
-            du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, points, True, operands
+            du, dpregate, dout, postgate, None, pregate, u, mask, None, spectrum, scale, beside, points, True, operands
         ),
         _plan_products(partial, bias_partial, skip_partial, turns, dout, u, pregate, postgate, mask, blocks, operands),
         *plan_filters(
@@ -390,7 +394,8 @@ def plan_fft_conv_bwd(
     if postgate is not None:
         launches.append(
             _plan_convolution(
-                dpostgate, None, u, pregate, mask, dout, None, None, bias, spectrum, scale, points, False, operands
+                dpostgate, None, u, pregate, mask, dout, None, None, bias, spectrum, scale, beside, points, False,
+                operands,
             )
         )  # fmt: skip
     return launches
@@ -411,10 +416,13 @@ def _specs(dtype: torch.dtype, options: str = "") -> dict[str, Launch]:
     call = (x, k, reverse, vector, vector, x, x, mask, M)
     gradients = plan_fft_conv_bwd(x, k, reverse, vector, vector, x, x, x, *call)
     names = ("spectrum", "du", "bwd", "lags", "taps")
-    return {"fwd": plan_fft_conv_fwd(x, *call)[1], **dict(zip(names, gradients))}
+    spectrum, forward = plan_fft_conv_fwd(x, *call)
+    given = meta(*shape_of_spectra(D, *spectrum.args["spectrum_ptr"].shape[2:]))
+    (given,) = plan_fft_conv_fwd(x, *call, None, given)
+    return {"fwd": forward, "fwd_given": given, **dict(zip(names, gradients))}
 
 
-for _name in ("spectrum", "fwd", "bwd", "lags", "taps", "du"):
+for _name in ("spectrum", "fwd", "fwd_given", "bwd", "lags", "taps", "du"):
     compile_spec(f"fft_conv_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 for _name, _options in (("fwd", "8192"), ("bwd", "8192"), ("fwd", "16384"), ("du", "wide")):
     compile_spec(f"fft_conv_{_name}_{_options}")(lambda dtype, name=_name, o=_options: _specs(dtype, o)[name])

@@ -43,8 +43,8 @@ from . import fft_conv as fused
 from . import fft_long_device as dev
 from . import fft_long_filters as filters
 from .common import Launch, compile_spec, index, meta, strides, wide
-from .fft_device import add_product, masked, operand, operands_of
-from .fft_filters import geometry
+from .fft_device import add_product, beside_skip, masked, operand, operands_of
+from .fft_filters import geometry, shape_of_spectra
 from .fft_long_device import (
     add_back,
     column_factor,
@@ -124,17 +124,19 @@ def _fft_conv_columns_kernel(
 
 @triton.jit
 def _fft_conv_rows_kernel(
-    ws_ptr, back_ptr, scales_ptr, spectrum_ptr, n1_ptr, n2_ptr, inner_ptr, shift_ptr, turn_ptr, B, D, N0, P, turns,
+    ws_ptr, back_ptr, scales_ptr, spectrum_ptr, scale_ptr, skip_ptr, n1_ptr, n2_ptr, inner_ptr, shift_ptr, turn_ptr,
+    B, D, N0, P, turns, stride_skip_d,
     N1: tl.constexpr, N2: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, CONJUGATE: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    """ws (B, D, 2, N0, ROW) to its product with spectrum (D, 2, N0, N1, N2), with CONJUGATE with its conjugate, in
-    place; scales (B, D, P, ROW / C) before, back (B, D, N0) after. Grid (groups of rows, N0, D).
+    """ws (B, D, 2, N0, ROW) to its product with spectrum (D, 2, N0, N1, N2) and skip, with CONJUGATE with its
+    conjugate, in place; scales (B, D, P, ROW / C) before, back (B, D, N0) after. Grid (groups of rows, N0, D).
     """
     ROW: tl.constexpr = N1 * N2
     k0, d = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     first = tl.program_id(0) * turns
     spectrum_ptr += d * 2 * N0 * ROW + row_places(k0, N1, N2)
+    _, share, skip = beside_skip(scale_ptr, skip_ptr, stride_skip_d, d)
     one_re, one_im, one_minus, two_re, two_im = row_factors(n1_ptr, n2_ptr, N1, N2, OPERANDS)
     for b in tl.range(first, tl.minimum(first + turns, B), num_stages=1):
         row = tl.cast(b, tl.int64) * D + d
@@ -145,8 +147,10 @@ def _fft_conv_rows_kernel(
         )  # fmt: skip
         x_re, x_im = row_transform(x_re, x_im, one_re, one_im, one_minus, two_re, two_im, t_re, t_im, N1, N2, OPERANDS)
         # |x| is below 2 each way before the transform, that of the spectrum is at most 1.
-        g_re = tl.load(spectrum_ptr) * (FULL / (4 * ROW))  # [N1, N2]
-        g_im = tl.load(spectrum_ptr + N0 * ROW) * ((-FULL if CONJUGATE else FULL) / (4 * ROW))
+        g_re, g_im = tl.load(spectrum_ptr), tl.load(spectrum_ptr + N0 * ROW)  # [N1, N2]
+        if skip_ptr is not None:
+            g_re, g_im = g_re * share + skip, g_im * share
+        g_re, g_im = g_re * (FULL / (4 * ROW)), g_im * ((-FULL if CONJUGATE else FULL) / (4 * ROW))
         store_row(
             own_ptr, back_ptr + row * N0, turn_ptr, x_re * g_re - x_im * g_im, x_re * g_im + x_im * g_re, scale, k0, N0,
             one_re, one_im, one_minus, two_re, two_im, t_re, t_im, N1, N2, OPERANDS,
@@ -155,10 +159,10 @@ def _fft_conv_rows_kernel(
 
 @triton.jit
 def _fft_conv_back_kernel(
-    out_ptr, second_out_ptr, ws_ptr, back_ptr, scale_ptr, column_ptr, post_ptr, second_post_ptr, mask_ptr, bias_ptr, D,
-    L_out, N0, P, stride_out_b, stride_out_d, stride_out_l, stride_second_out_b, stride_second_out_d,
+    out_ptr, second_out_ptr, ws_ptr, back_ptr, scale_ptr, skip_ptr, column_ptr, post_ptr, second_post_ptr, mask_ptr,
+    bias_ptr, D, L_out, N0, P, stride_out_b, stride_out_d, stride_out_l, stride_second_out_b, stride_second_out_d,
     stride_second_out_l, stride_post_b, stride_post_d, stride_post_l, stride_second_post_b, stride_second_post_d,
-    stride_second_post_l, stride_mask_b, stride_mask_l, stride_bias_d,
+    stride_second_post_l, stride_mask_b, stride_mask_l, stride_bias_d, stride_skip_d,
     pieces, N1: tl.constexpr, N2: tl.constexpr, BLOCK0: tl.constexpr, C: tl.constexpr, REPLACES: tl.constexpr,
     OPERANDS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +181,8 @@ def _fft_conv_back_kernel(
         second_out_ptr += d * stride_second_out_d
         second_post_ptr += d * stride_second_post_d
     scale = largest_scale(back_ptr, N0, P, BLOCK0)
-    factor = scale * tl.load(scale_ptr + d) * (4 * ROW / FULL) / N0
+    total, _, _ = beside_skip(scale_ptr, skip_ptr, stride_skip_d, d)
+    factor = scale * total * (4 * ROW / FULL) / N0
     for p in tl.range(pieces, num_stages=1):
         acc = tl.zeros([BLOCK0, C], tl.float32)
         for q in tl.range(P, num_stages=1):
@@ -211,7 +216,7 @@ WANTED = 4 * 132  # programs, four a multiprocessor of an H100/H200
 TIMES = 1 << 13  # of a part of the direct sums
 
 
-def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None) -> str | None:
+def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None, spectrum=None) -> str | None:
     """None, or why neither these kernels nor the fused ones compute the call."""
     call = (u, k, k_reverse, skip, bias, pregate, postgate, mask)
     if fused.supports(*call, mode, precision) is None:
@@ -242,7 +247,7 @@ class _Piece:
     def workspace(self, like: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(workspace (B, D, 2, N) at the begin of a buffer, scales)."""
         shape = self.cut(like).shape[:2]
-        ws = buffer[: shape[0] * shape[1] * 2 * points_of(self.factors)].view(*shape, 2, -1)
+        ws = buffer[: shape[0] * shape[1] * 2 * dev.points_of(self.factors)].view(*shape, 2, -1)
         scales = buffer.new_empty(*shape, dev.pieces(self.factors), self.blocks, dtype=torch.float32)
         return ws, scales
 
@@ -257,7 +262,9 @@ class _Piece:
         grid = (self.blocks, x.shape[1], x.shape[0])
         return dev.plan(_fft_conv_columns_kernel, grid, args, self.factors, self.operands, x.device)
 
-    def back(self, out, second_out, columns, spectrum, scale, post, second_post, mask, bias, conjugate) -> list[Launch]:
+    def back(
+        self, out, second_out, columns, spectrum, scale, skip, post, second_post, mask, bias, conjugate
+    ) -> list[Launch]:  # fmt: skip
         """Product and inverse, of the workspace that `forward` filled."""
         out, second_out, post, second_post = map(self.cut, (out, second_out, post, second_post))
         bias = None if bias is None else bias[self.channels]
@@ -265,15 +272,15 @@ class _Piece:
         back = scale.new_empty(batch, channels, self.factors["N0"])
         turns = max(1, min(batch, batch * channels * self.factors["N0"] // WANTED))
         rows = dict(
-            ws_ptr=columns[0], back_ptr=back, scales_ptr=columns[1], spectrum_ptr=spectrum, B=batch, D=channels,
-            turns=turns, CONJUGATE=conjugate,
+            ws_ptr=columns[0], back_ptr=back, scales_ptr=columns[1], spectrum_ptr=spectrum, scale_ptr=scale,
+            skip_ptr=skip, B=batch, D=channels, turns=turns, **strides("skip", skip, "d"), CONJUGATE=conjugate,
         )  # fmt: skip
         args = dict(
-            out_ptr=out, second_out_ptr=second_out, ws_ptr=columns[0], back_ptr=back, scale_ptr=scale, post_ptr=post,
-            second_post_ptr=second_post, mask_ptr=mask, bias_ptr=bias, D=channels, L_out=length,
+            out_ptr=out, second_out_ptr=second_out, ws_ptr=columns[0], back_ptr=back, scale_ptr=scale, skip_ptr=skip,
+            post_ptr=post, second_post_ptr=second_post, mask_ptr=mask, bias_ptr=bias, D=channels, L_out=length,
             **strides("out", out, "bdl"), **strides("second_out", second_out, "bdl"), **strides("post", post, "bdl"),
             **strides("second_post", second_post, "bdl"), **strides("mask", mask, "bl"), **strides("bias", bias, "d"),
-            pieces=self._pieces(length), REPLACES=self.replaces,
+            **strides("skip", skip, "d"), pieces=self._pieces(length), REPLACES=self.replaces,
             INT64=wide(out, second_out, post, second_post, mask),
         )  # fmt: skip
         grid = (triton.cdiv(batch, turns), self.factors["N0"], channels)
@@ -285,45 +292,35 @@ class _Piece:
         ]
 
 
-def points_of(factors: dict[str, int]) -> int:
-    return factors["N0"] * factors["N1"] * factors["N2"]
-
-
 def _cuts(total: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 
-def _turns(u, points: int, operands: str, buffers: int, spectra: int):
-    """(factors, type of the workspace, cuts of the channels, cuts of the batch), so that so many buffers of a row and
-    float32 spectra of a channel are within BOUND."""
-    factors = dev.sizes(points, dev.takes_wide(operands, u.device))
+def _turns(u, factors: dict[str, int], operands: str, buffers: int, spectra: int):
+    """(type of the workspace, cuts of the channels, cuts of the batch), so that so many buffers of a row and float32
+    spectra of a channel are within BOUND."""
     kind = torch.float32 if operands == "fp16x3" else torch.float16
-    row, channel = buffers * 2 * points_of(factors) * kind.itemsize, spectra * 8 * points_of(factors)
+    row, channel = buffers * 2 * dev.points_of(factors) * kind.itemsize, spectra * 8 * dev.points_of(factors)
     rows = max(1, min(u.shape[0], (BOUND - channel) // row))
     channels = max(1, min(u.shape[1], BOUND // (rows * row + channel)))
-    return factors, kind, _cuts(u.shape[1], channels), _cuts(u.shape[0], rows)
+    return kind, _cuts(u.shape[1], channels), _cuts(u.shape[0], rows)
 
 
-def _plan_fwd(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None):
+def _plan_fwd(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision=None, spectrum=None):
     operands = operands_of(u.dtype, precision)
-    factors, kind, channels, rows = _turns(u, geometry(u, k, mode)[1], operands, 1, 1)
+    factors, given = filters.factors_for(u, out.shape[2], operands, spectrum)
+    kind, channels, rows = _turns(u, factors, operands, 1, given is None)
     many = channels[0].stop
-    spectra, scales = _spectra(u, many, factors)
-    buffer = u.new_empty(rows[0].stop * many * 2 * points_of(factors), dtype=kind)
+    spectra = filters.spectra(u, k, k_reverse, skip, mode, many, factors, given)
+    buffer = u.new_empty(rows[0].stop * many * 2 * dev.points_of(factors), dtype=kind)
     for cut in channels:
-        of = lambda t, cut=cut: None if t is None else t[cut]
-        spectrum, scale = spectra[: cut.stop - cut.start], scales[: cut.stop - cut.start]
-        yield from filters.plan_spectrum(spectrum, scale, u, k[cut], of(k_reverse), of(skip), mode, factors)
+        spectrum, scale, beside, launches = spectra(cut)
+        yield from launches
         for row in rows:
             piece = _Piece(row, cut, factors, operands, mask)
             columns = piece.workspace(u, buffer)
             yield piece.forward(columns, u, pregate, piece.mask)
-            yield from piece.back(out, None, columns, spectrum, scale, postgate, None, None, bias, False)
-
-
-def _spectra(u, channels: int, factors: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    real = {"dtype": torch.float32}
-    return u.new_empty(channels, 2, points_of(factors), **real), u.new_empty(channels, **real)
+            yield from piece.back(out, None, columns, spectrum, scale, beside, postgate, None, None, bias, False)
 
 
 def fft_conv_fwd(out, *args) -> None:
@@ -336,39 +333,40 @@ def fft_conv_fwd(out, *args) -> None:
 
 def _plan_bwd(
     du, dk, dk_reverse, dskip, dbias, dpregate, dpostgate, dout, u, k, k_reverse, skip, bias, pregate, postgate, mask,
-    mode, precision=None,
+    mode, precision=None, spectrum=None,
 ):  # fmt: skip
     """u's and dout's columns are made once, for the filters' gradient and for those of the signals."""
     dk_reverse, dskip = None if k_reverse is None else dk_reverse, None if skip is None else dskip
     dbias, dpregate = None if bias is None else dbias, None if pregate is None else dpregate
     operands, points = operands_of(u.dtype, precision), dout.shape[2]
-    factors, kind, channels, rows = _turns(u, points, operands, 2, 3)
+    factors, given = filters.factors_for(u, points, operands, spectrum)
+    kind, channels, rows = _turns(u, factors, operands, 2, 3)
     many = channels[0].stop
-    spectra, scales = _spectra(u, many, factors)
-    size = rows[0].stop * many * 2 * points_of(factors)
+    spectra = filters.spectra(u, k, k_reverse, skip, mode, many, factors, given)
+    size = rows[0].stop * many * 2 * dev.points_of(factors)
     buffers = u.new_empty(2, size, dtype=kind)
     parts = max(1, min(rows[0].stop, WANTED // (factors["N0"] * many)))
     parts = triton.cdiv(rows[0].stop, triton.cdiv(rows[0].stop, parts))
-    partials, lags = spectra.new_empty(parts, *spectra.shape), torch.empty_like(spectra)
-    sums = [None if t is None else scales.new_empty(triton.cdiv(points, TIMES), u.shape[1]) for t in (dbias, dskip)]
+    real = lambda *shape: u.new_empty(shape, dtype=torch.float32)
+    partials, lags = real(parts * many * 2 * dev.points_of(factors)), real(many, 2, dev.points_of(factors))
+    sums = [None if t is None else real(triton.cdiv(points, TIMES), u.shape[1]) for t in (dbias, dskip)]
     if any(t is not None for t in sums):
         whole = _Piece(slice(None), slice(None), factors, operands, mask)
         yield filters.plan_sums(*sums, dout, u, pregate, postgate, whole.mask, whole.replaces)
     for cut in channels:
-        of = lambda t, cut=cut: None if t is None else t[cut]
+        spectrum, scale, beside, launches = spectra(cut)
         count = cut.stop - cut.start
-        spectrum, scale = spectra[:count], scales[:count]
-        partial = partials.view(-1)[: parts * count * spectrum[0].numel()].view(parts, *spectrum.shape)
-        yield from filters.plan_spectrum(spectrum, scale, u, k[cut], of(k_reverse), of(skip), mode, factors)
+        partial = partials[: parts * spectrum.numel()].view(parts, *spectrum.shape)
+        yield from launches
         for row in rows:
             piece = _Piece(row, cut, factors, operands, mask)
             of_u, of_dout = piece.workspace(u, buffers[0]), piece.workspace(u, buffers[1])
             yield piece.forward(of_u, u, pregate, piece.mask)
             yield piece.forward(of_dout, dout, postgate)
             yield filters.plan_products(partial, of_u, of_dout, factors, operands, row.start > 0)
-            yield from piece.back(du, dpregate, of_dout, spectrum, scale, pregate, u, piece.mask, None, True)
+            yield from piece.back(du, dpregate, of_dout, spectrum, scale, beside, pregate, u, piece.mask, None, True)
             if postgate is not None:
-                yield from piece.back(dpostgate, None, of_u, spectrum, scale, dout, None, None, bias, False)
+                yield from piece.back(dpostgate, None, of_u, spectrum, scale, beside, dout, None, None, bias, False)
         yield from filters.plan_filters(
             dk, dk_reverse, dskip, dbias, lags[:count], partial, *sums, u, mode, points, factors, cut.start, count
         )
@@ -387,14 +385,16 @@ def _specs(dtype: torch.dtype, length: int = 2**15, precision: str | None = None
     D, B = 768, max(1, 2**21 // length)
     x, k, vector = meta(B, D, length, dtype=dtype), meta(D, length), meta(D)
     call = (x, k, None, vector, vector, x, x, None, "causal", precision)
-    forward = _plan_fwd(x, *call)
     names = ("lag_columns", "lag_rows", "columns", "rows", "back")
-    found = dict(zip(names, forward))
+    found = dict(zip(names, _plan_fwd(x, *call)))
+    given = meta(*shape_of_spectra(D, *found["lag_rows"].args["spectrum_ptr"].shape[2:]))
+    found |= dict(zip(("", "rows_given", "back_given"), _plan_fwd(x, *call, given)))
     names = ("sums", *names[:2], "columns", "dout", "bwd", "rows_conjugate", "du", "rows", "dpostgate",
              "gradient_rows", "gradient_columns")  # fmt: skip
     return {**dict(zip(names, _plan_bwd(x, k, None, vector, vector, x, x, x, *call))), **found}
 
 
-for _name in ("columns", "rows", "back", "bwd", "lag_columns", "lag_rows", "gradient_rows", "gradient_columns", "sums"):
+for _name in ("columns", "rows", "back", "bwd", "lag_columns", "lag_rows", "gradient_rows", "gradient_columns", "sums",
+              "rows_given", "back_given"):  # fmt: skip
     compile_spec(f"fft_conv_long_{_name}")(lambda dtype, name=_name: _specs(dtype)[name])
 compile_spec("fft_conv_long_rows_wide")(lambda dtype: _specs(dtype, 2**20)["rows"])  # 64 x 64

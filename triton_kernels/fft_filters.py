@@ -6,6 +6,8 @@ These kernels run once a channel, whatever the batch: their operands are split (
 that a filter's error is float32's, and their blocks have 64 rows so that a block's operands fit in shared memory.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -101,8 +103,7 @@ def _fft_conv_spectrum_kernel(
         )  # fmt: skip
         total += tl.abs(above) + tl.abs(below)
         largest = tl.maximum(largest, tl.maximum(tl.abs(above), tl.abs(below)))
-    total, largest = tl.sum(total), tl.max(largest)
-    scale = tl.where(total == 0, 1.0, total)
+    scale, largest = tl.sum(total), tl.max(largest)
     largest = tl.where(largest < 1e-30, 1.0, largest)
     acc_re = tl.zeros([BLOCK, N2], tl.float32)
     acc_im = tl.zeros([BLOCK, N2], tl.float32)
@@ -119,8 +120,9 @@ def _fft_conv_spectrum_kernel(
     second_re, second_im = second_factor(second_ptr, N2, OPERANDS)  # [N2, N2]
     g_re, g_im = second_half(acc_re, acc_im, second_re, second_im, t_re, t_im, BLOCK, N2, 1, OPERANDS)
     at = d * 2 * N + times_of(q, BLOCK, N2, 1)
-    tl.store(spectrum_ptr + at, g_re * (largest / scale))
-    tl.store(spectrum_ptr + N + at, g_im * (largest / scale))
+    share = largest / tl.where(scale < 1e-30, 1.0, scale)
+    tl.store(spectrum_ptr + at, g_re * share)
+    tl.store(spectrum_ptr + N + at, g_im * share)
     if q == 0:
         tl.store(scale_ptr + d, scale)
 
@@ -213,9 +215,8 @@ def _fft_conv_taps_kernel(
 
 def geometry(u: torch.Tensor, k: torch.Tensor, mode: str) -> tuple[int, int]:
     """(o, M)."""
-    length, taps = u.shape[2], k.shape[-1]
+    length, taps = int(u.shape[2]), int(k.shape[-1])
     return (taps - 1) // 2 if mode == "same" else 0, length + taps - 1 if mode == "full" else length
-
 
 
 def factors_of(u: torch.Tensor, points: int, operands: str) -> dict[str, int]:
@@ -230,7 +231,6 @@ def filter_factors_of(u: torch.Tensor, points: int, operands: str) -> dict[str, 
     return {"P": factors["P"] * pieces, "BLOCK": factors["BLOCK"] // pieces, "N2": factors["N2"]}
 
 
-
 def tables_of(factors: dict[str, int], operands: str, device: torch.device) -> dict:
     """The tables, and how kernels read them."""
     n1, n2 = factors["P"] * factors["BLOCK"], factors["N2"]
@@ -243,14 +243,28 @@ def tables_of(factors: dict[str, int], operands: str, device: torch.device) -> d
     return {"first_ptr": first, "second_ptr": second, "twiddle_ptr": twiddles_, "OPERANDS": operands}
 
 
+def shape_of_spectra(channels: int, *sizes: int) -> tuple[int, ...]:
+    """Of (D + E, 2, *sizes), given spectra of D channels with their scales at the begin of the E that follow. It tells
+    the layouts apart: sizes are (N1, N2) of a fused transform, (N0, N1, N2) of a long one."""
+    return channels + triton.cdiv(channels, 2 * math.prod(sizes)), 2, *sizes
 
-def workspace(u: torch.Tensor, points: int, operands: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(spectrum, scale)."""
-    factors, channels = factors_of(u, points, operands), u.shape[1]
-    real = {"dtype": torch.float32}
-    spectrum = u.new_empty(channels, 2, factors["P"] * factors["BLOCK"], factors["N2"], **real)
-    return spectrum, u.new_empty(channels, **real)
 
+def split_spectra(values: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(spectrum (D, 2, *sizes), scale (D,))"""
+    return values[:channels], values[channels:].view(-1)[:channels]
+
+
+def spectra(u, k, k_reverse, skip, mode, operands, given=None):
+    """(spectrum, scale, the skip that is not in it, the launches that make it).
+
+    A given one is there, without skip, if it is laid out as the kernels of this call read it.
+    """
+    factors, channels = factors_of(u, geometry(u, k, mode)[1], operands), u.shape[1]
+    shape = shape_of_spectra(channels, factors["P"] * factors["BLOCK"], factors["N2"])
+    if given is not None and given.shape == shape:
+        return *split_spectra(given.contiguous(), channels), skip, []
+    spectrum, scale = (u.new_empty(size, dtype=torch.float32) for size in ((channels, *shape[1:]), channels))
+    return spectrum, scale, None, [plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands)]
 
 
 def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands) -> Launch:
@@ -264,7 +278,6 @@ def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, operands) -> Lau
         INT64=wide(k, k_reverse),
     )  # fmt: skip
     return Launch(_fft_conv_spectrum_kernel, (factors["P"], u.shape[1]), args, dev.warps(factors["BLOCK"]))
-
 
 
 def plan_filters(

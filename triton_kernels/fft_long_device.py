@@ -243,6 +243,14 @@ def sizes(points: int, wide: bool) -> dict[str, int]:
     return {**factors, "C": max(columns, factors["N2"])}
 
 
+def sizes_of(factors: dict[str, int]) -> tuple[int, int, int]:
+    return factors["N0"], factors["N1"], factors["N2"]
+
+
+def points_of(factors: dict[str, int]) -> int:
+    return math.prod(sizes_of(factors))
+
+
 def pieces(factors: dict[str, int]) -> int:
     return -(-factors["N0"] // factors["BLOCK0"])
 

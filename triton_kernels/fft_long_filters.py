@@ -14,7 +14,7 @@ import triton.language as tl
 from . import fft_long_device as dev
 from .common import Launch, index, strides, wide
 from .fft_device import add_product, masked, negative, operand
-from .fft_filters import _fft_conv_taps_kernel, _two_sided, geometry
+from .fft_filters import _fft_conv_taps_kernel, _two_sided, geometry, shape_of_spectra, split_spectra
 from .fft_long_device import (
     add_back,
     column_factor,
@@ -110,10 +110,10 @@ def _fft_conv_lag_rows_kernel(
     x_re, x_im, own = load_row(spectrum_ptr, scales_ptr + d * P * (ROW // C), k0, N0, N1, N2, BLOCK0, C, OPERANDS)
     g_re, g_im = row_transform(x_re, x_im, one_re, one_im, one_minus, two_re, two_im, t_re, t_im, N1, N2, OPERANDS)
     scale = tl.sum(tl.load(total_ptr + d * (ROW // C) + tl.arange(0, ROW // C)))  # [ROW / C]
-    scale = tl.where(scale == 0, 1.0, scale)
+    share = own / tl.where(scale < 1e-30, 1.0, scale)
     at = row_places(k0, N1, N2)
-    tl.store(spectrum_ptr + at, g_re * (own / scale))
-    tl.store(spectrum_ptr + N0 * ROW + at, g_im * (own / scale))
+    tl.store(spectrum_ptr + at, g_re * share)
+    tl.store(spectrum_ptr + N0 * ROW + at, g_im * share)
     if k0 == 0:
         tl.store(scale_ptr + d, scale)
 
@@ -247,7 +247,7 @@ SPLIT = "fp16x3"
 
 
 def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, factors) -> list[Launch]:
-    """Of some channels: spectrum (D, 2, N) and scale (D,)."""
+    """Of some channels: spectrum (D, 2, N0, N1, N2) and scale (D,)."""
     offset, points = geometry(u, k, mode)
     channels, blocks = spectrum.shape[0], factors["N1"] * factors["N2"] // factors["C"]
     scales = scale.new_empty(channels, dev.pieces(factors), blocks)
@@ -263,6 +263,31 @@ def plan_spectrum(spectrum, scale, u, k, k_reverse, skip, mode, factors) -> list
         dev.plan(_fft_conv_lag_columns_kernel, (blocks, channels), columns, factors, SPLIT, u.device),
         dev.plan(_fft_conv_lag_rows_kernel, (factors["N0"], channels), rows, factors, SPLIT, u.device),
     ]
+
+
+def factors_for(u, points: int, operands: str, given=None):
+    """(factors of the transform, the given spectrum if it has them, else None). One of split operands' serves all."""
+    found = [dev.sizes(points, wide) for wide in (dev.takes_wide(operands, u.device), False)]
+    for factors in found:
+        if given is not None and given.shape == shape_of_spectra(u.shape[1], *dev.sizes_of(factors)):
+            return factors, given.contiguous()
+    return found[0], None
+
+
+def spectra(u, k, k_reverse, skip, mode, many: int, factors: dict[str, int], given=None):
+    """A function of a cut of the channels, at most so many: (spectrum, scale, the skip that is not in it, the launches
+    that make it in one memory); a given one is there, without skip."""
+    of = lambda t, cut: None if t is None else t[cut]
+    if given is not None:
+        spectrum, scale = split_spectra(given, u.shape[1])
+        return lambda cut: (spectrum[cut], scale[cut], of(skip, cut), [])
+    spectrum, scale = (u.new_empty(n, dtype=torch.float32) for n in ((many, 2, *dev.sizes_of(factors)), many))
+
+    def make(cut):
+        own = spectrum[: cut.stop - cut.start], scale[: cut.stop - cut.start]
+        return *own, None, plan_spectrum(*own, u, k[cut], of(k_reverse, cut), of(skip, cut), mode, factors)
+
+    return make
 
 
 def plan_products(partial, u_columns, dout_columns, factors, operands, add) -> Launch:

@@ -153,7 +153,7 @@ def _fastest_first(op_name: str, usable: tuple[Backend, ...], first: torch.Tenso
     sizes = _measured(torch.cuda.get_device_name(first.device)).get(op_name)
     if not sizes:
         return usable
-    fastest = sizes[min(sizes, key=lambda size: abs(size - first.numel().bit_length()))]
+    fastest = sizes[min(sizes, key=lambda size: abs(size - int(first.numel()).bit_length()))]
     # What that backend's kernel does not take comes to the others before torch's ops under its name.
     kernel = any(entry.name == fastest and not entry.composed for entry in usable)
     return tuple(sorted(usable, key=lambda entry: entry.name != fastest or kernel and entry.composed))
@@ -179,6 +179,7 @@ def filling(allocate: Callable, fill: Callable) -> Callable:
         fill(*(outputs if isinstance(outputs, tuple) else (outputs,)), *args)
         return outputs
 
+    run.allocate = allocate
     run.native_op = getattr(fill, "native_op", None)
     run.triton_module = getattr(fill, "triton_module", None)
     run.fill_module = fill.__module__  # of torch code; the benchmarks' digests start from it

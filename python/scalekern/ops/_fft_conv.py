@@ -145,7 +145,7 @@ class _Call:
         self.real = torch.float64 if u.dtype == torch.float64 else torch.float32
         self.length = u.shape[2]
         self.padded: dict = {}
-        self.given = spectrum if spectrum is not None and spectrum.is_complex() else None  # or it is the CPU kernel's
+        self.given = spectrum if spectrum is not None and spectrum.is_complex() else None  # or it is a kernel's
         self.ring = ring_of(mode, self.length, count, k.shape[-1], 1 if k_reverse is None else k_reverse.shape[-1])
         # cuFFT takes real rows of an odd length in pairs, so that one that is not finite would spoil its neighbour
         # (seen at N = 75): a circular convolution of an odd period goes by complex rows there.
@@ -202,7 +202,7 @@ class _Call:
         return self.forward_fft(self.ring.filter(k, k_reverse), norm="forward")
 
 
-def spectrum(k, k_reverse, length, mode):
+def spectrum(k, k_reverse, length, mode, dtype):
     """The whole spectrum that forward and backward take block by block; complex (.., D, F)."""
     count = length + k.shape[-1] - 1 if mode == "full" else length
     row = k.new_empty(1, k.shape[-2], length)

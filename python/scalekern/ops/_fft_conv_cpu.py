@@ -6,7 +6,6 @@ A spectrum of filters that was made here is float32 and lies as the kernel reads
 
 import torch
 
-from scalekern import _dispatch, _native
 from scalekern._dispatch import native
 from scalekern.ops import _fft_conv as blocks
 
@@ -42,19 +41,12 @@ def supports_bwd(dout, *args):
     return supports(*args) if dout.dtype == args[0].dtype else f"dout must be {args[0].dtype} like u"
 
 
-def supports_spectrum(k, k_reverse, length, mode):
+def supports_spectrum(k, k_reverse, length, mode, dtype):
     """None, or why a spectrum is made by torch's FFT; those that it made are of no use to this backend."""
     return supports(k, k, k_reverse, *[None] * 5, mode, "fft", None, None)
 
 
-def makes_spectrum(k, k_reverse, length, mode):
-    """What the dispatcher will say, for the fake."""
-    asked = k.device.type == "cpu" and _dispatch.forced() in (None, "cpu")
-    there = asked and _native.load("cpu") is None and hasattr(torch.ops.scalekern_native, _spectrum.native_op)
-    return there and supports_spectrum(k, k_reverse, length, mode) is None
-
-
-def allocate_spectrum(k, k_reverse, length, mode):
+def allocate_spectrum(k, k_reverse, length, mode, dtype):
     reverse_taps, lead = 0, k.shape[:-1]
     if k_reverse is not None:
         reverse_taps, lead = k_reverse.shape[-1], torch.broadcast_shapes(lead, k_reverse.shape[:-1])
@@ -64,12 +56,13 @@ def allocate_spectrum(k, k_reverse, length, mode):
     return k.new_empty(*lead, size)
 
 
-def spectrum(values, k, k_reverse, length, mode):
+def spectrum(values, k, k_reverse, length, mode, dtype):
     _spectrum(values, k, k_reverse, length, _count(k, length, mode), _offset(k, mode))
 
 
 def _usable(spectrum):
-    if spectrum is None or spectrum.is_complex():
+    """Not torch's, nor the Triton kernels' of four dimensions and more."""
+    if spectrum is None or spectrum.is_complex() or spectrum.dim() > 3:
         return None
     return spectrum if spectrum.stride(-1) == 1 else spectrum.contiguous()
 

@@ -5,7 +5,7 @@ Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, 
 
 import torch
 
-from scalekern import _checks, _library
+from scalekern import _checks, _dispatch, _library
 from scalekern._dispatch import Backend, filling, triton
 from scalekern.ops import _fft_conv as blocks
 from scalekern.ops import _fft_conv_cpu as kernels
@@ -28,7 +28,7 @@ def fft_conv(
     Args:
         u: (B, D, L), float64, float32, float16 or bfloat16, any strides.
         k: (D, K), or (B, D, K) a filter for every sample; k[0] meets the current token. K from 1, also beyond L. Or
-            what `fft_conv_spectrum` made of such filters for this L and mode.
+            what `fft_conv_spectrum` made of such filters for this L, mode and dtype of u.
         mode: "causal" (M = L outputs), "circular" (period L; M = L), "same" (scipy's; M = L) or "full" (M = L + K - 1).
         skip: (D,), multiplies v.   bias: (D,), added before the postgate.
         pregate: (B, D, L).   postgate: (B, D, M).
@@ -65,20 +65,23 @@ def fft_conv(
     return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum)
 
 
-def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
+def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None, dtype=None):
     """Transform filters once, for many calls `fft_conv(u, spectrum, mode=mode)` with u of that length.
 
     Args:
         k: (D, K) or (B, D, K), floating, on the device of the calls.   k_reverse: (D, R) or (B, D, R), or None.
         length: L of the calls, from 1.   mode: as of `fft_conv`.
+        dtype: of u in the calls; float64 for float64 filters and float32 otherwise when None. Calls in a narrower one
+            may take it too, but on a GPU half precision has kernels of its own for some lengths (sm_80: 4,097 to 8,192
+            outputs, sm_90: 8,193 to 16,384, sm_100: from 1,025 on), which read only what was made for it.
 
     Returns:
-        FFTConvSpectrum, a frozen record of the filters, length, mode and `values`: the Hermitian half of the spectrum,
-        complex (D, N / 2 + 1), N the size of the FFT, complex128 for float64 filters and complex64 otherwise; where the
-        CPU kernel will take it, about as many numbers as that kernel wants them, float32 (D, *). It is of use on a CPU
-        and to GPU calls that the Triton kernels decline (those transform k in a pass of their own). Gradients of a call
-        go to the filters, exactly as without it. A pytree: it may be an argument of compiled and exported functions.
-        Filters changed in place since are refused, except in a compiled function.
+        FFTConvSpectrum, a frozen record of the filters, length, mode, dtype and `values`: the Hermitian half of the
+        spectrum, complex (D, N / 2 + 1), N the size of the FFT, complex128 for float64 and complex64 otherwise; where
+        a CPU or Triton kernel will take it, about as many numbers as that kernel wants them, float32 (D, *). Calls on
+        another backend than that which made it transform the filters again. Gradients of a call go to the filters,
+        exactly as without it. A pytree: it may be an argument of compiled and exported functions. Filters changed in
+        place since are refused, except in a compiled function.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
@@ -87,6 +90,7 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
     """
     op = "fft_conv_spectrum"
     _checks.choice(op, "mode", mode, MODES)
+    _checks.choice(op, "dtype", dtype, (None, *_checks.FLOATING))
     _checks.tensor(op, "k", k, dims=(2, 3), dtypes=_checks.FLOATING)
     if not isinstance(length, (int, torch.SymInt)) or length < 1:
         raise ValueError(f"{op}: length must be an integer of at least 1, got {length!r}")
@@ -100,10 +104,11 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
     for name, taps in (("k", k), ("k_reverse", k_reverse)):
         if taps is not None and taps.shape[-1] < 1:
             raise ValueError(f"{op}: {name} must have at least one tap, got shape {tuple(taps.shape)}")
-    real = torch.float64 if k.dtype == torch.float64 else torch.float32
+    dtype = dtype or (torch.float64 if k.dtype == torch.float64 else torch.float32)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
     detached = [None if t is None else t.detach().to(real) for t in (k, k_reverse)]
-    values = fft_conv_spectrum_op(*detached, length, mode)
-    return FFTConvSpectrum(k, k_reverse, length, mode, values, _versions(k, k_reverse))
+    values = fft_conv_spectrum_op(*detached, length, mode, dtype)
+    return FFTConvSpectrum(k, k_reverse, length, mode, dtype, values, _versions(k, k_reverse))
 
 
 def _versions(*tensors):
@@ -120,11 +125,20 @@ def _check_spectrum(u, spectrum, mode, k_reverse):
     for name, wanted, made in (("mode", mode, spectrum.mode), ("u's length", u.shape[2], spectrum.length)):
         if wanted != made:
             raise ValueError(f"{NAME}: k must be a spectrum for {name} {wanted!r}, got one for {made!r}")
-    if u.dtype == torch.float64 and spectrum.values.dtype != torch.complex128:
-        raise TypeError(f"{NAME}: k must be a spectrum of float64 filters for float64 u, got {spectrum.k.dtype}")
+    if _computed_in(u).itemsize > spectrum.dtype.itemsize:
+        io, made = str(_computed_in(u))[6:], str(spectrum.dtype)[6:]
+        raise TypeError(
+            f"{NAME}: k must be a spectrum for {io} u, got one for {made} (make it with dtype=torch.{io})"
+        )  # fmt: skip
     now = None if spectrum.versions is None else _versions(spectrum.k, spectrum.k_reverse)
     if now is not None and now != spectrum.versions:
         raise ValueError(f"{NAME}: k must be a spectrum of filters as they are, got one made before they were changed")
+
+
+def _computed_in(u):
+    """The dtype of u, or that to which autocast will cast it."""
+    cast = u.dtype != torch.float64 and torch.is_autocast_enabled(u.device.type)
+    return torch.get_autocast_dtype(u.device.type) if cast else u.dtype
 
 
 def fft_conv_chunk(u_chunk, k, state=None):
@@ -264,9 +278,9 @@ _TENSORS = (
 
 
 def _triton(function):
-    """The Triton kernels know no `method`, being what "auto" and "fft" mean, and no spectrum: they have their own."""
+    """The Triton kernels know no `method`, being what "auto" and "fft" mean."""
     launch = triton("fft_conv_long", function)
-    run = lambda *args: launch(*args[:-3], args[-2])
+    run = lambda *args: launch(*args[:-3], *args[-2:])
     run.triton_module = launch.triton_module
     return run
 
@@ -279,9 +293,16 @@ def _triton_supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode,
     return triton("fft_conv_long", "supports")(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, precision)
 
 
-def _allocate_spectrum(k, k_reverse, length, mode):
-    if kernels.makes_spectrum(k, k_reverse, length, mode):
-        return kernels.allocate_spectrum(k, k_reverse, length, mode)
+def _allocate_spectrum(*args):
+    """What the backend makes that the dispatcher will choose; a GPU that is not there has none."""
+    device = args[0].device.type
+    if device == "cpu" or device == "cuda" and torch.cuda.is_available():
+        chosen = _dispatch.select(fft_conv_spectrum_op.name, fft_conv_spectrum_op.backends, device, args)
+        return getattr(chosen.run, "allocate", _allocate_torch_spectrum)(*args)
+    return _allocate_torch_spectrum(*args)
+
+
+def _allocate_torch_spectrum(k, k_reverse, length, mode, dtype):
     count = length + k.shape[-1] - 1 if mode == "full" else length
     ring = blocks.ring_of(mode, length, count, int(k.shape[-1]), 1 if k_reverse is None else int(k_reverse.shape[-1]))
     lead = k.shape[:-1] if k_reverse is None else torch.broadcast_shapes(k.shape[:-1], k_reverse.shape[:-1])
@@ -325,8 +346,10 @@ fft_conv_bwd = _library.define(
 
 fft_conv_spectrum_op = _library.define(
     NAME,
-    "fft_conv_spectrum(Tensor k, Tensor? k_reverse, int length, str mode) -> Tensor",
+    "fft_conv_spectrum(Tensor k, Tensor? k_reverse, int length, str mode, ScalarType dtype) -> Tensor",
     backends=(
+        Backend("triton", filling(*(triton("fft_conv_spectrum", f) for f in ("allocate", "fft_conv_spectrum"))),
+                triton("fft_conv_spectrum", "supports")),
         Backend("cuda", blocks.spectrum, composed=True),
         Backend("cpu", filling(kernels.allocate_spectrum, kernels.spectrum), kernels.supports_spectrum),
         Backend("cpu", blocks.spectrum, composed=True),
@@ -337,13 +360,19 @@ fft_conv_spectrum_op = _library.define(
 
 
 def _flatten(spectrum):
-    return [spectrum.k, spectrum.k_reverse, spectrum.values], [spectrum.length, spectrum.mode]
+    context = [spectrum.length, spectrum.mode, str(spectrum.dtype)[6:]]
+    return [spectrum.k, spectrum.k_reverse, spectrum.values], context
+
+
+def _unflatten(tensors, context):
+    (k, k_reverse, values), (length, mode, dtype) = tensors, context
+    return FFTConvSpectrum(k, k_reverse, length, mode, getattr(torch, dtype), values)
 
 
 torch.utils._pytree.register_pytree_node(
     FFTConvSpectrum,
     _flatten,
-    lambda tensors, context: FFTConvSpectrum(*list(tensors)[:2], *context, list(tensors)[2]),
+    _unflatten,
     serialized_type_name="scalekern.FFTConvSpectrum",
     flatten_with_keys_fn=lambda spectrum: (
         [(torch.utils._pytree.GetAttrKey(name), getattr(spectrum, name)) for name in ("k", "k_reverse", "values")],

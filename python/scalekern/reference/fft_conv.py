@@ -37,6 +37,7 @@ class FFTConvSpectrum:
     k_reverse: torch.Tensor | None
     length: int
     mode: str
+    dtype: torch.dtype  # of u, or wider
     # Complex (D, N / 2 + 1) or (B, D, N / 2 + 1), the Hermitian half; float32 as a kernel wants it; None in the oracle.
     values: torch.Tensor | None
     versions: tuple[int, ...] | None = None  # of the filters' memory when they were transformed, where torch counts
@@ -74,9 +75,10 @@ def fft_conv(
     return fft_conv_fwd(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method)
 
 
-def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None):
+def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None, dtype=None):
     """What scalekern.fft_conv_spectrum returns, with nothing transformed: the oracle needs the filters only."""
-    return FFTConvSpectrum(k, k_reverse, length, mode, None)
+    dtype = dtype or (torch.float64 if k.dtype == torch.float64 else torch.float32)
+    return FFTConvSpectrum(k, k_reverse, length, mode, dtype, None)
 
 
 def fft_conv_fwd(
