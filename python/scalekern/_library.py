@@ -50,11 +50,14 @@ class Op:
         return self._laid_out(outputs, args) if chosen is reference and outputs is not None else outputs
 
     def _laid_out(self, outputs, args):
-        """The reference's outputs in the strides that the fake promises; kernels fill such tensors to begin with."""
+        """The reference's outputs in the strides that the fake promises; kernels fill such tensors to begin with. And in
+        memory of their own: of no tokens, the state after them may be the very tensor that came in."""
         single = isinstance(outputs, torch.Tensor)
         kind = type(outputs)  # a tuple, or the list of a Tensor[]
         outputs, promised = ((outputs,), (self.fake(*args),)) if single else (outputs, self.fake(*args))
-        outputs = [o if o.stride() == p.stride() else p.copy_(o) for o, p in zip(outputs, promised)]
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        own = [o.stride() == p.stride() and o.untyped_storage().data_ptr() not in given for o, p in zip(outputs, promised)]
+        outputs = [o if alone else p.copy_(o) for o, p, alone in zip(outputs, promised, own)]
         return outputs[0] if single else kind(outputs)
 
 
