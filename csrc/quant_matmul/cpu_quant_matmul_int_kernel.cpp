@@ -3,8 +3,8 @@
 // Codes stay unsigned. Below 8 bits, maddubs multiplies 32 of them with 32 signed bytes and adds pairs in int16, where
 //   several such sums fit (kPairs codes of at most 2^bits - 1 times 127); 8-bit codes are widened to int16. Where 8 is
 //   a multiple of the bits, a row is read as it is stored: plane p of a block of 32 bytes is the p-th code of each
-//   byte, and the activations were laid out in that order. Other widths, and groups that cut blocks, are unpacked first,
-//   each group to a multiple of a block.
+//   byte, and the activations were laid out in that order. Other widths, and groups that cut blocks, are unpacked
+//   first, each group to a multiple of a block.
 // Groups of at most kLaneGroup codes keep 8 sums, which float32 holds exactly; longer ones are added up in int64. The
 //   order is scale (sum code x - middle sum x), added over groups, then what zeros and offsets differ from that, times
 //   the token's scale, plus bias; in a long group zeros are subtracted exactly.

@@ -5,8 +5,8 @@
 //   32-bit words of codes meet activations that were laid out for them: lane i of word vector b holds the codes of
 //   columns b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits,
 //   inverted, in the activation. And, subtraction of the middle code (it would cancel digits after the sum),
-//   conversion, multiply-add: 4 operations for W weights (AVX-512, to 4 bits: shift, permutation of a table, multiply-add). What
-//   zeros differ from the middle is taken from the sums of a group.
+//   conversion, multiply-add: 4 operations for W weights (AVX-512, to 4 bits: shift, permutation of a table, multiply-add).
+//   What zeros differ from the middle is taken from the sums of a group.
 // More tokens, where there are tile registers: integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what it
 //   leaves, in cpu_quant_tiles.h, as bfloat16.
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
