@@ -181,7 +181,8 @@ def test_long_rows_in_two_launches(monkeypatch):
     ],
 )
 def test_bad_options_are_named(call):
-    with pytest.raises((ValueError, TypeError), match=r"^(hadamard_transform|fused_hadamard_quantize): .* must .*, got"):
+    named = r"^(hadamard_transform|fused_hadamard_quantize): .* must .*, got"
+    with pytest.raises((ValueError, TypeError), match=named):
         call(torch.zeros(2, 8))
 
 

@@ -1,4 +1,4 @@
-"""Gradients of what a weight is scaled and shifted by, against autograd of the oracle in float64; one token, no rows."""
+"""Gradients of what a weight is scaled and shifted by, against the oracle's in float64; one token, no rows."""
 
 import copy
 
@@ -50,7 +50,7 @@ def test_gradients_of_the_parts(name, activation, backend):
     dout = torch.randn(5, w.shape[0], generator=torch.Generator().manual_seed(4))
 
     def gradients(function, wide):
-        to = (lambda t: t.detach().double().requires_grad_()) if wide else (lambda t: t.detach().clone().requires_grad_())
+        to = lambda t: (t.detach().double() if wide else t.detach().clone()).requires_grad_()
         parts = {p: to(t) for p in PARTS if (t := getattr(w, p)) is not None}
         leaves = [to(x), to(bias), *parts.values()]
         out = function(leaves[0], w.replace(**parts), bias=leaves[1], activation=activation)

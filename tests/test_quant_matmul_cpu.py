@@ -53,7 +53,7 @@ def spoiled(w):
 
 @pytest.mark.parametrize("format, symmetric", VARIANTS, ids=lambda v: {True: "", False: "zeros"}.get(v, v))
 def test_every_format_and_group(format, symmetric):
-    """Each group size on its own shape: one token and few (in registers), many (in blocks); a row's end inside a byte."""
+    """Each group size on its own shape: one token and few (registers), many (blocks); a row's end inside a byte."""
     shapes = itertools.cycle([(1, 17, 100), (5, 100, 50), (64, 1, 100), (33, 17, 50), (4, 17, 300)])
     for group, (M, N, K) in zip((*GROUPS, 128, 64), shapes):
         w = spoiled(weight(N, K, format, group, symmetric))
@@ -66,14 +66,17 @@ def test_every_format_and_group(format, symmetric):
             assert error(out, exact) <= FLOOR[dtype], (group, M, N, K, dtype)
 
 
-IN_REGISTERS = ("int3", "int5", "int6", "int7", "nf4", "fp4_e2m1", "fp4_bnb", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2")
+IN_REGISTERS = (
+    "int3", "int5", "int6", "int7", "nf4", "fp4_e2m1", "fp4_bnb", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("format", IN_REGISTERS)
 def test_few_tokens_in_many_groups(format):
     """A step is 16 or 32 columns: groups of one, of several, and a row that ends inside a step, a group and a byte."""
     symmetric = not FORMATS[format].is_integer
-    for M, (N, K, group) in zip((1, 2, 3, 4, 1, 2), itertools.cycle([(17, 333, 32), (6, 125, 16), (9, 1000, 64), (3, 9, None)])):
+    shapes = itertools.cycle([(17, 333, 32), (6, 125, 16), (9, 1000, 64), (3, 9, None)])
+    for M, (N, K, group) in zip((1, 2, 3, 4, 1, 2), shapes):
         w, x = spoiled(weight(N, K, format, group, symmetric)), randn(M, K, seed=1)
         assert error(scalekern.quant_matmul(x, w), x.double() @ w.dequantize(torch.float64).mT) <= 3e-7, (M, N, K)
 
@@ -123,7 +126,8 @@ def test_integer_sums_are_exact(bits, group, K):
 @pytest.mark.parametrize("code, number", [(0, 127), (255, -127), (0, -127)])
 def test_the_largest_integers_do_not_overflow(code, number):
     K = 1 << 15
-    w = QuantizedTensor(torch.full((5, K), code, dtype=torch.uint8), torch.ones(5, 1), format="int8", columns=K, group_size=K)
+    codes = torch.full((5, K), code, dtype=torch.uint8)
+    w = QuantizedTensor(codes, torch.ones(5, 1), format="int8", columns=K, group_size=K)
     for M in (1, 6):
         out = scalekern.quant_matmul(torch.full((M, K), float(number)), w, activation="int8")
         assert torch.equal(out, torch.full((M, 5), float((code - 128) * number * K)))
@@ -213,15 +217,17 @@ def test_gradient_of_x(format, group, dtype):
 
 def test_every_code_of_every_table():
     for name, fmt in FORMATS.items():
-        codes = torch.arange(1 << fmt.bits)[None]
-        w = QuantizedTensor(pack(codes, fmt.bits), torch.ones(1, 1), format=name, columns=1 << fmt.bits, group_size=1 << 9)
+        K = 1 << fmt.bits
+        codes = torch.arange(K)[None]
+        w = QuantizedTensor(pack(codes, fmt.bits), torch.ones(1, 1), format=name, columns=K, group_size=1 << 9)
         finite = w.dequantize(torch.float64)[0].isfinite()
-        x = torch.eye(1 << fmt.bits)[finite]
+        x = torch.eye(K)[finite]
         clean = w.replace(data=pack(torch.where(finite, codes, 0), fmt.bits))
         out = scalekern.quant_matmul(x, clean)[:, 0]
         assert torch.equal(out, w.dequantize()[0][finite]), name
         if not finite.all():
-            out = scalekern.quant_matmul(torch.ones(1, 1), w[:, :1].replace(data=codes[:, ~finite][:, :1].to(torch.uint8)))
+            bad = codes[:, ~finite][:, :1].to(torch.uint8)
+            out = scalekern.quant_matmul(torch.ones(1, 1), w[:, :1].replace(data=bad))
             assert not out.isfinite().any()
 
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU libra
 
 @pytest.mark.parametrize("bits", BITS)
 def test_whole_numbers_are_exact(bits):
-    """Groups share lines, fill one, several, or make pieces; rows end inside a line and a pair of tiles, tokens inside a
-    tile and the second block of them. Numbers of two digits and more."""
+    """Groups share lines, fill one, several, or make pieces; rows end inside a line and a pair of tiles, tokens inside
+    a tile and the second block of them. Numbers of two digits and more."""
     shapes = itertools.cycle([(17, 515), (70, 300), (33, 1040), (5, 131), (130, 260)])
     groups = (4, 7, 16, 32, 64, 100, 128, 256, 512, 300, None)
     for zeros, group in itertools.product((False, True), groups):

@@ -34,7 +34,8 @@ def test_each_expert_is_a_product_of_its_own(place, name):
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(device)
         dx, dbias = torch.autograd.grad((out * weight).sum(), (x, bias))
     dense = dequantize(w, torch.float64).unflatten(0, (len(ends), N)).to(device)
-    wanted, wanted_dx, wanted_db = (torch.zeros(s, dtype=torch.float64, device=device) for s in (out.shape, x.shape, bias.shape))
+    shapes = (out.shape, x.shape, bias.shape)
+    wanted, wanted_dx, wanted_db = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
     for e, (a, b) in enumerate(zip([0, *ends], ends)):
         wanted[a:b] = x[a:b].detach().double() @ dense[e].mT + bias[e].detach()
         wanted_dx[a:b] = weight[a:b].double() @ dense[e]
@@ -52,8 +53,10 @@ def test_as_one_by_one(place, format, group_size, options):
     w = weights(3, N, K, format, group_size).to(device)
     x = torch.randn(29, K, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
     with scalekern.backend(place[1]):
-        grouped = scalekern.quant_matmul(x, w, offs=torch.tensor([9, 9, 29], dtype=torch.int32, device=device), **options)
-        single = [scalekern.quant_matmul(x[a:b], w[e * N : e * N + N], **options) for e, a, b in ((0, 0, 9), (2, 9, 29))]
+        offs = torch.tensor([9, 9, 29], dtype=torch.int32, device=device)
+        grouped = scalekern.quant_matmul(x, w, offs=offs, **options)
+        parts = ((0, 0, 9), (2, 9, 29))
+        single = [scalekern.quant_matmul(x[a:b], w[e * N : e * N + N], **options) for e, a, b in parts]
     assert_close(grouped, torch.cat(single), tolerance=4e-3)  # tiles of other sizes round bfloat16 otherwise
 
 

@@ -1,8 +1,8 @@
 // The product of tokens in digits: R rows by T tokens of D digits in registers, a section at a time.
 //
 // 128 codes of 4 bits of a row are a load, 3 operations to part them, 2 D products, and D + 1 to join the digits'
-//   sums and scale them, because those are born as the bits of floats (DigitSum): 13 at D = 3, where floats take 24 (a shift,
-//   a permutation and a multiply-add for 16). One number of 8 bits: 3 for 64.
+//   sums and scale them, because those are born as the bits of floats (DigitSum): 13 at D = 3, where floats take 24 (a
+//   shift, a permutation and a multiply-add for 16). One number of 8 bits: 3 for 64.
 // Bound, 4096 x 4096 of 4 bits in groups of 128, one token, two cores of a Sapphire Rapids at 2.65 GHz: 6.5 cycles for
 //   64 bytes and a scale, so 160 us (177 measured with rows that stay in L1), beside 200 for the 8.9 MB from L3: 215 to
 //   230 measured, 1.1 times a loop that only reads. Two to four tokens: two at a time, bound by operations.

@@ -29,8 +29,8 @@
 //
 //   16 tokens, a scale a row, 8 bits: float32 1.36, bfloat16 1.60 (0.80, 0.90). Groups of 64: 1.00, 1.10 (0.95, 1.05);
 //   of 32: bfloat16 0.75 (0.36).
-// Lost: 128 tokens at once (1.5 MB, out of L2: 91 for 57 of products; fewer passes, no faster in all); blocks of 128 rows
-//   (6 to 10 %) and of 256 columns (5 %, out of L1); the next tokens prefetched, before joins were in pieces; one tile of
+// Lost: 128 tokens at once (1.5 MB, out of L2: 91 for 57 of products; fewer passes, no faster); blocks of 128 rows (6
+//   to 10 %) and of 256 columns (5 %, out of L1); the next tokens prefetched, before joins were in pieces; one tile of
 //   rows a step, a tile of C a digit (49 for 37).
 // Not enough by count: two bfloat16 parts leave 2.2e-6 of a normal number, two digits 2.4e-5, where float32 may 1e-6.
 // An output's additions have one order, whatever the number of threads and its place among the others.

@@ -1,16 +1,16 @@
 // Products of up to four tokens with weights of any width, whose codes go from a row's bytes to multiply-adds in
 // registers: every width that words of codes do not fit (cpu_quant_matmul_kernel.cpp), and every table.
 //
-// A step is 16 columns or 32, loaded once into both halves of a register. Bound by operations on AVX2, a weight's cycles
-// in brackets (what was measured is 1.8 times that, of the words of 4-bit codes too):
+// A step is 16 columns or 32, loaded into both halves of a register. Bound by operations on AVX2, cycles of a weight
+// in brackets (measured: 1.8 times that, of the words of 4-bit codes too):
 //   codes   each byte pair that holds a code is shuffled into its lane; a mask leaves code 2^shift, whose factor sits,
 //           inverted, in the activation. Shuffle, and, subtract, convert, multiply-add: 5 for 8 weights (0.16).
 //   floats  the same into 16-bit lanes, where a multiplication and a shift of the sign make them float16 of another
 //           bias, converted exactly, subnormals too: 4 for 16 weights, a conversion and a multiply-add for 8 (0.18).
 //   table   of 16 numbers, a byte of each in one shuffle: 4, and 8 to bring the bytes of 32 weights together (0.19).
 //           Permutations of floats, two and a blend, took twice as long: one a cycle.
-// Decoded into blocks of L1, as for more tokens, 4096 x 4096 took 2.6 ms (nf4) to 6.5 (fp8) on two cores of a Zen 3, the
-// dense bfloat16 product 1.8; so 0.9 (nf4, 3 to 7 bits) to 1.6 (fp8, fp6), and 2.1 with nvfp4's groups of 16.
+// Decoded into blocks of L1, as for more tokens, 4096 x 4096 took 2.6 ms (nf4) to 6.5 (fp8) on two cores of a Zen 3,
+// the dense bfloat16 product 1.8; so 0.9 (nf4, 3 to 7 bits) to 1.6 (fp8, fp6), and 2.1 with nvfp4's groups of 16.
 #pragma once
 #include "quant_matmul/cpu_quant_tokens.h"
 
@@ -85,7 +85,7 @@ struct FloatLanes {
   }
 };
 
-// Lanes 0 .. 3 of a vector are the even columns of eight, 4 .. 7 the odd ones: the low halves of bytes and the high ones.
+// Lanes 0 .. 3 of a vector are the even columns of eight, 4 .. 7 the odd ones: the low halves of bytes and the high.
 struct TableLanes {
   static constexpr int kVectors = 4;
   __m256i bytes[4];  // byte b of the 16 numbers

@@ -13,8 +13,8 @@
 //   M = 128 by products and additions (65536 times 18 ns on two cores: 0.6 ms; to unpack 0.1, tokens 0.2). Measured on
 //   two virtual Sapphire Rapids cores that slow each other, minimum and median: 0.8, 0.9 and 2.3, 2.5 ms, where
 //   bfloat16's dense product takes 1.6, 1.8 and 3.5, 3.8. 8 bits, a scale a row, M = 128: 4.6, 5.1, and torch._int_mm
-//   of activations that are rounded already 4.5, 5.2. M = 16, groups of 128, times as fast as bfloat16: 2 bits 1.7, 3, 5
-//   and 7 bits 1.3 (8 codes at a time by pdep: 0.7). 4 bits in groups of 64: 1.6, of 32 1.15. Shorter ones are still
+//   of activations that are rounded already 4.5, 5.2. M = 16, groups of 128, times as fast as bfloat16: 2 bits 1.7; 3,
+//   5 and 7 bits 1.3 (8 codes at a time by pdep: 0.7). 4 bits in groups of 64: 1.6, of 32 1.15. Shorter ones are still
 //   slower, by a product, a store and the additions of each: 16 0.7, 7 0.4 (a line each: 0.3, 0.15).
 // Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1, not L2;
 //   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).

@@ -87,8 +87,8 @@ class CodeLines {
   }
 
  private:
-  // P planes, spread (0), or halves of lines (-2). The machine does not foresee rows in short runs: the next run of each is fetched, behind the
-  // last the next rows'.
+  // P planes, spread (0), or halves of lines (-2). The machine does not foresee rows in short runs: the next run of
+  // each is fetched, behind the last the next rows'.
   template <int P>
   __attribute__((noinline)) void unpack(
       int64_t first, int64_t rows, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {

@@ -68,8 +68,9 @@ void multiply(const QuantMatmulArgs& a) {
 
 void forward(
     Tensor out, Tensor x, Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets,
-    OptionalTensor outer, OptionalTensor bias, OptionalTensor offs, OptionalTensor table, int64_t bits, double step, double base,
-    int64_t mantissa, double zero, int64_t group_size, bool powers, double activation_max, double activation_scale) {
+    OptionalTensor outer, OptionalTensor bias, OptionalTensor offs, OptionalTensor table, int64_t bits, double step,
+    double base, int64_t mantissa, double zero, int64_t group_size, bool powers, double activation_max,
+    double activation_scale) {
   expect_writes(out);
   QuantMatmulArgs a = described(
       weight(data, scales, zeros, offsets, outer, table, x.size(-1), bits, step, base, mantissa, zero, group_size,
@@ -112,7 +113,7 @@ Tensor like_but_last(const Tensor& x, int64_t last) {
   return Tensor(out);
 }
 
-// x (..., K) with such a weight, in memory of its own; nothing, and nothing computed, of an x that the kernels do not read.
+// x (..., K) with such a weight, in memory of its own; nothing, and nothing computed, of an x that no kernel reads.
 std::optional<Tensor> with_kept(Tensor x, Tensor kept) {
   QuantMatmulArgs a;
   std::memcpy(&a, kept.data_ptr(), sizeof a);

@@ -10,7 +10,8 @@ using scalekern::QuantMatmulBwdArgs;
 constexpr int64_t kBlockRows = 128, kBlockColumns = 256, kBlockTokens = 256;
 
 static void block_of_columns(
-    const QuantMatmulBwdArgs& a, const float* dout, int64_t pitch, int64_t first, float* block, float* c, float* parts) {
+    const QuantMatmulBwdArgs& a, const float* dout, int64_t pitch, int64_t first, float* block, float* c,
+    float* parts) {
   const QuantWeight& w = a.w;
   constexpr int64_t kPanelColumns = kPanel<float>;
   const int64_t count = least(kBlockColumns, w.columns - first), padded = round_up(count, kPanelColumns);
@@ -46,7 +47,8 @@ void quant_matmul_bwd(const QuantMatmulBwdArgs& a) {
   const float* dout = in_place ? static_cast<const float*>(a.dout.data) : own;
   const int64_t pitch = in_place ? a.dout.row : w.rows;
   parallel_if(
-      a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.columns, kBlockColumns), [&](int64_t begin, int64_t end) {
+      a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.columns, kBlockColumns),
+      [&](int64_t begin, int64_t end) {
         const Buffer<float> block(kBlockRows * kBlockColumns + 8), parts(GroupParts::floats(w.groups));
         const Buffer<float> c(least(a.tokens, kBlockTokens) * kBlockColumns);
         for (int64_t i = begin; i < end; ++i)

@@ -1,10 +1,10 @@
 // Products of int8 or int4 activations with a weight of integer codes: int32, exact, within a group; then float32.
 //
 // Codes stay unsigned. Below 8 bits, maddubs multiplies 32 of them with 32 signed bytes and adds pairs in int16, where
-//   several such sums fit (kPairs codes of at most 2^bits - 1 times 127); 8-bit codes are widened to int16. Where 8 is a
-//   multiple of the bits, a row is read as it is stored: plane p of a block of 32 bytes is the p-th code of each byte,
-//   and the activations were laid out in that order. Other widths, and groups that cut blocks, are unpacked first, each
-//   group to a multiple of a block.
+//   several such sums fit (kPairs codes of at most 2^bits - 1 times 127); 8-bit codes are widened to int16. Where 8 is
+//   a multiple of the bits, a row is read as it is stored: plane p of a block of 32 bytes is the p-th code of each
+//   byte, and the activations were laid out in that order. Other widths, and groups that cut blocks, are unpacked
+//   first, each group to a multiple of a block.
 // Groups of at most kLaneGroup codes keep 8 sums, which float32 holds exactly; longer ones are added up in int64. The
 //   order is scale (sum code x - middle sum x), added over groups, then what zeros and offsets differ from that, times
 //   the token's scale, plus bias; in a long group zeros are subtracted exactly.
@@ -86,8 +86,8 @@ static inline void multiply(
     }
 }
 
-// code times 32 activations that are read where they lie: left to itself, the compiler keeps them for the next row in the
-// registers that the sums need.
+// code times 32 activations that are read where they lie: left to itself, the compiler keeps them for the next row in
+// the registers that the sums need.
 static inline __m256i multiply_pairs(__m256i code, const int8_t* x) {
   __m256i product;
   asm("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(code), "m"(*reinterpret_cast<const __m256i_u*>(x)));
@@ -116,7 +116,7 @@ static __attribute__((noinline)) void brief_groups(
     for (int64_t b = g + 1 < groups ? each : last; b > 0; --b, x += P * kLaneBytes, offset += kLaneBytes) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        if (T == 1) __builtin_prefetch(row[r] + offset + next);  // four short streams: nothing that the machine foresees
+        if (T == 1) __builtin_prefetch(row[r] + offset + next);  // four short streams: the machine foresees none
         const __m256i bytes = load_256(row[r] + offset);
 #pragma GCC unroll 8
         for (int i = 0; i < P; ++i) {
@@ -191,7 +191,7 @@ static __attribute__((noinline)) void tile(
   if (p.w.has_rest(p.layout.middle))
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t)
-        for (int64_t g = 0; g < groups; g += 8)  // `rest` is 0 past the groups, where the sums are those of the next token or 0
+        for (int64_t g = 0; g < groups; g += 8)  // `rest` is 0 past the groups, the sums the next token's or 0
           total[r][t] = _mm256_fmadd_ps(_mm256_loadu_ps(parts[r].rest + g),
                                         _mm256_loadu_ps(p.tokens.sum + (m + t) * groups + g), total[r][t]);
   for (int r = 0; r < R; ++r)
@@ -249,7 +249,8 @@ static void product(const QuantMatmulArgs& a, const Layout& layout) {
   const Whole<X> tokens(a, layout);
   const int64_t block_rows = most(4, least(kMostRows, kBytes / layout.row_bytes() / 4 * 4));
   const Problem<X> problem{w, layout, tokens};
-  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, block_rows), [&](int64_t begin, int64_t end) {
+  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, block_rows),
+              [&](int64_t begin, int64_t end) {
     CodeRows rows(w, layout, block_rows);
     const Buffer<float> c(block_rows * a.tokens), memory(block_rows * RowParts::floats(w.groups));
     float bias[kMostRows];
@@ -264,7 +265,8 @@ static void product(const QuantMatmulArgs& a, const Layout& layout) {
       }
       block<P>(problem, count, a.tokens, codes, parts, c, block_rows);
       load_bias(a, first, count, bias);
-      for (int64_t m = 0; m < a.tokens; ++m) store_results(a, m, first, count, c + m * block_rows, tokens.scale[m], bias);
+      for (int64_t m = 0; m < a.tokens; ++m)
+        store_results(a, m, first, count, c + m * block_rows, tokens.scale[m], bias);
     }
   });
 }

@@ -1,13 +1,13 @@
 // Products of float activations with a low-bit weight.
 //
 // A few tokens (kFewTokens): bound by the weight's bytes, so the weight is read once and stays in registers. Integer
-//   codes where there is VNNI: cpu_quant_digits.h; tables: cpu_quant_few_tokens.h. Elsewhere, and what that leaves, 32-bit
-//   words of codes meet activations that were laid out for them: lane i of word vector b holds the codes of columns
-//   b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits, inverted, in the
-//   activation. And, subtraction of the middle code (which would cancel digits after the sum), conversion, multiply-add:
-//   4 operations for W weights (AVX-512, to 4 bits: shift, permutation of a table, multiply-add). What zeros differ from
-//   the middle is taken from the sums of a group.
-// More tokens, where there are tile registers: integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what that
+//   codes where there is VNNI: cpu_quant_digits.h; tables: cpu_quant_few_tokens.h. Elsewhere, and what that leaves,
+//   32-bit words of codes meet activations that were laid out for them: lane i of word vector b holds the codes of
+//   columns b W J + i J + j, J = 32 / bits; a mask leaves code 2^(bits j), an exact integer, whose factor sits,
+//   inverted, in the activation. And, subtraction of the middle code (it would cancel digits after the sum),
+//   conversion, multiply-add: 4 operations for W weights (AVX-512, to 4 bits: shift, permutation of a table, multiply-add).
+//   What zeros differ from the middle is taken from the sums of a group.
+// More tokens, where there are tile registers: integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what it
 //   leaves, in cpu_quant_tiles.h, as bfloat16.
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
@@ -84,7 +84,8 @@ static void by_blocks(const QuantMatmulArgs& a) {
   const int64_t depth = least(few ? kFewDepth : kDepth, round_up(w.columns, kStep));
   const int64_t block_rows = few ? kFewRows : kBlockRows;
   const int64_t ld = depth + kStep;  // rows a power of two apart would share the sets of L1
-  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, block_rows), [&](int64_t begin, int64_t end) {
+  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, block_rows),
+              [&](int64_t begin, int64_t end) {
     const Buffer<float> block(block_rows * ld + 8), c(block_rows * a.tokens), parts(block_rows * 3 * w.groups);
     float bias[kBlockRows];
     for (int64_t first = begin * block_rows; first < least(end * block_rows, w.rows); first += block_rows) {

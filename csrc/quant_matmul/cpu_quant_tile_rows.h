@@ -147,8 +147,8 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
   }
 }
 
-// `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32. What is `ahead`
-// of them, in bytes, comes next.
+// `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32. What is
+// `ahead` of them, in bytes, comes next.
 template <int P, class Own>
 static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own& own, int64_t first, int64_t count,
                       int64_t ahead, float* line, char* tiles, int64_t pitch) {

@@ -10,7 +10,7 @@
 // Codes that are exact in bfloat16 (integers, small floats), in groups of kScaledGroup columns and more, are one part,
 //   and a group's sum is multiplied by its scale: 1, 2 or 3 products. What zeros and offsets differ from the middle
 //   code meets the sums of the tokens' groups, as columns of their own. Otherwise bfloat16, too, takes two
-//   parts: in one, rounding errors of a few numbers do not average (3.3e-3 of int2 with one scale a tensor), and a chain
+//   parts: in one, rounding errors of few numbers do not average (3.3e-3 of int2 with one scale a tensor), and a chain
 //   of three products missed its tolerance (5.4e-3 of 5.1e-3).
 //
 // A block of rows (block_rows x block_columns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and

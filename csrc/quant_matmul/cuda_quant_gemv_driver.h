@@ -47,8 +47,8 @@ bool tiles(Exec& exec, Args& a, int64_t group) {
   return false;
 }
 
-// The formats of Tiles: integers around 2^(bits - 1), ternary, int1 as -1 and 1, tables of 16. It can do 5 and 7 bits as
-// well (25 s of compilation are 31 with them and more groups of ternary), which nobody has in groups that fit.
+// The formats of Tiles: integers around 2^(bits - 1), ternary, int1 as -1 and 1, tables of 16. It can do 5 and 7 bits
+// (25 s of compilation are 31 with them and more groups of ternary), which nobody has in groups that fit.
 template <class T, class Exec>
 bool tiles_of(Exec& exec, Args& a, int64_t group) {
   if (a.bits == 4 && a.table) return tiles<T, 4, kTable>(exec, a, group);

@@ -47,7 +47,8 @@ struct QuantWeight {
   QuantWeight from(int64_t r, int64_t count) const {
     QuantWeight some = *this;
     some.data += r * pitch, some.rows = count;
-    some.scales = scales.from(r), some.zeros = zeros.from(r), some.offsets = offsets.from(r), some.outer = outer.from(r);
+    some.scales = scales.from(r), some.zeros = zeros.from(r), some.offsets = offsets.from(r),
+    some.outer = outer.from(r);
     return some;
   }
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
