@@ -42,6 +42,17 @@ def error(actual, exact):
     return float((actual.double() - exact).norm() / exact.norm())
 
 
+def same_bits_on_any_threads(cases):
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append([scalekern.quant_matmul(x, w) for w, x in cases])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
 def spoiled(w):
     """The same weight in rows that are part of wider ones, with ones in the bits after its last code."""
     wide = torch.full((w.data.shape[0], w.data.shape[1] + 13), 255, dtype=torch.uint8)

@@ -9,8 +9,23 @@ import itertools
 import pytest
 import torch
 from conftest import run_at_level
-from test_quant_matmul_cpu import FLOOR, error, on_the_cpu_kernels, randn, spoiled, weight  # noqa: F401
-from test_quant_matmul_digits import BITS, exact_product, spread, without
+from test_quant_matmul_cpu import (  # noqa: F401
+    FLOOR,
+    error,
+    on_the_cpu_kernels,
+    randn,
+    same_bits_on_any_threads,
+    spoiled,
+    weight,
+)
+from test_quant_matmul_digits import (
+    BITS,
+    FACTORS,
+    as_exact_as_float32,
+    exact_product,
+    one_large_column_in_every_group,
+    spread,
+)
 
 import scalekern
 from scalekern import _native, reference
@@ -40,23 +55,13 @@ def test_whole_numbers_are_exact(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_as_exact_as_float32(bits):
-    for group, M, K in ((128, 20, 4096), (64, 5, 1000), (None, 70, 3000), (2048, 16, 4096)):
-        w, x = weight(40, K, f"int{bits}", group, symmetric=bits != 2), randn(M, K, seed=1)
-        exact = exact_product(x, w)
-        assert error(scalekern.quant_matmul(x, w), exact) <= min(3e-7, 2 * error(x @ w.dequantize().mT, exact)), group
+    as_exact_as_float32(bits, 40, ((128, 20, 4096), (64, 5, 1000), (None, 70, 3000), (2048, 16, 4096)))
 
 
-@pytest.mark.parametrize("factor", [10.0, 100.0, 1e3, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("dtype", FLOOR)
 def test_one_large_column_in_every_group(factor, dtype):
-    """Even where the weight has nothing for it: then all digits of the others have to be there."""
-    for group, M in ((128, 9), (32, 17), (None, 5)):
-        w = weight(40, 1024, "int4", group)
-        x = spread(randn(M, 1024, seed=1), group or 128, factor).to(dtype)
-        for w in (w, without(w, group or 128)):
-            exact = exact_product(x, w)
-            if exact.to(dtype).isfinite().all():
-                assert error(scalekern.quant_matmul(x, w), exact) <= FLOOR[dtype], (group, M)
+    one_large_column_in_every_group(factor, dtype, ((128, 9), (32, 17), (None, 5)))
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
@@ -128,16 +133,9 @@ def test_strides_and_parts():
 
 
 def test_threads_change_no_bit():
-    threads, runs = torch.get_num_threads(), []
     cases = [(weight(301, 520, "int4", g), randn(M, 520).to(d)) for g, M, d in
              itertools.product((128, 32), (17, 100), FLOOR)]  # fmt: skip
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            runs.append([scalekern.quant_matmul(x, w) for w, x in cases])
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+    same_bits_on_any_threads(cases)
 
 
 @pytest.mark.parametrize("level", ["avx512", "vnni"])

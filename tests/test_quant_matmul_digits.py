@@ -58,12 +58,16 @@ def test_whole_numbers_are_exact():
             assert torch.equal(scalekern.quant_matmul(x.float(), w).double(), exact), (bits, zeros, group, M, N, K)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_as_exact_as_float32(bits):
-    for group, M, K in ((128, 1, 4096), (64, 2, 1000), (None, 3, 5000), (2048, 4, 4096)):
-        w, x = weight(70, K, f"int{bits}", group, symmetric=bits != 2), randn(M, K, seed=1)
+def as_exact_as_float32(bits, N, cases):
+    for group, M, K in cases:
+        w, x = weight(N, K, f"int{bits}", group, symmetric=bits != 2), randn(M, K, seed=1)
         exact = exact_product(x, w)
         assert error(scalekern.quant_matmul(x, w), exact) <= min(3e-7, 2 * error(x @ w.dequantize().mT, exact)), group
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_as_exact_as_float32(bits):
+    as_exact_as_float32(bits, 70, ((128, 1, 4096), (64, 2, 1000), (None, 3, 5000), (2048, 4, 4096)))
 
 
 @pytest.mark.parametrize("bits", BITS[1:])
@@ -74,17 +78,24 @@ def test_the_unit_is_as_small_as_may_be(bits):
     assert error(scalekern.quant_matmul(x, w), exact_product(x, w)) <= 1.3e-7
 
 
-@pytest.mark.parametrize("factor", [10.0, 100.0, 1e3, 1e4, 1e6, 1e9])
-@pytest.mark.parametrize("dtype", FLOOR)
-def test_one_large_column_in_every_group(factor, dtype):
-    """Even where the weight has nothing for it: then all digits of the others have to be there."""
-    for group, M in ((128, 1), (32, 3), (None, 2)):
+FACTORS = (10.0, 100.0, 1e3, 1e4, 1e6, 1e9)
+
+
+def one_large_column_in_every_group(factor, dtype, cases):
+    for group, M in cases:
         w = weight(40, 1024, "int4", group)
         x = spread(randn(M, 1024, seed=1), group or 128, factor).to(dtype)
         for w in (w, without(w, group or 128)):
             exact = exact_product(x, w)
             if exact.to(dtype).isfinite().all():
                 assert error(scalekern.quant_matmul(x, w), exact) <= FLOOR[dtype], (group, M)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_one_large_column_in_every_group(factor, dtype):
+    """Even where the weight has nothing for it: then all digits of the others have to be there."""
+    one_large_column_in_every_group(factor, dtype, ((128, 1), (32, 3), (None, 2)))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -11,7 +11,16 @@ import sys
 import pytest
 import torch
 from conftest import child_environment
-from test_quant_matmul_cpu import FLOOR, VARIANTS, error, on_the_cpu_kernels, randn, spoiled, weight  # noqa: F401
+from test_quant_matmul_cpu import (  # noqa: F401
+    FLOOR,
+    VARIANTS,
+    error,
+    on_the_cpu_kernels,
+    randn,
+    same_bits_on_any_threads,
+    spoiled,
+    weight,
+)
 
 import scalekern
 from scalekern import _native, reference
@@ -113,16 +122,9 @@ def test_strides_and_parts():
 
 
 def test_threads_change_no_bit():
-    threads, runs = torch.get_num_threads(), []
     cases = [(weight(301, 520, f, 128), randn(M, 520).to(d))
              for (f, M), d in itertools.product((("int4", 17), ("nf4", 300)), FLOOR)]  # fmt: skip
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            runs.append([scalekern.quant_matmul(x, w) for w, x in cases])
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+    same_bits_on_any_threads(cases)
 
 
 def test_a_token_is_the_same_in_any_company():
