@@ -204,8 +204,7 @@ class NativeBuild:
             return
         # -O1: it is called by tests and packers, and the CUDA kernels that it emulates compile in 34 s instead of 84.
         flags = f"-O1 -I{CSRC} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-        sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp"]
-        objects = [self.compile("cxx", source, "bind", flags) for source in sources]
+        objects = [self.compile("cxx", CSRC / "bindings.cpp", "bind", flags)]
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self.link(f"_C{suffix}", f"_C{suffix}", objects, "")
 

@@ -9,6 +9,8 @@ import time
 
 import torch
 
+from scalekern import _native
+
 PIECES = (2**15, 2**16, 2**17, 2**18)
 _rates: dict[str, dict] = {}
 
@@ -123,16 +125,7 @@ def slug(device: torch.device) -> str:
     """Folder of the device's records: nvidia-h200, or cpu-avx512-2t (what the kernels use, and how many threads)."""
     if device.type == "cuda":
         return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return f"cpu-{cpu_isa()}-{torch.get_num_threads()}t"
-
-
-def cpu_isa() -> str:
-    try:
-        from scalekern import _C
-
-        return _C.cpu_isa()
-    except ImportError:
-        return platform.machine().lower()
+    return f"cpu-{_native.cpu_isa() or platform.machine().lower()}-{torch.get_num_threads()}t"
 
 
 def versions(device: torch.device) -> dict[str, str | None]:

@@ -2,10 +2,7 @@
 
 import contextlib
 import os
-import pathlib
 import re
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -33,12 +30,46 @@ if INTERPRET:
     import fast_interpreter  # noqa: F401
 
 
+def at_levels(*names: str):
+    """A decorator: the test runs on these levels of the CPU kernels too, where they are below the machine's."""
+    mine = None if INTERPRET else _native.cpu_isa()
+    lower = [name for name in names if mine and LEVELS.index(name) < LEVELS.index(mine)]
+    return pytest.mark.parametrize("level", [pytest.param(None, id=mine or "none"), *lower], indirect=True)
+
+
+@contextlib.contextmanager
+def on_level(name: str | None):
+    """The CPU kernels of that level, or of the machine's where it is lower; None changes nothing."""
+    before = _native.cpu_isa()
+    found = _native.cpu_isa(name)
+    try:
+        yield found
+    finally:
+        _native.cpu_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def level(request):
+    """Which level the test runs on: what `at_levels` says, else the machine's."""
+    name = getattr(request, "param", None)
+    with on_level(name) as found:
+        assert name in (None, found)
+        yield found
+
+
 def pytest_collection_modifyitems(config, items):
+    # A level below the machine's says something about the CPU kernels alone.
+    items[:] = [item for item in items if not _is_idle(getattr(item, "callspec", None))]
     if not torch.cuda.is_available():
         reason = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(reason)
+
+
+def _is_idle(callspec) -> bool:
+    params = callspec.params if callspec else {}
+    return bool(params.get("level")) and params.get("place", ("cpu", "cpu")) != ("cpu", "cpu")
 
 
 def places() -> list:
@@ -119,22 +150,4 @@ def child_environment(**changes) -> dict:
     return {**os.environ, **{k: str(v) for k, v in changes.items()}}
 
 
-def run_at_level(isa: str, code: str) -> None:
-    """`code` in a process of its own, in this folder, on that level of the CPU kernels, or the highest there is."""
-    machine = pytest.importorskip("scalekern._C").cpu_isa()
-    level = min(isa, machine, key=LEVELS.index)
-    code = f"from scalekern import _C; assert _C.cpu_isa() == {level!r}, _C.cpu_isa()\n{code}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=isa), capture_output=True, text=True,
-        cwd=pathlib.Path(__file__).parent, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-
-
-def run_files_at_level(isa: str, chosen: str, *files: str) -> None:
-    """The tests of `files` that `chosen` chooses, as `run_at_level` runs them; none is an error."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
-    run_at_level(isa, f"import sys, pytest; sys.exit(pytest.main({options!r}))")
-
-
-__all__ = ["INTERPRET", "child_environment", "places", "run_at_level", "run_files_at_level", "scalekern"]
+__all__ = ["INTERPRET", "at_levels", "child_environment", "on_level", "places", "scalekern"]

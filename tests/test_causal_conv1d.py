@@ -8,7 +8,7 @@ Shape letters: B batch, D channels, L length, W filter width, T tokens of an upd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRET, run_files_at_level
+from conftest import INTERPRET, at_levels
 
 import scalekern
 from scalekern import reference
@@ -100,6 +100,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES)
+@at_levels("baseline", "avx2")
 def test_agrees_with_the_oracle(any_backend, case, layout, dtype):
     with scalekern.backend(any_backend):
         compare(*conv_inputs(**CASES[case], layout=layout, dtype=dtype), dtype)
@@ -121,6 +122,7 @@ def test_channel_counts(any_backend, D, layout):
 
 @pytest.mark.parametrize("activation", [None, "silu", "swish"])
 @pytest.mark.parametrize("W", range(2, 9))
+@at_levels("baseline", "avx2")
 def test_widths(any_backend, W, activation):
     tensors, rest = conv_inputs(2, 3, 19, W, initial=True, dtype=DTYPES[0])
     with scalekern.backend(any_backend):
@@ -321,6 +323,7 @@ def test_update_agrees_with_the_oracle(any_backend, circular, T, K, layout, dtyp
 
 @pytest.mark.parametrize("D", CHANNELS)
 @pytest.mark.parametrize("W", [2, 4, 8])
+@at_levels("baseline", "avx2")
 def test_update_sizes(any_backend, W, D):
     with scalekern.backend(any_backend):
         compare_update(*update_inputs(2, D, W, W, 3), torch.float32)
@@ -333,6 +336,7 @@ def test_update_of_many_tokens(any_backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@at_levels("baseline", "avx2")
 def test_update_with_another_state_dtype(any_backend, state_dtype, dtype):
     x, state, weight, bias = update_inputs(D=17, dtype=dtype, state_dtype=state_dtype, layout="channels_last")
     with scalekern.backend(any_backend):
@@ -429,10 +433,3 @@ def test_bad_input_is_named(case):
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
-
-
-@pytest.mark.skipif(INTERPRET, reason="a check of the CPU kernels")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])  # the rest of this file runs on what the machine has
-def test_every_instruction_set_level(isa):
-    chosen = "cpu and ((agrees_with_the_oracle and not holes) or update_sizes or widths or another_state_dtype)"
-    run_files_at_level(isa, chosen, "test_causal_conv1d.py", "test_selective_state_update.py")

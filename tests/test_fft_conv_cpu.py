@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import run_at_level
+from conftest import at_levels
 
 import scalekern
 from scalekern import _dispatch, _library, _native, fft_conv, fft_conv_spectrum, reference, testing
@@ -59,6 +59,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("length, taps", SIZES)
+@at_levels("baseline", "avx2")
 def test_every_size(length, taps):
     u, k = randn(2, 2, length), randn(2, taps, seed=1)
     found, expected = run(u, k), exact(u, k)
@@ -70,6 +71,7 @@ def test_every_size(length, taps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["causal", "same", "full"])
 @pytest.mark.parametrize("length, taps, reverse", [(128, 128, 128), (150, 40, 300), (90, 200, 3), (700, 5, 60)])
+@at_levels("baseline", "avx2")
 def test_every_option(mode, length, taps, reverse, dtype):
     """Together, in both of the shapes of filters; rows with a half behind x^n, and lags before zero."""
     count = length + taps - 1 if mode == "full" else length
@@ -151,18 +153,6 @@ def test_a_filter_that_is_not_finite_stays_in_its_channel():
         dim = found.dim() - 2
         assert torch.equal(found.select(dim, 0), before.select(dim, 0))
         assert torch.equal(found.select(dim, 2), before.select(dim, 2))
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lower_levels_of_instructions(isa):
-    """Of this machine's level speaks the rest of this file."""
-    if pytest.importorskip("scalekern._C").cpu_isa() == isa:
-        return
-    code = (
-        "from test_fft_conv_cpu import *\nfor size in ((100, 300), (1024, 1024), (3000, 17)): test_every_size(*size)\n"
-        "test_every_option('same', 150, 40, 300, torch.bfloat16)"
-    )
-    run_at_level(isa, code)
 
 
 @pytest.mark.parametrize(

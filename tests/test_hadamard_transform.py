@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import INTERPRET, kernel_places, run_files_at_level
+from conftest import INTERPRET, at_levels, kernel_places
 
 import scalekern
 from scalekern import compat
@@ -14,6 +14,7 @@ from scalekern.testing import TOLERANCE, assert_close
 oracle = importlib.import_module("scalekern.reference.hadamard_transform")
 ORDERS = (12, 20, 28, 40)
 SIZES = (1, 2, 7, 8, 12, 24, 40, 64, 128, 160, 300, 1024, 3072) if not INTERPRET else (7, 28, 512)
+lower_levels = at_levels("avx512", "avx2", "baseline")  # avx512: without the tiles of bfloat16
 compiled_only = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests Triton alone")
 
 
@@ -52,6 +53,7 @@ def test_which_matrix_a_size_takes():
 
 @pytest.mark.parametrize("place", kernel_places())
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@lower_levels
 def test_every_size_and_its_integers(dtype, place):
     """The transform against float64; the integers are exactly those of the float32 transform of the same kernel.
 
@@ -89,6 +91,7 @@ def test_rounding_is_half_to_even_and_zeros_stay(place):
 
 @pytest.mark.parametrize("place", kernel_places())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@lower_levels
 def test_what_is_not_finite_stays_in_its_row(value, place):
     """Every point of the row is spoiled (an infinity may come as NaN where it is split in parts), and no other row."""
     device, backend = place
@@ -108,6 +111,7 @@ def test_what_is_not_finite_stays_in_its_row(value, place):
 
 
 @pytest.mark.parametrize("place", kernel_places())
+@lower_levels
 def test_layouts_change_no_bit(place):
     """Rows apart, points apart, many axes, a transposed x, an expanded one."""
     device, backend = place
@@ -129,6 +133,7 @@ LONG = {32: 37, 64: 1030, 384: 3, 512: 3, 768: 3, 1024: 5, 1280: 3, 8192: 3, 102
 
 @compiled_only
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@lower_levels
 def test_cpu_passes_of_every_length(dtype):
     """n: rows that end within a tile, a pass or a thread's share; alone and apart they are the same, bit for bit."""
     tolerance = {torch.float32: 1e-6}.get(dtype, TOLERANCE[dtype] / 2)
@@ -141,14 +146,6 @@ def test_cpu_passes_of_every_length(dtype):
             apart = torch.full((count, 2 * n), float("nan"), dtype=dtype)[:, ::2].copy_(x)
             for layout, same in ((pitched, out), (apart, out), (x[1:], out[1:]), (x[-1:], out[-1:])):
                 assert torch.equal(scalekern.hadamard_transform(layout, n**-0.5), same), f"n = {n}"
-
-
-@compiled_only
-@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
-def test_at_lower_levels(isa):
-    """avx512: without the tiles of bfloat16."""
-    chosen = "(every_size or not_finite or layouts or cpu_passes) and not triton"
-    run_files_at_level(isa, chosen, "test_hadamard_transform.py")
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the interpreter's process tests Triton")

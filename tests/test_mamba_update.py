@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import INTERPRET, run_files_at_level
+from conftest import INTERPRET, at_levels
 
 import scalekern
 from scalekern.testing import assert_close
@@ -41,6 +41,7 @@ def double(value):
 @pytest.mark.parametrize("wider", [0, 5])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
+@at_levels("baseline", "avx2")
 def test_the_edges_of_its_products(sizes, dtype, wider):
     args, options = step(*sizes, dtype, wider)
     exact = [double(a.clone()) for a in args]
@@ -48,8 +49,3 @@ def test_the_edges_of_its_products(sizes, dtype, wider):
     found = scalekern.mamba_update(*args, **options)
     for name, a, b in zip(("out", "conv_state", "ssm_state"), (found, *args[1:3]), (want, *exact[1:3])):
         assert_close(a.double(), b, tolerance=TOLERANCE[dtype], what=name)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set_level(isa):
-    run_files_at_level(isa, "edges", "test_mamba_update.py")

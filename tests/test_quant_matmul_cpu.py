@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import run_at_level
+from conftest import at_levels
 
 import scalekern
 from scalekern import _native, reference
@@ -249,7 +249,8 @@ def test_none_of_these_ran_on_torch(monkeypatch):
     assert scalekern.quant_matmul(x[:0], w).shape == (0, 9) and row_bytes(40, 4) == w.data.shape[1]
 
 
-def few_tokens_in_groups():
+@at_levels("baseline", "avx2", "avx512")
+def test_few_tokens_in_groups():
     """Groups of a lane's columns, of some lanes, of a whole vector of words and of several; the last ones short."""
     kinds = [(f, s) for f in ("int1", "int2", "int4", "int8") for s in (True, False) if s or f != "int1"]
     for format, symmetric in kinds:
@@ -258,12 +259,3 @@ def few_tokens_in_groups():
             x = randn(M % 4 + 1, K, seed=1)
             found = error(scalekern.quant_matmul(x, w).double(), x.double() @ w.dequantize(torch.float64).mT)
             assert found <= 1e-6, f"{format} {group} {K} {M % 4 + 1}: {found:.1e}"
-
-
-def test_few_tokens_in_groups():
-    few_tokens_in_groups()
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_few_tokens_at_lower_levels(isa):
-    run_at_level(isa, "import test_quant_matmul_cpu as t; t.few_tokens_in_groups()")

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import run_at_level
+from conftest import at_levels
 from test_quant_matmul_cpu import (  # noqa: F401
     FLOOR,
     error,
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU libra
 
 
 @pytest.mark.parametrize("bits", BITS)
+@at_levels("avx512", "vnni")
 def test_whole_numbers_are_exact(bits):
     """Groups share lines, fill one, several, or make pieces; rows end inside a line and a pair of tiles, tokens inside
     a tile and the second block of them. Numbers of two digits and more."""
@@ -118,6 +119,7 @@ def test_a_scale_that_is_no_number_stays_in_its_row(bad):
         assert error(out[:, others], clean[:, others].double()) <= 1e-6
 
 
+@at_levels("avx512", "vnni")
 def test_strides_and_parts():
     w = weight(40, 512, "int4", 64, symmetric=False)
     w = w.replace(scales=w.scales.half(), zeros=w.zeros.mT.contiguous().mT, offsets=(randn(40, 16) / 9)[:, ::2],
@@ -136,12 +138,3 @@ def test_threads_change_no_bit():
     cases = [(weight(301, 520, "int4", g), randn(M, 520).to(d)) for g, M, d in
              itertools.product((128, 32), (17, 100), FLOOR)]  # fmt: skip
     same_bits_on_any_threads(cases)
-
-
-@pytest.mark.parametrize("level", ["avx512", "vnni"])
-def test_lower_levels(level):
-    run_at_level(
-        level,
-        "import scalekern, test_quant_matmul_digit_tiles as t\n"
-        "with scalekern.backend('cpu'):\n t.test_strides_and_parts(), t.test_whole_numbers_are_exact(4)",
-    )

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import run_at_level
+from conftest import at_levels
 from test_quant_matmul_cpu import FLOOR, error, on_the_cpu_kernels, randn, spoiled, weight  # noqa: F401
 
 import scalekern
@@ -19,6 +19,7 @@ from scalekern.quant._pack import pack
 pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
 
 BITS = tuple(range(1, 9))
+lower_levels = at_levels("avx2", "avx512", "vnni")
 
 
 def exact_product(x, w):
@@ -39,6 +40,7 @@ def without(w, group, column=3):
     return w.replace(data=pack(codes, w.bits))
 
 
+@lower_levels
 def test_whole_numbers_are_exact():
     """Numbers and scales of few bits: float32 holds every sum, and so do digits. Groups share lines, fill one, several,
     or make parts of up to 1024 columns; rows end inside a line, and strips of rows inside the four of a tile."""
@@ -66,6 +68,7 @@ def as_exact_as_float32(bits, N, cases):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@at_levels("vnni")  # floats alone are not as exact as torch's product everywhere
 def test_as_exact_as_float32(bits):
     as_exact_as_float32(bits, 70, ((128, 1, 4096), (64, 2, 1000), (None, 3, 5000), (2048, 4, 4096)))
 
@@ -93,12 +96,14 @@ def one_large_column_in_every_group(factor, dtype, cases):
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("dtype", FLOOR)
+@lower_levels
 def test_one_large_column_in_every_group(factor, dtype):
     """Even where the weight has nothing for it: then all digits of the others have to be there."""
     one_large_column_in_every_group(factor, dtype, ((128, 1), (32, 3), (None, 2)))
 
 
 @pytest.mark.parametrize("bits", BITS)
+@lower_levels
 def test_groups_of_any_size_of_numbers(bits):
     """A unit a group: the small ones keep their digits, as their scales show. And zeros, and a group of one number."""
     K, group = 2048, 128
@@ -126,6 +131,7 @@ def test_very_small_and_large_numbers(size):
 
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@lower_levels
 def test_what_is_not_finite_stays_in_its_token(bad, dtype):
     for group, M in ((128, 2), (32, 4), (None, 3)):
         w, x = weight(21, 300, "int4", group), randn(M, 300).to(dtype)
@@ -138,6 +144,7 @@ def test_what_is_not_finite_stays_in_its_token(bad, dtype):
         assert error(out[others], whole[others].double()) <= FLOOR[dtype]
 
 
+@lower_levels
 def test_a_scale_that_is_no_number_stays_in_its_row():
     for group in (128, 32, None):
         w = weight(21, 300, "int4", group)
@@ -148,6 +155,7 @@ def test_a_scale_that_is_no_number_stays_in_its_row():
         assert out[:, 13].isnan().all() and torch.equal(out[:, others], clean[:, others])
 
 
+@lower_levels
 def test_a_token_is_the_same_in_any_company():
     """Tokens that take three digits, four, or none, in all orders: each is by itself what it is among others."""
     for format, group in (("int4", 128), ("int4", 32), ("int8", None), ("int2", 64)):
@@ -159,6 +167,7 @@ def test_a_token_is_the_same_in_any_company():
             assert torch.equal(out, torch.cat([alone[i] for i in order])), (format, group, order)
 
 
+@lower_levels
 def test_strides_and_parts():
     w = weight(40, 512, "int4", 64, symmetric=False)
     w = w.replace(scales=w.scales.half(), zeros=w.zeros.mT.contiguous().mT, offsets=(randn(40, 16) / 9)[:, ::2],
@@ -173,23 +182,3 @@ def test_strides_and_parts():
         assert error(scalekern.quant_matmul(given, view, bias=bias[:N]), exact) <= 1e-6
         out = scalekern.quant_matmul(spread(given, 64, 1e7), view, out_dtype=torch.float64)
         assert error(out, exact_product(spread(given, 64, 1e7), view)) <= 1e-6
-
-
-def check_all(level):
-    """All of this file, in a process of that level; floats alone are not as exact as torch's product everywhere."""
-    with scalekern.backend("cpu"):
-        test_whole_numbers_are_exact(), test_a_token_is_the_same_in_any_company(), test_strides_and_parts()
-        test_a_scale_that_is_no_number_stays_in_its_row()
-        for bits in BITS:
-            test_groups_of_any_size_of_numbers(bits)
-            if level == "vnni":
-                test_as_exact_as_float32(bits)
-        for dtype in FLOOR:
-            test_what_is_not_finite_stays_in_its_token(float("inf"), dtype)
-            for factor in (100.0, 1e4):
-                test_one_large_column_in_every_group(factor, dtype)
-
-
-@pytest.mark.parametrize("level", ["avx2", "avx512", "vnni"])
-def test_lower_levels(level):
-    run_at_level(level, f"import test_quant_matmul_digits as t; t.check_all({level!r})")

@@ -1,25 +1,23 @@
-"""Integer products of quant_matmul at every level of the CPU's instructions, each in a process of its own.
+"""Integer products of quant_matmul at every level of the CPU's instructions.
 
 Shape letters: M tokens, N outputs, K inputs, G groups.
 """
 
 import itertools
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import at_levels
 
 import scalekern
 from scalekern import _native
 from scalekern.quant import QuantizedTensor
 from scalekern.quant._pack import pack
-from test_quant_matmul_cpu import error, randn, spoiled, weight
+from test_quant_matmul_cpu import error, on_the_cpu_kernels, randn, spoiled, weight  # noqa: F401
 
 pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
 
+every_level = at_levels("avx2", "avx512", "vnni")
 GROUPS = (None, 32, 64, 100, 128, 7)
 TOKENS = (1, 2, 5, 16, 17, 33, 128)
 
@@ -46,7 +44,8 @@ def check_exact(x, w, exact, *where):
     assert not len(wrong), (*where, f"{len(wrong)} of {out.numel()} differ, the first at {wrong[0].tolist()}")
 
 
-def check_every_layout():
+@every_level
+def test_every_layout():
     """A tile is 16 tokens by 16 rows by 64 columns, four tiles of rows a block; a step of codes is 64 bytes."""
     shapes = itertools.cycle([(17, 515), (70, 300), (33, 260), (5, 131), (129, 192), (16, 50)])
     for bits, group, zeros in itertools.product(range(1, 9), GROUPS, (False, True)):
@@ -56,7 +55,8 @@ def check_every_layout():
         next(shapes)
 
 
-def check_long_groups():
+@every_level
+def test_long_groups():
     """Above 1024 columns a group is added up exactly, in parts of several lines; below, groups may fill many lines."""
     groups = (None, 1500), (1100, 2300), (1000, 2100)
     for bits, (group, K), zeros in itertools.product((1, 3, 4, 8), groups, (False, True)):
@@ -64,7 +64,8 @@ def check_long_groups():
             check_exact(*drawn(bits, M, 70, K, group, zeros, -7, 8), bits, group, zeros, M, K)
 
 
-def check_extremes():
+@every_level
+def test_extremes():
     K = 1 << 15
     for bits, M, group in itertools.product((4, 8), (1, 3, 17), (None, 128)):
         for code, number in ((0, 127), ((1 << bits) - 1, -127), (0, -127)):
@@ -75,7 +76,8 @@ def check_extremes():
             check_exact(torch.full((M, K), number), w, exact, bits, M, group, code, number)
 
 
-def check_rounding():
+@every_level
+def test_rounding():
     """Scales of any size: the order of float32's additions is a level's own. And no thread changes a bit."""
     for format, group, M in itertools.product(("int2", "int3", "int4", "int8"), (None, 64, 100), (1, 4, 17, 40)):
         w = weight(200, 1100, format, group, symmetric=M % 2 == 0)
@@ -87,18 +89,3 @@ def check_rounding():
             runs.append(scalekern.quant_matmul(x, w, activation="int8"))
         assert error(runs[0], rounded) < 5e-7, (format, group, M)
         assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2]), (format, group, M)
-
-
-@pytest.mark.parametrize("level", ["avx2", "avx512", "vnni", "amx"])
-def test_every_level(level):
-    code = (
-        "import scalekern._C as C\nprint(C.cpu_isa())\nfrom test_quant_matmul_levels import *\n"
-        f"if C.cpu_isa() == {level!r}: check_every_layout(), check_long_groups(), check_extremes(), check_rounding()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA=level, SCALEKERN_BACKEND="cpu"),
-        capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    if (found := done.stdout.strip()) != level:
-        pytest.skip(f"this machine has no {level}: it runs {found}")

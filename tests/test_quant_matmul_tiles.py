@@ -4,13 +4,10 @@ On a machine without them the float path answers, to the same floors. Shape lett
 """
 
 import itertools
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import at_levels
 from test_quant_matmul_cpu import (  # noqa: F401
     FLOOR,
     VARIANTS,
@@ -38,6 +35,7 @@ def exact_product(x, w):
 
 
 @pytest.mark.parametrize("format, symmetric", VARIANTS, ids=lambda v: {True: "", False: "zeros"}.get(v, v))
+@at_levels("avx512")
 def test_every_format(format, symmetric):
     for (M, N, K), group, dtype in zip(SHAPES * 3, GROUPS * 4, itertools.chain(*([d] * 7 for d in FLOOR))):
         w, x = spoiled(weight(N, K, format, group, symmetric)), randn(M, K, seed=1).to(dtype)
@@ -110,6 +108,7 @@ def test_the_dtype_of_the_result_decides(dtype, out_dtype):
         assert error(out, exact_product(x, w) + bias.double()) <= FLOOR.get(out_dtype, 1e-6)
 
 
+@at_levels("avx512")
 def test_strides_and_parts():
     w = weight(40, 192, "int4", 64, symmetric=False)
     w = w.replace(scales=w.scales.half(), zeros=w.zeros.mT.contiguous().mT, offsets=(randn(40, 6) / 9)[:, ::2],
@@ -132,17 +131,3 @@ def test_a_token_is_the_same_in_any_company():
     whole = scalekern.quant_matmul(x, w)
     for some in (slice(0, 5), slice(250, 290), slice(17, 34)):
         assert torch.equal(scalekern.quant_matmul(x[some], w), whole[some])
-
-
-def test_without_tiles():
-    """The level below answers to the same floors, and so do tiles where a machine has them: the rest of this file."""
-    code = (
-        "from test_quant_matmul_tiles import *\nassert __import__('scalekern._C')._C.cpu_isa() != 'amx'\n"
-        "with scalekern.backend('cpu'):\n for f in ('int4', 'int8', 'nf4'): test_every_format(f, True)\n"
-        " test_strides_and_parts()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(SCALEKERN_CPU_ISA="avx512"),
-        capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]

@@ -4,12 +4,10 @@ Shape letters: B batch, D channels, L length, N state size, G groups, S sequence
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import at_levels
 
 import scalekern
 from scalekern import _env, _native, reference
@@ -375,29 +373,15 @@ def test_non_finite_gradients_cross_a_split(backward_value, threads):
     assert not torch.isfinite(results[0]["dinitial_state"]).all()
 
 
-ISA_SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from test_selective_scan import Case, check
-for case in (
-    Case((2, 17, 67, 5)), Case((1, 3, 70, 20)), Case((1, 9, 70, 3), torch.float64), Case((1, 2, 2100, 3)),
-    Case((1, 18, 66, 4), torch.bfloat16), Case((1, 18, 66, 4), torch.float16, layout="channels"),
-    Case((1, 5, 66, 4), complex=True),
-):
-    check(case, ("cpu", "cpu"))
-print("checked")
-"""
-
-
 @needs_cpu
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    environment = {**os.environ, "SCALEKERN_CPU_ISA": isa}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", ISA_SCRIPT, os.path.dirname(__file__)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "checked", done.stderr
+@at_levels("baseline", "avx2", "avx512")
+def test_every_instruction_set():
+    for case in (
+        Case((2, 17, 67, 5)), Case((1, 3, 70, 20)), Case((1, 9, 70, 3), torch.float64), Case((1, 2, 2100, 3)),
+        Case((1, 18, 66, 4), torch.bfloat16), Case((1, 18, 66, 4), torch.float16, layout="channels"),
+        Case((1, 5, 66, 4), complex=True),
+    ):  # fmt: skip
+        check(case, ("cpu", "cpu"))
 
 
 @needs_cpu

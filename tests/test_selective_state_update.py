@@ -6,7 +6,7 @@ Shape letters: S state slots, B batch, H heads, P head dim, N state size, G grou
 
 import pytest
 import torch
-from conftest import INTERPRET
+from conftest import INTERPRET, at_levels
 from test_causal_conv1d import holes, randn
 
 import scalekern
@@ -53,6 +53,7 @@ def compare(tensors, dtype, softplus=True, **rest):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", [(None, None), (4, None), (4, 2), (3, 3)], ids=str)
+@at_levels("baseline", "avx2")
 def test_update_agrees_with_the_oracle(any_backend, heads, layout, dtype):
     with scalekern.backend(any_backend):
         compare(inputs(2, 5, 16, *heads, dtype=dtype, layout=layout), dtype)
@@ -60,6 +61,7 @@ def test_update_agrees_with_the_oracle(any_backend, heads, layout, dtype):
 
 @pytest.mark.parametrize("N", [1, 3, 16, 33] if INTERPRET else [1, 2, 3, 4, 7, 8, 15, 16, 17, 32, 64, 100])
 @pytest.mark.parametrize("P", [1, 17, 40])
+@at_levels("baseline", "avx2")
 def test_update_sizes(any_backend, P, N):
     with scalekern.backend(any_backend):
         compare(inputs(2, P, N), torch.float32)
@@ -82,6 +84,7 @@ def test_update_without_the_optional_tensors(any_backend, missing, softplus):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@at_levels("baseline", "avx2")
 def test_update_with_another_state_dtype(any_backend, state_dtype, dtype):
     with scalekern.backend(any_backend):
         compare(inputs(dtype=dtype, state_dtype=state_dtype), dtype)

@@ -1,9 +1,5 @@
 """bfloat16 in sparse_attention's CPU kernels, where its products run in tile registers if the machine has them."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,7 +8,7 @@ from scalekern import _native, masks, reference
 
 if (reason := _native.load("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
-from conftest import child_environment
+from conftest import on_level
 from test_sparse_attention_cpu import CAUSAL, WINDOW, Case, check_same_bits, close, ids, inputs, native, oracle
 
 BF16 = torch.bfloat16
@@ -155,25 +151,16 @@ def test_repeats_bit_for_bit_with_any_number_of_threads(name):
     check_same_bits(REPEATED[name])
 
 
-CHILD = """
-import sys, torch
-from test_sparse_attention_amx import *
-assert pytest.importorskip("scalekern._C").cpu_isa() not in ("amx", "vnni")
-torch.save(native(BESIDE, *inputs(BESIDE)), sys.argv[1])
-"""
 BESIDE = Case(WINDOW, (1, 4, 2, 150, 135, 40, 72), BF16, sinks=True)
 
 
-def test_without_tile_registers_it_agrees(tmp_path):
-    """SCALEKERN_CPU_ISA=avx512 in another process: the two differ, where this one has tile registers, by roundings."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path / "found.pt")], capture_output=True, text=True,
-        env=child_environment(SCALEKERN_CPU_ISA="avx512"), cwd=pathlib.Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    other, mine = torch.load(tmp_path / "found.pt"), native(BESIDE, *inputs(BESIDE))
-    close(mine[0], other[0], FORWARD, "out"), close(mine[1], other[1], 1e-6, "lse")
-    for name, gradient in other[2].items():
-        close(mine[2][name], gradient, BACKWARD, f"d{name}")
-    if pytest.importorskip("scalekern._C").cpu_isa() == "amx":
-        assert not torch.equal(mine[0], other[0]) and not torch.equal(mine[2]["v"], other[2]["v"])
+def test_without_tile_registers_it_agrees():
+    """The two differ, where the machine has them, by roundings."""
+    with_them = native(BESIDE, *inputs(BESIDE))
+    with on_level("avx512"):
+        without = native(BESIDE, *inputs(BESIDE))
+    close(with_them[0], without[0], FORWARD, "out"), close(with_them[1], without[1], 1e-6, "lse")
+    for name, gradient in without[2].items():
+        close(with_them[2][name], gradient, BACKWARD, f"d{name}")
+    if _native.cpu_isa() == "amx":
+        assert not torch.equal(with_them[0], without[0]) and not torch.equal(with_them[2]["v"], without[2]["v"])

@@ -10,7 +10,7 @@ from scalekern import _native, masks, sparse_attention
 if (reason := _native.load("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from conftest import run_files_at_level
+from conftest import at_levels
 from test_sparse_attention_cpu import CAUSAL, Case, check, check_same_bits, ids, inputs, native, oracle, random_mask
 
 ALIGNED = CAUSAL.shift(400, 0)  # queries at 400 and on: some keys of the last tile are hidden from some rows
@@ -54,6 +54,7 @@ SWITCH = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 17]
 
 
 @pytest.mark.parametrize("name", CASES)
+@at_levels("baseline", "avx2")
 def test_matches_a_masked_softmax(name):
     case = CASES[name]
     t, grads = inputs(case)
@@ -62,6 +63,7 @@ def test_matches_a_masked_softmax(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("queries", SWITCH)
+@at_levels("baseline", "avx2")
 def test_around_the_switch(queries, dtype):
     case = few(WINDOW, (1, 4, 2, queries, 300 + queries, 64, 64), dtype, sinks=True)
     t, grads = inputs(case)
@@ -107,6 +109,7 @@ def test_what_no_query_sees_reaches_nothing(name, poison):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@at_levels("baseline", "avx2")
 def test_a_nan_reaches_the_rows_that_see_it(dtype):
     """Keys 400 to 402 are seen by three rows, by two and by one: rows of one block."""
     case = few(CAUSAL.shift(400, 0), (1, 1, 1, 3, 403, 16, 16), dtype)
@@ -161,8 +164,3 @@ def test_a_decoding_loop_gives_the_rows_of_the_whole(rule, dtype):
         out, lse = sparse_attention(*part, rule.shift(begin, 0), return_lse=True)
         torch.testing.assert_close(out, whole[:, :, begin:end], rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
         torch.testing.assert_close(lse, lses[:, :, begin:end], rtol=0, atol=5e-6 if dtype == torch.float32 else 2e-2)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])  # the rest of this file runs on what the machine has
-def test_every_instruction_set_level(isa):
-    run_files_at_level(isa, "matches or switch or nan", "test_sparse_attention_few.py")

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -51,16 +52,23 @@ Level detect() {
   if (found == Level::avx512 && finds_vnni()) found = Level::vnni;
   if (found == Level::vnni && finds_amx()) found = Level::amx;
 #endif
-  if (const char* cap = std::getenv("SCALEKERN_CPU_ISA"))
-    for (int level = 0; level < int(found); ++level)
-      if (std::strcmp(cap, kNames[level]) == 0) return Level(level);
   return found;
 }
 
-Level level() {
+// The machine's level, or the one that `cap` names where that is a lower one.
+Level capped(const char* cap) {
   static const Level found = detect();
+  for (int level = 0; cap && level < int(found); ++level)
+    if (std::strcmp(cap, kNames[level]) == 0) return Level(level);
   return found;
 }
+
+std::atomic<Level>& in_use() {
+  static std::atomic<Level> level = capped(std::getenv("SCALEKERN_CPU_ISA"));
+  return level;
+}
+
+Level level() { return in_use().load(std::memory_order_relaxed); }
 
 }  // namespace
 
@@ -70,3 +78,9 @@ bool has_amx() { return level() >= Level::amx; }
 const char* isa_name() { return kNames[int(level())]; }
 
 }  // namespace scalekern
+
+// The name of the level in use; where `level` is no null, that or the machine's is used from now on, whichever is lower.
+extern "C" __attribute__((visibility("default"))) const char* scalekern_cpu_isa(const char* level) {
+  if (level) scalekern::in_use() = scalekern::capped(level);
+  return scalekern::isa_name();
+}

@@ -15,6 +15,7 @@ namespace {
 using namespace scalekern;
 
 struct Plan : FftPlan {
+  const int lanes;  // of the level that the plan is for
   std::vector<float> numbers;
 
   static std::vector<int> radices(int64_t parts) {
@@ -30,7 +31,7 @@ struct Plan : FftPlan {
     return found;
   }
 
-  Plan(int64_t n, int lanes) : FftPlan{} {
+  Plan(int64_t n, int lanes) : FftPlan{}, lanes(lanes) {
     const int64_t leaf = int64_t(lanes) * lanes;
     const auto chosen = radices(n / leaf);
     size = n, levels = int(chosen.size());
@@ -82,13 +83,14 @@ std::shared_ptr<const Plan> plan_of(int64_t n) {
   static std::mutex mutex;
   static std::list<std::shared_ptr<const Plan>> plans;
   constexpr size_t kKept = 16 << 20;  // numbers
+  const int lanes = SCALEKERN_CALL(fft_lanes, ());
   const std::lock_guard lock(mutex);
   for (auto at = plans.begin(); at != plans.end(); ++at)
-    if ((*at)->size == n) {
+    if ((*at)->size == n && (*at)->lanes == lanes) {
       plans.splice(plans.begin(), plans, at);
       return plans.front();
     }
-  plans.push_front(std::make_shared<const Plan>(n, SCALEKERN_CALL(fft_lanes, ())));
+  plans.push_front(std::make_shared<const Plan>(n, lanes));
   size_t total = 0;
   for (auto at = plans.begin(); at != plans.end(); ++at) {
     total += (*at)->numbers.size();

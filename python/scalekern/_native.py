@@ -1,5 +1,6 @@
 """Finds and loads the native libraries; each loader returns None or the reason why there is none."""
 
+import ctypes
 import functools
 import pathlib
 
@@ -26,11 +27,13 @@ def load(kind: str) -> str | None:
     return None
 
 
-@functools.cache
-def build_info() -> dict:
-    """What setup.py built, as it was recorded in the pybind11 module; {} without that module."""
-    try:
-        from scalekern import _C
-    except ImportError:
-        return {}
-    return dict(_C.build_info())
+def cpu_isa(level: str | None = None) -> str | None:
+    """The level of instructions that the CPU library's kernels use: baseline, avx2, avx512, vnni or amx.
+
+    None without the library. `level`: the one to use from now on, or the machine's where that is lower (for tests).
+    """
+    if load("cpu"):
+        return None
+    function = ctypes.CDLL(str(library_path("cpu"))).scalekern_cpu_isa
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
+    return function(level.encode() if level else None).decode()

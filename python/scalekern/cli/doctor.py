@@ -59,15 +59,9 @@ def build() -> dict:
     """What setup.py recorded (lib/build.json), and what this process makes of it."""
     path = pathlib.Path(scalekern.__file__).parent / "lib" / "build.json"
     recorded = json.loads(path.read_text()) if path.exists() else {}
-    try:
-        from scalekern import _C
-
-        isa = _C.cpu_isa()
-    except ImportError:
-        isa = None
     loads = {kind: _native.load(kind) for kind in ("cpu", "cuda")}
     return {
-        **recorded, "cpu_isa_in_use": isa, "threads": torch.get_num_threads(),
+        **recorded, "cpu_isa_in_use": _native.cpu_isa(), "threads": torch.get_num_threads(),
         "not_loaded": {kind: reason for kind, reason in loads.items() if reason},
     }  # fmt: skip
 
