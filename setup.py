@@ -130,7 +130,7 @@ class NativeBuild:
         return target
 
     def unit(self, rule: str, sources: list[pathlib.Path], label: str, flags: str) -> list[str]:
-        """Compiles sources as one for each folder: what they include is read once, a template that they share made once."""
+        """Compiles the sources of a folder as one: their headers are read once, templates that they share made once."""
         objects = []
         for folder in sorted({source.parent for source in sources}):
             path = self.folder / "units" / f"{label}_{folder.name}{sources[0].suffix}"
@@ -218,8 +218,8 @@ class NativeBuild:
         except ImportError:
             self.skipped["C"] = "pybind11 is not installed in the build environment"
             return
-        # -Og: it is called by tests and packers; the CUDA kernels that it emulates compile in 34 CPU seconds, 51 at -O1,
-        # and their tests take 31 instead of 24 (-O0: 26 and 59).
+        # -Og: it is called by tests and packers. The CUDA kernels that it emulates compile in 34 CPU seconds and their
+        # tests take 31 (-O1: 51 and 24; -O0: 26 and 59).
         flags = f"-Og -I{CSRC} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         sources = [CSRC / "bindings.cpp", CSRC / "common" / "cpu_isa.cpp"]
         objects = [self.compile("cxx", source, "bind", flags) for source in sources]
