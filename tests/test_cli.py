@@ -134,9 +134,13 @@ def test_bench_status_with_nothing_measured(tmp_path, capsys):
     assert "never" in capsys.readouterr().out
 
 
-def test_bench_says_what_it_cannot_do(tmp_path, capsys):
+def test_bench_says_what_it_cannot_do(tmp_path, capsys, monkeypatch):
     assert main(["bench", "--device", "cpu", "--case", "nothing of this name", "--out", str(tmp_path)]) == 1
     assert "no case" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "build", lambda: {"cpu": {"unoptimized": ["avx2"]}, "cpu_isa_in_use": "avx2"})
+        assert main(["bench", "--device", "cpu", "--case", "conv_update", "--out", str(tmp_path)]) == 1
+        assert "avx2 kernels were built without optimization" in capsys.readouterr().out
     if not torch.cuda.is_available():
         assert main(["bench", "--device", "cuda", "--out", str(tmp_path)]) == 1
         assert "no CUDA device" in capsys.readouterr().out

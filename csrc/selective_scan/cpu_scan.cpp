@@ -10,7 +10,7 @@ namespace {
 
 using namespace scalekern;
 
-ScanTensor view(const Tensor& t, int reversed_dim = -1) {
+ScanTensor scan_view(const Tensor& t, int reversed_dim = -1) {
   ScanTensor v{static_cast<char*>(data(t)), {}, nullptr, 0};
   for (int i = 0; i < t.dim(); ++i) v.s[i] = stride(t, i);
   if (reversed_dim >= 0 && t.size(reversed_dim) > 0) {
@@ -20,8 +20,8 @@ ScanTensor view(const Tensor& t, int reversed_dim = -1) {
   return v;
 }
 
-ScanTensor view(const OptionalTensor& t, int reversed_dim = -1) {
-  return t.has_value() ? view(*t, reversed_dim) : ScanTensor{};
+ScanTensor scan_view(const OptionalTensor& t, int reversed_dim = -1) {
+  return t.has_value() ? scan_view(*t, reversed_dim) : ScanTensor{};
 }
 
 int64_t checkpoint_stride(int64_t states) {  // python/scalekern/_packing.py
@@ -45,10 +45,10 @@ ScanArgs arguments(
   a.io = int(dtype_of(delta)), a.complex_A = dtype_of(A) == Dtype::c64 || dtype_of(A) == Dtype::c128,
   a.softplus = softplus;
   const int time = reverse ? 2 : -1, row = reverse && a.batch == 1 ? 0 : -1;
-  a.u = view(u, time), a.delta = view(delta, time), a.z = view(z, time), a.A = view(A);
-  a.B = view(B, reverse && a.groups_B ? 3 : -1), a.C = view(C, reverse && a.groups_C ? 3 : -1);
-  a.D = view(D), a.bias = view(bias), a.initial = view(initial, row);
-  a.checkpoints = view(checkpoints, reverse ? 1 : -1);
+  a.u = scan_view(u, time), a.delta = scan_view(delta, time), a.z = scan_view(z, time), a.A = scan_view(A);
+  a.B = scan_view(B, reverse && a.groups_B ? 3 : -1), a.C = scan_view(C, reverse && a.groups_C ? 3 : -1);
+  a.D = scan_view(D), a.bias = scan_view(bias), a.initial = scan_view(initial, row);
+  a.checkpoints = scan_view(checkpoints, reverse ? 1 : -1);
   return a;
 }
 
@@ -58,8 +58,8 @@ Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
 
 void run_fwd(ScanArgs& a, const Tensor& out, const Tensor& last_state, bool reverse) {
   expect_writes(out);
-  a.out = view(out, reverse ? 2 : -1);
-  a.last = view(last_state, reverse && a.batch == 1 ? 0 : -1);
+  a.out = scan_view(out, reverse ? 2 : -1);
+  a.last = scan_view(last_state, reverse && a.batch == 1 ? 0 : -1);
   const Tensor workspace = allocate_workspace(out, SCALEKERN_CALL(selective_scan_fwd_workspace, (a)));
   a.workspace = static_cast<char*>(data(workspace));
   SCALEKERN_CALL(selective_scan_fwd, (a));
@@ -96,13 +96,13 @@ void selective_scan_bwd(
   ScanArgs a = arguments(u, delta, A, B, C, D, z, bias, initial, starts, checkpoints, softplus, reverse);
   const int time = reverse ? 2 : -1, row = reverse && a.batch == 1 ? 0 : -1;
   expect_writes(du), expect_writes(ddelta);
-  a.dout = view(dout, time), a.du = view(du, time), a.ddelta = view(ddelta, time), a.dA = view(dA);
-  a.dB = view(dB, reverse && a.groups_B ? 3 : -1), a.dC = view(dC, reverse && a.groups_C ? 3 : -1);
-  a.dlast = view(dlast_state, row);
-  if (D.has_value()) a.dD = view(dD);
-  if (z.has_value()) expect_writes(dz), a.dz = view(dz, time);
-  if (bias.has_value()) a.dbias = view(dbias);
-  if (initial.has_value()) a.dinitial = view(dinitial, row);
+  a.dout = scan_view(dout, time), a.du = scan_view(du, time), a.ddelta = scan_view(ddelta, time), a.dA = scan_view(dA);
+  a.dB = scan_view(dB, reverse && a.groups_B ? 3 : -1), a.dC = scan_view(dC, reverse && a.groups_C ? 3 : -1);
+  a.dlast = scan_view(dlast_state, row);
+  if (D.has_value()) a.dD = scan_view(dD);
+  if (z.has_value()) expect_writes(dz), a.dz = scan_view(dz, time);
+  if (bias.has_value()) a.dbias = scan_view(dbias);
+  if (initial.has_value()) a.dinitial = scan_view(dinitial, row);
   const Tensor workspace = allocate_workspace(u, SCALEKERN_CALL(selective_scan_bwd_workspace, (a)));
   a.workspace = static_cast<char*>(data(workspace));
   SCALEKERN_CALL(selective_scan_bwd, (a));

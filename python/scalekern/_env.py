@@ -3,7 +3,7 @@
 Build time (read by setup.py, listed here so that this page is complete):
   SCALEKERN_BUILD_CUDA   1 | 0 | auto   build the CUDA library (auto: when nvcc is found)
   SCALEKERN_BUILD_CPU    1 | 0 | auto   build the CPU library (auto: when a C++ compiler is found)
-  SCALEKERN_BUILD_FOR_THIS_CPU   1 | 0   CPU kernels of levels that this machine lacks are not optimized (default: 0)
+  SCALEKERN_BUILD_FOR_THIS_CPU   1 | 0   only the CPU kernels of this machine's best level are optimized (default: 0)
   TORCH_CUDA_ARCH_LIST   e.g. "9.0a"    architectures of the CUDA library
   MAX_JOBS               parallel compile jobs
 """

@@ -32,6 +32,7 @@ def main(args) -> int:
     import torch
 
     from scalekern.benchmarks import case, runner, warm
+    from scalekern.cli import doctor
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cases = case.select(device.type, args.family, args.case)
@@ -45,6 +46,9 @@ def main(args) -> int:
         return 0 if args.due else 1
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench: torch sees no CUDA device here; --device cpu measures the CPU kernels")
+        return 1
+    if device.type == "cpu" and (level := doctor.unoptimized()):
+        print(f"bench: the {level} kernels were built without optimization; build with SCALEKERN_BUILD_FOR_THIS_CPU=0")
         return 1
     progress = Progress(len(cases))
     end = None if args.budget is None else time.monotonic() + args.budget

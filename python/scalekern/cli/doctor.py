@@ -66,6 +66,14 @@ def build() -> dict:
     }  # fmt: skip
 
 
+def unoptimized() -> str | None:
+    """The level of this process's CPU kernels, if it was only built to be tested (SCALEKERN_BUILD_FOR_THIS_CPU)."""
+    built = build()
+    isa = built["cpu_isa_in_use"]
+    level = "avx512" if isa in ("vnni", "amx") else isa  # those are instructions inside that level's kernels
+    return level if level in built.get("cpu", {}).get("unoptimized", ()) else None
+
+
 def gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
@@ -108,12 +116,9 @@ def hints() -> list[str]:
         found.append(f"SCALEKERN_CPU_ISA={_env.cpu_isa()} caps the instruction set of the CPU kernels")
     if reason := _native.load("cpu"):
         found.append(f"CPU calls run the slow reference: {reason}")
-    built = build()
-    isa = built["cpu_isa_in_use"]
-    compiled = "avx512" if isa in ("vnni", "amx") else isa  # those are instructions inside that level's kernels
-    if compiled in built.get("cpu", {}).get("unoptimized", ()):
+    if level := unoptimized():
         found.append(
-            f"the {compiled} kernels were built without optimization, on a machine without {compiled}: build them here"
+            f"the {level} kernels were built without optimization: build with SCALEKERN_BUILD_FOR_THIS_CPU=0, or here"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() == 1 and cores > 1:
