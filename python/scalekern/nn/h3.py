@@ -153,7 +153,7 @@ class H3(nn.Module):
             return self._forward_cached(u, inference_params, mask)
         projections = products(u, self.q_proj, self.k_proj, self.v_proj)
         if u.shape[1] == 1 and initial_states is not None and return_final_states and mask is None:
-            y, states = self._advance(*(x.squeeze(1) for x in projections), *initial_states, discretized)
+            y, states = self._advance(*[x.squeeze(1) for x in projections], *initial_states, discretized)
             return self.output_linear(y.unsqueeze(1)), states
         q, k, v = (x.transpose(1, 2) for x in projections)
         if mask is not None:
@@ -191,13 +191,13 @@ class H3(nn.Module):
     def _advance(self, q, k, v, shift_state, ssm_state, discretized):
         """One token (B, M), as _recur: the shift model is a dot product with the last N, and every call counts."""
         _, coefficients, backwards = self.discretize() if discretized is None else discretized
-        window = torch.cat([shift_state.to(k.dtype), k[..., None]], -1)
-        near = window[..., window.shape[-1] - backwards.shape[-1] :]
+        window = torch.cat([shift_state.to(k.dtype), k.unsqueeze(-1)], -1)
+        past, taps = shift_state.shape[-1], backwards.shape[-1]
+        near = window.narrow(-1, past + 1 - taps, taps)  # an index with an ellipsis takes 4 us, this 1
         k = torch.linalg.vecdot(near.to(backwards.dtype), backwards).to(k.dtype)
-        kv = k * v if self.head_dim == 1 else self._outer(k[..., None], v[..., None]).squeeze(-1)
-        y, ssm_state = self.kernel.kernel.scan(kv[..., None], self.D, ssm_state, coefficients)
-        y = q * y.squeeze(-1) if self.head_dim == 1 else self._read(q[..., None], y).squeeze(-1)
-        return y, (window[..., 1:].to(shift_state.dtype), ssm_state)
+        q, k, v = [x.unsqueeze(-1) for x in (q, k, v)]
+        y, ssm_state = self.kernel.kernel.scan(self._outer(k, v), self.D, ssm_state, coefficients)
+        return self._read(q, y).squeeze(-1), (window.narrow(-1, 1, past).to(shift_state.dtype), ssm_state)
 
     def _outer(self, k, v):
         """k v^T in every head, (B P P, H, L)."""
