@@ -353,7 +353,8 @@ def test_layers_of_one_input_in_one_call(monkeypatch):
     x = inputs(2, 3, 40)
     plain = [QuantLinear.from_linear(linear(N=N, bias=N > 5, seed=N), "int4", group_size=8) for N in (5, 24, 1)]
     rotated = [QuantLinear.from_linear(linear(seed=s), "int4", group_size=8, rotation="hadamard") for s in (1, 2)]
-    signed = [QuantLinear.from_linear(linear(), "int4", group_size=8, rotation="random_hadamard", seed=s) for s in (1, 2)]
+    flips = {"group_size": 8, "rotation": "random_hadamard"}
+    signed = [QuantLinear.from_linear(linear(), "int4", **flips, seed=s) for s in (1, 2)]
     permuted = [linear(), plain[0]]
     for layers, count in ((plain, 1), (rotated, 1), (signed, 0), ([*plain, *rotated], 0), (permuted, 0)):
         calls.clear()

@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> h3_advance(
     window[size_t(past)] = floats(k)[i];
     const float* weights = floats(backwards) + i % width * taps;
     products[size_t(i)] = dot(window.data() + past + 1 - taps, weights, taps) * floats(v)[i];
-    __builtin_memcpy(static_cast<float*>(shift_out.data_ptr()) + i * past, window.data() + 1, sizeof(float) * size_t(past));
+    float* moved = static_cast<float*>(shift_out.data_ptr()) + i * past;
+    __builtin_memcpy(moved, window.data() + 1, sizeof(float) * size_t(past));
   }
   std::vector<double> states(floats(state), floats(state) + numbers), skip(floats(D), floats(D) + width);
   DiagSsmScanArgs args{};

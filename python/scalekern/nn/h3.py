@@ -261,8 +261,8 @@ class H3(nn.Module):
         return self.forward(u, initial_states=states, return_final_states=True, discretized=discretized)
 
     def discretize(self):
-        """What a step takes of both models' parameters: (the shift model's taps, the diagonal model's coefficients, those
-        taps from the last to the first, which takes D)."""
+        """What a step takes of both models' parameters: (the shift model's taps, the diagonal model's coefficients,
+        those taps from the last to the first, which takes D)."""
         taps = self._taps()
         first = taps[:, :1] + self.ssm_k_D[:, None]
         return taps, self.kernel.kernel.discretize(), torch.cat([taps[:, 1:].flip(-1), first], -1)

@@ -220,8 +220,8 @@ class QuantLinear(nn.Module):
 
 
 def products(x, *layers) -> list:
-    """[layer(x) for each]: of QuantLinears on the CPU without gradients in one native call, in which decoding saves what
-    a call takes, 10 us of 20."""
+    """[layer(x) for each]: of QuantLinears on the CPU without gradients in one native call. Three of 128 x 128 take
+    25 us in it, three calls 40."""
     if type(layers[0]) is QuantLinear and not torch.is_grad_enabled() and _library.is_plain((x,)):
         first = layers[0]
         kept = x.is_cpu and not _dispatch.forced() and all([_alike(first, layer) for layer in layers])
