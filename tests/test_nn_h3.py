@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from nn_modules import check_against, check_compiled, check_each_matters, check_loads, error, normal, perturbed, tensors
 
-from scalekern.nn import H3
+import scalekern
+from scalekern.nn import H3, h3
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow reference.*")
 
@@ -112,6 +113,36 @@ def test_initialization_is_upstreams():
     assert 0.9 * 8**-0.5 < shift.C.abs().max() <= 8**-0.5
     assert kernel.A_imag._optim == {"lr": 1e-3, "weight_decay": 0.0} and not hasattr(kernel.C, "_optim")
     assert module.q_proj.weight.dtype == torch.bfloat16 and kernel.C.dtype == shift.C.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"d_model": 5, "d_state": 20}, {"d_state": 8, "l_max": 3}], ids=str)
+def test_native_tokens(options, monkeypatch):
+    """float32 without gradients: from a prompt's states, which do not change, and through `inference_params`' too."""
+    if not h3._here():
+        pytest.skip("the CPU library was not built (setup.py says why)")
+    module = build(**options)
+    u, exact = normal(3, 9, module.d_model), module(normal(3, 9, module.d_model)).detach()
+    module, calls, native = module.float(), [], h3._native
+    monkeypatch.setattr(h3, "_native", lambda *args: (calls.append(1), native(*args))[1])
+    with torch.no_grad():
+        _, states = module(u[:, :4].float(), return_final_states=True)
+        discretized = module.discretize()
+        for t in range(4, 9):
+            before = [x.clone() for x in states]
+            out, after = module.step(u[:, t : t + 1].float(), states, discretized)
+            assert all(map(torch.equal, states, before))
+            if "l_max" not in options:  # which cuts no recurrence off
+                assert error(out.double(), exact[:, t : t + 1]) < 1e-5
+            with scalekern.backend("reference"):
+                expected, others = module.step(u[:, t : t + 1].float(), states, discretized)
+            assert error(out, expected) < 1e-6 and all(error(x.abs(), y.abs()) < 1e-6 for x, y in zip(after, others))
+            states = after
+        assert len(calls) == 5
+        with pytest.raises(ValueError, match="initial_state"):
+            module.step(u[:, :1].float(), (states[0], states[1][..., :-1]), discretized)
+        module.half().step(u[:, :1].half(), states, discretized)
+    module.float().step(u[:, :1].float(), states, discretized)[0].sum().backward()
+    assert len(calls) == 5 and module.D.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("head_dim", [1, 2])

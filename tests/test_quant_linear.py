@@ -13,8 +13,8 @@ from nn_modules import error
 from torch import nn
 
 import scalekern
-from scalekern import quant
-from scalekern.nn import QuantLinear
+from scalekern import _native, quant
+from scalekern.nn import QuantLinear, quant_linear
 
 FORMATS = {
     "int4": {"group_size": 16},
@@ -342,3 +342,34 @@ def test_fsdp2_shards_its_rows(tmp_path):
 
 def test_it_is_public():
     assert scalekern.nn.QuantLinear is QuantLinear and set(quant.METHODS) == {"absmax", "least_squares", "hqq"}
+
+
+def test_layers_of_one_input_in_one_call(monkeypatch):
+    """Where all may be; each by itself where one has a hook, a gradient, signs of its own, or another input."""
+    if _native.load("cpu"):
+        pytest.skip("the CPU library was not built (setup.py says why)")
+    calls, at_once = [], quant_linear.products_of_kept
+    monkeypatch.setattr(quant_linear, "products_of_kept", lambda *args: (calls.append(1), at_once(*args))[1])
+    x = inputs(2, 3, 40)
+    plain = [QuantLinear.from_linear(linear(N=N, bias=N > 5, seed=N), "int4", group_size=8) for N in (5, 24, 1)]
+    rotated = [QuantLinear.from_linear(linear(seed=s), "int4", group_size=8, rotation="hadamard") for s in (1, 2)]
+    flips = {"group_size": 8, "rotation": "random_hadamard"}
+    signed = [QuantLinear.from_linear(linear(), "int4", **flips, seed=s) for s in (1, 2)]
+    permuted = [linear(), plain[0]]
+    for layers, count in ((plain, 1), (rotated, 1), (signed, 0), ([*plain, *rotated], 0), (permuted, 0)):
+        calls.clear()
+        with torch.no_grad():
+            found = quant_linear.products(x, *layers)
+            assert len(calls) == count
+            for layer, out in zip(layers, found, strict=True):
+                assert torch.equal(out, layer(x))
+    calls.clear()
+    assert quant_linear.products(x.requires_grad_(), *plain)[1].requires_grad
+    seen = []
+    plain[1].register_forward_hook(lambda *args: seen.append(args))
+    with torch.no_grad():
+        quant_linear.products(x, *plain)
+    assert len(seen) == 1 and not calls
+    with torch.no_grad():
+        plain[2].bias = nn.Parameter(torch.ones(1))
+        assert torch.equal(quant_linear.products(x, plain[0], plain[2])[1], plain[2](x)) and calls

@@ -129,6 +129,17 @@ std::optional<Tensor> with_kept(Tensor x, Tensor kept) {
   return out;
 }
 
+// The same with each of several weights; nothing where one of them does not read x.
+std::vector<Tensor> with_each(Tensor x, std::vector<Tensor> kept) {
+  std::vector<Tensor> found;
+  for (const Tensor& own : kept) {
+    std::optional<Tensor> out = with_kept(x, own);
+    if (!out.has_value()) return {};
+    found.push_back(*out);
+  }
+  return found;
+}
+
 void backward(
     Tensor dx, Tensor dout, Tensor data, Tensor scales, OptionalTensor zeros, OptionalTensor offsets,
     OptionalTensor outer, OptionalTensor offs, OptionalTensor table, int64_t bits, double step, double base,
@@ -157,6 +168,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "Tensor? table, int columns, int bits, float step, float base, int mantissa, float zero, int group_size, "
       "bool powers, float activation_max, float activation_scale) -> Tensor");
   m.def("quant_matmul_kept_cpu(Tensor x, Tensor kept) -> Tensor?");
+  m.def("quant_matmul_kept_together_cpu(Tensor x, Tensor[] kept) -> Tensor[]");
   m.def(
       "quant_matmul_bwd_cpu(Tensor(a!) dx, Tensor dout, Tensor data, Tensor scales, Tensor? zeros, Tensor? offsets, "
       "Tensor? outer, Tensor? offs, Tensor? table, int bits, float step, float base, int mantissa, float zero, int group_size, "
@@ -167,5 +179,6 @@ STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
   m.impl("quant_matmul_fwd_cpu", TORCH_BOX(&forward));
   m.impl("quant_matmul_keep_cpu", TORCH_BOX(&keep));
   m.impl("quant_matmul_kept_cpu", TORCH_BOX(&with_kept));
+  m.impl("quant_matmul_kept_together_cpu", TORCH_BOX(&with_each));
   m.impl("quant_matmul_bwd_cpu", TORCH_BOX(&backward));
 }

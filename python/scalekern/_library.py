@@ -230,6 +230,8 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(dout, *args):
+        if not _any_autocast():  # leaving what is off off takes 15 us
+            return function(dout, *args)
         with torch.autocast(dout.device.type, enabled=False):
             return function(dout, *args)
 

@@ -45,25 +45,27 @@ class Attention(nn.Module):
     def forward(self, hidden: torch.Tensor, return_final_states: bool = False):
         q, k, v = self._heads(hidden)
         out = self._merged(scalekern.sparse_attention(q, k, v, self.mask))
-        return (out, self._seen(k, v)) if return_final_states else out
+        if not return_final_states:
+            return out
+        sinks, window = self.kept
+        states = torch.stack([k, v])
+        if k.shape[2] > sinks + window:
+            states = torch.cat([states[..., :sinks, :], states[..., -window:, :]], -2)
+        return out, states
 
-    def step(self, hidden: torch.Tensor, states: tuple) -> tuple[torch.Tensor, tuple]:
-        """One token (B, 1, D); the states are the keys and values that it or a later one can see, (B, H, T, P) each."""
-        q, *new = self._heads(hidden)
-        k, v = self._seen(*(torch.cat([old, x], 2) for old, x in zip(states, new)))
-        return self._merged(scalekern.sparse_attention(q, k, v)), (k, v)
+    def step(self, hidden: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token (B, 1, D); the states are the keys and values that it or a later one can see, (2, B, H, T, P)."""
+        heads, (sinks, window) = self._heads(hidden), self.kept
+        full = states.shape[-2] >= sinks + window  # the oldest of the window makes place
+        kept = (states[..., :sinks, :], states[..., states.shape[-2] + 1 - window :, :]) if full else (states,)
+        states = torch.cat([*kept, heads[1:]], -2)
+        return self._merged(scalekern.sparse_attention(heads[0], states[0], states[1])), states
 
     def _heads(self, hidden):
         return self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def _merged(self, out):
         return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def _seen(self, *tensors):
-        sinks, window = self.kept
-        return tuple(
-            x if x.shape[2] <= sinks + window else torch.cat([x[:, :, :sinks], x[:, :, -window:]], 2) for x in tensors
-        )
 
 
 def _recurrence(config: Config) -> nn.Module:

@@ -17,8 +17,8 @@ from scalekern.nn.ssm_init import nplr, s4d
 from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel
-from scalekern.reference._complex import conj
-from scalekern.reference.diag_ssm import DSS_EPSILON
+from scalekern.reference._complex import conj, wide
+from scalekern.reference.diag_ssm import DSS_EPSILON, scale
 from scalekern.reference.dplr_ssm import truncate_C
 
 CHUNK = 64  # tokens of a low-rank model's scan that one product of matrices takes
@@ -66,10 +66,10 @@ class DiagKernel(nn.Module):
         return K.unflatten(0, (self.channels, -1))
 
     def discretize(self):
-        """(a, b, C, None), in the places of `ssm`: what `scan` needs and does not change with the tokens."""
+        """(a, b, s C, None), in the places of `ssm`: what `scan` needs and does not change with the tokens."""
         self._check_states()
         A, B, C, dt = self.ssm()
-        return *diag_ssm_discretize(A, B, dt, self.disc), C, None
+        return *diag_ssm_discretize(A, B, dt, self.disc), scale(A, self.conjugate_pairs) * wide(C), None
 
     def _check_states(self):
         if self.disc == "dss":
@@ -81,7 +81,7 @@ class DiagKernel(nn.Module):
         A, B, C, dt = self.ssm() if discretized is None else discretized
         return diag_ssm(
             u, A, B, C, D, dt, initial_state=state, return_last_state=True, disc=self.disc,
-            conjugate_pairs=self.conjugate_pairs,
+            conjugate_pairs=self.conjugate_pairs and discretized is None,
         )  # fmt: skip
 
 

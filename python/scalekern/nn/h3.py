@@ -17,12 +17,15 @@ fused kernel and of its reference, which its plain path and its decoding step ha
 Source: Fu et al., Hungry Hungry Hippos: Towards Language Modeling with State Space Models, 2023, section 3.
 """
 
+import functools
+
 import torch
 from torch import nn
 
-from scalekern import _checks
+from scalekern import _checks, _dispatch, _library
 from scalekern.nn import _ssm_kernels as kernels
 from scalekern.nn._optim import register
+from scalekern.nn.quant_linear import products
 from scalekern.ops.fft_conv import fft_conv
 
 NAME = "nn.H3"
@@ -89,6 +92,23 @@ class _Named(nn.Module):
         return self.kernel(*args)
 
 
+_native = _dispatch.native("h3_advance", "cpu")
+_here = functools.cache(lambda: _dispatch.Backend("cpu", _native).unavailable("cpu") is None)
+
+
+def _is_native(q, k, v, shift_state, ssm_state, backwards, a, b, c, D) -> bool:
+    """Whether the native token, a fifth of the time of torch's calls, takes these: plain float32, contiguous."""
+    reals = q, k, v, shift_state, backwards, D
+    return (
+        q.is_cpu and not torch.is_grad_enabled() and _library.is_plain((q, shift_state, ssm_state))
+        and not _dispatch.forced() and _here()
+        and ssm_state.dtype == torch.complex64 and all([x.dtype == torch.float32 for x in reals])
+        and ssm_state.shape == (len(q), *a.shape) and shift_state.shape[:2] == q.shape and q.numel() > 0
+        and backwards.shape[1] <= shift_state.shape[2] + 1 and shift_state.is_cpu and ssm_state.is_cpu
+        and all([x.is_contiguous() for x in (*reals, ssm_state, a, b, c)]) and not ssm_state.is_conj()
+    )  # fmt: skip
+
+
 class H3(nn.Module):
     """Maps (B, L, M) to (B, L, M): q (diagonal SSM (shift SSM (k) v)), projected; k v^T in every head.
 
@@ -150,7 +170,11 @@ class H3(nn.Module):
             if initial_states is not None or return_final_states:
                 raise ValueError(f"{NAME}: inference_params holds the states: no initial or final states")
             return self._forward_cached(u, inference_params, mask)
-        q, k, v = (proj(u).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = products(u, self.q_proj, self.k_proj, self.v_proj)
+        if u.shape[1] == 1 and initial_states is not None and return_final_states and mask is None:
+            y, states = self._advance(*[x.squeeze(1) for x in projections], *initial_states, discretized)
+            return self.output_linear(y.unsqueeze(1)), states
+        q, k, v = (x.transpose(1, 2) for x in projections)
         if mask is not None:
             k, v = (x.masked_fill((mask == 0)[:, None], 0) for x in (k, v))
         if initial_states is None and not return_final_states:
@@ -175,18 +199,29 @@ class H3(nn.Module):
 
     def _recur(self, q, k, v, shift_state, ssm_state, discretized):
         """The same from states to states."""
-        taps, coefficients = (self._taps(), None) if discretized is None else discretized
+        taps, coefficients = (self._taps(), None) if discretized is None else discretized[:2]
         window = torch.cat([shift_state.to(k.dtype), k], -1)
         past = shift_state.shape[-1]
-        if k.shape[-1] == 1:  # one token: a dot product over the last N
-            near = window[..., past + 1 - taps.shape[-1] :]
-            shifted = torch.linalg.vecdot(near.to(taps.dtype), taps.flip(-1))[..., None]
-            k = (shifted + self.ssm_k_D[:, None] * k).to(k.dtype)
-        else:
-            k = fft_conv(window, taps, skip=self.ssm_k_D)[..., past:]
+        k = fft_conv(window, taps, skip=self.ssm_k_D)[..., past:]
         y, ssm_state = self.kernel.kernel.scan(self._outer(k, v), self.D, ssm_state, coefficients)
         shift_state = window[..., window.shape[-1] - past :].to(shift_state.dtype)
         return self._read(q, y), (shift_state, ssm_state)
+
+    def _advance(self, q, k, v, shift_state, ssm_state, discretized):
+        """One token (B, M), as _recur: the shift model is a dot product with the last N, and every call counts."""
+        _, coefficients, backwards = self.discretize() if discretized is None else discretized
+        # After a prompt the states are views.
+        given = q, k, v, shift_state.contiguous(), ssm_state.contiguous(), backwards, *coefficients[:3], self.D
+        if self.head_dim == 1 and _is_native(*given):
+            y, *states = _native(*given)
+            return y, tuple(states)
+        window = torch.cat([shift_state.to(k.dtype), k.unsqueeze(-1)], -1)
+        past, taps = shift_state.shape[-1], backwards.shape[-1]
+        near = window.narrow(-1, past + 1 - taps, taps)  # an index with an ellipsis takes 4 us, this 1
+        k = torch.linalg.vecdot(near.to(backwards.dtype), backwards).to(k.dtype)
+        q, k, v = [x.unsqueeze(-1) for x in (q, k, v)]
+        y, ssm_state = self.kernel.kernel.scan(self._outer(k, v), self.D, ssm_state, coefficients)
+        return self._read(q, y).squeeze(-1), (window.narrow(-1, 1, past).to(shift_state.dtype), ssm_state)
 
     def _outer(self, k, v):
         """k v^T in every head, (B P P, H, L)."""
@@ -226,8 +261,11 @@ class H3(nn.Module):
         return self.forward(u, initial_states=states, return_final_states=True, discretized=discretized)
 
     def discretize(self):
-        """What a step takes of both models' parameters: (the shift model's taps, the diagonal model's coefficients)."""
-        return self._taps(), self.kernel.kernel.discretize()
+        """What a step takes of both models' parameters: (the shift model's taps, the diagonal model's coefficients,
+        those taps from the last to the first, which takes D)."""
+        taps = self._taps()
+        first = taps[:, :1] + self.ssm_k_D[:, None]
+        return taps, self.kernel.kernel.discretize(), torch.cat([taps[:, 1:].flip(-1), first], -1)
 
     def allocate_inference_cache(self, batch_size, max_seqlen=None, dtype=None):
         """Zero states: shift_state (B, M, N - 1), the last inputs of the shift model, in `dtype` (default: k_proj's),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from scalekern import _checks, _dispatch, _library
+from scalekern.ops._quant_matmul_cpu import products_of_kept
 from scalekern.ops.quant_matmul import ACTIVATIONS, kept_weight, quant_matmul, quant_matmul_fwd
 from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
@@ -168,6 +169,11 @@ class QuantLinear(nn.Module):
         the op takes 23; None where it is not for the native call."""
         if not x.is_cpu or _dispatch.forced():
             return None
+        kept = self._held()
+        return kept and kept.product(x)
+
+    def _held(self):
+        """The KeptWeight of what the layer holds now; None of what the native call does not serve."""
         own = self._parameters
         now = *map(id, own.values()), self.format, self.group_size, self.activation, self.activation_scale
         if self._kept is None or self._kept[0] != now or not self._kept[1].is_where_it_was():
@@ -176,7 +182,7 @@ class QuantLinear(nn.Module):
             served = perm is None and parts[0].is_cpu
             found = kept_weight(self.in_features, *parts, own["bias"], *options) if served else None
             self._kept = found and (now, found)
-        return self._kept and self._kept[1].product(x)
+        return self._kept and self._kept[1]
 
     def extra_repr(self) -> str:
         bits = 8 * self.quantized_weight.nbytes / max(1, self.in_features * self.out_features)
@@ -211,6 +217,28 @@ class QuantLinear(nn.Module):
                 trained = part.requires_grad and found.dtype in TRAINED
                 self._parameters[name] = nn.Parameter(torch.empty_like(part, dtype=found.dtype), requires_grad=trained)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def products(x, *layers) -> list:
+    """[layer(x) for each]: of QuantLinears on the CPU without gradients in one native call. Three of 128 x 128 take
+    25 us in it, three calls 40."""
+    if type(layers[0]) is QuantLinear and not torch.is_grad_enabled() and _library.is_plain((x,)):
+        first = layers[0]
+        kept = x.is_cpu and not _dispatch.forced() and all([_alike(first, layer) for layer in layers])
+        kept = [layer._held() for layer in layers] if kept else [None]
+        if None not in kept:
+            turned = x if first.rotation is None else rotate(x, first.rotation_signs)
+            if (found := products_of_kept(turned, kept)) is not None:
+                return found
+    return [layer(x) for layer in layers]
+
+
+def _alike(first, layer) -> bool:
+    """Whether a layer that nobody watches rotates its input as the first one does."""
+    return (
+        type(layer) is QuantLinear and not layer._forward_hooks and not layer._forward_pre_hooks
+        and layer.rotation == first.rotation and (layer is first or layer._parameters["rotation_signs"] is None)
+    )  # fmt: skip
 
 
 def _signs(K, rotation, seed, device):

@@ -167,12 +167,13 @@ def _native_scan(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, return
     """Token by token, in double."""
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     number = torch.complex128 if A.is_complex() else torch.float64
-    a, b, c = as_real_as(A, *discretized(A, B, dt, disc), scale(A, conjugate_pairs) * wide(C))
+    factor = scale(A, conjugate_pairs)
+    a, b, c = as_real_as(A, *discretized(A, B, dt, disc), wide(C) if factor == 1 else factor * wide(C))
     out = torch.empty(u.shape, dtype=real)
     last = torch.empty((u.shape[0], *A.shape), dtype=number) if return_last_state else None
     skip = None if D is None else D.to(torch.float64).contiguous()
     initial = None if initial_state is None else initial_state.to(number).contiguous()
-    _scan_cpu(out, last, u.to(real).contiguous(), *(x.contiguous() for x in (a, b, c)), skip, initial)
+    _scan_cpu(out, last, u.to(real).contiguous(), *[x.contiguous() for x in (a, b, c)], skip, initial)
     dtype = state_dtype(u, A, initial_state)
     return out.to(u.dtype), u.new_empty(0, dtype=dtype) if last is None else last.to(dtype)
 

@@ -15,6 +15,7 @@ from scalekern.reference.quant_matmul import ACTIVATION_MAX
 _fwd, _bwd = native("quant_matmul_fwd", "cpu"), native("quant_matmul_bwd", "cpu")
 _keep = native("quant_matmul_keep", "cpu")
 _kept = functools.cache(lambda: torch.ops.scalekern_native.quant_matmul_kept_cpu.default._op)
+_kept_together = functools.cache(lambda: torch.ops.scalekern_native.quant_matmul_kept_together_cpu.default._op)
 MANTISSA = {"fp8_e4m3": 3, "fp8_e5m2": 2, "fp6_e3m2": 2, "fp6_e2m3": 3, "fp4_e2m1": 1}  # bits of the small floats
 
 
@@ -95,6 +96,11 @@ class KeptWeight:
     def product(self, x):
         """(..., N) of a plain x on the CPU; None where the native call reads no such x, with nothing computed."""
         return _kept()(x, self._arguments)
+
+
+def products_of_kept(x, kept: list[KeptWeight]) -> list | None:
+    """KeptWeight.product with each, in one call."""
+    return _kept_together()(x, [weight._arguments for weight in kept]) or None
 
 
 def backward(

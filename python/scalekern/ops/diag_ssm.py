@@ -48,7 +48,9 @@ def diag_ssm(
 
     Source: as `diag_ssm_kernel`; the states between chunks: Fu et al., Hungry Hungry Hippos, 2023, section 4.2.
     """
-    _check(u, A, B, C, D, dt, initial_state, disc, method)
+    _check(u, A, B, C, D, dt, initial_state)
+    _checks.choice(NAME, "disc", disc, DISCRETIZATIONS[:2])
+    _checks.choice(NAME, "method", method, METHODS)
     out, last = diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method, return_last_state)
     return (out, last) if return_last_state else out
 
@@ -74,7 +76,8 @@ def diag_ssm_discretize(A, B, dt, disc="zoh"):
     return reference_discretize(A, B, dt, disc)
 
 
-def _check(u, A, B, C, D, dt, initial_state, disc, method):
+@_checks.remembered
+def _check(u, A, B, C, D, dt, initial_state):
     _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.FLOATING)
     check_parameters(NAME, A, B, C, dt, discrete=True)
     heads, states = A.shape
@@ -86,8 +89,6 @@ def _check(u, A, B, C, D, dt, initial_state, disc, method):
         allowed = _checks.FLOATING + (_checks.COMPLEX if A.is_complex() else ())
         _checks.tensor(NAME, "initial_state", initial_state, dims=3, dtypes=allowed)
         _checks.shape(NAME, "initial_state", initial_state, (u.shape[0], heads, states))
-    _checks.choice(NAME, "disc", disc, DISCRETIZATIONS[:2])
-    _checks.choice(NAME, "method", method, METHODS)
     _checks.same_device(NAME, "u", u, A=A, D=D, initial_state=initial_state)
 
 

@@ -153,8 +153,8 @@ def _is_native(conv_state, ssm_state, hidden_states, in_proj_weight, in_proj_bia
     return (
         hidden_states.shape[0] <= NATIVE_ROWS
         and delta_proj_weight.shape[1] > 0
-        and all(t.stride(1) == 1 for t in rows)
-        and all(t is None or t.is_contiguous() for t in (in_proj_bias, out_proj_bias, A_log, norm_weight))
+        and all([t.stride(1) == 1 for t in rows])
+        and all([t is None or t.is_contiguous() for t in (in_proj_bias, out_proj_bias, A_log, norm_weight)])
     )
 
 
