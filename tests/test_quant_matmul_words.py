@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import run_files_at_level
+from conftest import at_levels
 from test_quant_matmul_cpu import error, randn, weight
 from test_quant_matmul_digits import exact_product
 
@@ -21,6 +21,7 @@ CASES = [("int1", 64), ("int2", 32), ("int4", 32), ("int4", 64), ("int4", 128), 
          ("int8", None)]  # fmt: skip
 
 
+@at_levels("avx2", "avx512")
 def test_ends_of_rows_and_blocks():
     """Rows and columns on both sides of the ends of vectors, groups, and blocks of 16 rows; parts of any layout."""
     for (format, group), K, N in itertools.product(CASES, (40, 128, 500), (9, 17, 35)):
@@ -49,6 +50,7 @@ def test_a_token_is_the_same_in_any_company():
             assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0)), (format, group, order)
 
 
+@at_levels("avx2", "avx512")
 def test_a_scale_that_is_no_number_stays_in_its_row():
     for format, group in CASES:
         w = weight(21, 200, format, group)
@@ -57,8 +59,3 @@ def test_a_scale_that_is_no_number_stays_in_its_row():
         out = scalekern.quant_matmul(randn(2, 200), w)
         others = torch.arange(21) != 13
         assert out[:, 13].isnan().all() and torch.equal(out[:, others], clean[:, others])
-
-
-@pytest.mark.parametrize("level", ["avx2", "avx512"])
-def test_levels_below(level):
-    run_files_at_level(level, "ends or scale", __file__)
