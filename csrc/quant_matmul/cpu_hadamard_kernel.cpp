@@ -32,6 +32,7 @@ namespace {
 using scalekern::HadamardArgs;
 
 constexpr int64_t kParallel = 1 << 15;  // points from which threads pay
+constexpr int64_t kShare = 1 << 16;         // points that a thread takes at once
 constexpr int64_t kApartBytes = 64;     // between runs of the buffer: their lines would meet in one set of the L1
 constexpr int kRunBits = 12;            // of runs that are finished pass by pass, not run by run
 // Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
@@ -348,15 +349,21 @@ struct Transform {
     }
   }
 
+  // Rows of kShare points at a time, to whichever thread is free.
   static void run(const HadamardArgs& a) {
-    const auto part = [&](int64_t begin, int64_t end) {
+    int64_t next = 0;
+    const int64_t share = a.n < kShare / W ? kShare / a.n / W * W : kShare / a.n > 1 ? kShare / a.n : 1;
+    const auto part = [&](int64_t, int64_t) {
       const Transform transform(a);
-      if (transform.tiled()) transform.tiles_of_rows(begin, end);
-      else if (a.k < w) transform.narrow_rows(begin, end);
-      else transform.rows(begin, end);
+      for (int64_t begin; (begin = __atomic_fetch_add(&next, share, __ATOMIC_RELAXED)) < a.rows;) {
+        const int64_t end = a.rows - begin < share ? a.rows : begin + share;
+        if (transform.tiled()) transform.tiles_of_rows(begin, end);
+        else if (a.k < w) transform.narrow_rows(begin, end);
+        else transform.rows(begin, end);
+      }
     };
-    if (a.rows * a.n >= kParallel) scalekern::parallel(a.rows, part);
-    else part(0, a.rows);
+    if (a.rows * a.n >= kParallel) scalekern::parallel(scalekern::num_threads(), part);
+    else part(0, 1);
   }
 };
 
