@@ -50,8 +50,9 @@ struct Transform {
   const HadamardArgs& a;
   const int64_t padded = a.m << a.k;
   const F scale = F(a.scale);
-  int32_t offsets[40 * 10];
-  F signs[40 * 10];
+  const int64_t odd = a.m == 40 ? 20 : a.m;  // H_40 is H_2 (x) its first 20 rows and columns
+  int32_t offsets[28 * 7];
+  F signs[28 * 7];
   mutable const char* ahead = nullptr;  // of the next row
   const int64_t room = ((padded < 512 ? 512 : padded) * (tiled() ? W : 1) + 64 * kGap + kGap - 1) / kGap * kGap;
   F *buffer, *line;  // the row between passes; the row before the first one, where x is not read by it
@@ -59,11 +60,11 @@ struct Transform {
   explicit Transform(const HadamardArgs& args) : a(args) {
     buffer = static_cast<F*>(aligned_alloc(64, sizeof(F) * size_t(2 * room)));
     line = buffer + room;
-    for (int64_t i = 0; i < a.m && a.m > 1; ++i)
-      for (int64_t g = 0; g < a.m / 4; ++g) {
+    for (int64_t i = 0, term = 0; i < odd && a.m > 1; ++i)
+      for (int64_t g = 0; g < odd / 4; ++g, ++term) {
         const int word = int(uint64_t(a.signs[i]) >> (4 * g) & 15), flipped = word & 1 ? word ^ 15 : word;
-        offsets[i * (a.m / 4) + g] = int32_t(8 * g + flipped / 2);
-        signs[i * (a.m / 4) + g] = word & 1 ? F(-1) : F(1);
+        offsets[term] = int32_t(8 * g + flipped / 2);
+        signs[term] = word & 1 ? F(-1) : F(1);
       }
   }
   Transform(const Transform&) = delete;
@@ -75,11 +76,11 @@ struct Transform {
   template <class T>
   void base(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
     const auto by = [&]<int J>() {
-      switch (a.m / 4) {
-        case 3: return base_pass<F, 3, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        case 5: return base_pass<F, 5, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        case 7: return base_pass<F, 7, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        default: return base_pass<F, 10, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+      switch (a.m) {
+        case 12: return base_pass<F, 3, 1, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+        case 20: return base_pass<F, 5, 1, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+        case 28: return base_pass<F, 7, 1, J>(to, pitch, from, from_pitch, apart, offsets, signs);
+        default: return base_pass<F, 5, 2, J>(to, pitch, from, from_pitch, apart, offsets, signs);
       }
     };
     if (apart % (2 * W) == 0) return by.template operator()<2>();
