@@ -322,13 +322,25 @@ struct Transform {
     }
   }
 
+  // The n points in columns that tiles take whole: of the last W some are done twice.
+  template <class Body>
+  void in_columns(bool whole, const Body& body) const {
+    if (!whole || a.n < W) return body(0, a.n);
+    body(0, a.n / W * W);
+    if (a.n % W) body(a.n - W, W);
+  }
+
   // W rows at a time, a lane each, where runs are shorter than a vector.
   void tiles_of_rows(int64_t begin, int64_t end) const {
     const int64_t run = W << a.k;
     for (int64_t i = begin; i < end; i += W) {
       const int lanes = int(end - i < W ? end - i : W);
       if (a.axes <= 1) {
-        load_tile(row_of_x(i), a.axes ? a.stride[0] : 0, a.stride_n, lanes, a.n, line);
+        const S* const x = row_of_x(i);
+        const int64_t apart = a.axes ? a.stride[0] : 0;
+        in_columns(lanes == W && a.stride_n == 1, [&](int64_t j, int64_t count) {
+          load_tile(x + j * a.stride_n, apart, a.stride_n, lanes, count, line + j * W);
+        });
       } else {
         for (int lane = 0; lane < W; ++lane) {
           const S* x = row_of_x(lane < lanes ? i + lane : i);
@@ -342,7 +354,10 @@ struct Transform {
       else if (a.k == 2) last_pass<F, 0, 2>(line, buffer, padded * W, scale, ahead);
       else last_pass<F, 0, 3>(line, buffer, padded * W, scale, ahead);
       if (a.out) {
-        store_tile(static_cast<S*>(a.out) + i * a.n, a.n, 1, lanes, a.n, line);
+        S* const to = static_cast<S*>(a.out) + i * a.n;
+        in_columns(lanes == W, [&](int64_t j, int64_t count) {
+          store_tile(to + j, a.n, 1, lanes, count, line + j * W);
+        });
         continue;
       }
       store_tile(buffer, a.n, 1, lanes, a.n, line);
