@@ -143,19 +143,16 @@ struct Transform {
     }
     if constexpr (kStages > 3)
       if (k - w == 4) return last_pass<F, w, 4>(to, from, size, scale, ahead);
-    narrow(to, from, size, k);
+    narrow<w>(to, from, size, k);
   }
 
-  // Rows shorter than a vector, one after the other.
-  template <class T, class D>
+  // Rows of 2^k points up to a vector, one after the other; those of pairs fill two, which the last stage joins.
+  template <int bits, class T, class D>
   void narrow(D* to, const T* from, int64_t size, int k) const {
-    if (k == 0) return last_pass<F, 0, 0>(to, from, size, scale, ahead);
-    if constexpr (w > 1)
-      if (k == 1) return last_pass<F, 1, 0>(to, from, size, scale, ahead);
-    if constexpr (w > 2)
-      if (k == 2) return last_pass<F, 2, 0>(to, from, size, scale, ahead);
-    if constexpr (w > 3)
-      if (k == 3) return last_pass<F, 3, 0>(to, from, size, scale, ahead);
+    constexpr int joined = kVectors<D> - 1;
+    if constexpr (bits > joined)
+      if (k < bits) return narrow<bits - 1>(to, from, size, k);
+    last_pass<F, bits - joined, joined>(to, from, size, scale, ahead);
   }
 
   // A row of m 2^k points, 2^k at least a vector.
@@ -202,8 +199,10 @@ struct Transform {
         if (has_tiles())
           return a.m == 1 && a.n <= kTilePoints ? short_rows_in_tiles(begin, end) : long_rows_in_tiles(begin, end);
 #endif
-      if constexpr (__is_same(S, bf16))
+      if constexpr (__is_same(S, bf16)) {
         if (a.k > w) return whole_rows<Paired, Paired>(begin, end);
+        if (a.m == 1) begin += packed_narrow<Paired>(begin, end);
+      }
       return whole_rows<S, F>(begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
@@ -302,19 +301,24 @@ struct Transform {
     }
   }
 
+  // Of rows that follow each other as many as fill all vectors; returns how many those are.
+  template <class T>
+  int64_t packed_narrow(int64_t begin, int64_t end) const {
+    if (padded != a.n || !a.out || !packed()) return 0;
+    const int64_t points = (end - begin) * a.n / (kVectors<T> * W) * (kVectors<T> * W);
+    narrow<w>(static_cast<T*>(a.out) + begin * a.n, reinterpret_cast<const T*>(row_of_x(begin)), points, int(a.k));
+    return points / a.n;
+  }
+
   // Rows shorter than a vector: several in one.
-  void narrow_rows(int64_t begin, int64_t end) const {
-    const int k = int(a.k);
-    int64_t i = begin;
-    if (padded == a.n && a.out && packed()) {
-      const int64_t points = (end - begin) / (W / padded) * W;
-      narrow(static_cast<S*>(a.out) + i * a.n, row_of_x(i), points, k);
-      i += points / padded;
-    }
+  void narrow_rows(int64_t i, int64_t end) const {
+    if constexpr (__is_same(S, bf16))
+      if (a.k > 0) i += packed_narrow<Paired>(i, end);
+    i += packed_narrow<S>(i, end);
     while (i < end) {
       const int64_t count = end - i < W / padded ? end - i : W / padded;
       for (int64_t r = 0; r < count; ++r) gather(i + r, line + r * padded);
-      narrow(line, static_cast<const F*>(line), W, k);
+      narrow<w>(line, static_cast<const F*>(line), W, int(a.k));
       for (int64_t r = 0; r < count; ++r, ++i) {
         for (int64_t j = 0; j < a.n; ++j) buffer[j] = line[r * padded + j];
         deliver(i, buffer);
