@@ -342,7 +342,8 @@ struct Transform {
       if (a.axes <= 1) {
         const S* const x = row_of_x(i);
         const int64_t apart = a.axes ? a.stride[0] : 0;
-        in_columns(lanes == W && a.stride_n == 1, [&](int64_t j, int64_t count) {
+        if (a.n < W && i + W < a.rows && packed()) load_tile(x, a.n, 1, W, W, line);  // of the next row's, too
+        else in_columns(lanes == W && a.stride_n == 1, [&](int64_t j, int64_t count) {
           load_tile(x + j * a.stride_n, apart, a.stride_n, lanes, count, line + j * W);
         });
       } else {
@@ -359,6 +360,13 @@ struct Transform {
       else last_pass<F, 0, 3>(line, buffer, padded * W, scale, ahead);
       if (a.out) {
         S* const to = static_cast<S*>(a.out) + i * a.n;
+        if constexpr (W == 16)
+          if (a.n == 12 && lanes == W) {
+            S wide[W * W];
+            store_tile(wide, W, 1, W, W, line);
+            for (int lane = 0; lane < W; ++lane) __builtin_memcpy(to + lane * 12, wide + lane * W, 12 * sizeof(S));
+            continue;
+          }
         in_columns(lanes == W, [&](int64_t j, int64_t count) {
           store_tile(to + j, a.n, 1, lanes, count, line + j * W);
         });
