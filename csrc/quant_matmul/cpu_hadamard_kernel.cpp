@@ -32,7 +32,7 @@ namespace {
 using scalekern::HadamardArgs;
 
 constexpr int64_t kParallel = 1 << 15;  // points from which threads pay
-constexpr int64_t kShare = 1 << 16;         // points that a thread takes at once
+constexpr int64_t kShare = 1 << 17;         // points that a thread takes at once
 constexpr int64_t kApartBytes = 64;     // between runs of the buffer: their lines would meet in one set of the L1
 constexpr int kRunBits = 12;            // of runs that are finished pass by pass, not run by run
 // Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
