@@ -33,6 +33,7 @@ using scalekern::HadamardArgs;
 
 constexpr int64_t kParallel = 1 << 15;  // points from which threads pay
 constexpr int64_t kShare = 1 << 17;         // points that a thread takes at once
+constexpr int64_t kAheadPoints = 1 << 11;   // of rows that are asked for as a whole before their turn
 constexpr int64_t kApartBytes = 64;     // between runs of the buffer: their lines would meet in one set of the L1
 constexpr int kRunBits = 12;            // of runs that are finished pass by pass, not run by run
 // Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
@@ -271,6 +272,8 @@ struct Transform {
     const S* from = x(begin);
     for (int64_t j = 0; j < a.n; j += kTilePoints) make(from, j);
     for (int64_t i = begin; i < end; ++i) {
+      if (a.n <= kAheadPoints && a.stride_n == 1 && i + 1 < end)
+        for (int64_t j = 0; j < a.n; j += 32) __builtin_prefetch(row_of_x(i + 1) + j, 0, 2);
       if (a.m > 1) base(buffer, pitch, buffer, pitch, run);
       for (int64_t r = 0; r < a.m && k > low; ++r) top_pass<9>(buffer + r * pitch, k);
       if (i + 1 < end) from = x(i + 1);
