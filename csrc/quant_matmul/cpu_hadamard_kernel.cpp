@@ -7,7 +7,7 @@
 //   row there is 0.85), where a copy of 24 MB by two threads allows 2.6 us. fp16 has 4 conversions more, 11.5 clocks or
 //   2.1 us, of 1.3 us that a copy takes: half a copy's rate would have to hide all of its memory. bf16 without tiles
 //   (cpu_hadamard_tiles.h) has 6 more, 2.8 us. H_m is bound by loads: an output of two vectors reads an offset, a sign
-//   and two sums for each of its m / 4 terms; that is 20 loads a vector and 4 ns for m = 40, 1.5 ns for m = 12.
+//   and two sums for each of its m / 4 terms; that is 14 loads a vector and 3 ns for m = 28, 1.4 ns for m = 12.
 // Split: rows over threads, a share at a time to whichever is free: with one core's other thread at work on something
 //   else, halves were as slow as that core. Both by turns in one process, 24 MB: float 10 to 25 % faster.
 // Passes: the first reads x, the last writes the output, those between run over a row in L1, three stages each (four
@@ -22,8 +22,8 @@
 //   to 0.40; the next row's first pass between the runs of this one's last, so that memory is read and written at once:
 //   float 4,096 0.64 to 0.53, 8,192 even; four vectors at a time for H_m: 3 % for 12 2^k, a loss for rows of 5,120.
 //   For bfloat16 with tiles: H_m of runs as their product with its signs, 3,584 points 8.3 to 7.7 ns a vector of 16 in
-//   L2, but 768 5.2 to 6.9 and 1,280 6.0 to 12; rows of up to 224 points as products with the whole matrix, 28 points 15
-//   to 7 ns, 192 8.1 to 8.3, and float16 in two parts 160 10.9 to 10.3: 130 lines for a few sizes.
+//   L2, but 768 5.2 to 6.9 and 1,280 6.0 to 12; rows of up to 224 points as products with the whole matrix, 28 points
+//   15 to 7 ns, 192 8.1 to 8.3, and float16 in two parts 160 10.9 to 10.3: 130 lines for a few sizes.
 #include <stdlib.h>
 
 #include "common/parallel.h"

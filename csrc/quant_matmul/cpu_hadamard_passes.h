@@ -179,8 +179,8 @@ static void pass(F* to, int64_t pitch, const S* from, int64_t from_pitch, int64_
     }
 }
 
-// H_m of m = 4 fours runs of `apart` points; with two halves, H_2 (x) H_m of 2 m runs. Of four runs' signed sums one half
-// is the other's negative: eight, made once, serve all m outputs, at m / 4 + 3 additions an output instead of m.
+// H_m of m = 4 fours runs of `apart` points; with two halves, H_2 (x) H_m of 2 m runs. Of four runs' signed sums one
+// half is the other's negative: eight, made once, serve all m outputs, at m / 4 + 3 additions an output instead of m.
 // offsets[i][g]: which of them, and with which sign. J vectors at a time share what an output reads of those.
 template <class F, int fours, int halves, int J, class S>
 static void base_pass(
