@@ -35,11 +35,11 @@ namespace {
 
 using scalekern::HadamardArgs;
 
-constexpr int64_t kParallel = 1 << 15;  // points from which threads pay
-constexpr int64_t kShare = 1 << 17;         // points that a thread takes at once
-constexpr int64_t kAheadPoints = 1 << 11;   // of rows that are asked for as a whole before their turn
-constexpr int64_t kApartBytes = 64;     // between runs of the buffer: their lines would meet in one set of the L1
-constexpr int kRunBits = 12;            // of runs that are finished pass by pass, not run by run
+constexpr int64_t kParallel = 1 << 15;     // points from which threads pay
+constexpr int64_t kShare = 1 << 17;        // points that a thread takes at once
+constexpr int64_t kAheadPoints = 1 << 11;  // of rows that are asked for as a whole before their turn
+constexpr int64_t kApartBytes = 64;        // between runs of the buffer: their lines would meet in one set of the L1
+constexpr int kRunBits = 12;               // of runs that are finished pass by pass, not run by run
 // Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
 // 0.51 to 0.62 of a copy's rate, of 4,096 0.40 to 0.46; float 0.83 to 0.74 and 0.64 to 0.53.
 template <class S>
@@ -55,42 +55,20 @@ struct Transform {
   const HadamardArgs& a;
   const int64_t padded = a.m << a.k;
   const F scale = F(a.scale);
-  const int64_t odd = a.m == 40 ? 20 : a.m;  // H_40 is H_2 (x) its first 20 rows and columns
-  int32_t offsets[28 * 7];
-  F signs[28 * 7];
+  const BaseMatrix<F> base;
   mutable const char* ahead = nullptr;  // of the next row
   const int64_t room = ((padded < 512 ? 512 : padded) * (tiled() ? W : 1) + 64 * kGap + kGap - 1) / kGap * kGap;
   F *buffer, *line;  // the row between passes; the row before the first one, where x is not read by it
 
-  explicit Transform(const HadamardArgs& args) : a(args) {
+  explicit Transform(const HadamardArgs& args) : a(args), base(args.signs, args.m) {
     buffer = static_cast<F*>(aligned_alloc(64, sizeof(F) * size_t(2 * room)));
     line = buffer + room;
-    for (int64_t i = 0, term = 0; i < odd && a.m > 1; ++i)
-      for (int64_t g = 0; g < odd / 4; ++g, ++term) {
-        const int word = int(uint64_t(a.signs[i]) >> (4 * g) & 15), flipped = word & 1 ? word ^ 15 : word;
-        offsets[term] = int32_t(8 * g + flipped / 2);
-        signs[term] = word & 1 ? F(-1) : F(1);
-      }
   }
   Transform(const Transform&) = delete;
   ~Transform() { __builtin_free(buffer); }
 
   bool packed() const { return a.stride_n == 1 && (a.axes == 0 || (a.axes == 1 && a.stride[0] == a.n)); }
   bool tiled() const { return a.m > 1 && a.k < w; }  // runs shorter than a vector: then lanes are rows
-
-  template <class T>
-  void base(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
-    const auto by = [&]<int J>() {
-      switch (a.m) {
-        case 12: return base_pass<F, 3, 1, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        case 20: return base_pass<F, 5, 1, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        case 28: return base_pass<F, 7, 1, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        default: return base_pass<F, 5, 2, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-      }
-    };
-    if (apart % (2 * W) == 0) return by.template operator()<2>();
-    if constexpr (kVectors<T> == 1) by.template operator()<1>();
-  }
 
   // Stages of the pass at the top of a run, of which the last pass leaves `rest`.
   static int top_bits(int rest, bool in_place) {
@@ -166,7 +144,7 @@ struct Transform {
     const int k = int(a.k), bits = a.m == 1 && k > w + kStages ? top_bits(k - w - kStages, false) : 0, left = k - bits;
     const int64_t runs = a.m << bits, run = int64_t(1) << left, pitch = run + kGap;
     if (runs == 1) return last(to, from, run, left);
-    if (a.m > 1) base(buffer, pitch, from, run, run);
+    if (a.m > 1) base.multiply(buffer, pitch, from, run, run);
     else top_pass(buffer, pitch, from, run, run, bits);
     for (int64_t i = 0; i < runs; ++i) finish(to + i * run, buffer + i * pitch, left);
   }
@@ -278,7 +256,7 @@ struct Transform {
     for (int64_t i = begin; i < end; ++i) {
       if (a.n <= kAheadPoints && a.stride_n == 1 && i + 1 < end)
         for (int64_t j = 0; j < a.n; j += 32) __builtin_prefetch(row_of_x(i + 1) + j, 0, 2);
-      if (a.m > 1) base(buffer, pitch, buffer, pitch, run);
+      if (a.m > 1) base.multiply(buffer, pitch, buffer, pitch, run);
       for (int64_t r = 0; r < a.m && k > low; ++r) top_pass<9>(buffer + r * pitch, k);
       if (i + 1 < end) from = x(i + 1);
       for (int64_t j = 0; j < a.n; j += kTilePoints) {
@@ -357,7 +335,7 @@ struct Transform {
         }
       }
       __builtin_memset(line + a.n * W, 0, sizeof(F) * size_t((padded - a.n) * W));
-      base(buffer, run, static_cast<const F*>(line), run, run);
+      base.multiply(buffer, run, static_cast<const F*>(line), run, run);
       if (a.k == 0) last_pass<F, 0, 0>(line, buffer, padded * W, scale, ahead);
       else if (a.k == 1) last_pass<F, 0, 1>(line, buffer, padded * W, scale, ahead);
       else if (a.k == 2) last_pass<F, 0, 2>(line, buffer, padded * W, scale, ahead);

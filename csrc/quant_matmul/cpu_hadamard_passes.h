@@ -233,4 +233,38 @@ static void base_pass(
   }
 }
 
+// H_m of m runs, m of 12, 20, 28 and 40, from its signs (hadamard.h). H_40 is H_2 (x) its first 20 rows and columns.
+template <class F>
+class BaseMatrix {
+ public:
+  BaseMatrix(const int64_t* signs, int64_t m) : m_(m) {
+    const int64_t rows = m == 40 ? 20 : m;
+    for (int64_t i = 0, term = 0; i < rows && m > 1; ++i)
+      for (int64_t g = 0; g < rows / 4; ++g, ++term) {
+        const int word = int(uint64_t(signs[i]) >> (4 * g) & 15), flipped = word & 1 ? word ^ 15 : word;
+        offsets_[term] = int32_t(8 * g + flipped / 2);
+        signs_[term] = word & 1 ? F(-1) : F(1);
+      }
+  }
+
+  template <class T>
+  void multiply(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
+    const auto by = [&]<int J>() {
+      switch (m_) {
+        case 12: return base_pass<F, 3, 1, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+        case 20: return base_pass<F, 5, 1, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+        case 28: return base_pass<F, 7, 1, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+        default: return base_pass<F, 5, 2, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+      }
+    };
+    if (apart % (2 * kLanes<F>) == 0) return by.template operator()<2>();
+    if constexpr (kVectors<T> == 1) by.template operator()<1>();
+  }
+
+ private:
+  const int64_t m_;
+  int32_t offsets_[28 * 7];
+  F signs_[28 * 7];
+};
+
 }  // namespace
