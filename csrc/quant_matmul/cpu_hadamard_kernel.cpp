@@ -37,6 +37,7 @@ using scalekern::HadamardArgs;
 
 constexpr int64_t kParallel = 1 << 15;     // points from which threads pay
 constexpr int64_t kShare = 1 << 17;        // points that a thread takes at once
+constexpr int64_t kMostRegions = 64;        // of threads that begin apart
 constexpr int64_t kAheadPoints = 1 << 11;  // of rows that are asked for as a whole before their turn
 constexpr int64_t kApartBytes = 64;        // between runs of the buffer: their lines would meet in one set of the L1
 constexpr int kRunBits = 12;               // of runs that are finished pass by pass, not run by run
@@ -359,21 +360,30 @@ struct Transform {
     }
   }
 
-  // Rows of kShare points at a time, to whichever thread is free.
+  // Rows of kShare points at a time: those of a thread's own region, then those that others have left. Regions, because
+  // two threads that write one fresh page of 2 MiB both clear it.
   static void run(const HadamardArgs& a) {
-    int64_t next = 0;
     const int64_t share = a.n < kShare / W ? kShare / a.n / W * W : kShare / a.n > 1 ? kShare / a.n : 1;
-    const auto part = [&](int64_t, int64_t) {
+    const int64_t threads = a.rows * a.n >= kParallel ? scalekern::num_threads() : 1;
+    const int64_t regions = threads < kMostRegions ? threads : kMostRegions;
+    const int64_t size = ((a.rows + share - 1) / share + regions - 1) / regions * share;
+    int64_t next[kMostRegions] = {};
+    const auto part = [&](int64_t first, int64_t) {
       const Transform transform(a);
-      for (int64_t begin; (begin = __atomic_fetch_add(&next, share, __ATOMIC_RELAXED)) < a.rows;) {
-        const int64_t end = a.rows - begin < share ? a.rows : begin + share;
-        if (transform.tiled()) transform.tiles_of_rows(begin, end);
-        else if (a.k < w) transform.narrow_rows(begin, end);
-        else transform.rows(begin, end);
+      for (int64_t r = first; r < first + regions; ++r) {
+        const int64_t start = r % regions * size, stop = a.rows - start < size ? a.rows : start + size;
+        for (int64_t begin; (begin = start + __atomic_fetch_add(next + r % regions, share, __ATOMIC_RELAXED)) < stop;)
+          transform.some(begin, stop - begin < share ? stop : begin + share);
       }
     };
-    if (a.rows * a.n >= kParallel) scalekern::parallel(scalekern::num_threads(), part);
+    if (threads > 1) scalekern::parallel(threads, part);
     else part(0, 1);
+  }
+
+  void some(int64_t begin, int64_t end) const {
+    if (tiled()) tiles_of_rows(begin, end);
+    else if (a.k < w) narrow_rows(begin, end);
+    else rows(begin, end);
   }
 };
 
