@@ -8,8 +8,8 @@
 //   2.1 us, of 1.3 us that a copy takes: half a copy's rate would have to hide all of its memory. bf16 without tiles
 //   (cpu_hadamard_tiles.h) has 6 more, 2.8 us. H_m is bound by loads: an output of two vectors reads an offset, a sign
 //   and two sums for each of its m / 4 terms; that is 14 loads a vector and 3 ns for m = 28, 1.4 ns for m = 12.
-// Split: rows over threads, a share at a time to whichever is free: with one core's other thread at work on something
-//   else, halves were as slow as that core. Both by turns in one process, 24 MB: float 10 to 25 % faster.
+// Split: rows over threads, a share at a time to whichever is free: halves ended with the slower core, floats of 24 MB
+//   10 to 25 % later, both by turns in one process.
 // Passes: the first reads x, the last writes the output, those between run over a row in L1, three stages each (four
 //   with 32 registers; five where the first of two passes can read x twice). The largest distances come first, so that
 //   what follows is runs that lie in L1 by themselves.
@@ -21,9 +21,6 @@
 //   lines a step): float of 512 points 0.70 to 0.79 of a copy's rate, but 8,192 0.55 to 0.48, and bf16 of 4,096 0.60
 //   to 0.40; the next row's first pass between the runs of this one's last, so that memory is read and written at once:
 //   float 4,096 0.64 to 0.53, 8,192 even; four vectors at a time for H_m: 3 % for 12 2^k, a loss for rows of 5,120.
-//   For bfloat16 with tiles: H_m of runs as their product with its signs, 3,584 points 8.3 to 7.7 ns a vector of 16 in
-//   L2, but 768 5.2 to 6.9 and 1,280 6.0 to 12; rows of up to 224 points as products with the whole matrix, 28 points
-//   15 to 7 ns, 192 8.1 to 8.3, and float16 in two parts 160 10.9 to 10.3: 130 lines for a few sizes.
 #include <stdlib.h>
 
 #include "common/parallel.h"
@@ -360,8 +357,7 @@ struct Transform {
     }
   }
 
-  // Rows of kShare points at a time: those of a thread's own region, then those that others have left. Regions, because
-  // two threads that write one fresh page of 2 MiB both clear it.
+  // Shares of a thread's own region, then those that others left: two threads that write one fresh page both clear it.
   static void run(const HadamardArgs& a) {
     const int64_t share = a.n < kShare / W ? kShare / a.n / W * W : kShare / a.n > 1 ? kShare / a.n : 1;
     const int64_t threads = a.rows * a.n >= kParallel ? scalekern::num_threads() : 1;
@@ -376,14 +372,11 @@ struct Transform {
           transform.some(begin, stop - begin < share ? stop : begin + share);
       }
     };
-    if (threads > 1) scalekern::parallel(threads, part);
-    else part(0, 1);
+    scalekern::parallel(threads, part);
   }
 
   void some(int64_t begin, int64_t end) const {
-    if (tiled()) tiles_of_rows(begin, end);
-    else if (a.k < w) narrow_rows(begin, end);
-    else rows(begin, end);
+    tiled() ? tiles_of_rows(begin, end) : a.k < w ? narrow_rows(begin, end) : rows(begin, end);
   }
 };
 
