@@ -30,6 +30,8 @@ def test_matrices(matrices):
         h = oracle.base_matrix(m, matrices).long()
         assert torch.equal(h @ h.T, m * torch.eye(m, dtype=torch.long)) and set(h.unique().tolist()) == {-1, 1}
         assert torch.equal(h, h.T) == ((m, matrices) in ((12, oracle.MATRICES[0]), (28, "quarot")))
+    h = oracle.base_matrix(40, matrices)  # the CPU's kernel takes two halves of order 20
+    assert torch.equal(h, torch.kron(oracle.sylvester(1), h[:20, :20]).to(h.dtype))
     signs = {m: "".join("-+"[s > 0] for s in oracle.base_matrix(m, matrices)[7].tolist()) for m in ORDERS}
     assert signs[40] == "++++--++-++----+-+-+++++--++-++----+-+-+"
     assert signs[12] == ("+--++---+--+" if matrices == "fast_hadamard_transform" else "+-+++-++-+--")
@@ -128,16 +130,20 @@ def test_layouts_change_no_bit(place):
                     assert torch.equal(a, b.expand(a.shape))
 
 
-LONG = {32: 37, 64: 1030, 384: 3, 512: 3, 768: 3, 1024: 5, 1280: 3, 8192: 3, 10240: 2, 12288: 2, 14336: 3, 16384: 2}
+# n: how many rows, so that some end within a tile, a pass or a share of 2^17 points, and some at such an edge. From 12
+# to 40 those from the second on end with a whole tile.
+ROWS = {1: 37, 2: 37, 4: 37, 8: 37, 16: 8195, 12: 11025, 20: 33, 24: 33, 28: 33, 40: 33, 192: 5, 320: 33, 32: 37,
+        64: 2053, 384: 3, 512: 3, 768: 3, 1024: 131, 1280: 3, 8192: 17, 10240: 2, 12288: 2, 14336: 3,
+        16384: 2}  # fmt: skip
 
 
 @compiled_only
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @lower_levels
 def test_cpu_passes_of_every_length(dtype):
-    """n: rows that end within a tile, a pass or a thread's share; alone and apart they are the same, bit for bit."""
+    """Against float64; rows alone, apart and from the second on are the same, bit for bit."""
     tolerance = {torch.float32: 1e-6}.get(dtype, TOLERANCE[dtype] / 2)
-    for n, count in LONG.items():
+    for n, count in ROWS.items():
         x = rows(count, n, seed=n, dtype=dtype)
         with scalekern.backend("cpu"):
             out = scalekern.hadamard_transform(x, n**-0.5)

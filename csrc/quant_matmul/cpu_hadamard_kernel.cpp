@@ -7,8 +7,9 @@
 //   row there is 0.85), where a copy of 24 MB by two threads allows 2.6 us. fp16 has 4 conversions more, 11.5 clocks or
 //   2.1 us, of 1.3 us that a copy takes: half a copy's rate would have to hide all of its memory. bf16 without tiles
 //   (cpu_hadamard_tiles.h) has 6 more, 2.8 us. H_m is bound by loads: an output of two vectors reads an offset, a sign
-//   and two sums for each of its m / 4 terms; that is 20 loads a vector and 4 ns for m = 40, 1.5 ns for m = 12.
-// Split: rows over threads.
+//   and two sums for each of its m / 4 terms; that is 14 loads a vector and 3 ns for m = 28, 1.4 ns for m = 12.
+// Split: rows over threads, a share at a time to whichever is free: halves ended with the slower core, floats of 24 MB
+//   10 to 25 % later, both by turns in one process.
 // Passes: the first reads x, the last writes the output, those between run over a row in L1, three stages each (four
 //   with 32 registers; five where the first of two passes can read x twice). The largest distances come first, so that
 //   what follows is runs that lie in L1 by themselves.
@@ -19,7 +20,7 @@
 // Tried and lost, two threads, 8 and 24 MB: prefetching (next row into L1 or L2, the output, both, in bulk or a few
 //   lines a step): float of 512 points 0.70 to 0.79 of a copy's rate, but 8,192 0.55 to 0.48, and bf16 of 4,096 0.60
 //   to 0.40; the next row's first pass between the runs of this one's last, so that memory is read and written at once:
-//   float 4,096 0.64 to 0.53, 8,192 even; four vectors at a time for H_m: even with two, and a table of 20 KB.
+//   float 4,096 0.64 to 0.53, 8,192 even; four vectors at a time for H_m: 3 % for 12 2^k, a loss for rows of 5,120.
 #include <stdlib.h>
 
 #include "common/parallel.h"
@@ -31,9 +32,12 @@ namespace {
 
 using scalekern::HadamardArgs;
 
-constexpr int64_t kParallel = 1 << 15;  // points from which threads pay
-constexpr int64_t kApartBytes = 64;     // between runs of the buffer: their lines would meet in one set of the L1
-constexpr int kRunBits = 12;            // of runs that are finished pass by pass, not run by run
+constexpr int64_t kParallel = 1 << 15;     // points from which threads pay
+constexpr int64_t kShare = 1 << 17;        // points that a thread takes at once
+constexpr int64_t kMostRegions = 64;        // of threads that begin apart
+constexpr int64_t kAheadPoints = 1 << 11;  // of rows that are asked for as a whole before their turn
+constexpr int64_t kApartBytes = 64;        // between runs of the buffer: their lines would meet in one set of the L1
+constexpr int kRunBits = 12;               // of runs that are finished pass by pass, not run by run
 // Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
 // 0.51 to 0.62 of a copy's rate, of 4,096 0.40 to 0.46; float 0.83 to 0.74 and 0.64 to 0.53.
 template <class S>
@@ -49,41 +53,20 @@ struct Transform {
   const HadamardArgs& a;
   const int64_t padded = a.m << a.k;
   const F scale = F(a.scale);
-  int32_t offsets[40 * 10];
-  F signs[40 * 10];
+  const BaseMatrix<F> base;
   mutable const char* ahead = nullptr;  // of the next row
   const int64_t room = ((padded < 512 ? 512 : padded) * (tiled() ? W : 1) + 64 * kGap + kGap - 1) / kGap * kGap;
   F *buffer, *line;  // the row between passes; the row before the first one, where x is not read by it
 
-  explicit Transform(const HadamardArgs& args) : a(args) {
+  explicit Transform(const HadamardArgs& args) : a(args), base(args.signs, args.m) {
     buffer = static_cast<F*>(aligned_alloc(64, sizeof(F) * size_t(2 * room)));
     line = buffer + room;
-    for (int64_t i = 0; i < a.m && a.m > 1; ++i)
-      for (int64_t g = 0; g < a.m / 4; ++g) {
-        const int word = int(uint64_t(a.signs[i]) >> (4 * g) & 15), flipped = word & 1 ? word ^ 15 : word;
-        offsets[i * (a.m / 4) + g] = int32_t(8 * g + flipped / 2);
-        signs[i * (a.m / 4) + g] = word & 1 ? F(-1) : F(1);
-      }
   }
   Transform(const Transform&) = delete;
   ~Transform() { __builtin_free(buffer); }
 
   bool packed() const { return a.stride_n == 1 && (a.axes == 0 || (a.axes == 1 && a.stride[0] == a.n)); }
   bool tiled() const { return a.m > 1 && a.k < w; }  // runs shorter than a vector: then lanes are rows
-
-  template <class T>
-  void base(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
-    const auto by = [&]<int J>() {
-      switch (a.m / 4) {
-        case 3: return base_pass<F, 3, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        case 5: return base_pass<F, 5, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        case 7: return base_pass<F, 7, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-        default: return base_pass<F, 10, J>(to, pitch, from, from_pitch, apart, offsets, signs);
-      }
-    };
-    if (apart % (2 * W) == 0) return by.template operator()<2>();
-    if constexpr (kVectors<T> == 1) by.template operator()<1>();
-  }
 
   // Stages of the pass at the top of a run, of which the last pass leaves `rest`.
   static int top_bits(int rest, bool in_place) {
@@ -141,19 +124,16 @@ struct Transform {
     }
     if constexpr (kStages > 3)
       if (k - w == 4) return last_pass<F, w, 4>(to, from, size, scale, ahead);
-    narrow(to, from, size, k);
+    narrow<w>(to, from, size, k);
   }
 
-  // Rows shorter than a vector, one after the other.
-  template <class T, class D>
+  // Rows of 2^k points up to a vector, one after the other; those of pairs fill two, which the last stage joins.
+  template <int bits, class T, class D>
   void narrow(D* to, const T* from, int64_t size, int k) const {
-    if (k == 0) return last_pass<F, 0, 0>(to, from, size, scale, ahead);
-    if constexpr (w > 1)
-      if (k == 1) return last_pass<F, 1, 0>(to, from, size, scale, ahead);
-    if constexpr (w > 2)
-      if (k == 2) return last_pass<F, 2, 0>(to, from, size, scale, ahead);
-    if constexpr (w > 3)
-      if (k == 3) return last_pass<F, 3, 0>(to, from, size, scale, ahead);
+    constexpr int joined = kVectors<D> - 1;
+    if constexpr (bits > joined)
+      if (k < bits) return narrow<bits - 1>(to, from, size, k);
+    last_pass<F, bits - joined, joined>(to, from, size, scale, ahead);
   }
 
   // A row of m 2^k points, 2^k at least a vector.
@@ -162,7 +142,7 @@ struct Transform {
     const int k = int(a.k), bits = a.m == 1 && k > w + kStages ? top_bits(k - w - kStages, false) : 0, left = k - bits;
     const int64_t runs = a.m << bits, run = int64_t(1) << left, pitch = run + kGap;
     if (runs == 1) return last(to, from, run, left);
-    if (a.m > 1) base(buffer, pitch, from, run, run);
+    if (a.m > 1) base.multiply(buffer, pitch, from, run, run);
     else top_pass(buffer, pitch, from, run, run, bits);
     for (int64_t i = 0; i < runs; ++i) finish(to + i * run, buffer + i * pitch, left);
   }
@@ -200,8 +180,10 @@ struct Transform {
         if (has_tiles())
           return a.m == 1 && a.n <= kTilePoints ? short_rows_in_tiles(begin, end) : long_rows_in_tiles(begin, end);
 #endif
-      if constexpr (__is_same(S, bf16))
+      if constexpr (__is_same(S, bf16)) {
         if (a.k > w) return whole_rows<Paired, Paired>(begin, end);
+        if (a.m == 1) begin += packed_narrow<Paired>(begin, end);
+      }
       return whole_rows<S, F>(begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
@@ -270,7 +252,9 @@ struct Transform {
     const S* from = x(begin);
     for (int64_t j = 0; j < a.n; j += kTilePoints) make(from, j);
     for (int64_t i = begin; i < end; ++i) {
-      if (a.m > 1) base(buffer, pitch, buffer, pitch, run);
+      if (a.n <= kAheadPoints && a.stride_n == 1 && i + 1 < end)
+        for (int64_t j = 0; j < a.n; j += 32) __builtin_prefetch(row_of_x(i + 1) + j, 0, 2);
+      if (a.m > 1) base.multiply(buffer, pitch, buffer, pitch, run);
       for (int64_t r = 0; r < a.m && k > low; ++r) top_pass<9>(buffer + r * pitch, k);
       if (i + 1 < end) from = x(i + 1);
       for (int64_t j = 0; j < a.n; j += kTilePoints) {
@@ -300,24 +284,34 @@ struct Transform {
     }
   }
 
+  // Of rows that follow each other as many as fill all vectors; returns how many those are.
+  template <class T>
+  int64_t packed_narrow(int64_t begin, int64_t end) const {
+    if (padded != a.n || !a.out || !packed()) return 0;
+    const int64_t points = (end - begin) * a.n / (kVectors<T> * W) * (kVectors<T> * W);
+    narrow<w>(static_cast<T*>(a.out) + begin * a.n, reinterpret_cast<const T*>(row_of_x(begin)), points, int(a.k));
+    return points / a.n;
+  }
+
   // Rows shorter than a vector: several in one.
-  void narrow_rows(int64_t begin, int64_t end) const {
-    const int k = int(a.k);
-    int64_t i = begin;
-    if (padded == a.n && a.out && packed()) {
-      const int64_t points = (end - begin) / (W / padded) * W;
-      narrow(static_cast<S*>(a.out) + i * a.n, row_of_x(i), points, k);
-      i += points / padded;
-    }
+  void narrow_rows(int64_t i, int64_t end) const {
+    if constexpr (__is_same(S, bf16))
+      if (a.k > 0) i += packed_narrow<Paired>(i, end);
+    i += packed_narrow<S>(i, end);
     while (i < end) {
       const int64_t count = end - i < W / padded ? end - i : W / padded;
       for (int64_t r = 0; r < count; ++r) gather(i + r, line + r * padded);
-      narrow(line, static_cast<const F*>(line), W, k);
-      for (int64_t r = 0; r < count; ++r, ++i) {
-        for (int64_t j = 0; j < a.n; ++j) buffer[j] = line[r * padded + j];
-        deliver(i, buffer);
-      }
+      narrow<w>(line, static_cast<const F*>(line), W, int(a.k));
+      for (int64_t r = 0; r < count; ++r, ++i) deliver(i, line + r * padded);
     }
+  }
+
+  // The n points in columns that tiles take whole: of the last W some are done twice.
+  template <class Body>
+  void in_columns(bool whole, const Body& body) const {
+    if (!whole || a.n < W) return body(0, a.n);
+    body(0, a.n / W * W);
+    if (a.n % W) body(a.n - W, W);
   }
 
   // W rows at a time, a lane each, where runs are shorter than a vector.
@@ -326,7 +320,12 @@ struct Transform {
     for (int64_t i = begin; i < end; i += W) {
       const int lanes = int(end - i < W ? end - i : W);
       if (a.axes <= 1) {
-        load_tile(row_of_x(i), a.axes ? a.stride[0] : 0, a.stride_n, lanes, a.n, line);
+        const S* const x = row_of_x(i);
+        const int64_t apart = a.axes ? a.stride[0] : 0;
+        if (a.n < W && i + W < a.rows && packed()) load_tile(x, a.n, 1, W, W, line);  // of the next row's, too
+        else in_columns(lanes == W && a.stride_n == 1, [&](int64_t j, int64_t count) {
+          load_tile(x + j * a.stride_n, apart, a.stride_n, lanes, count, line + j * W);
+        });
       } else {
         for (int lane = 0; lane < W; ++lane) {
           const S* x = row_of_x(lane < lanes ? i + lane : i);
@@ -334,13 +333,23 @@ struct Transform {
         }
       }
       __builtin_memset(line + a.n * W, 0, sizeof(F) * size_t((padded - a.n) * W));
-      base(buffer, run, static_cast<const F*>(line), run, run);
+      base.multiply(buffer, run, static_cast<const F*>(line), run, run);
       if (a.k == 0) last_pass<F, 0, 0>(line, buffer, padded * W, scale, ahead);
       else if (a.k == 1) last_pass<F, 0, 1>(line, buffer, padded * W, scale, ahead);
       else if (a.k == 2) last_pass<F, 0, 2>(line, buffer, padded * W, scale, ahead);
       else last_pass<F, 0, 3>(line, buffer, padded * W, scale, ahead);
       if (a.out) {
-        store_tile(static_cast<S*>(a.out) + i * a.n, a.n, 1, lanes, a.n, line);
+        S* const to = static_cast<S*>(a.out) + i * a.n;
+        if constexpr (W == 16)
+          if (a.n == 12 && lanes == W) {
+            S wide[W * W];
+            store_tile(wide, W, 1, W, W, line);
+            for (int lane = 0; lane < W; ++lane) __builtin_memcpy(to + lane * 12, wide + lane * W, 12 * sizeof(S));
+            continue;
+          }
+        in_columns(lanes == W, [&](int64_t j, int64_t count) {
+          store_tile(to + j, a.n, 1, lanes, count, line + j * W);
+        });
         continue;
       }
       store_tile(buffer, a.n, 1, lanes, a.n, line);
@@ -348,15 +357,26 @@ struct Transform {
     }
   }
 
+  // Shares of a thread's own region, then those that others left: two threads that write one fresh page both clear it.
   static void run(const HadamardArgs& a) {
-    const auto part = [&](int64_t begin, int64_t end) {
+    const int64_t share = a.n < kShare / W ? kShare / a.n / W * W : kShare / a.n > 1 ? kShare / a.n : 1;
+    const int64_t threads = a.rows * a.n >= kParallel ? scalekern::num_threads() : 1;
+    const int64_t regions = threads < kMostRegions ? threads : kMostRegions;
+    const int64_t size = ((a.rows + share - 1) / share + regions - 1) / regions * share;
+    int64_t next[kMostRegions] = {};
+    const auto part = [&](int64_t first, int64_t) {
       const Transform transform(a);
-      if (transform.tiled()) transform.tiles_of_rows(begin, end);
-      else if (a.k < w) transform.narrow_rows(begin, end);
-      else transform.rows(begin, end);
+      for (int64_t r = first; r < first + regions; ++r) {
+        const int64_t start = r % regions * size, stop = a.rows - start < size ? a.rows : start + size;
+        for (int64_t begin; (begin = start + __atomic_fetch_add(next + r % regions, share, __ATOMIC_RELAXED)) < stop;)
+          transform.some(begin, stop - begin < share ? stop : begin + share);
+      }
     };
-    if (a.rows * a.n >= kParallel) scalekern::parallel(a.rows, part);
-    else part(0, a.rows);
+    scalekern::parallel(threads, part);
+  }
+
+  void some(int64_t begin, int64_t end) const {
+    tiled() ? tiles_of_rows(begin, end) : a.k < w ? narrow_rows(begin, end) : rows(begin, end);
   }
 };
 

@@ -179,43 +179,92 @@ static void pass(F* to, int64_t pitch, const S* from, int64_t from_pitch, int64_
     }
 }
 
-// H_m of m = 4 fours runs of `apart` points. Of four runs' signed sums one half is the other's negative: eight, made
-// once, serve all m outputs, at m / 4 + 3 additions an output instead of m. offsets[i][g]: which of them, and with
-// which sign. J vectors at a time share what an output reads of those.
-template <class F, int fours, int J, class S>
+// H_m of m = 4 fours runs of `apart` points; with two halves, H_2 (x) H_m of 2 m runs. Of four runs' signed sums one
+// half is the other's negative: eight, made once, serve all m outputs, at m / 4 + 3 additions an output instead of m.
+// offsets[i][g]: which of them, and with which sign. J vectors at a time share what an output reads of those.
+template <class F, int fours, int halves, int J, class S>
 static void base_pass(
     F* to, int64_t pitch, const S* from, int64_t from_pitch, int64_t apart, const int32_t* offsets, const F* signs) {
   constexpr int W = kLanes<F>;
-  Vec<F> sums[8 * fours][J];
+  Vec<F> sums[halves][8 * fours][J];
   for (int64_t j = 0; j < apart; j += J * W) {
 #pragma GCC unroll 4
     for (int u = 0; u < J; ++u) {
       const S* x = from + j + u / kVectors<S> * kVectors<S> * W;
       for (int g = 0; g < fours; ++g, x += 4 * from_pitch) {
         const auto run = [&](int l) { return take<F>(x + l * from_pitch, u % kVectors<S>); };
-        const Vec<F> a = run(0), b = run(1), c = run(2), d = run(3);
-        const Vec<F> low[2] = {a + b, a - b}, high[2] = {c + d, d - c};
+        Vec<F> v[halves][4];
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l) {
+          v[0][l] = run(l);
+          if constexpr (halves == 2) {
+            const Vec<F> other = run(4 * fours + l);
+            v[1][l] = v[0][l] - other, v[0][l] += other;
+          }
+        }
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          sums[8 * g + i][u] = low[i] + high[0], sums[8 * g + 2 + i][u] = low[i] + high[1];
-          sums[8 * g + 4 + i][u] = low[i] - high[1], sums[8 * g + 6 + i][u] = low[i] - high[0];
+        for (int h = 0; h < halves; ++h) {
+          const Vec<F> a = v[h][0], b = v[h][1], c = v[h][2], d = v[h][3];
+          const Vec<F> low[2] = {a + b, a - b}, high[2] = {c + d, d - c};
+          auto* const s = sums[h] + 8 * g;
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            s[i][u] = low[i] + high[0], s[2 + i][u] = low[i] + high[1];
+            s[4 + i][u] = low[i] - high[1], s[6 + i][u] = low[i] - high[0];
+          }
         }
       }
     }
-    const int32_t* o = offsets;
-    const F* s = signs;
     F* y = to + j;
-    for (int i = 0; i < 4 * fours; ++i, o += fours, s += fours, y += pitch) {
-      Vec<F> sum[J];
+    for (int h = 0; h < halves; ++h) {
+      const int32_t* o = offsets;
+      const F* s = signs;
+      for (int i = 0; i < 4 * fours; ++i, o += fours, s += fours, y += pitch) {
+        Vec<F> sum[J];
 #pragma GCC unroll 10
-      for (int g = 0; g < fours; ++g) {
+        for (int g = 0; g < fours; ++g) {
 #pragma GCC unroll 4
-        for (int u = 0; u < J; ++u) sum[u] = g ? sum[u] + sums[o[g]][u] * s[g] : sums[o[0]][u] * s[0];
+          for (int u = 0; u < J; ++u) sum[u] = g ? sum[u] + sums[h][o[g]][u] * s[g] : sums[h][o[0]][u] * s[0];
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < J; ++u) store(y + u * W, sum[u]);
       }
-#pragma GCC unroll 4
-      for (int u = 0; u < J; ++u) store(y + u * W, sum[u]);
     }
   }
 }
+
+// H_m of m runs, m of 12, 20, 28 and 40, from its signs (hadamard.h). H_40 is H_2 (x) its first 20 rows and columns.
+template <class F>
+class BaseMatrix {
+ public:
+  BaseMatrix(const int64_t* signs, int64_t m) : m_(m) {
+    const int64_t rows = m == 40 ? 20 : m;
+    for (int64_t i = 0, term = 0; i < rows && m > 1; ++i)
+      for (int64_t g = 0; g < rows / 4; ++g, ++term) {
+        const int word = int(uint64_t(signs[i]) >> (4 * g) & 15), flipped = word & 1 ? word ^ 15 : word;
+        offsets_[term] = int32_t(8 * g + flipped / 2);
+        signs_[term] = word & 1 ? F(-1) : F(1);
+      }
+  }
+
+  template <class T>
+  void multiply(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
+    const auto by = [&]<int J>() {
+      switch (m_) {
+        case 12: return base_pass<F, 3, 1, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+        case 20: return base_pass<F, 5, 1, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+        case 28: return base_pass<F, 7, 1, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+        default: return base_pass<F, 5, 2, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
+      }
+    };
+    if (apart % (2 * kLanes<F>) == 0) return by.template operator()<2>();
+    if constexpr (kVectors<T> == 1) by.template operator()<1>();
+  }
+
+ private:
+  const int64_t m_;
+  int32_t offsets_[28 * 7];
+  F signs_[28 * 7];
+};
 
 }  // namespace

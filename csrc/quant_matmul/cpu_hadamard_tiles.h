@@ -7,6 +7,9 @@
 //   tiles and with them: 64 points 14 to 7 ns, 512 126 to 75, 4,096 1.2 to 0.75 us, 8,192 2.8 to 1.9.
 // Tried and lost: for long rows a block of each of 16 runs to a tile, whose rows the next pass takes at once: 1.08 us
 //   of 8,192 points as before, since loads of what a tile has just stored wait, and x is no longer read in order.
+//   H_m of runs as their product with its signs: 3,584 points 8.3 to 7.7 ns a vector of 16 in L2, but 768 5.2 to 6.9
+//   and 1,280 6.0 to 12. Rows of up to 224 points as products with the whole matrix: 28 points 15 to 7 ns, 192 8.1 to
+//   8.3, and float16 in two parts 160 10.9 to 10.3: 130 lines for a few sizes.
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_hadamard_passes.h"

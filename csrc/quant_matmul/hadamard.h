@@ -15,7 +15,7 @@ struct HadamardArgs {
   int64_t rows, n, m, k;
   int axes;
   int64_t size[kAxes], stride[kAxes], stride_n;
-  const int64_t* signs;  // (m): bit l of word i is set where H_m[i, l] is -1
+  const int64_t* signs;  // (m): bit l of word i is set where H_m[i, l] is -1; H_40 is H_2 (x) its first 20 rows and columns
   double scale;
   int8_t* q;      // (rows, n)
   float* scales;  // (rows, n / group)
