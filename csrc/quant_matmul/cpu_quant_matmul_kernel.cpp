@@ -362,6 +362,7 @@ static bool few_tokens(const QuantMatmulArgs& a) {
 // Digits take half a bfloat16 product each: one for the two of a 16-bit result, as tiles need for bfloat16 tokens; they
 // win there where unpacking is what counts, and codes part with a shift.
 static bool worth_digits(const QuantMatmulArgs& a) {
+  if (a.w.groups > 1 && a.w.group == kTileColumns && a.tokens > 32) return false;  // half a tile of bytes
   if (8 % a.w.bits != 0) return a.x.dtype == QuantDtype::f32 && a.tokens > 32;
   return a.x.dtype != QuantDtype::bf16 || a.tokens <= DigitTiles::kMost;
 }

@@ -39,8 +39,6 @@
 #if defined(__AVX512F__)
 namespace {
 
-constexpr int64_t kScaledGroup = 64;
-
 static inline int parts_of(QuantDtype dtype) {
   return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3;
 }
@@ -172,13 +170,20 @@ class TokenTiles {
   bool usable_ = true;
 };
 
-static bool exact_in_bf16(const QuantWeight& w) {
+// Whether the numbers of a table, times others of `more` significant bits, are exact in bfloat16; integer codes are.
+static bool exact_in_bf16(const QuantWeight& w, int more = 0) {
   for (int i = 0; w.table && i < 1 << w.bits; ++i) {
     uint32_t bits;
     __builtin_memcpy(&bits, w.table + i, 4);
-    if (bits & 0xffff) return false;
+    if (24 - __builtin_ctz(bits | 0x800000) + more > 8) return false;
   }
   return true;
+}
+
+// A table's numbers times scales of few bits (block formats), what is outside of them aside.
+static bool exact_when_scaled(const QuantWeight& w) {
+  const int bits = w.scales.dtype == QuantDtype::e8m0 ? 0 : w.scales.dtype == QuantDtype::e4m3 ? 4 : 8;
+  return w.table && exact_in_bf16(w, bits) && !w.has_rest(0);
 }
 
 struct TileProduct {
@@ -187,9 +192,10 @@ struct TileProduct {
   const QuantMatmulArgs& a;
   const int out_parts = parts_of(a.out.dtype);
   const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
-  const bool scaled = exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
-      (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= kScaledGroup));
-  const int w_parts = scaled ? 1 : int(most(2, out_parts));
+  const bool exact = exact_when_scaled(a.w);  // but for `outer`
+  const bool scaled = !exact && exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
+      (a.w.groups == 1 || a.w.group % kTileColumns == 0);
+  const int w_parts = exact || scaled ? 1 : int(most(2, out_parts));
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
@@ -254,9 +260,14 @@ struct TileProduct {
     const QuantWeight& w = a.w;
     const int64_t rows = least(block_rows, w.rows - first), row_strips = block_rows / 16, next = row_strips * 256;
     const int64_t pitch = block_columns / kTileColumns * w_parts * kTile;
+    QuantWeight inner = w;
+    if (exact && w.outer.data) {
+      load_part(w.outer, first * w.outer.row, w.outer.row, rows, scales);
+      inner.outer = {};
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const GroupParts part(memory + r * GroupParts::floats(w.groups), w.groups);
-      part.load(w, first + r);
+      part.load(inner, first + r);
       for (int64_t g = 0; scaled && g < w.groups; ++g) scales[g * block_rows + r] = part.scale[g];
     }
     zero(totals, strips * next);
@@ -277,10 +288,10 @@ struct TileProduct {
               const int64_t steps = pieces(to - from, kTileColumns), step = (from - k) / kTileColumns;
               const Side b = tokens.side(strip + t, from / kTileColumns);
               const Side weights{tiles + r * pitch + step * w_parts * kTile, pitch, w_parts};
-              const float* scale = scaled ? scales + g * block_rows + r * 16 : scales;
+              const float* scale = scales + g * block_rows + r * 16;
               float* to_sums = totals + t * next + r * 256;
-              if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
-              else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
+              if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, 16, to_sums, next);
+              else multiply_tiles<4, 1>(weights, b, steps, scale, 16, to_sums, next);
             }
     }
     if (rest) add_rest(sums, rows, strip, strips, memory, line, tiles, totals);
