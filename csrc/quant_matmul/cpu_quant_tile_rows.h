@@ -130,8 +130,9 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
                      const GroupParts& parts, int64_t first, int64_t count, int64_t ahead, char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
-  for (int64_t k = first; k < end;) {
-    const int64_t g = w.groups == 1 ? 0 : k / w.group, stop = w.groups == 1 ? end : least(end, (g + 1) * w.group);
+  int64_t g = w.groups == 1 ? 0 : first / w.group;
+  for (int64_t k = first; k < end; ++g) {
+    const int64_t stop = w.groups == 1 ? end : least(end, (g + 1) * w.group);
     const typename Value::Group group(value, parts.scale[g], parts.zero[g], parts.offset[g]);
     const uint8_t* p = data + k / 8 * w.bits;
     for (; k < stop; k += kTileColumns, p += step, to += P * kTile) {
