@@ -371,10 +371,9 @@ static bool worth_digits(const QuantMatmulArgs& a) {
 static bool in_tiles(const QuantMatmulArgs& a) {
 #if defined(__AVX512F__)
   if (a.tokens <= kFewTokens || !scalekern::has_amx()) return false;
-  const auto in_floats = [](const QuantMatmulArgs& own) {
-    if (!TileProduct{own}.run(by_blocks)) by_blocks(own);
-  };
-  return (worth_digits(a) && in_digit_tiles(a, by_blocks, in_floats)) || TileProduct{a}.run(by_blocks);
+  const auto in_floats = [](const QuantMatmulArgs& own) { TileProduct{own}.run(by_blocks); };
+  if (!worth_digits(a) || !in_digit_tiles(a, by_blocks, in_floats)) in_floats(a);
+  return true;
 #else
   return false;
 #endif

@@ -29,9 +29,9 @@
 // a table of scale and zero in three parts where codes are exact (float32 with zeros: 3 times as long at 16 tokens).
 // An output's additions have one order, whatever the number of threads.
 //
-// Left to the float path: tokens whose largest number is no number, or so large or small that a part of it or a sum of
-// codes would leave bfloat16's range (its subnormals are 0 here), and rows of which a result is not finite, because a
-// weight or a scale is not: the parts of Inf are Inf and NaN.
+// Left to the float path: each token whose largest number is no number, or so large or small that a part of it or a sum
+// of codes would leave bfloat16's range (its subnormals are 0 here), and rows of which another's result is not finite,
+// because a weight or a scale is not: the parts of Inf are Inf and NaN.
 #pragma once
 #include "quant_matmul/cpu_quant_tile_rows.h"
 #include "quant_matmul/cpu_quant_tokens.h"
@@ -99,8 +99,9 @@ class TokenTiles {
 
   TokenTiles(const QuantMatmulArgs& a, int parts)
       : parts_(parts), steps_(pieces(a.w.columns, kTileColumns)), strips_(pieces(a.tokens, 16)),
-        tiles_(strips_ * steps_ * parts * kTile), scale_(strips_ * 16), largest_(strips_ * 16 * chunks(a)) {
-    for (int64_t m = 0; m < strips_ * 16; ++m) scale_[m] = 1;
+        tiles_(strips_ * steps_ * parts * kTile), scale_(strips_ * 16), largest_(strips_ * 16 * chunks(a)),
+        held_(strips_ * 16) {
+    for (int64_t m = 0; m < strips_ * 16; ++m) scale_[m] = 1, held_[m] = true;
     QuantMatmulArgs rounded_only = a;
     if (a.activation_max == 0) rounded_only.tokens = 0;
     const Tokens rounded(rounded_only, 1, scale_);
@@ -111,10 +112,10 @@ class TokenTiles {
     for (int64_t m = 0; m < a.tokens; ++m) {
       uint32_t most = 0;
       for (int64_t i = m * chunks(a); i < (m + 1) * chunks(a); ++i) most = largest_[i] > most ? largest_[i] : most;
-      if (most != 0 && (most < kSmallest || most > kLargest)) usable_ = false;
+      held_[m] = most == 0 || (most >= kSmallest && most <= kLargest);
     }
   }
-  bool usable() const { return usable_; }
+  bool held(int64_t m) const { return held_[m]; }
   float scale(int64_t m) const { return scale_[m]; }
   int64_t strips() const { return strips_; }
   Side side(int64_t strip, int64_t step) const {
@@ -167,7 +168,7 @@ class TokenTiles {
   Buffer<char> tiles_;
   Buffer<float> scale_;
   Buffer<uint32_t> largest_;
-  bool usable_ = true;
+  Buffer<bool> held_;
 };
 
 // Whether the numbers of a table, times others of `more` significant bits, are exact in bfloat16; integer codes are.
@@ -194,8 +195,8 @@ struct TileProduct {
   const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
   const bool exact = exact_when_scaled(a.w);  // but for `outer`
   const bool scaled = !exact && exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
-      (a.w.groups == 1 || a.w.group % kTileColumns == 0);
-  const int w_parts = exact || scaled ? 1 : int(most(2, out_parts));
+      (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= (out_parts == 1 ? 128 : 32)));
+  const int w_parts = exact || scaled || a.w.groups > 1 ? int(most(1, scaled || exact ? 1 : out_parts)) : int(most(2, out_parts));
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
@@ -295,28 +296,34 @@ struct TileProduct {
             }
     }
     if (rest) add_rest(sums, rows, strip, strips, memory, line, tiles, totals);
-    return store_block(tokens, first, rows, strip, strips, totals);
+    return store_block(tokens, sums, first, rows, strip, strips, totals);
   }
 
-  bool store_block(const TokenTiles& tokens, int64_t first, int64_t rows, int64_t strip, int64_t strips,
+  bool store_block(const TokenTiles& tokens, const TokenTiles& sums, int64_t first, int64_t rows, int64_t strip, int64_t strips,
                    const float* totals) const {
     float bias[kMostRows];
     alignas(64) float lines[16][kMostRows];
     load_bias(a, first, rows, bias);
     VecF strange = {};
     for (int64_t t = 0; t < strips; ++t) {
+      VecF own = {};
       for (int64_t r = 0; r < pieces(rows, 16); ++r) {
         VecF v[16];
         for (int i = 0; i < 16; ++i) v[i] = load(totals + (t * block_rows / 16 + r) * 256 + i * 16);
-        for (int i = 0; i < 16 && r * 16 + i < rows; ++i) strange += v[i] * 0.0f;
+        for (int i = 0; i < 16 && r * 16 + i < rows; ++i) own += v[i] * 0.0f;
         transpose<float>(v);
         for (int i = 0; i < 16; ++i) store(lines[i] + r * 16, v[i]);
       }
       const int64_t m = (strip + t) * 16;
+      for (int i = 0; i < 16; ++i) strange[i] += held(tokens, sums, m + i) ? own[i] : 0;
       for (int64_t i = 0; i < least(16, a.tokens - m); ++i)
         store_results(a, m + i, first, rows, lines[i], tokens.scale(m + i), bias);
     }
     return sum_of<float>(strange) == 0;
+  }
+
+  bool held(const TokenTiles& tokens, const TokenTiles& sums, int64_t m) const {
+    return tokens.held(m) && (!rest || sums.held(m));
   }
 
   // Sums of the groups of each token, in lanes.
@@ -339,9 +346,9 @@ struct TileProduct {
     });
   }
 
-  // What is not finite goes to `redo`, which takes a product of some rows. False, with nothing computed: x is not fit.
+  // What is not finite goes to `redo`, which takes a product of some rows, or of some tokens.
   template <class Redo>
-  bool run(const Redo& redo) const {
+  void run(const Redo& redo) const {
     const QuantWeight& w = a.w;
     const TokenTiles tokens(a, x_parts);
     const int64_t G = w.groups;
@@ -351,7 +358,6 @@ struct TileProduct {
     if (rest) sum_groups(group_sums);
     else of_sums.tokens = 0;
     const TokenTiles sums(of_sums, rest_parts);
-    if (!tokens.usable() || !sums.usable()) return false;
     const int64_t row_blocks = pieces(w.rows, block_rows), token_strips = kBlockTokens / 16;
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
     const Buffer<bool> strange(row_blocks * token_blocks);
@@ -378,7 +384,13 @@ struct TileProduct {
       some.out = a.out.behind(first * a.out.column), some.bias = a.bias.behind(first * a.bias.column);
       redo(some);
     }
-    return true;
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      QuantMatmulArgs some = a;
+      for (some.tokens = 0; t < a.tokens && !held(tokens, sums, t); ++t) ++some.tokens;
+      if (some.tokens == 0) continue;
+      some.x = a.x.from(t - some.tokens), some.out = a.out.from(t - some.tokens);
+      redo(some);
+    }
   }
 };
 
