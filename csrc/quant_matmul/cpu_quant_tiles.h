@@ -188,7 +188,7 @@ static bool exact_when_scaled(const QuantWeight& w) {
 }
 
 struct TileProduct {
-  static constexpr int64_t kMostRows = 256, kBlockTokens = 256, kStay = 256;
+  static constexpr int64_t kMostRows = 256, kBlockTokens = 512, kStay = 256;
 
   const QuantMatmulArgs& a;
   const int out_parts = parts_of(a.out.dtype);
