@@ -28,7 +28,7 @@ from scalekern.quant import FORMATS
 
 pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
 
-# A tile is 16 rows or tokens and 32 columns; 256 tokens and 64 rows are a block, and 512 columns are decoded at once.
+# A tile is 16 rows or tokens and 32 columns; 512 tokens and 64 rows are a block, and 512 columns are decoded at once.
 SHAPES = [(5, 17, 31), (16, 16, 512), (17, 33, 100), (33, 65, 545), (100, 5, 1030), (16, 100, 257), (48, 64, 96)]
 GROUPS = (128, 32, None, 100, 64, 16, 7)
 
@@ -83,14 +83,14 @@ def test_what_is_not_finite_stays_in_its_token(bad, dtype, activation):
 def test_what_one_token_needs_is_not_the_others_affair(size, dtype):
     """Tokens that tiles cannot hold go the float path, each by itself: nobody else's bits change."""
     for format, symmetric, group in (("nf4", True, 64), ("int4", False, 32)):
-        w, x = weight(70, 200, format, group, symmetric), randn(280, 200)
+        w, x = weight(70, 200, format, group, symmetric), randn(530, 200)
         x[::2] *= 1000 if dtype != torch.float16 else 1
         whole = scalekern.quant_matmul(x.to(dtype), w)
-        large = torch.tensor([3, 15, 16, 17, 255, 256, 279])  # edges of tiles and of blocks
+        large = torch.tensor([3, 15, 16, 17, 511, 512, 529])  # edges of tiles and of blocks
         x[large] *= size
         given = x.to(dtype)
         out, exact = scalekern.quant_matmul(given, w), exact_product(given, w)
-        others = torch.ones(280, dtype=torch.bool).index_fill(0, large, False)
+        others = torch.ones(530, dtype=torch.bool).index_fill(0, large, False)
         assert torch.equal(out[others], whole[others])
         assert torch.equal(out[large].isnan(), exact[large].isnan())
         if size == size and dtype != torch.float16:
@@ -158,12 +158,12 @@ def test_strides_and_parts():
 
 def test_threads_change_no_bit():
     cases = [(weight(301, 520, f, 128), randn(M, 520).to(d))
-             for (f, M), d in itertools.product((("int4", 17), ("nf4", 300)), FLOOR)]  # fmt: skip
+             for (f, M), d in itertools.product((("int4", 17), ("nf4", 530)), FLOOR)]  # fmt: skip
     same_bits_on_any_threads(cases)
 
 
 def test_a_token_is_the_same_in_any_company():
-    w, x = weight(100, 600, "int4", 128), randn(300, 600)
+    w, x = weight(100, 600, "int4", 128), randn(530, 600)
     whole = scalekern.quant_matmul(x, w)
     for some in (slice(0, 5), slice(250, 290), slice(17, 34)):
         assert torch.equal(scalekern.quant_matmul(x[some], w), whole[some])

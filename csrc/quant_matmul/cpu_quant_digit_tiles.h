@@ -170,10 +170,12 @@ struct DigitRows : RowBlock {
     const VecF unit = load(p.unit), x = kRest ? load(p.sum) : VecF{};
 #pragma GCC unroll 16
     for (; r < end; ++r) {
-      VecF v{};
+      const auto sum = [&](int d) {
+        return (VecF)_mm512_cvtepi32_ps(_mm512_load_si512(p.sums + d * kPair + r * kTileLanes));
+      };
+      VecF v = sum(D - 1);
 #pragma GCC unroll 4
-      for (int d = D - 1; d >= 0; --d)
-        v = v * 0x1p-8f + (VecF)_mm512_cvtepi32_ps(_mm512_load_si512(p.sums + d * kPair + r * kTileLanes));
+      for (int d = D - 2; d >= 0; --d) v = v * 0x1p-8f + sum(d);
       VecF total = load(p.totals + r * kTileLanes) + p.scale[r] * (v * unit);
       if (kRest) total += p.rest[r] * x;
       store(p.totals + r * kTileLanes, total);

@@ -109,13 +109,16 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
     power = kFloats ? from_bits(uint32_t(127 + 15 - bias) << 23) : 1;
   }
   VecF number(__m256i lanes) const {
-    return kFloats ? (VecF)_mm512_cvtph_ps(lanes) * power : (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes));
+    return kFloats ? (VecF)_mm512_cvtph_ps(lanes) : (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes));
   }
   struct Group {
     const TileWide& all;
     float scale, zero, offset;
     Group(const TileWide& all, const GroupParts& of, int64_t g, int64_t)
-        : all(all), scale(of.scale[g]), zero(of.zero[g]), offset(of.offset[g]) {}
+        : all(all), scale(of.scale[g] * all.power), zero(of.zero[g]),
+          offset(kFloats ? of.offset[g] - of.scale[g] * zero : of.offset[g]) {}
+    // Integers that are the zero become 0 exactly; floats have none as a rule.
+    VecF value(VecF number) const { return (kFloats ? number : number - zero) * scale + offset; }
     void operator()(__m512i codes, char* to) const {
       __m512i lanes = _mm512_and_si512(codes, all.mask);
       if (kFloats) {
@@ -126,7 +129,7 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
       }
       const VecF low = all.number(_mm512_castsi512_si256(lanes));
       const VecF high = all.number(_mm512_extracti64x4_epi64(lanes, 1));
-      store_parts((low - zero) * scale + offset, (high - zero) * scale + offset, P, to, kTile);
+      store_parts(value(low), value(high), P, to, kTile);
     }
   };
 };
