@@ -160,6 +160,22 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
   }
 }
 
+// Whether the numbers of a table, times others of `more` significant bits, are exact in bfloat16; integer codes are.
+static bool exact_in_bf16(const QuantWeight& w, int more = 0) {
+  for (int i = 0; w.table && i < 1 << w.bits; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, w.table + i, 4);
+    if (24 - __builtin_ctz(bits | 0x800000) + more > 8) return false;
+  }
+  return true;
+}
+
+// A table's numbers times scales of few bits (block formats), what is outside of them aside.
+static bool exact_when_scaled(const QuantWeight& w) {
+  const int bits = w.scales.dtype == QuantDtype::e8m0 ? 0 : w.scales.dtype == QuantDtype::e4m3 ? 4 : 8;
+  return w.table && exact_in_bf16(w, bits) && !w.has_rest(0);
+}
+
 // `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32. What is
 // `ahead` of them, in bytes, comes next.
 template <int P, class Own>

@@ -3,15 +3,20 @@
 // what comes before it rounded, and a product that of parts.
 //
 //   out       parts of w   products                       relative error of a product
-//   bfloat16  2            x_0 w_0, x_0 w_1               2^-9, of x alone
+//   bfloat16  1 (2)        x_0 w_0 (x_0 w_1)              2^-9, of w too (of x alone)
 //   float16   2            x_0 w_0, x_0 w_1, x_1 w_0      2^-17
 //   float32   3            x_i w_j with i + j < 3: six    2^-26
 //
-// Codes that are exact in bfloat16 (integers, small floats), in groups of kScaledGroup columns and more, are one part,
-//   and a group's sum is multiplied by its scale: 1, 2 or 3 products. What zeros and offsets differ from the middle
-//   code meets the sums of the tokens' groups, as columns of their own. Otherwise bfloat16, too, takes two
-//   parts: in one, rounding errors of few numbers do not average (3.3e-3 of int2 with one scale a tensor), and a chain
-//   of three products missed its tolerance (5.4e-3 of 5.1e-3).
+// Codes that are exact in bfloat16 (integers, small floats), in groups of 32 columns and more (128 for bfloat16, which
+//   has less to win: 1.2 times as long in groups of 64), are one part, and a group's sum is multiplied by its scale:
+//   1, 2 or 3 products. What zeros and offsets differ from the middle code meets the sums of the tokens' groups, as
+//   columns of their own.
+// Tables whose numbers times their scales are exact in bfloat16 (MX: a power of two; NVFP4: a float8) are one part
+//   again, and nothing is scaled but by `outer`, at the end. 4096 x 4096, times as fast as in two parts and by 8
+//   numbers at a time: mxfp4 2, nvfp4 2 (128 tokens), 2.3 and 3 (16).
+// Otherwise, in bfloat16, one part of scale and code where a row has several groups: as exact as what eager torch
+//   multiplies, 2.3e-3 with the result's own rounding, where two parts leave 1.7e-3 in 1.6 times as long. In one group
+//   rounding errors of few numbers do not average (3.3e-3 of int2): two parts.
 //
 // A block of rows (block_rows x block_columns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and
 // meets tokens that were laid out once a call, in pairs of columns; sums of `depth` columns leave the registers for
@@ -23,7 +28,11 @@
 //   16       1.7              1.9        2.4       2.8
 //   128      3.5              3.7        5.0       6.4
 //
-// Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched;
+// 128 tokens of bfloat16, dense / this, medians in turns: groups of 64 1.0, of 32 0.8 to 0.9 (with two parts 0.8 and
+//   0.55), nf4 1.06 (0.73), mxfp4 0.88 (0.6), nvfp4 0.84 (0.45). 512: 0.8 to 0.9. Groups of 32 in float32 as 8-bit
+//   digits, cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
+// Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched
+//   (512 tokens too: 1 to 3 % longer); 64 tokens or 128 columns in L1 at once (equal); 256 tokens a pass (8 % at 512);
 //   a group's sums added to the totals behind the next group's products, two and four groups at once too (no faster at
 //   16 and 128 tokens, though all stores and additions are 0.9 ms of 128's 3.9); blocks of 512 rows (4 %);
 // a table of scale and zero in three parts where codes are exact (float32 with zeros: 3 times as long at 16 tokens).
@@ -171,22 +180,6 @@ class TokenTiles {
   Buffer<bool> held_;
 };
 
-// Whether the numbers of a table, times others of `more` significant bits, are exact in bfloat16; integer codes are.
-static bool exact_in_bf16(const QuantWeight& w, int more = 0) {
-  for (int i = 0; w.table && i < 1 << w.bits; ++i) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, w.table + i, 4);
-    if (24 - __builtin_ctz(bits | 0x800000) + more > 8) return false;
-  }
-  return true;
-}
-
-// A table's numbers times scales of few bits (block formats), what is outside of them aside.
-static bool exact_when_scaled(const QuantWeight& w) {
-  const int bits = w.scales.dtype == QuantDtype::e8m0 ? 0 : w.scales.dtype == QuantDtype::e4m3 ? 4 : 8;
-  return w.table && exact_in_bf16(w, bits) && !w.has_rest(0);
-}
-
 struct TileProduct {
   static constexpr int64_t kMostRows = 256, kBlockTokens = 512, kStay = 256;
 
@@ -196,7 +189,7 @@ struct TileProduct {
   const bool exact = exact_when_scaled(a.w);  // but for `outer`
   const bool scaled = !exact && exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
       (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= (out_parts == 1 ? 128 : 32)));
-  const int w_parts = exact || scaled || a.w.groups > 1 ? int(most(1, scaled || exact ? 1 : out_parts)) : int(most(2, out_parts));
+  const int w_parts = exact || scaled ? 1 : a.w.groups > 1 ? out_parts : int(most(2, out_parts));
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
@@ -299,8 +292,8 @@ struct TileProduct {
     return store_block(tokens, sums, first, rows, strip, strips, totals);
   }
 
-  bool store_block(const TokenTiles& tokens, const TokenTiles& sums, int64_t first, int64_t rows, int64_t strip, int64_t strips,
-                   const float* totals) const {
+  bool store_block(const TokenTiles& tokens, const TokenTiles& sums, int64_t first, int64_t rows, int64_t strip,
+                   int64_t strips, const float* totals) const {
     float bias[kMostRows];
     alignas(64) float lines[16][kMostRows];
     load_bias(a, first, rows, bias);
