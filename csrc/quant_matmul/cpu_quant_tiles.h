@@ -12,8 +12,7 @@
 //   1, 2 or 3 products. What zeros and offsets differ from the middle code meets the sums of the tokens' groups, as
 //   columns of their own.
 // Tables whose numbers times their scales are exact in bfloat16 (MX: a power of two; NVFP4: a float8) are one part
-//   again, and nothing is scaled but by `outer`, at the end. 4096 x 4096, times as fast as in two parts and by 8
-//   numbers at a time: mxfp4 2, nvfp4 2 (128 tokens), 2.3 and 3 (16).
+//   again, and nothing is scaled but by `outer`, at the end.
 // Otherwise, in bfloat16, one part of scale and code where a row has several groups: as exact as what eager torch
 //   multiplies, 2.3e-3 with the result's own rounding, where two parts leave 1.7e-3 in 1.6 times as long. In one group
 //   rounding errors of few numbers do not average (3.3e-3 of int2): two parts.
@@ -28,9 +27,10 @@
 //   16       1.7              1.9        2.4       2.8
 //   128      3.5              3.7        5.0       6.4
 //
-// 128 tokens of bfloat16, dense / this, medians in turns: groups of 64 1.0, of 32 0.8 to 0.9 (with two parts 0.8 and
-//   0.55), nf4 1.06 (0.73), mxfp4 0.88 (0.6), nvfp4 0.84 (0.45). 512: 0.8 to 0.9. Groups of 32 in float32 as 8-bit
-//   digits, cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
+// 128 tokens of bfloat16, dense / this, medians in turns, and before one part, pairs of groups and groups without a
+//   division: groups of 64 1.0 to 1.1 (0.84), of 32 0.8 to 0.9 (0.55), nf4 1.02 to 1.07 (0.72), mxfp4 0.88 to 0.92
+//   (0.60), nvfp4 0.84 to 0.88 (0.45). 512, beside another's work: 1.0 to 1.2 (0.5 to 0.7). Groups of 32 in float32 as
+//   digits of 8 bits, cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
 // Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched
 //   (512 tokens too: 1 to 3 % longer); 64 tokens or 128 columns in L1 at once (equal); 256 tokens a pass (8 % at 512);
 //   a group's sums added to the totals behind the next group's products, two and four groups at once too (no faster at
