@@ -25,9 +25,9 @@ from scalekern.quant import FORMATS
 
 pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU library was not built (setup.py says why)")
 
-# A tile is 16 rows or tokens and 32 columns; 256 tokens and 64 rows are a block, and 512 columns are decoded at once.
+# A tile is 16 rows or tokens and 32 columns; 512 tokens and 64 rows are a block, and 512 columns are decoded at once.
 SHAPES = [(5, 17, 31), (16, 16, 512), (17, 33, 100), (33, 65, 545), (100, 5, 1030), (16, 100, 257), (48, 64, 96)]
-GROUPS = (128, 32, None, 100, 64, 7)
+GROUPS = (128, 32, None, 100, 64, 16, 7)
 
 
 def exact_product(x, w):
@@ -77,6 +77,41 @@ def test_what_is_not_finite_stays_in_its_token(bad, dtype, activation):
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("size", [float("nan"), 1e-30, 1e32])
+def test_what_one_token_needs_is_not_the_others_affair(size, dtype):
+    """Tokens that tiles cannot hold go the float path, each by itself: nobody else's bits change."""
+    for format, symmetric, group in (("nf4", True, 64), ("int4", False, 32)):
+        w, x = weight(70, 200, format, group, symmetric), randn(530, 200)
+        x[::2] *= 1000 if dtype != torch.float16 else 1
+        whole = scalekern.quant_matmul(x.to(dtype), w)
+        large = torch.tensor([3, 15, 16, 17, 511, 512, 529])  # edges of tiles and of blocks
+        x[large] *= size
+        given = x.to(dtype)
+        out, exact = scalekern.quant_matmul(given, w), exact_product(given, w)
+        others = torch.ones(530, dtype=torch.bool).index_fill(0, large, False)
+        assert torch.equal(out[others], whole[others])
+        assert torch.equal(out[large].isnan(), exact[large].isnan())
+        if size == size and dtype != torch.float16:
+            assert error(out[large].double() / size, exact[large] / size) <= FLOOR[dtype]
+
+
+def test_scales_of_few_bits_are_exact_in_one_part():
+    """Block formats: bfloat16 times a power of two, or a float8, holds all, and what is outside of them comes last."""
+    for format, group in (("mxfp4", 32), ("mxfp8_e4m3", 32), ("mxfp8_e5m2", 32), ("mxfp6_e2m3", 32), ("nvfp4", 16)):
+        w = weight(37, 300, format, group)
+        G = w.scales.shape[1]
+        scales = 2.0 ** torch.arange(-3, 4).repeat(37 * G)[: 37 * G].reshape(37, G)
+        if format == "nvfp4":
+            scales *= torch.arange(8, 15).repeat(37 * G)[: 37 * G].reshape(37, G) / 8  # all bits of a float8
+        w = w.replace(scales=scales.to(w.scales.dtype))
+        x = torch.eye(300)[torch.arange(40) * 7]  # one number of the weight each
+        if w.outer is not None:
+            w = w.replace(outer=torch.full_like(w.outer, 0.625))
+        for dtype in FLOOR:
+            assert torch.equal(scalekern.quant_matmul(x.to(dtype), w), exact_product(x, w).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("code", [0x7C, 0xFC, 0x7E])
 def test_a_weight_that_is_not_finite_stays_in_its_row(code, dtype):
     w, x = weight(90, 100, "fp8_e5m2", 32), randn(20, 100).to(dtype)
@@ -122,12 +157,12 @@ def test_strides_and_parts():
 
 def test_threads_change_no_bit():
     cases = [(weight(301, 520, f, 128), randn(M, 520).to(d))
-             for (f, M), d in itertools.product((("int4", 17), ("nf4", 300)), FLOOR)]  # fmt: skip
+             for (f, M), d in itertools.product((("int4", 17), ("nf4", 530)), FLOOR)]  # fmt: skip
     same_bits_on_any_threads(cases)
 
 
 def test_a_token_is_the_same_in_any_company():
-    w, x = weight(100, 600, "int4", 128), randn(300, 600)
+    w, x = weight(100, 600, "int4", 128), randn(530, 600)
     whole = scalekern.quant_matmul(x, w)
     for some in (slice(0, 5), slice(250, 290), slice(17, 34)):
         assert torch.equal(scalekern.quant_matmul(x[some], w), whole[some])

@@ -18,7 +18,10 @@
 //     all of it, joined in pieces                       73 to 79            155 to 160
 //     bfloat16's three parts, products and loads        72                  about 210   (counted)
 //
-//   The second column is the common one on a shared machine: nothing there hides behind anything else.
+//   The second column is the common one on a shared machine: nothing there hides behind anything else (a load of a tile
+//   takes 28 cycles for 8, a product 32 for 16).
+// Left out one by one, 128 tokens by 2048 rows on one core for itself, of 4.2 ms: products and loads of tiles 1.7 (the
+//   products alone 1.16), unpacking 0.7, joins 0.6, tokens 0.5, stores 0.5, scales and results 0.25; they add up.
 // Bound by products and joins: 65536 such steps for 128 tokens of 4096 x 4096 on two cores, 2.4 and 5.1 ms, and 0.4 a
 //   pass over the weight. In turns with the dense bfloat16 product, ratio of medians (and of minima), groups of 128:
 //
@@ -31,7 +34,9 @@
 //   of 32: bfloat16 0.75 (0.36).
 // Lost: 128 tokens at once (1.5 MB, out of L2: 91 for 57 of products; fewer passes, no faster); blocks of 128 rows (6
 //   to 10 %) and of 256 columns (5 %, out of L1); the next tokens prefetched, before joins were in pieces; one tile of
-//   rows a step, a tile of C a digit (49 for 37).
+//   rows a step, a tile of C a digit (49 for 37). Sums that are born as floats, as in cpu_quant_digits.h (2 % faster
+//   alone, 20 % slower beside another's work: their start is a load of a tile); the next part's rows unpacked between
+//   steps (5 to 10 %); blocks of 96 rows (5 %); sums at other addresses modulo 4096 (equal).
 // Not enough by count: two bfloat16 parts leave 2.2e-6 of a normal number, two digits 2.4e-5, where float32 may 1e-6.
 // An output's additions have one order, whatever the number of threads and its place among the others.
 #pragma once
@@ -170,10 +175,12 @@ struct DigitRows : RowBlock {
     const VecF unit = load(p.unit), x = kRest ? load(p.sum) : VecF{};
 #pragma GCC unroll 16
     for (; r < end; ++r) {
-      VecF v{};
+      const auto sum = [&](int d) {
+        return (VecF)_mm512_cvtepi32_ps(_mm512_load_si512(p.sums + d * kPair + r * kTileLanes));
+      };
+      VecF v = sum(D - 1);
 #pragma GCC unroll 4
-      for (int d = D - 1; d >= 0; --d)
-        v = v * 0x1p-8f + (VecF)_mm512_cvtepi32_ps(_mm512_load_si512(p.sums + d * kPair + r * kTileLanes));
+      for (int d = D - 2; d >= 0; --d) v = v * 0x1p-8f + sum(d);
       VecF total = load(p.totals + r * kTileLanes) + p.scale[r] * (v * unit);
       if (kRest) total += p.rest[r] * x;
       store(p.totals + r * kTileLanes, total);

@@ -194,6 +194,7 @@ static bool few_tokens(const QuantMatmulArgs& a) {
 // Digits take half a bfloat16 product each: one for the two of a 16-bit result, as tiles need for bfloat16 tokens; they
 // win there where unpacking is what counts, and codes part with a shift.
 static bool worth_digits(const QuantMatmulArgs& a) {
+  if (a.w.groups > 1 && a.w.group == kTileColumns && a.tokens > 32) return false;  // half a tile of bytes
   if (8 % a.w.bits != 0) return a.x.dtype == QuantDtype::f32 && a.tokens > 32;
   return a.x.dtype != QuantDtype::bf16 || a.tokens <= DigitTiles::kMost;
 }
@@ -202,10 +203,9 @@ static bool worth_digits(const QuantMatmulArgs& a) {
 static bool in_tiles(const QuantMatmulArgs& a) {
 #if defined(__AVX512F__)
   if (a.tokens <= kFewTokens || !scalekern::has_amx()) return false;
-  const auto in_floats = [](const QuantMatmulArgs& own) {
-    if (!TileProduct{own}.run(by_blocks)) by_blocks(own);
-  };
-  return (worth_digits(a) && in_digit_tiles(a, by_blocks, in_floats)) || TileProduct{a}.run(by_blocks);
+  const auto in_floats = [](const QuantMatmulArgs& own) { TileProduct{own}.run(by_blocks); };
+  if (!worth_digits(a) || !in_digit_tiles(a, by_blocks, in_floats)) in_floats(a);
+  return true;
 #else
   return false;
 #endif

@@ -18,7 +18,7 @@ struct RowBlock {
   Buffer<float> scale, zero, offset, rest;  // [g][rows]
 
   RowBlock(const QuantWeight& w, const LineLayout& layout, int64_t lines)
-      : w(w), layout(layout), count(kMost), pitch((lines + 1) * kTileBytes), codes(kRows * pitch),
+      : w(w), layout(layout), count(kMost), pitch((lines | 1) * kTileBytes), codes(kRows * pitch),
         scale(kRows * w.groups), zero(kRows * w.groups), offset(kRows * w.groups), rest(kRows * w.groups) {}
 
   // Rows past the end repeat the last; `tiles` of them at once. `memory`: of kTileRows rows, and a vector.

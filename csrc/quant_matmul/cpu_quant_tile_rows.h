@@ -3,7 +3,7 @@
 // 32 codes come from a row's bytes into 16-bit lanes by a shuffle and a shift. Up to 6 bits, a table of bfloat16
 // numbers in one register, or two, is permuted by them (it looks at no bits above), with the group's scale, zero and
 // offset in the table: 4 operations for 32 weights, and one a further part. 7 and 8 bits become floats, 16 at a time.
-// Groups that cut 32 columns are decoded as for the float path.
+// Two groups of 16 columns have half of the table each. Others that cut 32 columns are decoded as for the float path.
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_quant_decode.h"
@@ -55,23 +55,30 @@ struct Windows {
   }
 };
 
-// Of a weight; its Group, made of a group's scale, zero and offset, stores the parts of 32 weights, tiles apart.
+// Groups of 16 columns and codes of up to 4 bits, of which a step meets two.
+static bool in_pairs(const QuantWeight& w) { return w.groups > 1 && w.group == 16 && w.bits <= 4; }
+
+// Of a weight; its Group, made of the parts of a group, or of two, stores the parts of 32 weights, tiles apart.
 template <bool kSixtyFour, int P>
 struct TileTable {
   VecF given[4];
+  __m512i mask, upper;  // where groups come in pairs: codes of the second look at the upper half
 
-  explicit TileTable(const QuantWeight& w) {
+  explicit TileTable(const QuantWeight& w)
+      : mask(_mm512_set1_epi16(in_pairs(w) ? 15 : -1)),
+        upper(_mm512_maskz_set1_epi16(in_pairs(w) ? 0xffff0000 : 0, 16)) {
     float all[64];
     for (int i = 0; i < 64; ++i) all[i] = w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1));
     for (int i = 0; i < 4; ++i) given[i] = load(all + 16 * i);
   }
   struct Group {
+    const TileTable& all;
     __m512i table[P][2];
-    Group(const TileTable& all, float scale, float zero, float offset) {
+    Group(const TileTable& all, const GroupParts& of, int64_t g, int64_t second) : all(all) {
 #pragma GCC unroll 2
       for (int half = 0; half <= kSixtyFour; ++half) {
-        VecF low = (all.given[2 * half] - zero) * scale + offset;
-        VecF high = (all.given[2 * half + 1] - zero) * scale + offset;
+        VecF low = (all.given[2 * half] - of.zero[g]) * of.scale[g] + of.offset[g];
+        VecF high = (all.given[2 * half + 1] - of.zero[second]) * of.scale[second] + of.offset[second];
 #pragma GCC unroll 3
         for (int i = 0; i < P; ++i) {
           table[i][half] = to_bf16((__m512)low, (__m512)high);
@@ -80,6 +87,7 @@ struct TileTable {
       }
     }
     void operator()(__m512i codes, char* to) const {
+      if (!kSixtyFour) codes = _mm512_ternarylogic_epi64(codes, all.mask, all.upper, 0xea);  // (codes & mask) | upper
 #pragma GCC unroll 3
       for (int i = 0; i < P; ++i)
         _mm512_store_si512(to + i * kTile, kSixtyFour ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
@@ -101,13 +109,16 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
     power = kFloats ? from_bits(uint32_t(127 + 15 - bias) << 23) : 1;
   }
   VecF number(__m256i lanes) const {
-    return kFloats ? (VecF)_mm512_cvtph_ps(lanes) * power : (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes));
+    return kFloats ? (VecF)_mm512_cvtph_ps(lanes) : (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes));
   }
   struct Group {
     const TileWide& all;
     float scale, zero, offset;
-    Group(const TileWide& all, float scale, float zero, float offset)
-        : all(all), scale(scale), zero(zero), offset(offset) {}
+    Group(const TileWide& all, const GroupParts& of, int64_t g, int64_t)
+        : all(all), scale(of.scale[g] * all.power), zero(of.zero[g]),
+          offset(kFloats ? of.offset[g] - of.scale[g] * zero : of.offset[g]) {}
+    // Integers that are the zero become 0 exactly; floats have none as a rule.
+    VecF value(VecF number) const { return (kFloats ? number : number - zero) * scale + offset; }
     void operator()(__m512i codes, char* to) const {
       __m512i lanes = _mm512_and_si512(codes, all.mask);
       if (kFloats) {
@@ -118,7 +129,7 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
       }
       const VecF low = all.number(_mm512_castsi512_si256(lanes));
       const VecF high = all.number(_mm512_extracti64x4_epi64(lanes, 1));
-      store_parts((low - zero) * scale + offset, (high - zero) * scale + offset, P, to, kTile);
+      store_parts(value(low), value(high), P, to, kTile);
     }
   };
 };
@@ -130,9 +141,11 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
                      const GroupParts& parts, int64_t first, int64_t count, int64_t ahead, char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
-  for (int64_t k = first; k < end;) {
-    const int64_t g = w.groups == 1 ? 0 : k / w.group, stop = w.groups == 1 ? end : least(end, (g + 1) * w.group);
-    const typename Value::Group group(value, parts.scale[g], parts.zero[g], parts.offset[g]);
+  const int64_t each = in_pairs(w) ? 2 : 1;
+  int64_t g = w.groups == 1 ? 0 : first / w.group;
+  for (int64_t k = first; k < end; g += each) {
+    const int64_t stop = w.groups == 1 ? end : least(end, (g + each) * w.group);
+    const typename Value::Group group(value, parts, g, least(g + each, w.groups) - 1);
     const uint8_t* p = data + k / 8 * w.bits;
     for (; k < stop; k += kTileColumns, p += step, to += P * kTile) {
       __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
@@ -147,13 +160,29 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
   }
 }
 
+// Whether the numbers of a table, times others of `more` significant bits, are exact in bfloat16; integer codes are.
+static bool exact_in_bf16(const QuantWeight& w, int more = 0) {
+  for (int i = 0; w.table && i < 1 << w.bits; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, w.table + i, 4);
+    if (24 - __builtin_ctz(bits | 0x800000) + more > 8) return false;
+  }
+  return true;
+}
+
+// A table's numbers times scales of few bits (block formats), what is outside of them aside.
+static bool exact_when_scaled(const QuantWeight& w) {
+  const int bits = w.scales.dtype == QuantDtype::e8m0 ? 0 : w.scales.dtype == QuantDtype::e4m3 ? 4 : 8;
+  return w.table && exact_in_bf16(w, bits) && !w.has_rest(0);
+}
+
 // `rows` rows as strips of 16, `pitch` bytes apart; own(r) are a row's parts. `line`: count floats, and 32. What is
 // `ahead` of them, in bytes, comes next.
 template <int P, class Own>
 static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own& own, int64_t first, int64_t count,
                       int64_t ahead, float* line, char* tiles, int64_t pitch) {
   const auto place = [&](int64_t r) { return tiles + r / 16 * pitch + r % 16 * kTileBytes; };
-  if (w.groups == 1 || w.group % kTileColumns == 0) {
+  if (w.groups == 1 || w.group % kTileColumns == 0 || in_pairs(w)) {
     const Windows windows(w.bits);
     const auto all = [&](const auto& value) {
       for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, ahead, place(r));

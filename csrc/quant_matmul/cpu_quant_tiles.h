@@ -3,15 +3,19 @@
 // what comes before it rounded, and a product that of parts.
 //
 //   out       parts of w   products                       relative error of a product
-//   bfloat16  2            x_0 w_0, x_0 w_1               2^-9, of x alone
+//   bfloat16  1 (2)        x_0 w_0 (x_0 w_1)              2^-9, of w too (of x alone)
 //   float16   2            x_0 w_0, x_0 w_1, x_1 w_0      2^-17
 //   float32   3            x_i w_j with i + j < 3: six    2^-26
 //
-// Codes that are exact in bfloat16 (integers, small floats), in groups of kScaledGroup columns and more, are one part,
-//   and a group's sum is multiplied by its scale: 1, 2 or 3 products. What zeros and offsets differ from the middle
-//   code meets the sums of the tokens' groups, as columns of their own. Otherwise bfloat16, too, takes two
-//   parts: in one, rounding errors of few numbers do not average (3.3e-3 of int2 with one scale a tensor), and a chain
-//   of three products missed its tolerance (5.4e-3 of 5.1e-3).
+// Codes that are exact in bfloat16 (integers, small floats), in groups of 32 columns and more (128 for bfloat16, which
+//   has less to win: 1.2 times as long in groups of 64), are one part, and a group's sum is multiplied by its scale:
+//   1, 2 or 3 products. What zeros and offsets differ from the middle code meets the sums of the tokens' groups, as
+//   columns of their own.
+// Tables whose numbers times their scales are exact in bfloat16 (MX: a power of two; NVFP4: a float8) are one part
+//   again, and nothing is scaled but by `outer`, at the end.
+// Otherwise, in bfloat16, one part of scale and code where a row has several groups: as exact as what eager torch
+//   multiplies, 2.3e-3 with the result's own rounding, where two parts leave 1.7e-3 in 1.6 times as long. In one group
+//   rounding errors of few numbers do not average (3.3e-3 of int2): two parts.
 //
 // A block of rows (block_rows x block_columns) is decoded into tiles in L2, 16 rows of 32 columns as they lie, and
 // meets tokens that were laid out once a call, in pairs of columns; sums of `depth` columns leave the registers for
@@ -23,23 +27,26 @@
 //   16       1.7              1.9        2.4       2.8
 //   128      3.5              3.7        5.0       6.4
 //
-// Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched;
+// 128 tokens of bfloat16, dense / this, medians in turns, and before one part, pairs of groups and groups without a
+//   division: groups of 64 1.0 to 1.1 (0.84), of 32 0.8 to 0.9 (0.55), nf4 1.02 to 1.07 (0.72), mxfp4 0.88 to 0.92
+//   (0.60), nvfp4 0.84 to 0.88 (0.45). 512, beside another's work: 1.0 to 1.2 (0.5 to 0.7). Groups of 32 in float32 as
+//   digits of 8 bits, cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
+// Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched
+//   (512 tokens too: 1 to 3 % longer); 64 tokens or 128 columns in L1 at once (equal); 256 tokens a pass (8 % at 512);
 //   a group's sums added to the totals behind the next group's products, two and four groups at once too (no faster at
 //   16 and 128 tokens, though all stores and additions are 0.9 ms of 128's 3.9); blocks of 512 rows (4 %);
 // a table of scale and zero in three parts where codes are exact (float32 with zeros: 3 times as long at 16 tokens).
 // An output's additions have one order, whatever the number of threads.
 //
-// Left to the float path: tokens whose largest number is no number, or so large or small that a part of it or a sum of
-// codes would leave bfloat16's range (its subnormals are 0 here), and rows of which a result is not finite, because a
-// weight or a scale is not: the parts of Inf are Inf and NaN.
+// Left to the float path: each token whose largest number is no number, or so large or small that a part of it or a sum
+// of codes would leave bfloat16's range (its subnormals are 0 here), and rows of which another's result is not finite,
+// because a weight or a scale is not: the parts of Inf are Inf and NaN.
 #pragma once
 #include "quant_matmul/cpu_quant_tile_rows.h"
 #include "quant_matmul/cpu_quant_tokens.h"
 
 #if defined(__AVX512F__)
 namespace {
-
-constexpr int64_t kScaledGroup = 64;
 
 static inline int parts_of(QuantDtype dtype) {
   return dtype == QuantDtype::bf16 ? 1 : dtype == QuantDtype::f16 ? 2 : 3;
@@ -101,8 +108,9 @@ class TokenTiles {
 
   TokenTiles(const QuantMatmulArgs& a, int parts)
       : parts_(parts), steps_(pieces(a.w.columns, kTileColumns)), strips_(pieces(a.tokens, 16)),
-        tiles_(strips_ * steps_ * parts * kTile), scale_(strips_ * 16), largest_(strips_ * 16 * chunks(a)) {
-    for (int64_t m = 0; m < strips_ * 16; ++m) scale_[m] = 1;
+        tiles_(strips_ * steps_ * parts * kTile), scale_(strips_ * 16), largest_(strips_ * 16 * chunks(a)),
+        held_(strips_ * 16) {
+    for (int64_t m = 0; m < strips_ * 16; ++m) scale_[m] = 1, held_[m] = true;
     QuantMatmulArgs rounded_only = a;
     if (a.activation_max == 0) rounded_only.tokens = 0;
     const Tokens rounded(rounded_only, 1, scale_);
@@ -113,10 +121,10 @@ class TokenTiles {
     for (int64_t m = 0; m < a.tokens; ++m) {
       uint32_t most = 0;
       for (int64_t i = m * chunks(a); i < (m + 1) * chunks(a); ++i) most = largest_[i] > most ? largest_[i] : most;
-      if (most != 0 && (most < kSmallest || most > kLargest)) usable_ = false;
+      held_[m] = most == 0 || (most >= kSmallest && most <= kLargest);
     }
   }
-  bool usable() const { return usable_; }
+  bool held(int64_t m) const { return held_[m]; }
   float scale(int64_t m) const { return scale_[m]; }
   int64_t strips() const { return strips_; }
   Side side(int64_t strip, int64_t step) const {
@@ -169,27 +177,19 @@ class TokenTiles {
   Buffer<char> tiles_;
   Buffer<float> scale_;
   Buffer<uint32_t> largest_;
-  bool usable_ = true;
+  Buffer<bool> held_;
 };
 
-static bool exact_in_bf16(const QuantWeight& w) {
-  for (int i = 0; w.table && i < 1 << w.bits; ++i) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, w.table + i, 4);
-    if (bits & 0xffff) return false;
-  }
-  return true;
-}
-
 struct TileProduct {
-  static constexpr int64_t kMostRows = 256, kBlockTokens = 256, kStay = 256;
+  static constexpr int64_t kMostRows = 256, kBlockTokens = 512, kStay = 256;
 
   const QuantMatmulArgs& a;
   const int out_parts = parts_of(a.out.dtype);
   const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
-  const bool scaled = exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
-      (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= kScaledGroup));
-  const int w_parts = scaled ? 1 : int(most(2, out_parts));
+  const bool exact = exact_when_scaled(a.w);  // but for `outer`
+  const bool scaled = !exact && exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
+      (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= (out_parts == 1 ? 128 : 32)));
+  const int w_parts = exact || scaled ? 1 : a.w.groups > 1 ? out_parts : int(most(2, out_parts));
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
@@ -254,9 +254,14 @@ struct TileProduct {
     const QuantWeight& w = a.w;
     const int64_t rows = least(block_rows, w.rows - first), row_strips = block_rows / 16, next = row_strips * 256;
     const int64_t pitch = block_columns / kTileColumns * w_parts * kTile;
+    QuantWeight inner = w;
+    if (exact && w.outer.data) {
+      load_part(w.outer, first * w.outer.row, w.outer.row, rows, scales);
+      inner.outer = {};
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const GroupParts part(memory + r * GroupParts::floats(w.groups), w.groups);
-      part.load(w, first + r);
+      part.load(inner, first + r);
       for (int64_t g = 0; scaled && g < w.groups; ++g) scales[g * block_rows + r] = part.scale[g];
     }
     zero(totals, strips * next);
@@ -277,35 +282,41 @@ struct TileProduct {
               const int64_t steps = pieces(to - from, kTileColumns), step = (from - k) / kTileColumns;
               const Side b = tokens.side(strip + t, from / kTileColumns);
               const Side weights{tiles + r * pitch + step * w_parts * kTile, pitch, w_parts};
-              const float* scale = scaled ? scales + g * block_rows + r * 16 : scales;
+              const float* scale = scales + g * block_rows + r * 16;
               float* to_sums = totals + t * next + r * 256;
-              if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
-              else multiply_tiles<4, 1>(weights, b, steps, scale, scaled ? 16 : 0, to_sums, next);
+              if (t + 1 < strips) multiply_tiles<2, 2>(weights, b, steps, scale, 16, to_sums, next);
+              else multiply_tiles<4, 1>(weights, b, steps, scale, 16, to_sums, next);
             }
     }
     if (rest) add_rest(sums, rows, strip, strips, memory, line, tiles, totals);
-    return store_block(tokens, first, rows, strip, strips, totals);
+    return store_block(tokens, sums, first, rows, strip, strips, totals);
   }
 
-  bool store_block(const TokenTiles& tokens, int64_t first, int64_t rows, int64_t strip, int64_t strips,
-                   const float* totals) const {
+  bool store_block(const TokenTiles& tokens, const TokenTiles& sums, int64_t first, int64_t rows, int64_t strip,
+                   int64_t strips, const float* totals) const {
     float bias[kMostRows];
     alignas(64) float lines[16][kMostRows];
     load_bias(a, first, rows, bias);
     VecF strange = {};
     for (int64_t t = 0; t < strips; ++t) {
+      VecF own = {};
       for (int64_t r = 0; r < pieces(rows, 16); ++r) {
         VecF v[16];
         for (int i = 0; i < 16; ++i) v[i] = load(totals + (t * block_rows / 16 + r) * 256 + i * 16);
-        for (int i = 0; i < 16 && r * 16 + i < rows; ++i) strange += v[i] * 0.0f;
+        for (int i = 0; i < 16 && r * 16 + i < rows; ++i) own += v[i] * 0.0f;
         transpose<float>(v);
         for (int i = 0; i < 16; ++i) store(lines[i] + r * 16, v[i]);
       }
       const int64_t m = (strip + t) * 16;
+      for (int i = 0; i < 16; ++i) strange[i] += held(tokens, sums, m + i) ? own[i] : 0;
       for (int64_t i = 0; i < least(16, a.tokens - m); ++i)
         store_results(a, m + i, first, rows, lines[i], tokens.scale(m + i), bias);
     }
     return sum_of<float>(strange) == 0;
+  }
+
+  bool held(const TokenTiles& tokens, const TokenTiles& sums, int64_t m) const {
+    return tokens.held(m) && (!rest || sums.held(m));
   }
 
   // Sums of the groups of each token, in lanes.
@@ -328,9 +339,9 @@ struct TileProduct {
     });
   }
 
-  // What is not finite goes to `redo`, which takes a product of some rows. False, with nothing computed: x is not fit.
+  // What is not finite goes to `redo`, which takes a product of some rows, or of some tokens.
   template <class Redo>
-  bool run(const Redo& redo) const {
+  void run(const Redo& redo) const {
     const QuantWeight& w = a.w;
     const TokenTiles tokens(a, x_parts);
     const int64_t G = w.groups;
@@ -340,7 +351,6 @@ struct TileProduct {
     if (rest) sum_groups(group_sums);
     else of_sums.tokens = 0;
     const TokenTiles sums(of_sums, rest_parts);
-    if (!tokens.usable() || !sums.usable()) return false;
     const int64_t row_blocks = pieces(w.rows, block_rows), token_strips = kBlockTokens / 16;
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
     const Buffer<bool> strange(row_blocks * token_blocks);
@@ -367,7 +377,13 @@ struct TileProduct {
       some.out = a.out.behind(first * a.out.column), some.bias = a.bias.behind(first * a.bias.column);
       redo(some);
     }
-    return true;
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      QuantMatmulArgs some = a;
+      for (some.tokens = 0; t < a.tokens && !held(tokens, sums, t); ++t) ++some.tokens;
+      if (some.tokens == 0) continue;
+      some.x = a.x.from(t - some.tokens), some.out = a.out.from(t - some.tokens);
+      redo(some);
+    }
   }
 };
 
