@@ -1,6 +1,6 @@
 // scalekern_native::h3_advance_cpu: what an H3 layer of heads of one channel does with a token between its projections.
 //
-// Bound: the calls: ten of torch's own took 90 us at width 128 where this takes 20, half of it the diagonal model.
+// Bound: the calls. With the checks before it, width 128, 32 states: 86 us, where torch's own calls take 157.
 #include <tuple>
 #include <vector>
 
