@@ -11,7 +11,7 @@ CONTRACT := tests/test_contract.py tests/test_contract_calls.py
 
 # All files but those and the compilation's, by their first letters: parts of one to three minutes keep two processes
 # busy to the end.
-REST := test-rest-a-c test-rest-d-m test-rest-n-r test-rest-s-z
+REST := test-rest-a-c test-rest-d-m test-rest-s-z test-rest-n-r
 
 # What Triton's interpreter runs; a file a line.
 INTERPRETED := $(addprefix tests/, \
@@ -88,9 +88,9 @@ demo: build
 	$(PY) -m scalekern demo
 
 # Processes side by side, two at a time, the longest first. The interpreter's is its own: it is chosen before the
-# kernels are imported. With nothing in Triton's cache test-compile takes as long as the contract.
+# kernels are imported. With nothing in Triton's cache test-compile is the longest, with a full one the shortest.
 test: build
-	@$(MAKE) --no-print-directory -k -j2 --output-sync=target test-interpret test-contract test-compile test-rest
+	@$(MAKE) --no-print-directory -k -j2 --output-sync=target test-compile test-contract test-interpret test-rest
 
 # Two processes of two threads on two cores: a thread that waits by spinning takes the core from the one it waits for
 # (300 small calls beside other work: 4.8 CPU seconds, 0.4 when waiting sleeps).
