@@ -79,7 +79,7 @@ const char* isa_name() { return kNames[int(level())]; }
 
 }  // namespace scalekern
 
-// The name of the level in use; where `level` is no null, that or the machine's is used from now on, whichever is lower.
+// The name of the level in use, from now on `level`, or the machine's where that is lower; null changes nothing.
 extern "C" __attribute__((visibility("default"))) const char* scalekern_cpu_isa(const char* level) {
   if (level) scalekern::in_use() = scalekern::capped(level);
   return scalekern::isa_name();
