@@ -41,9 +41,6 @@ MAIN = (
     "sparse_attention_decode", "hadamard_rows", "hadamard_tile", "quant_matmul_fwd", "quant_matmul_gemv",
     "quant_matmul_bwd", "cross_scan_fwd", "cross_merge_fwd", "quantize_kv", "diag_scan_fwd", "diag_scan_bwd",
     "ssd_scan_fwd", "fft_conv_fwd_given", "fft_conv_long_rows_given",
-)  # fmt: skip
-# Compiled for sm_90 alone, since each takes seconds.
-ONCE = (
     "sparse_attention_rows", "sparse_attention_dbias", "sparse_attention_dtables", "sparse_attention_decode_merge",
     "powers_sum", "moments", "quant_matmul_sum", "quantize_rows", "dequantize",
     "ssd_scan_bwd", "ssd_scan_matrices", "ssd_scan_states", "ssd_scan_steps", "ssd_scan_tokens",
@@ -92,7 +89,7 @@ def test_record_is_complete():
         value for module in MODULES for name, value in vars(module).items()
         if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction)
     }  # fmt: skip
-    assert {COMPILE_SPECS[name](torch.float32).kernel for name in MAIN + ONCE} == kernels
+    assert {COMPILE_SPECS[name](torch.float32).kernel for name in MAIN} == kernels
     assert set(json.loads(RECORD.read_text())["kernels"]) == {"/".join(map(str, case)) for case in cases()}
 
 

@@ -6,13 +6,15 @@ is atomic: a gradient repeats bit for bit. S keeps programs near PROGRAMS and pa
 
 Positions: where a row's distances run as its keys do, k_pos[k] - k the same for every key that it sees, as within a
 sequence, the tile is written to a scratch of the program's own and read back with each row shifted by its distance, so
-that equal distances are in one column: 64 x 64 stores, twice as many loads, two column sums, for up to 127 distances.
+that equal distances are in one column: 32 x 32 stores, twice as many loads, two column sums, for up to 63 distances.
 
 Buckets, and positions of any other kind: one masked sum over the tile for each entry from the least to the largest of
 its pairs. Times apart by a ratio of 1.35 share HSTU's bucket, so a tile off the diagonal meets few; each costs about
-64 x 64 x 3 operations. A tile of positions without order pays up to 2 R + 1 of them: correct, and slow.
+32 x 32 x 3 operations. A tile of positions without order pays up to 2 R + 1 of them: correct, and slow.
 
 The products are those of dbias. The loops are not pipelined: a load moved ahead could pass a store of the tile before.
+Lost: tiles of 64 x 64 in half precision, which Triton 3.7.1 does not compile for sm_100 (a pass over tensor memory
+fails on a sum of sums) and which spill on sm_90 (96 bytes of stack) and sm_80 (440).
 """
 
 import torch
@@ -37,6 +39,7 @@ from .sparse_attention_dq import load_statistics, slopes
 
 PROGRAMS = 1024
 MEMORY = 2**22
+DEFAULT = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
 CHUNK: tl.constexpr = tl.constexpr(64)
 FAR: tl.constexpr = tl.constexpr(2**30)  # farther than any two positions are apart
 
@@ -152,7 +155,7 @@ def _sparse_attention_dtables_kernel(
 def plan_dtables(positions, times, dout, rows, call: dict) -> Launch:
     """positions, times: (Hq, programs a head, entries), zeros, or None. call: as plan_dbias takes it."""
     q, v, plan = call["q"], call["v"], call["plan"]
-    blocks = blocks_of("sparse_attention_dtables", q, v, plan, _default(q, v), call["tables"])
+    blocks = blocks_of("sparse_attention_dtables", q, v, plan, DEFAULT, call["tables"])
     slots = (positions if times is None else times).shape[1]
     sizes = {f"{name}": 0 if part is None else part.shape[2] for name, part in (("T", positions), ("N", times))}
     scratch = rows.new_empty(q.shape[1] * slots, blocks["BLOCK_Q"] * blocks["BLOCK_K"])
@@ -170,19 +173,14 @@ def fill_dtables(dposition_table, dtime_table, dout, rows, call: dict) -> None:
     """Fills what is not None."""
     q, gradients = call["q"], (dposition_table, dtime_table)
     entries = sum(0 if gradient is None else gradient.shape[1] for gradient in gradients)
-    block = _default(q, call["v"])["BLOCK_Q"]
-    most = min(PROGRAMS // q.shape[1], MEMORY // (q.shape[1] * entries), q.shape[0] * triton.cdiv(q.shape[2], block))
+    tiles = q.shape[0] * triton.cdiv(q.shape[2], DEFAULT["BLOCK_Q"])
+    most = min(PROGRAMS // q.shape[1], MEMORY // (q.shape[1] * entries), tiles)
     parts = [None if g is None else rows.new_zeros(q.shape[1], max(1, most), g.shape[1]) for g in gradients]
     plan_dtables(*parts, dout, rows, call).run()
     for gradient, part in zip(gradients, parts):
         if gradient is not None:
             sums = part.sum(1) if gradient.shape[0] > 1 else part.sum((0, 1))[None]
             gradient.copy_(sums * call["norm"] if call["silu"] else sums)
-
-
-def _default(q: torch.Tensor, v: torch.Tensor) -> dict:
-    block = 64 if q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= 128 else 32
-    return {"BLOCK_Q": block, "BLOCK_K": block, "num_warps": 8 if block == 64 else 4, "num_stages": 1}
 
 
 @compile_spec("sparse_attention_dtables")
