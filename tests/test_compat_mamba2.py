@@ -63,20 +63,25 @@ def test_greedy_tokens(model):
     assert seen.names >= {"ssd_scan_fwd", "selective_state_update", "causal_conv1d_update"}
 
 
-def test_the_fused_function_is_the_layer():
+@pytest.mark.parametrize("d_ssm", [None, 8], ids=["scan_alone", "gated_mlp"])
+def test_the_fused_function_is_the_layer(d_ssm):
     """What upstream's own Mamba2 calls in train mode: one call behind the first projection."""
     from scalekern import nn
 
     with Installed():
         fused = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_split_conv1d_scan_combined
-        layer = nn.Mamba2(8, d_state=6, headdim=4, ngroups=2)
+        layer = nn.Mamba2(8, d_state=6, d_ssm=d_ssm, headdim=4, ngroups=2)
         u = torch.randn(2, 19, 8)
+        parameters = layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.dt_bias, -layer.A_log.exp(), layer.D, 256
         out = fused(
-            layer.in_proj(u), layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.dt_bias, -layer.A_log.exp(),
-            layer.D, 256, rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5, outproj_weight=layer.out_proj.weight,
+            layer.in_proj(u), *parameters, rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5, outproj_weight=layer.out_proj.weight,
             headdim=4, ngroups=2, norm_before_gate=False,
         )  # fmt: skip
     assert_close(out, layer(u), tolerance=1e-6)
+    with pytest.raises(ValueError, match="mamba_split_conv1d_scan_combined: zxbcdt must have .* got"):
+        fused(layer.in_proj(u)[..., 1:], *parameters, headdim=4, ngroups=2)
+    with pytest.raises(ValueError, match="mamba_split_conv1d_scan_combined: headdim must be given"):
+        fused(layer.in_proj(u), *parameters, ngroups=2)
 
 
 def upstream(module, *names):
