@@ -157,5 +157,7 @@ def test_upstream_seqlen_form_and_errors():
         nn.Mamba2(8, headdim=4, dt_limit=(0.1,))
     with pytest.raises(ValueError, match="nn.Mamba2: seqlen must divide the 14 tokens of u, got 3"):
         layer(u.flatten(0, 1), seqlen=3)
+    with pytest.raises(ValueError, match=r"nn.Mamba2: mask must have shape \(2, 7\), got \(2, 6\)"):
+        layer(u, mask=torch.ones(2, 6))
     with pytest.raises(ValueError, match="nn.Mamba2: mask goes with none"):
         layer(u, mask=torch.ones(2, 7), seq_idx=torch.zeros(2, 7, dtype=torch.int32))

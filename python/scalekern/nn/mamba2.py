@@ -171,6 +171,8 @@ class Mamba2(CachedStates, nn.Module):
 
     def _forward_states(self, u, mask, seq_idx, cu_seqlens, initial_states, states_wanted):
         conv_state, ssm_state = (None, None) if initial_states is None else initial_states
+        if mask is not None:
+            _checks.shape(NAME, "mask", mask, u.shape[:2])
         # A negative seq_idx is padding: the convolution gives zero there and does not look back into it. A zero
         # input then leaves the scan's state at zero up to the first real token.
         padding = seq_idx if mask is None else (mask != 0).to(torch.int32) - 1
