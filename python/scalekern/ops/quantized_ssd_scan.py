@@ -48,9 +48,9 @@ def quantized_ssd_scan(
         NAME, DTYPES,
     )  # fmt: skip
     dt_limit = limits(dt_limit, NAME)
-    check_scale(NAME, "x_scale", x_scale, x.shape[2:])
-    check_scale(NAME, "B_scale", B_scale, B.shape[2:3])
-    check_scale(NAME, "C_scale", C_scale, B.shape[2:3])
+    check_scale(NAME, "x_scale", x_scale, "x", x, slice(2, 4))
+    check_scale(NAME, "B_scale", B_scale, "B", B, slice(2, 3))
+    check_scale(NAME, "C_scale", C_scale, "C", C, slice(2, 3))
     io = dt.dtype if z is None else torch.promote_types(dt.dtype, z.dtype)
     real = real_of(io)
     if not all_codes(x, B, C):
