@@ -63,6 +63,26 @@ def test_greedy_tokens(model):
     assert seen.names >= {"ssd_scan_fwd", "selective_state_update", "causal_conv1d_update"}
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_packed_sequences_stay_apart(training):
+    """By seq_idx, which transformers' torch form refuses; of mixers alone, since attention has masks of its own."""
+    torch.manual_seed(0)
+    config = transformers.GraniteMoeHybridConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, layer_types=["mamba", "mamba"], mamba_n_heads=8,
+        mamba_d_head=4, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=8, num_local_experts=0,
+        shared_intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = transformers.GraniteMoeHybridForCausalLM(config).train(training)
+    ids, lengths = torch.randint(0, 50, (1, 31)), (13, 18)
+    seq_idx = torch.arange(2, dtype=torch.int32).repeat_interleave(torch.tensor(lengths))[None]
+    with Installed():
+        packed = model(ids, seq_idx=seq_idx, use_cache=False).logits
+        alone = [model(part, use_cache=False).logits for part in ids.split(lengths, 1)]
+        together = model(ids, use_cache=False).logits
+    assert_close(packed, torch.cat(alone, 1), tolerance=1e-6)
+    assert (packed - together)[:, lengths[0] :].abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("d_ssm", [None, 8], ids=["scan_alone", "gated_mlp"])
 def test_the_fused_function_is_the_layer(d_ssm):
     """What upstream's own Mamba2 calls in train mode: one call behind the first projection."""
