@@ -224,6 +224,14 @@ def test_report_shows_every_line_beside_the_records_and_those_with_a_goal_in_the
     assert "Not compared with: gone (no)." in page
 
 
+def test_report_names_a_layer_and_what_the_shape_does_not_tell(readme, tmp_path):
+    """Else the lines of two layers, or of two formats, are the same."""
+    for case in ("group_mamba_fwd_b1_fp32", "conv_fwd_b1_fp32_channels_last"):
+        save_record(tmp_path / "r", case=case)
+    lines = [line.partition(" B1 ")[0] for line in write(readme, tmp_path / "r").splitlines() if " B1 " in line]
+    assert lines == ["| causal_conv1d fwd channels last", "| group mamba: causal_conv1d fwd"]
+
+
 def test_report_with_nothing_measured(readme, tmp_path):
     text = write(readme, tmp_path / "none")
     assert "never measured on a CPU" in text and "| case |" not in text

@@ -63,20 +63,45 @@ def test_greedy_tokens(model):
     assert seen.names >= {"ssd_scan_fwd", "selective_state_update", "causal_conv1d_update"}
 
 
-def test_the_fused_function_is_the_layer():
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_packed_sequences_stay_apart(training):
+    """By seq_idx, which transformers' torch form refuses; of mixers alone, since attention has masks of its own."""
+    torch.manual_seed(0)
+    config = transformers.GraniteMoeHybridConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, layer_types=["mamba", "mamba"], mamba_n_heads=8,
+        mamba_d_head=4, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=8, num_local_experts=0,
+        shared_intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = transformers.GraniteMoeHybridForCausalLM(config).train(training)
+    ids, lengths = torch.randint(0, 50, (1, 31)), (13, 18)
+    seq_idx = torch.arange(2, dtype=torch.int32).repeat_interleave(torch.tensor(lengths))[None]
+    with Installed():
+        packed = model(ids, seq_idx=seq_idx, use_cache=False).logits
+        alone = [model(part, use_cache=False).logits for part in ids.split(lengths, 1)]
+        together = model(ids, use_cache=False).logits
+    assert_close(packed, torch.cat(alone, 1), tolerance=1e-6)
+    assert (packed - together)[:, lengths[0] :].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("d_ssm", [None, 8], ids=["scan_alone", "gated_mlp"])
+def test_the_fused_function_is_the_layer(d_ssm):
     """What upstream's own Mamba2 calls in train mode: one call behind the first projection."""
     from scalekern import nn
 
     with Installed():
         fused = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_split_conv1d_scan_combined
-        layer = nn.Mamba2(8, d_state=6, headdim=4, ngroups=2)
+        layer = nn.Mamba2(8, d_state=6, d_ssm=d_ssm, headdim=4, ngroups=2)
         u = torch.randn(2, 19, 8)
+        parameters = layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.dt_bias, -layer.A_log.exp(), layer.D, 256
         out = fused(
-            layer.in_proj(u), layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.dt_bias, -layer.A_log.exp(),
-            layer.D, 256, rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5, outproj_weight=layer.out_proj.weight,
+            layer.in_proj(u), *parameters, rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5, outproj_weight=layer.out_proj.weight,
             headdim=4, ngroups=2, norm_before_gate=False,
         )  # fmt: skip
     assert_close(out, layer(u), tolerance=1e-6)
+    with pytest.raises(ValueError, match="mamba_split_conv1d_scan_combined: zxbcdt must have .* got"):
+        fused(layer.in_proj(u)[..., 1:], *parameters, headdim=4, ngroups=2)
+    with pytest.raises(ValueError, match="mamba_split_conv1d_scan_combined: headdim must be given"):
+        fused(layer.in_proj(u), *parameters, ngroups=2)
 
 
 def upstream(module, *names):

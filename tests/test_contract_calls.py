@@ -326,6 +326,17 @@ def test_not_a_tensor(op):
         getattr(scalekern, op)([1.0], *args[1:], **kwargs)
 
 
+@every_op
+def test_another_device_is_named(op):
+    """Of each argument: a kernel that took it would read an address of somebody else's memory."""
+    args, kwargs = testing.samples(op)[0].make()
+    tensors = tensors_of(args, kwargs)
+    for name, tensor in tensors.items() if len(tensors) > 1 else ():
+        call = with_tensors(args, kwargs, {name: tensor.to("meta")})
+        with pytest.raises(ValueError, match=rf"^{op}: [\w.\[\]]+ must be on \w+ like [\w.\[\]]+, got \w+$"):
+            getattr(scalekern, op)(*call[0], **call[1])
+
+
 # --- the registry itself ---------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,7 @@ def test_threads_change_no_bit():
         lambda x: scalekern.cross_scan(x, (0, 4)),
         lambda x: scalekern.cross_scan(x, (1, 1)),
         lambda x: scalekern.cross_scan(x, ()),
+        lambda x: scalekern.cross_scan(x, (0.0, 1.0)),
         lambda x: scalekern.cross_scan(x, (0, 1), grouped=True),
         lambda x: scalekern.cross_merge(x, (2, 2), (0, 1)),
         lambda x: scalekern.cross_merge(x, 6, (0, 1)),

@@ -318,6 +318,8 @@ def test_wrong_use_is_named():
     states = module.allocate_inference_cache(2, 3)
     with pytest.raises(ValueError, match=r"hidden_states must have shape \(\*, \*, 10\), got \(2, 3, 9\)"):
         module(u[..., :9])
+    with pytest.raises(ValueError, match=r"nn.Mamba: mask must have shape \(2, 3\), got \(2, 4\)"):
+        module(u, mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="mask goes with neither"):
         module(u, mask=torch.ones(2, 3), initial_states=states)
     with pytest.raises(ValueError, match="inference_params holds the states"):

@@ -78,14 +78,14 @@ def test_equals_the_equations(name):
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_prefill_and_steps_equal_the_whole(name):
-    layer, u = build(name), torch.randn(2, 75, 8)
+    layer, u = build(name, torch.float64).double(), torch.randn(2, 75, 8, dtype=torch.float64)
     expected = layer(u)
     params = types.SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0, batch_size_offset=0)
     outs = []
     for begin, end in ((0, 66), (66, 67), (67, 68), (68, 72), (72, 73), (73, 75)):
         outs.append(layer(u[:, begin:end], inference_params=params))
         params.seqlen_offset = end
-    assert_close(torch.cat(outs, 1), expected, tolerance=3e-6)
+    assert_close(torch.cat(outs, 1), expected, tolerance=1e-12)
 
 
 def test_packed_and_padded_sequences_are_sequences():
@@ -150,5 +150,14 @@ def test_upstream_seqlen_form_and_errors():
     assert torch.equal(layer(u.flatten(0, 1), seqlen=7), layer(u).flatten(0, 1))
     with pytest.raises(ValueError, match="nn.Mamba2: headdim must divide 16 channels"):
         nn.Mamba2(8, headdim=5)
+    for options in (dict(headdim=0), dict(headdim=4, ngroups=0)):
+        with pytest.raises(ValueError, match="nn.Mamba2: headdim must divide"):
+            nn.Mamba2(8, **options)
+    with pytest.raises(ValueError, match="nn.Mamba2: dt_limit must be two numbers"):
+        nn.Mamba2(8, headdim=4, dt_limit=(0.1,))
+    with pytest.raises(ValueError, match="nn.Mamba2: seqlen must divide the 14 tokens of u, got 3"):
+        layer(u.flatten(0, 1), seqlen=3)
+    with pytest.raises(ValueError, match=r"nn.Mamba2: mask must have shape \(2, 7\), got \(2, 6\)"):
+        layer(u, mask=torch.ones(2, 6))
     with pytest.raises(ValueError, match="nn.Mamba2: mask goes with none"):
         layer(u, mask=torch.ones(2, 7), seq_idx=torch.zeros(2, 7, dtype=torch.int32))

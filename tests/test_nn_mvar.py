@@ -103,3 +103,5 @@ def test_begins_close_to_the_identity_and_wrong_use():
     assert module(normal(0, 7, 8), normal(0, 8)).shape == (0, 7, 8)
     with pytest.raises(ValueError, match=r"nn.MVARBlock: x must have shape \(\*, \*, 8\), got \(1, 3, 5\)"):
         module(normal(1, 3, 5), normal(1, 8))
+    with pytest.raises(ValueError, match=r"nn.MVARBlock: cond must have shape \(2, 8\) or \(1, 8\), got \(2, 7\)"):
+        module(normal(2, 3, 8), normal(2, 7))

@@ -77,6 +77,21 @@ def test_token_by_token_in_parts_and_packed(name):
     assert error(packed, torch.cat([first, alone], 1)) < 1e-13 and error(states[1:], last) < 1e-13
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_wrong_use(name):
+    module = MODULES[name][1]()
+    state = module.allocate_inference_cache(2)
+    with pytest.raises(ValueError, match=r"^nn\.\w+: x must have shape \(\*, \*, 6\), got \(2, 3, 5\)"):
+        module(torch.ones(2, 3, 5))
+    with pytest.raises(ValueError, match=r"^nn\.\w+: x must have shape \(\*, 1, 6\), got \(2, 2, 6\)"):
+        module.step(torch.ones(2, 2, 6), state)
+    with pytest.raises(ValueError, match=r"^nn\.\w+: state must have shape \(1, \d+\), got \(2, \d+\)"):
+        module.step(torch.ones(1, 1, 6), state)
+    if name == "rglru":
+        with pytest.raises(ValueError, match=r"^nn.RGLRU: position_ids must have shape \(2, 3\), got \(2, 4\)"):
+            module(torch.ones(2, 3, 6), position_ids=torch.arange(4).expand(2, 4))
+
+
 def test_rglru_is_recurrent_gemmas():
     modeling = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma")
     from transformers import RecurrentGemmaConfig

@@ -141,6 +141,10 @@ def test_wrong_use(encoder, decoder):
         encoder(normal(1, 4, 5))
     with pytest.raises(ValueError, match=r"nn.SambaASREncoder: lengths must have shape \(2,\), got \(3,\)"):
         encoder(normal(2, 3, 5), torch.ones(3))
+    with pytest.raises(TypeError, match="nn.SambaASREncoder: lengths must be a torch.Tensor, got list"):
+        encoder(normal(2, 3, 5), [5, 4])
+    with pytest.raises(TypeError, match="nn.SambaASRDecoder: tokens must have dtype int32, int64, got float64"):
+        decoder(TOKENS.double(), normal(2, 6, 4))
     with pytest.raises(ValueError, match="either audio or a cache"):
         decoder(TOKENS)
     with pytest.raises(ValueError, match=r"nn.SambaASRDecoder: audio must have shape \(\*, \*, 4\)"):

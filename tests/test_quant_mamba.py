@@ -189,6 +189,12 @@ def test_ranges_and_checkpoints(kind):
         assert 0.05 < error(q(u * 30), block(u * 30)) < 1.5
     with pytest.raises(ValueError, match="inputs must hold a batch"):
         quantize_mamba(block)
+    with pytest.raises(ValueError, match=r"inputs must have shape \(\*, \*, 16\), got \(2, 3, 7\)"):
+        quantize_mamba(block, inputs=u.new_zeros(2, 3, 7))
+    with pytest.raises(ValueError, match=r"inputs must hold tokens, got shape \(1, 0, 16\)"):
+        quantize_mamba(block, inputs=u[:1, :0])
+    with pytest.raises(TypeError, match=r"block must be a Mamba2?, got Linear"):
+        type(q).from_float(torch.nn.Linear(2, 2), inputs=u)
     with pytest.raises(ValueError, match="precision must be one of 'w8a8'"):
         quantize_mamba(block, "w2a2", inputs=u)
     with pytest.raises(TypeError, match="must be a Mamba or Mamba2, got Linear"):

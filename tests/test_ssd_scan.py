@@ -79,6 +79,14 @@ def test_parts_join_to_the_whole():
     assert_close(state, final, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("limit", [None, 0.1, (0.1,), (0.1, 0.2, 0.3), ("a", "b"), (0.2, 0.1), (float("nan"), 1.0)])
+def test_limits_that_are_none_are_named(limit):
+    args, steps = inputs(1, 3, 2, 2, 3, 1), (torch.ones(2, 2), torch.ones(1), torch.ones(1))
+    for op, more in (("ssd_scan", ()), ("quantized_ssd_scan", steps)):
+        with pytest.raises(ValueError, match=f"^{op}: dt_limit must be two numbers, .* got "):
+            getattr(scalekern, op)(*args, *more, dt_limit=limit)
+
+
 def test_packed_sequences_are_sequences():
     """Outputs, states after each, and their gradients; one of the sequences is empty."""
     bounds = [0, 70, 70, 75, 210]

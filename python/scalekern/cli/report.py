@@ -60,12 +60,19 @@ def described(found: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda r: (r["device_kind"] == "cpu", r["slug"], r["family"], r["priority"], r["key"]))
 
 
+OWN = {"qmm", "dwconv2d", "mixer", "step"}  # words of the cases' names that stand for their op
+
+
 def what(record: dict) -> str:
     if record["direction"] == "end-to-end":
         return record["case"].partition("_mamba_")[0] + " Mamba " + record["case"].split("_")[2]
     public = record["ops"][0].removesuffix("_fwd").removesuffix("_bwd")
     direction = {"step": "", "memory": " peak memory, " + record["ops"][0].rpartition("_")[2]}
-    return public + direction.get(record["direction"], f" {record['direction']}")
+    subject = re.split("_(?:fwd|bwd|step|memory)", record["case"])[0]  # a layer, or the op
+    dtype = f"_{record['shape'].get('dtype')}"
+    form = record["case"].partition(dtype)[2].replace("_", " ").split()  # that the shape does not tell, as w4g128
+    layer = [] if all(w in public or w in OWN for w in re.split("[ _]", subject)) else [f"{subject.replace('_', ' ')}:"]
+    return " ".join([*layer, public + direction.get(record["direction"], f" {record['direction']}"), *form])
 
 
 def draw(rows: list[dict], folder: pathlib.Path) -> list[pathlib.Path]:

@@ -91,7 +91,10 @@ def mamba_split_conv1d_scan_combined(
     dt_limit=(0.0, float("inf")), return_final_states=False, activation="silu", rmsnorm_weight=None, rmsnorm_eps=1e-6,
     outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, norm_before_gate=True, state_dtype=None,
 ):  # fmt: skip
-    """The block behind its first projection: convolution, scan, gated norm, and the second projection if given."""
+    """The block behind its first projection: convolution, scan, gated norm, and the second projection if given.
+
+    zxbcdt may begin with a gated MLP's two halves, as upstream's does: its channels come before those of the scan.
+    """
     return _split_conv1d_scan(
         scalekern, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx, dt_limit,
         return_final_states, activation, rmsnorm_weight, rmsnorm_eps, outproj_weight, outproj_bias, headdim, ngroups,
@@ -114,10 +117,16 @@ def _split_conv1d_scan(
     ops, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx, dt_limit, return_final_states,
     activation, rmsnorm_weight, rmsnorm_eps, outproj_weight, outproj_bias, headdim, ngroups, norm_before_gate,
 ):  # fmt: skip
-    heads = A.shape[0]
-    width = D.numel() if D.dim() == 2 else heads * headdim
-    d_state = (conv1d_weight.shape[0] - width) // (2 * ngroups)
-    z, xBC, dt = zxbcdt.split([width, conv1d_weight.shape[0], heads], -1)
+    heads, name = A.shape[0], "mamba_split_conv1d_scan_combined"
+    if headdim is None and D.dim() == 1:
+        raise ValueError(f"{name}: headdim must be given for D of shape (H,), got None")
+    width, conv_dim = D.numel() if D.dim() == 2 else heads * headdim, conv1d_weight.shape[0]
+    d_state = (conv_dim - width) // (2 * ngroups)
+    mlp, odd = divmod(zxbcdt.shape[-1] - width - conv_dim - heads, 2)  # channels of the gated MLP beside the scan
+    if mlp < 0 or odd:
+        needed = width + conv_dim + heads
+        raise ValueError(f"{name}: zxbcdt must have {needed} channels or an even number more, got {zxbcdt.shape[-1]}")
+    z0, x0, z, xBC, dt = zxbcdt.split([mlp, mlp, width, conv_dim, heads], -1)
     xBC = ops.causal_conv1d(
         xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation
     ).transpose(1, 2)
@@ -129,6 +138,7 @@ def _split_conv1d_scan(
         dt_limit=dt_limit, norm=norm, initial_states=initial_states, seq_idx=seq_idx, states_wanted=return_final_states,
         scan=ops.ssd_scan,
     )  # fmt: skip
+    y = torch.cat([torch.nn.functional.silu(z0) * x0, y], -1) if mlp else y
     if outproj_weight is not None:
         y = torch.nn.functional.linear(y, outproj_weight, outproj_bias)
     return (y, states) if return_final_states else y

@@ -154,6 +154,8 @@ class Mamba(CachedStates, nn.Module):
     def _forward_states(self, hidden_states, mask, cu_seqlens, initial_states):
         """The separate ops, from states to states."""
         conv_state, ssm_state = (None, None) if initial_states is None else initial_states
+        if mask is not None:
+            _checks.shape(NAME, "mask", mask, hidden_states.shape[:2])
         # A negative seq_idx is padding: the convolution gives zero there and does not look back into it. A zero
         # input then leaves the scan's state at zero up to the first real token.
         seq_idx = None if mask is None else (mask != 0).to(torch.int32) - 1

@@ -17,7 +17,7 @@ from scalekern.nn._cached import CachedStates
 from scalekern.nn.mamba import negative_exp
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.selective_state_update import selective_state_update
-from scalekern.ops.ssd_scan import ssd_scan
+from scalekern.ops.ssd_scan import limits, ssd_scan
 
 NAME = "nn.Mamba2"
 
@@ -94,8 +94,8 @@ class Mamba2(CachedStates, nn.Module):
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
-        self.headdim, self.ngroups, self.dt_limit = headdim, ngroups, tuple(dt_limit)
-        if self.d_ssm % headdim or (self.d_ssm // headdim) % ngroups:
+        self.headdim, self.ngroups, self.dt_limit = headdim, ngroups, limits(dt_limit, NAME)
+        if min(headdim, ngroups) < 1 or self.d_ssm % headdim or (self.d_ssm // headdim) % ngroups:
             raise ValueError(
                 f"{NAME}: headdim must divide {self.d_ssm} channels and ngroups their heads, got {headdim}, {ngroups}"
             )
@@ -149,6 +149,8 @@ class Mamba2(CachedStates, nn.Module):
         _checks.shape(NAME, "u", u, (*u.shape[:-1], self.d_model))
         if mask is not None and (cu_seqlens is not None or seq_idx is not None or initial_states is not None):
             raise ValueError(f"{NAME}: mask goes with none of cu_seqlens, seq_idx and initial_states")
+        if seqlen is not None and (seqlen < 1 or u.shape[0] % seqlen):
+            raise ValueError(f"{NAME}: seqlen must divide the {u.shape[0]} tokens of u, got {seqlen}")
         x = u if seqlen is None else u.unflatten(0, (-1, seqlen))
         seq_idx = seq_idx if cu_seqlens is None else None
         if inference_params is not None:
@@ -169,6 +171,8 @@ class Mamba2(CachedStates, nn.Module):
 
     def _forward_states(self, u, mask, seq_idx, cu_seqlens, initial_states, states_wanted):
         conv_state, ssm_state = (None, None) if initial_states is None else initial_states
+        if mask is not None:
+            _checks.shape(NAME, "mask", mask, u.shape[:2])
         # A negative seq_idx is padding: the convolution gives zero there and does not look back into it. A zero
         # input then leaves the scan's state at zero up to the first real token.
         padding = seq_idx if mask is None else (mask != 0).to(torch.int32) - 1
@@ -213,7 +217,8 @@ class Mamba2(CachedStates, nn.Module):
         groups = lambda t: t.unflatten(-1, (self.ngroups, -1))  # noqa: E731
         bias, softplus = heads(self.dt_bias), True
         if self.dt_limit != (0.0, float("inf")):
-            dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
+            wide = torch.promote_types(dt.dtype, torch.float32)
+            dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
             bias, softplus = None, False
         gated = None if self.rmsnorm else z.unflatten(-1, (-1, self.headdim))
         D = self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else heads(self.D)

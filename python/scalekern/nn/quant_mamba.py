@@ -78,6 +78,9 @@ class _QuantizedBlock:
             inputs: batches (B, L, M) that the block runs over once, in float, to find the ranges of what is rounded;
                 with "w4a16" and a float state they are not needed.
         """
+        kind = Mamba2 if issubclass(cls, Mamba2) else Mamba
+        if not isinstance(block, kind):
+            raise TypeError(f"{cls.NAME}: block must be a {kind.__name__}, got {type(block).__name__}")
         new = cls.__new__(cls)
         new.__dict__ = copy.deepcopy(block.__dict__)
         heads, width, _ = new._layout()
@@ -95,6 +98,11 @@ class _QuantizedBlock:
         batches = [] if inputs is None else [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
         if not batches:
             raise ValueError(f"{self.NAME}: inputs must hold a batch to find the ranges of activations, got none")
+        for batch in batches:
+            _checks.tensor(self.NAME, "inputs", batch, dims=3, dtypes=_checks.FLOATING)
+            _checks.shape(self.NAME, "inputs", batch, (None, None, self.d_model))
+            if batch.numel() == 0:
+                raise ValueError(f"{self.NAME}: inputs must hold tokens, got shape {tuple(batch.shape)}")
         self._seen = {}
         for batch in batches:
             self._forward_states(batch, None, *self.NO_STATES)

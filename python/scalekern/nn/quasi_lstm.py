@@ -49,8 +49,6 @@ class QuasiLSTM(nn.Module):
         Returns:
             Like x, or (like x, (B, D) or (S, D) in float32 at least).
         """
-        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
-        _checks.shape(NAME, "x", x, (None, None, self.d_model))
         f, update, o = self._gates(x)
         c, state = diag_scan(f, update, dim=1, initial_state=state, cu_seqlens=cu_seqlens, return_last_state=True)
         out = self.linear_post_head((o * torch.tanh(c)).to(self.linear_post_head.weight.dtype))
@@ -58,7 +56,8 @@ class QuasiLSTM(nn.Module):
 
     def step(self, x, state):
         """One token: x (B, 1, M); state (B, D) changes in place. Returns (out (B, 1, M), state)."""
-        f, update, o = (gate.squeeze(1) for gate in self._gates(x))
+        f, update, o = (gate.squeeze(1) for gate in self._gates(x, 1))
+        _checks.shape(NAME, "state", state, f.shape)
         state.copy_(f * state + update)
         out = self.linear_post_head((o * torch.tanh(state)).to(self.linear_post_head.weight.dtype))
         return out[:, None], state
@@ -69,7 +68,8 @@ class QuasiLSTM(nn.Module):
         wide = dtype or torch.promote_types(weight.dtype, torch.float32)
         return torch.zeros(batch_size, self.width, device=weight.device, dtype=wide)
 
-    def _gates(self, x):
+    def _gates(self, x, length=None):
+        _check(x, self.d_model, length)
         f, i, z, o = (getattr(self, f"linear_{gate}x")(x) for gate in "FIZO")
         f, i, z, o = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in (f, i, z, o))
         return torch.sigmoid(f + 1), torch.sigmoid(i) * torch.tanh(z), torch.sigmoid(o)
@@ -96,12 +96,14 @@ class QuasiLSTMBlock(nn.Module):
 
     def forward(self, x, state=None, *, cu_seqlens=None, return_final_state=False):
         """As QuasiLSTM's."""
+        _check(x, self.rnn.d_model)
         out, state = self.rnn(self.ln1(x), state, cu_seqlens=cu_seqlens, return_final_state=True)
         out = self._mlp(x + out)
         return (out, state) if return_final_state else out
 
     def step(self, x, state):
         """As QuasiLSTM's."""
+        _check(x, self.rnn.d_model, 1)
         out, state = self.rnn.step(self.ln1(x), state)
         return self._mlp(x + out), state
 
@@ -111,6 +113,11 @@ class QuasiLSTMBlock(nn.Module):
 
     def _mlp(self, x):
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln2(x)), approximate="tanh"))
+
+
+def _check(x, width, length=None):
+    _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
+    _checks.shape(NAME, "x", x, (None, length, width))
 
 
 def _linear(inputs, outputs, std=0.02, **factory):

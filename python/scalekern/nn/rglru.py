@@ -57,15 +57,14 @@ class RGLRU(nn.Module):
         Returns:
             Like x, or (like x, (B, D) or (S, D) in float32 at least).
         """
-        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
-        _checks.shape(NAME, "x", x, (None, None, self.width))
         a, b = self._coefficients(x, position_ids)
         out, state = diag_scan(a, b, dim=1, initial_state=state, cu_seqlens=cu_seqlens, return_last_state=True)
         return (out.to(x.dtype), state) if return_final_state else out.to(x.dtype)
 
     def step(self, x, state, position_ids=None):
         """One token: x (B, 1, D); state (B, D) changes in place. Returns (out (B, 1, D), state)."""
-        a, b = (t.squeeze(1) for t in self._coefficients(x, position_ids))
+        a, b = (t.squeeze(1) for t in self._coefficients(x, position_ids, 1))
+        _checks.shape(NAME, "state", state, a.shape)
         h = a * state + b
         state.copy_(h)
         return h.to(x.dtype)[:, None], state
@@ -75,8 +74,12 @@ class RGLRU(nn.Module):
         wide = dtype or torch.promote_types(self.recurrent_param.dtype, torch.float32)
         return torch.zeros(batch_size, self.width, device=self.recurrent_param.device, dtype=wide)
 
-    def _coefficients(self, x, position_ids):
+    def _coefficients(self, x, position_ids, length=None):
         """(a, b), both (B, L, D)."""
+        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
+        _checks.shape(NAME, "x", x, (None, length, self.width))
+        if position_ids is not None:
+            _checks.shape(NAME, "position_ids", position_ids, x.shape[:2])
         wide = torch.promote_types(x.dtype, torch.float32)
         blocks = x.unflatten(-1, (self.n_heads, -1))
         i, r = (

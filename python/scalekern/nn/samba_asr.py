@@ -121,6 +121,7 @@ class SambaASRDecoder(nn.Module):
         """
         if (audio is None) == (cache is None):
             raise ValueError(f"{self.NAME}: either audio or a cache must be given")
+        _checks.tensor(self.NAME, "tokens", tokens, dims=2, dtypes=(torch.int32, torch.int64))
         keep = cache is not None
         cache = cache if keep else self.new_cache(audio, lengths)
         x = self.embedding(tokens)
@@ -169,5 +170,6 @@ def _cut(name, x, lengths):
     """x (B, channels, T), zero from each row's length on."""
     if lengths is None:
         return x
+    _checks.tensor(name, "lengths", lengths, dims=1)
     _checks.shape(name, "lengths", lengths, (x.shape[0],))
     return x.masked_fill((torch.arange(x.shape[2], device=x.device) >= lengths[:, None])[:, None], 0)

@@ -167,5 +167,8 @@ class VARBlock(nn.Module):
         """The gates, the scales and the shifts of the branches, (B, 1, C) each."""
         _checks.tensor(self.NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(self.NAME, "x", x, (None, None, self.embed_dim))
+        each = (1, 3 * self.BRANCHES, self.embed_dim) if self.shared_aln else (self.ada_lin[1].in_features,)
+        _checks.tensor(self.NAME, "cond", cond, dims=1 + len(each), dtypes=_checks.FLOATING)
+        _checks.shape(self.NAME, "cond", cond, (x.shape[0], *each), (1, *each))
         shape = (-1, 1, 3 * self.BRANCHES, self.embed_dim)
         return (self.ada_gss + cond if self.shared_aln else self.ada_lin(cond).view(shape)).unbind(2)

@@ -21,9 +21,12 @@ def to(t, dtype):
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
-def check_scale(op, name, scale, *shapes):
-    _checks.tensor(op, name, scale, dims=len(shapes[0]), dtypes=_checks.FLOATING)
-    _checks.shape(op, name, scale, *shapes)
+def check_scale(op, name, scale, of, codes, axes):
+    """Of the shape that `codes`, the argument `of`, has in these axes."""
+    shape = codes.shape[axes]
+    _checks.tensor(op, name, scale, dims=len(shape), dtypes=_checks.FLOATING)
+    _checks.shape(op, name, scale, shape)
+    _checks.same_device(op, of, codes, **{name: scale})
 
 
 def all_codes(*tensors):

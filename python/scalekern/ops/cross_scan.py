@@ -75,7 +75,7 @@ def cross_merge(y, size, directions=DIRECTIONS, *, grouped=False):
 
 def check_directions(op, directions) -> list[int]:
     values = list(directions) if isinstance(directions, (tuple, list)) else []
-    if not values or any(k not in DIRECTIONS for k in values) or len(set(values)) < len(values):
+    if not values or any(type(k) is not int or k not in DIRECTIONS for k in values) or len(set(values)) < len(values):
         raise ValueError(f"{op}: directions must be different ones of {DIRECTIONS}, got {directions!r}")
     return values
 

@@ -54,9 +54,9 @@ def quantized_selective_scan(
         if m.dim() == 2:
             raise ValueError(f"{NAME}: {name} must have 3 or 4 dimensions, got shape {tuple(m.shape)}")
     B, C = (m if m.dim() == 4 else m[:, None] for m in (B, C))
-    check_scale(NAME, "u_scale", u_scale, u.shape[1:2])
-    check_scale(NAME, "B_scale", B_scale, B.shape[1:2])
-    check_scale(NAME, "C_scale", C_scale, C.shape[1:2])
+    check_scale(NAME, "u_scale", u_scale, "u", u, slice(1, 2))
+    check_scale(NAME, "B_scale", B_scale, "B", B, slice(1, 2))
+    check_scale(NAME, "C_scale", C_scale, "C", C, slice(1, 2))
     io = delta.dtype if z is None else torch.promote_types(delta.dtype, z.dtype)
     real = real_of(io)
     if not all_codes(u, B, C):

@@ -9,7 +9,7 @@ from scalekern import _library
 from scalekern._dispatch import composed, filling
 from scalekern.ops import _quantized
 from scalekern.ops._quantized import DTYPES, all_codes, check_scale, real_of, rounded, to
-from scalekern.ops.ssd_scan import check, ssd_scan
+from scalekern.ops.ssd_scan import check, limits, ssd_scan
 from scalekern.reference.quantized_scan import quantized_ssd_scan_bwd as reference_bwd
 from scalekern.reference.quantized_scan import quantized_ssd_scan_fwd as reference_fwd
 
@@ -47,9 +47,10 @@ def quantized_ssd_scan(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states,
         NAME, DTYPES,
     )  # fmt: skip
-    check_scale(NAME, "x_scale", x_scale, x.shape[2:])
-    check_scale(NAME, "B_scale", B_scale, B.shape[2:3])
-    check_scale(NAME, "C_scale", C_scale, B.shape[2:3])
+    dt_limit = limits(dt_limit, NAME)
+    check_scale(NAME, "x_scale", x_scale, "x", x, slice(2, 4))
+    check_scale(NAME, "B_scale", B_scale, "B", B, slice(2, 3))
+    check_scale(NAME, "C_scale", C_scale, "C", C, slice(2, 3))
     io = dt.dtype if z is None else torch.promote_types(dt.dtype, z.dtype)
     real = real_of(io)
     if not all_codes(x, B, C):
@@ -62,7 +63,7 @@ def quantized_ssd_scan(
     out, final, varlen = quantized_ssd_scan_fwd(
         x, to(dt, io), to(A, real), B, C, to(x_scale, real), to(B_scale, real), to(C_scale, real), to(D, real),
         to(z, io), to(dt_bias, real), to(initial_states, real), seq_idx if cu_seqlens is None else None, cu_seqlens,
-        bool(dt_softplus), *(float(v) for v in dt_limit),
+        bool(dt_softplus), *dt_limit,
     )  # fmt: skip
     out = out if io == dt.dtype else out.to(dt.dtype)
     extra = [final] * bool(return_final_states) + [varlen] * bool(return_varlen_states)

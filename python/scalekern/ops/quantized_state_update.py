@@ -40,7 +40,7 @@ def quantized_state_update(
     Source: Chiang et al., Quamba2, 2025 (8-bit states); Gu & Dao, Mamba, 2023, section 3.5.2.
     """
     check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, NAME, (torch.int8,))
-    check_scale(NAME, "state_scale", state_scale, state.shape[1:-1])
+    check_scale(NAME, "state_scale", state_scale, "state", state, slice(1, -1))
     io = x.dtype
     for t in (dt, B, C, z):
         io = io if t is None else torch.promote_types(io, t.dtype)

@@ -4,6 +4,7 @@ Shape letters: B batch, L length, H heads, P head dim, G groups of B and C, N st
 """
 
 import functools
+import math
 
 import torch
 
@@ -57,9 +58,9 @@ def ssd_scan(
     check(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states
     )  # fmt: skip
+    low, high = limits(dt_limit)
     if cu_seqlens is not None:
         seq_idx = None  # says the same once more, as upstream wants it
-    low, high = (float(v) for v in dt_limit)
     # Backends see one dtype for what has a value a token, and that of the sums for the rest.
     io = functools.reduce(torch.promote_types, (t.dtype for t in (dt, B, C, z) if t is not None), x.dtype)
     real = torch.float64 if io == torch.float64 else torch.float32
@@ -116,6 +117,17 @@ def check(
         op, "x", x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states,
         seq_idx=seq_idx, cu_seqlens=cu_seqlens,
     )  # fmt: skip
+
+
+def limits(dt_limit, op=NAME) -> tuple[float, float]:
+    """The least and the most of d."""
+    try:
+        low, high = (float(v) for v in dt_limit)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low <= high:
+        raise ValueError(f"{op}: dt_limit must be two numbers, the least and the most of d, got {dt_limit!r}")
+    return low, high
 
 
 def _allocate_fwd(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high):
