@@ -94,8 +94,8 @@ def test_the_fused_function_is_the_layer(d_ssm):
         u = torch.randn(2, 19, 8)
         parameters = layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.dt_bias, -layer.A_log.exp(), layer.D, 256
         out = fused(
-            layer.in_proj(u), *parameters, rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5, outproj_weight=layer.out_proj.weight,
-            headdim=4, ngroups=2, norm_before_gate=False,
+            layer.in_proj(u), *parameters, rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5,
+            outproj_weight=layer.out_proj.weight, headdim=4, ngroups=2, norm_before_gate=False,
         )  # fmt: skip
     assert_close(out, layer(u), tolerance=1e-6)
     with pytest.raises(ValueError, match="mamba_split_conv1d_scan_combined: zxbcdt must have .* got"):
