@@ -130,11 +130,12 @@ def test_layouts_change_no_bit(place):
                     assert torch.equal(a, b.expand(a.shape))
 
 
-# n: how many rows, so that some end within a tile, a pass or a share of 2^17 points, and some at such an edge. From 12
-# to 40 those from the second on end with a whole tile.
-ROWS = {1: 37, 2: 37, 4: 37, 8: 37, 16: 8195, 12: 11025, 20: 33, 24: 33, 28: 33, 40: 33, 192: 5, 320: 33, 32: 37,
-        64: 2053, 384: 3, 512: 3, 768: 3, 1024: 131, 1280: 3, 8192: 17, 10240: 2, 12288: 2, 14336: 3,
-        16384: 2}  # fmt: skip
+# n: how many rows, so that some end within a tile, a pass, 32 rows, 2,048 points or a share of 2^17 points, and some at
+# such an edge. From 12 to 40 those from the second on end with a whole tile.
+ROWS = {1: 37, 2: 37, 4: 37, 8: 37, 16: 8195, 12: 11025, 20: 33, 24: 33, 28: 33, 40: 33, 48: 70, 56: 65, 80: 37,
+        96: 5, 112: 47, 160: 33, 192: 12, 224: 10, 320: 33, 32: 37, 64: 2053, 384: 7, 448: 6, 512: 3, 640: 5, 768: 3,
+        896: 3, 1024: 131, 1280: 3, 1792: 3, 3584: 2, 7168: 2, 8192: 17, 10240: 2, 12288: 2, 14336: 3, 16384: 2,
+        28672: 2}  # fmt: skip
 
 
 @compiled_only
@@ -152,6 +153,22 @@ def test_cpu_passes_of_every_length(dtype):
             apart = torch.full((count, 2 * n), float("nan"), dtype=dtype)[:, ::2].copy_(x)
             for layout, same in ((pitched, out), (apart, out), (x[1:], out[1:]), (x[-1:], out[-1:])):
                 assert torch.equal(scalekern.hadamard_transform(layout, n**-0.5), same), f"n = {n}"
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@lower_levels
+def test_halves_that_are_not_finite_stay_in_their_row(dtype):
+    """Infinities come as infinities, also where a point is taken in two parts; other rows keep every bit."""
+    for n in (12, 24, 56, 64, 96, 112, 224, 448, 640, 896, 1280):
+        x = rows(37, n, seed=n, dtype=dtype)
+        with scalekern.backend("cpu"):
+            others = scalekern.hadamard_transform(x, 0.1)[[i for i in range(37) if i != 5]]
+            for value in (float("nan"), float("inf"), -float("inf")):
+                x[5, n // 3] = value
+                out = scalekern.hadamard_transform(x, 0.1)
+                assert torch.equal(out[5].isnan(), oracle.hadamard_transform(x)[5].isnan()), f"n = {n}"
+                assert not out[5].isfinite().any() and torch.equal(torch.cat([out[:5], out[6:]]), others), f"n = {n}"
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the interpreter's process tests Triton")

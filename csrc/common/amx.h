@@ -24,21 +24,25 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kTileLanes = 16;
 
-// The tile registers of this thread, all of them 16 x 64 bytes: made by each thread for itself, around all that uses
-// them, and given back at the end, so that the core can sleep.
+// The tile registers of this thread, all of them 16 x 64 bytes unless shaped: made by each thread for itself, around
+// all that uses them, and given back at the end, so that the core can sleep.
 class Tiles {
  public:
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) config.bytes[i] = kTileBytes, config.rows[i] = kTileRows;
-    asm volatile("ldtilecfg %0" : : "m"(config));
+  Tiles() { shape(0, 8, kTileRows, kTileBytes); }
+  // Registers from `first` on; all become 0.
+  void shape(int first, int count, int64_t rows, int64_t bytes) {
+    for (int i = first; i < first + count; ++i) config_.bytes[i] = uint16_t(bytes), config_.rows[i] = uint8_t(rows);
+    asm volatile("ldtilecfg %0" : : "m"(config_));
   }
   ~Tiles() { asm volatile("tilerelease"); }
   Tiles(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config_;
 };
 
 template <int T>

@@ -16,7 +16,8 @@
 // Order of additions: the same for every layout, so that strides change no bit of the result.
 // What it took, rows of 8,192 floats in L2 6.7 to 2.6 us: butterflies inlined by force (GCC 12 had left half of them a
 //   call, with all vectors through memory); a buffer that begins at a line (malloc's 16 bytes made every vector two
-//   lines); one address for four runs (16 were kept in vector registers); half of H_m's table of sums.
+//   lines); one address for four runs (16 were kept in vector registers); half of H_m's table of sums; one last pass
+//   for all runs, float of 192 points 9.2 to 6.5 ns a vector, of 640 10.9 to 8.5, of 896 10.2 to 9.4.
 // Tried and lost, two threads, 8 and 24 MB: prefetching (next row into L1 or L2, the output, both, in bulk or a few
 //   lines a step): float of 512 points 0.70 to 0.79 of a copy's rate, but 8,192 0.55 to 0.48, and bf16 of 4,096 0.60
 //   to 0.40; the next row's first pass between the runs of this one's last, so that memory is read and written at once:
@@ -24,7 +25,7 @@
 #include <stdlib.h>
 
 #include "common/parallel.h"
-#include "quant_matmul/cpu_hadamard_tiles.h"
+#include "quant_matmul/cpu_hadamard_tile_rows.h"
 #include "quant_matmul/cpu_quantize.h"
 #include "quant_matmul/hadamard.h"
 
@@ -35,7 +36,6 @@ using scalekern::HadamardArgs;
 constexpr int64_t kParallel = 1 << 15;     // points from which threads pay
 constexpr int64_t kShare = 1 << 17;        // points that a thread takes at once
 constexpr int64_t kMostRegions = 64;        // of threads that begin apart
-constexpr int64_t kAheadPoints = 1 << 11;  // of rows that are asked for as a whole before their turn
 constexpr int64_t kApartBytes = 64;        // between runs of the buffer: their lines would meet in one set of the L1
 constexpr int kRunBits = 12;               // of runs that are finished pass by pass, not run by run
 // Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
@@ -54,8 +54,13 @@ struct Transform {
   const int64_t padded = a.m << a.k;
   const F scale = F(a.scale);
   const BaseMatrix<F> base;
+#if defined(__AVX512F__)
+  const TileRows<S> tile_rows{a};
+#endif
   mutable const char* ahead = nullptr;  // of the next row
-  const int64_t room = ((padded < 512 ? 512 : padded) * (tiled() ? W : 1) + 64 * kGap + kGap - 1) / kGap * kGap;
+  // A tile of rows, or the sums of 32; or a row, or some that go through tiles together.
+  const int64_t points = tiled() ? (padded < 640 ? 640 : padded) * W : padded < 2048 ? 2048 : padded;
+  const int64_t room = points + 64 * kGap;
   F *buffer, *line;  // the row between passes; the row before the first one, where x is not read by it
 
   explicit Transform(const HadamardArgs& args) : a(args), base(args.signs, args.m) {
@@ -136,14 +141,16 @@ struct Transform {
     last_pass<F, bits - joined, joined>(to, from, size, scale, ahead);
   }
 
-  // A row of m 2^k points, 2^k at least a vector.
+  // A row of m 2^k points, 2^k at least a vector. The runs lie without gaps where one last pass takes them all.
   template <class T, class D>
   void row(D* to, const T* from) const {
     const int k = int(a.k), bits = a.m == 1 && k > w + kStages ? top_bits(k - w - kStages, false) : 0, left = k - bits;
-    const int64_t runs = a.m << bits, run = int64_t(1) << left, pitch = run + kGap;
+    const bool at_once = left <= w + kStages;
+    const int64_t runs = a.m << bits, run = int64_t(1) << left, pitch = at_once ? run : run + kGap;
     if (runs == 1) return last(to, from, run, left);
     if (a.m > 1) base.multiply(buffer, pitch, from, run, run);
     else top_pass(buffer, pitch, from, run, run, bits);
+    if (at_once) return last(to, buffer, padded, left);
     for (int64_t i = 0; i < runs; ++i) finish(to + i * run, buffer + i * pitch, left);
   }
 
@@ -175,11 +182,6 @@ struct Transform {
 
   void rows(int64_t begin, int64_t end) const {
     if (padded == a.n && a.out) {
-#if defined(__AVX512F__)
-      if constexpr (__is_same(S, bf16))
-        if (has_tiles())
-          return a.m == 1 && a.n <= kTilePoints ? short_rows_in_tiles(begin, end) : long_rows_in_tiles(begin, end);
-#endif
       if constexpr (__is_same(S, bf16)) {
         if (a.k > w) return whole_rows<Paired, Paired>(begin, end);
         if (a.m == 1) begin += packed_narrow<Paired>(begin, end);
@@ -196,75 +198,6 @@ struct Transform {
       deliver(i, line);
     }
   }
-
-#if defined(__AVX512F__)
-  void last_of_blocks(S* to, const float* from, int64_t points, int bits) const {
-    bf16* const y = reinterpret_cast<bf16*>(to);
-    switch (bits) {
-      case 0: return last_of_tiles<0>(y, from, points, float(scale));
-      case 1: return last_of_tiles<1>(y, from, points, float(scale));
-      case 2: return last_of_tiles<2>(y, from, points, float(scale));
-      case 3: return last_of_tiles<3>(y, from, points, float(scale));
-      default: return last_of_tiles<4>(y, from, points, float(scale));
-    }
-  }
-
-  bool has_tiles() const {
-    return __is_same(S, bf16) && scalekern::has_amx() && a.k >= kTileStages && a.k <= 13 &&
-           (a.m == 1 || padded >= kTilePoints);
-  }
-
-  // Rows of up to 512 points, as many as make 16 blocks; a tile is made while the one before it is in the last pass.
-  void short_rows_in_tiles(int64_t begin, int64_t end) const {
-    const BlockTiles tiles;
-    alignas(64) float blocks[2][kTilePoints];
-    const int64_t most = kTilePoints / a.n;
-    const auto make = [&](int64_t i, float* to) {
-      const S* from = reinterpret_cast<const S*>(line);
-      if (packed() && i + most <= end) from = row_of_x(i);
-      else for (int64_t r = 0; r < most && i + r < end; ++r) gather(i + r, reinterpret_cast<S*>(line) + r * a.n);
-      transform_blocks(to, reinterpret_cast<const bf16*>(from));
-    };
-    make(begin, blocks[0]);
-    for (int64_t i = begin, odd = 0; i < end; i += most, odd ^= 1) {
-      if (i + most < end) make(i + most, blocks[odd ^ 1]);
-      const int64_t count = end - i < most ? end - i : most;
-      last_of_blocks(static_cast<S*>(a.out) + i * a.n, blocks[odd], count * a.n, int(a.k) - kTileStages);
-    }
-  }
-
-  // Longer ones. What a row's last pass has read makes room for the next row's first, so that x is read and the output
-  // is written side by side, and each in order, as a copy does.
-  void long_rows_in_tiles(int64_t begin, int64_t end) const {
-    const BlockTiles tiles;
-    const int k = int(a.k), low = k < 9 ? k : 9;
-    const int64_t run = int64_t(1) << k, gap = run < kTilePoints ? 0 : kGap, pitch = run + gap;
-    const auto at = [&](int64_t j) { return buffer + j + (gap ? (j >> k) * gap : 0); };
-    const auto x = [&](int64_t i) {
-      if (a.stride_n == 1) return row_of_x(i);
-      gather(i, reinterpret_cast<S*>(line));
-      return reinterpret_cast<const S*>(line);
-    };
-    const auto make = [&](const S* from, int64_t j) {
-      if (j > a.n - kTilePoints) j = a.n - kTilePoints;  // again what the tile before it made
-      transform_blocks(at(j), reinterpret_cast<const bf16*>(from + j));
-    };
-    const S* from = x(begin);
-    for (int64_t j = 0; j < a.n; j += kTilePoints) make(from, j);
-    for (int64_t i = begin; i < end; ++i) {
-      if (a.n <= kAheadPoints && a.stride_n == 1 && i + 1 < end)
-        for (int64_t j = 0; j < a.n; j += 32) __builtin_prefetch(row_of_x(i + 1) + j, 0, 2);
-      if (a.m > 1) base.multiply(buffer, pitch, buffer, pitch, run);
-      for (int64_t r = 0; r < a.m && k > low; ++r) top_pass<9>(buffer + r * pitch, k);
-      if (i + 1 < end) from = x(i + 1);
-      for (int64_t j = 0; j < a.n; j += kTilePoints) {
-        const int64_t size = a.n - j < kTilePoints ? a.n - j : kTilePoints;
-        last_of_blocks(static_cast<S*>(a.out) + i * a.n + j, at(j), size, low - kTileStages);
-        if (i + 1 < end) make(from, j);
-      }
-    }
-  }
-#endif
 
   // Written where they belong as they are made. T: what S is read and written as; L: as what it is gathered.
   template <class T, class L>
@@ -376,6 +309,9 @@ struct Transform {
   }
 
   void some(int64_t begin, int64_t end) const {
+#if defined(__AVX512F__)
+    if (tile_rows.take(*this, begin, end)) return;
+#endif
     tiled() ? tiles_of_rows(begin, end) : a.k < w ? narrow_rows(begin, end) : rows(begin, end);
   }
 };

@@ -7,9 +7,6 @@
 //   tiles and with them: 64 points 14 to 7 ns, 512 126 to 75, 4,096 1.2 to 0.75 us, 8,192 2.8 to 1.9.
 // Tried and lost: for long rows a block of each of 16 runs to a tile, whose rows the next pass takes at once: 1.08 us
 //   of 8,192 points as before, since loads of what a tile has just stored wait, and x is no longer read in order.
-//   H_m of runs as their product with its signs: 3,584 points 8.3 to 7.7 ns a vector of 16 in L2, but 768 5.2 to 6.9
-//   and 1,280 6.0 to 12. Rows of up to 224 points as products with the whole matrix: 28 points 15 to 7 ns, 192 8.1 to
-//   8.3, and float16 in two parts 160 10.9 to 10.3: 130 lines for a few sizes.
 #pragma once
 #include "common/amx.h"
 #include "quant_matmul/cpu_hadamard_passes.h"
@@ -44,16 +41,24 @@ static inline void transform_blocks(float* to, const bf16* from) {
 }
 
 // Stages between 2^bits neighbouring blocks of `size` points, scaled. Of 16 blocks the first stage is made as they are
-// read, once for the upper eight of its results and once for the lower.
-template <int bits>
+// read, once for the upper eight of its results and once for the lower. With lanes: what RunProduct leaves, 2^lanes
+// even points before as many odd ones, whose own stages come first.
+template <int bits, int lanes>
 static void last_of_tiles(bf16* to, const float* from, int64_t size, float scale) {
-  constexpr int count = bits > 3 ? 8 : 1 << bits, all = 1 << bits;
+  constexpr int count = bits > 3 ? 8 : 1 << bits, all = 1 << bits, half = 1 << lanes;
   VecF v[2][count];
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 32; ++i) order[i] = uint16_t(i / (2 * half) * (2 * half) + i % 2 * half + i / 2 % half);
+  const __m512i in_order = _mm512_load_si512(order);
   const auto finish = [&](bf16* y) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 2 * count; ++j) v[j % 2][j / 2] = lane_stages<float, lanes>(v[j % 2][j / 2]);
     butterflies<count>(v[0]), butterflies<count>(v[1]);
 #pragma GCC unroll 8
-    for (int j = 0; j < count; ++j)
-      _mm512_storeu_si512(y + 32 * j, to_bf16((__m512)(v[0][j] * scale), (__m512)(v[1][j] * scale)));
+    for (int j = 0; j < count; ++j) {
+      const __m512i out = to_bf16((__m512)(v[0][j] * scale), (__m512)(v[1][j] * scale));
+      _mm512_storeu_si512(y + 32 * j, lanes ? _mm512_permutexvar_epi16(in_order, out) : out);
+    }
   };
   for (int64_t i = 0; i < size; i += 32 * all) {
 #pragma GCC unroll 16
@@ -67,6 +72,17 @@ static void last_of_tiles(bf16* to, const float* from, int64_t size, float scale
       for (int j = 0; j < 16; ++j) v[j % 2][j / 2] = load(from + i + 16 * j) - load(from + i + 256 + 16 * j);
       finish(to + i + 256);
     }
+  }
+}
+
+template <int lanes>
+static void last_of_blocks(bf16* to, const float* from, int64_t size, int bits, float scale) {
+  switch (bits) {
+    case 0: return last_of_tiles<0, lanes>(to, from, size, scale);
+    case 1: return last_of_tiles<1, lanes>(to, from, size, scale);
+    case 2: return last_of_tiles<2, lanes>(to, from, size, scale);
+    case 3: return last_of_tiles<3, lanes>(to, from, size, scale);
+    default: return last_of_tiles<4, lanes>(to, from, size, scale);
   }
 }
 
