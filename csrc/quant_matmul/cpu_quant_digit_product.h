@@ -9,8 +9,9 @@
 //   caches (37 us before the kernel, 10 where it is called alone), beside 150 to 165 of a loop that only reads. A
 //   16-bit result: 30 less. With scales that nobody fetched: 25 more. Two to four tokens: two at a time, bound by
 //   operations.
-// Lost: rows that fetch past L2 (prefetchnta: 4 times as long); pieces of rows for whoever is free (260 us for 218:
-//   halves find some of their rows in their own L2 again); the upper codes by vgf2p8affineqb (one operation of 13, no
+// Lost: rows that fetch past L2 (prefetchnta: 4 times as long); one queue of rows for all threads (260 us for 218: with
+//   a stretch each they find some of their rows in their own L2 again; what one leaves when the other is done, it takes:
+//   7 % where a core is slow); the upper codes by vgf2p8affineqb (one operation of 13, no
 //   faster); sums of both planes in one from bytes as they lie (4 bits of precision, so a digit more); 16 rows as a tile
 //   of AMX, whose columns are the digits of four groups (320 us for 195: a product and two loads of tiles wait).
 #pragma once
@@ -27,14 +28,25 @@ class DigitProduct {
  public:
   static void run(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens) {
     const DigitProduct self(a, s, tokens);
+    const int64_t blocks = pieces(a.w.rows, kRows);
     const bool worth_it = a.tokens * a.w.rows * a.w.columns >= kParallelWork;
-    parallel_if(worth_it, pieces(a.w.rows, kRows), [&](int64_t begin, int64_t end) {
-      self.rows(a, begin * kRows, least(end * kRows, a.w.rows));
+    const int64_t threads = worth_it ? least(scalekern::num_threads(), blocks) : 1;
+    const Buffer<int64_t> taken(threads * kLineOfCounts);
+    zero<int64_t>(taken, threads * kLineOfCounts);
+    parallel_if(worth_it, threads, [&](int64_t begin, int64_t end) {
+      const Memory memory(self);
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < threads; ++i) {  // its own stretch, then what others have left of theirs
+          const int64_t own = (t + i) % threads, stop = blocks * (own + 1) / threads;
+          int64_t* next = taken + own * kLineOfCounts;
+          for (int64_t at; (at = blocks * own / threads + __atomic_fetch_add(next, kShare, __ATOMIC_RELAXED)) < stop;)
+            self.rows(a, at * kRows, least(least(at + kShare, stop) * kRows, a.w.rows), memory);
+        }
     });
   }
 
  private:
-  static constexpr int64_t kRows = 16;  // of a piece of work
+  static constexpr int64_t kRows = 16, kShare = 4, kLineOfCounts = 8;  // of a block; blocks taken at once; of a cache line
   // Rows that are multiplied at once.
   template <int R>
   struct Strip {
@@ -153,28 +165,28 @@ class DigitProduct {
       }
   }
 
-  // Memory of a thread for the rows it is at.
-  struct Memory {
-    const Buffer<float> parts, scaled, rest;
-    const Buffer<uint8_t> tails, codes;
-    explicit Memory(const DigitProduct& own)
-        : parts(4 * GroupParts::floats(own.w.groups)), scaled(4 * own.padded), rest(4 * own.padded), tails(4 * 64),
-          codes(own.s.spread ? kRows * own.code_pitch() : 0) {}
-  };
   struct Spreading {  // 1 us to make
     const LineLayout layout;
     const CodeLines codes;
     explicit Spreading(const QuantWeight& w) : layout(w), codes(w, layout, 0) {}
   };
+  // Memory of a thread for the rows it is at.
+  struct Memory {
+    const Buffer<float> parts, scaled, rest;
+    const Buffer<uint8_t> tails, codes;
+    const std::optional<Spreading> spreading;
+    explicit Memory(const DigitProduct& own)
+        : parts(4 * GroupParts::floats(own.w.groups)), scaled(4 * own.padded), rest(4 * own.padded), tails(4 * 64),
+          codes(own.s.spread ? kRows * own.code_pitch() : 0),
+          spreading(own.s.spread ? std::optional<Spreading>(own.w) : std::nullopt) {}
+  };
   int64_t code_pitch() const { return (s.lines + 1) * 64; }
 
-  void rows(const QuantMatmulArgs& a, int64_t begin, int64_t end) const {
-    const Memory memory(*this);
-    const std::optional<Spreading> spreading = s.spread ? std::optional<Spreading>(w) : std::nullopt;
+  void rows(const QuantMatmulArgs& a, int64_t begin, int64_t end, const Memory& memory) const {
     float bias[kRows], results[4 * kRows];
     for (int64_t first = begin; first < end; first += kRows) {
       const int64_t count = least(kRows, end - first);
-      if (s.spread) spreading->codes.unpack(first, count, 0, s.lines, memory.codes, code_pitch());
+      if (s.spread) memory.spreading->codes.unpack(first, count, 0, s.lines, memory.codes, code_pitch());
       for (int64_t m = 0; m < a.tokens;) {
         const int digits = tokens.digits[m];
         const bool two = digits && m + 1 < a.tokens && tokens.digits[m + 1] == digits;
