@@ -58,40 +58,50 @@ struct Windows {
 // Groups of 16 columns and codes of up to 4 bits, of which a step meets two.
 static bool in_pairs(const QuantWeight& w) { return w.groups > 1 && w.group == 16 && w.bits <= 4; }
 
+enum TableKind { kPairs, k16, k32, k64 };  // groups in pairs, up to 4 bits, 5 and 6
+
 // Of a weight; its Group, made of the parts of a group, or of two, stores the parts of 32 weights, tiles apart.
-template <bool kSixtyFour, int P>
+template <TableKind kKind, int P>
 struct TileTable {
-  VecF given[4];
+  VecF given[4];  // the numbers of codes, less the zero where it is one for all
+  const bool same;
   __m512i mask, upper;  // where groups come in pairs: codes of the second look at the upper half
 
   explicit TileTable(const QuantWeight& w)
-      : mask(_mm512_set1_epi16(in_pairs(w) ? 15 : -1)),
-        upper(_mm512_maskz_set1_epi16(in_pairs(w) ? 0xffff0000 : 0, 16)) {
+      : same(!w.zeros.data && !w.offsets.data), mask(_mm512_set1_epi16(15)),
+        upper(_mm512_maskz_set1_epi16(0xffff0000, 16)) {
+    const float zero = !same ? 0.0f : w.table ? w.zero : (w.zero - w.base) / w.step;
     float all[64];
-    for (int i = 0; i < 64; ++i) all[i] = w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1));
+    for (int i = 0; i < 64; ++i)
+      all[i] = (w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1))) - zero;
     for (int i = 0; i < 4; ++i) given[i] = load(all + 16 * i);
+  }
+  VecF numbers(int i, const GroupParts& of, int64_t g) const {
+    return same ? given[i] * of.scale[g] : (given[i] - of.zero[g]) * of.scale[g] + of.offset[g];
   }
   struct Group {
     const TileTable& all;
     __m512i table[P][2];
     Group(const TileTable& all, const GroupParts& of, int64_t g, int64_t second) : all(all) {
 #pragma GCC unroll 2
-      for (int half = 0; half <= kSixtyFour; ++half) {
-        VecF low = (all.given[2 * half] - of.zero[g]) * of.scale[g] + of.offset[g];
-        VecF high = (all.given[2 * half + 1] - of.zero[second]) * of.scale[second] + of.offset[second];
+      for (int half = 0; half <= (kKind == k64); ++half) {
+        VecF low = all.numbers(2 * half, of, g);
+        VecF high = kKind == k16 ? low : all.numbers(2 * half + 1, of, second);
 #pragma GCC unroll 3
         for (int i = 0; i < P; ++i) {
           table[i][half] = to_bf16((__m512)low, (__m512)high);
-          low -= low_floats(table[i][half]), high -= high_floats(table[i][half]);
+          if (i + 1 == P) break;
+          low -= low_floats(table[i][half]);
+          high = kKind == k16 ? low : high - high_floats(table[i][half]);
         }
       }
     }
     void operator()(__m512i codes, char* to) const {
-      if (!kSixtyFour) codes = _mm512_ternarylogic_epi64(codes, all.mask, all.upper, 0xea);  // (codes & mask) | upper
+      if (kKind == kPairs) codes = _mm512_ternarylogic_epi64(codes, all.mask, all.upper, 0xea);  // (codes & mask) | upper
 #pragma GCC unroll 3
       for (int i = 0; i < P; ++i)
-        _mm512_store_si512(to + i * kTile, kSixtyFour ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
-                                                      : _mm512_permutexvar_epi16(codes, table[i][0]));
+        _mm512_store_si512(to + i * kTile, kKind == k64 ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
+                                                        : _mm512_permutexvar_epi16(codes, table[i][0]));
     }
   };
 };
@@ -187,8 +197,10 @@ static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own
     const auto all = [&](const auto& value) {
       for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, ahead, place(r));
     };
-    if (w.bits <= 5) return all(TileTable<false, P>(w));
-    if (w.bits == 6) return all(TileTable<true, P>(w));
+    if (in_pairs(w)) return all(TileTable<kPairs, P>(w));
+    if (w.bits <= 4) return all(TileTable<k16, P>(w));
+    if (w.bits == 5) return all(TileTable<k32, P>(w));
+    if (w.bits == 6) return all(TileTable<k64, P>(w));
     if (w.table == nullptr) return all(TileWide<false, P>(w));
     return all(TileWide<true, P>(w));
   }

@@ -205,7 +205,7 @@ struct TileProduct {
                     char* tiles) const {
     QuantWeight codes = a.w;
     float one[3] = {1, middle, 0};
-    if (scaled) codes.groups = 1;
+    if (scaled) codes.groups = 1, codes.zeros = codes.offsets = {}, codes.zero = middle, codes.base = 0, codes.step = 1;
     const int64_t floats = GroupParts::floats(a.w.groups), pitch = block_columns / kTileColumns * w_parts * kTile;
     const auto own = [&](int64_t r) {
       return scaled ? GroupParts(one, 1) : GroupParts(const_cast<float*>(memory) + r * floats, a.w.groups);
