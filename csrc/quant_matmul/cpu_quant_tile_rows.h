@@ -144,6 +144,19 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
   };
 };
 
+// Steps of which each has a group of its own, or a pair, with all of its bytes: a loop that stays in registers.
+template <int P, class Value>
+static __attribute__((noinline)) void tile_steps(const Windows windows, const Value value, const GroupParts parts,
+                                                 int64_t g, int64_t each, int64_t steps, const uint8_t* p,
+                                                 int64_t ahead, char* to) {
+  const int64_t step = 4 * windows.bits;
+  for (int64_t i = 0; i < steps; ++i, g += each, p += step, to += P * kTile) {
+    const typename Value::Group group(value, parts, g, g + each - 1);
+    __builtin_prefetch(p + ahead, 0, 2);
+    group(windows(p), to);
+  }
+}
+
 // Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's
 // last column up to a multiple of 32 is some number.
 template <int P, class Value>
@@ -152,11 +165,17 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
   const int64_t each = in_pairs(w) ? 2 : 1;
-  int64_t g = w.groups == 1 ? 0 : first / w.group;
-  for (int64_t k = first; k < end; g += each) {
+  int64_t g = w.groups == 1 ? 0 : first / w.group, k = first;
+  if (w.groups > 1 && each * w.group == kTileColumns && bytes >= windows.reads()) {
+    const int64_t whole = ((bytes - windows.reads()) / step + 1) * kTileColumns;
+    const int64_t steps = least((least(end, whole) - k) / kTileColumns, (w.groups - g) / each);
+    tile_steps<P>(windows, value, parts, g, each, steps, data + k / 8 * w.bits, ahead, to);
+    if (steps > 0) k += steps * kTileColumns, g += steps * each, to += steps * P * kTile;
+  }
+  const uint8_t* p = data + k / 8 * w.bits;
+  while (k < end) {
     const int64_t stop = w.groups == 1 ? end : least(end, (g + each) * w.group);
     const typename Value::Group group(value, parts, g, least(g + each, w.groups) - 1);
-    const uint8_t* p = data + k / 8 * w.bits;
     for (; k < stop; k += kTileColumns, p += step, to += P * kTile) {
       __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
       if (p - data + windows.reads() <= bytes) {
@@ -167,6 +186,7 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
       __builtin_memcpy(tail, p, size_t(least(bytes - (p - data), step)));
       group(windows(tail), to);
     }
+    g += each;
   }
 }
 
