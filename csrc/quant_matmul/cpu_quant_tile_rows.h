@@ -146,9 +146,12 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
 
 // Steps of which each has a group of its own, or a pair, with all of its bytes: a loop that stays in registers.
 template <int P, class Value>
-static __attribute__((noinline)) void tile_steps(const Windows windows, const Value value, const GroupParts parts,
+static __attribute__((noinline)) void tile_steps(const Windows& all, const Value& values, const GroupParts& of,
                                                  int64_t g, int64_t each, int64_t steps, const uint8_t* p,
                                                  int64_t ahead, char* to) {
+  const Windows windows = all;  // which no store can change
+  const Value value = values;
+  const GroupParts parts = of;
   const int64_t step = 4 * windows.bits;
   for (int64_t i = 0; i < steps; ++i, g += each, p += step, to += P * kTile) {
     const typename Value::Group group(value, parts, g, g + each - 1);
@@ -158,20 +161,17 @@ static __attribute__((noinline)) void tile_steps(const Windows windows, const Va
 }
 
 // Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's
-// last column up to a multiple of 32 is some number.
+// last column up to a multiple of 32 is some number. g is the first one's group; `steps` are tile_steps'.
 template <int P, class Value>
 static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row,
-                     const GroupParts& parts, int64_t first, int64_t count, int64_t ahead, char* to) {
+                     const GroupParts& parts, int64_t first, int64_t count, int64_t g, int64_t steps, int64_t ahead,
+                     char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
   const int64_t each = in_pairs(w) ? 2 : 1;
-  int64_t g = w.groups == 1 ? 0 : first / w.group, k = first;
-  if (w.groups > 1 && each * w.group == kTileColumns && bytes >= windows.reads()) {
-    const int64_t whole = ((bytes - windows.reads()) / step + 1) * kTileColumns;
-    const int64_t steps = least((least(end, whole) - k) / kTileColumns, (w.groups - g) / each);
-    tile_steps<P>(windows, value, parts, g, each, steps, data + k / 8 * w.bits, ahead, to);
-    if (steps > 0) k += steps * kTileColumns, g += steps * each, to += steps * P * kTile;
-  }
+  tile_steps<P>(windows, value, parts, g, each, steps, data + first / 8 * w.bits, ahead, to);
+  g += steps * each, to += steps * P * kTile;
+  int64_t k = first + steps * kTileColumns;
   const uint8_t* p = data + k / 8 * w.bits;
   while (k < end) {
     const int64_t stop = w.groups == 1 ? end : least(end, (g + each) * w.group);
@@ -214,8 +214,15 @@ static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own
   const auto place = [&](int64_t r) { return tiles + r / 16 * pitch + r % 16 * kTileBytes; };
   if (w.groups == 1 || w.group % kTileColumns == 0 || in_pairs(w)) {
     const Windows windows(w.bits);
+    const int64_t g = w.groups == 1 ? 0 : first / w.group, each = in_pairs(w) ? 2 : 1;
+    int64_t steps = 0;  // of tile_steps
+    if (w.groups > 1 && each * w.group == kTileColumns && w.row_bytes() >= windows.reads()) {
+      const int64_t whole = (w.row_bytes() - windows.reads()) / (4 * w.bits) + 1 - first / kTileColumns;
+      steps = most(0, least(least(count / kTileColumns, whole), (w.groups - g) / each));
+    }
     const auto all = [&](const auto& value) {
-      for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, ahead, place(r));
+      for (int64_t r = 0; r < rows; ++r)
+        tile_row<P>(w, windows, value, row + r, own(r), first, count, g, steps, ahead, place(r));
     };
     if (in_pairs(w)) return all(TileTable<kPairs, P>(w));
     if (w.bits <= 4) return all(TileTable<k16, P>(w));
