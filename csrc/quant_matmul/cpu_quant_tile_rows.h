@@ -144,34 +144,40 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
   };
 };
 
-// Steps of which each has a group of its own, or a pair, with all of its bytes: a loop that stays in registers.
+// `runs` groups, or pairs, each of `steps` steps with all of their bytes: a loop that stays in registers.
 template <int P, class Value>
 static __attribute__((noinline)) void tile_steps(const Windows& all, const Value& values, const GroupParts& of,
-                                                 int64_t g, int64_t each, int64_t steps, const uint8_t* p,
-                                                 int64_t ahead, char* to) {
+                                                 int64_t g, int64_t each, int64_t runs, int64_t steps,
+                                                 const uint8_t* p, int64_t ahead, char* to) {
   const Windows windows = all;  // which no store can change
   const Value value = values;
   const GroupParts parts = of;
   const int64_t step = 4 * windows.bits;
-  for (int64_t i = 0; i < steps; ++i, g += each, p += step, to += P * kTile) {
-    const typename Value::Group group(value, parts, g, g + each - 1);
-    __builtin_prefetch(p + ahead, 0, 2);
+  const auto next = [&](const typename Value::Group& group) __attribute__((always_inline)) {
+    __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
     group(windows(p), to);
+    p += step, to += P * kTile;
+  };
+  for (; steps == 1 && runs > 0; --runs, g += each) next(typename Value::Group(value, parts, g, g + each - 1));
+  for (; runs > 0; --runs, g += each) {
+    const typename Value::Group group(value, parts, g, g + each - 1);
+    for (int64_t i = 0; i < steps; ++i) next(group);
   }
 }
 
 // Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's
-// last column up to a multiple of 32 is some number. g is the first one's group; `steps` are tile_steps'.
+// last column up to a multiple of 32 is some number. g is the first one's group; `runs` of `steps` are tile_steps'.
 template <int P, class Value>
 static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row,
-                     const GroupParts& parts, int64_t first, int64_t count, int64_t g, int64_t steps, int64_t ahead,
-                     char* to) {
+                     const GroupParts& parts, int64_t first, int64_t count, int64_t g, int64_t runs, int64_t steps,
+                     int64_t ahead, char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
   const int64_t each = in_pairs(w) ? 2 : 1;
-  tile_steps<P>(windows, value, parts, g, each, steps, data + first / 8 * w.bits, ahead, to);
-  g += steps * each, to += steps * P * kTile;
-  int64_t k = first + steps * kTileColumns;
+  tile_steps<P>(windows, value, parts, g, each, runs, steps, data + first / 8 * w.bits, ahead, to);
+  int64_t k = first + runs * steps * kTileColumns;
+  to += runs * steps * P * kTile;
+  if (w.groups > 1) g += runs * each;
   const uint8_t* p = data + k / 8 * w.bits;
   while (k < end) {
     const int64_t stop = w.groups == 1 ? end : least(end, (g + each) * w.group);
@@ -215,14 +221,13 @@ static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own
   if (w.groups == 1 || w.group % kTileColumns == 0 || in_pairs(w)) {
     const Windows windows(w.bits);
     const int64_t g = w.groups == 1 ? 0 : first / w.group, each = in_pairs(w) ? 2 : 1;
-    int64_t steps = 0;  // of tile_steps
-    if (w.groups > 1 && each * w.group == kTileColumns && w.row_bytes() >= windows.reads()) {
-      const int64_t whole = (w.row_bytes() - windows.reads()) / (4 * w.bits) + 1 - first / kTileColumns;
-      steps = most(0, least(least(count / kTileColumns, whole), (w.groups - g) / each));
-    }
+    const int64_t inside = w.row_bytes() < windows.reads() ? 0 : (w.row_bytes() - windows.reads()) / (4 * w.bits) + 1;
+    const int64_t whole = most(0, least(count / kTileColumns, inside - first / kTileColumns));
+    const int64_t steps = w.groups == 1 ? whole : each * w.group / kTileColumns;
+    const int64_t runs = w.groups == 1 ? 1 : first % (steps * kTileColumns) ? 0 : least(whole / steps, (w.groups - g) / each);
     const auto all = [&](const auto& value) {
       for (int64_t r = 0; r < rows; ++r)
-        tile_row<P>(w, windows, value, row + r, own(r), first, count, g, steps, ahead, place(r));
+        tile_row<P>(w, windows, value, row + r, own(r), first, count, g, runs, steps, ahead, place(r));
     };
     if (in_pairs(w)) return all(TileTable<kPairs, P>(w));
     if (w.bits <= 4) return all(TileTable<k16, P>(w));
