@@ -28,25 +28,15 @@ class DigitProduct {
  public:
   static void run(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens) {
     const DigitProduct self(a, s, tokens);
-    const int64_t blocks = pieces(a.w.rows, kRows);
     const bool worth_it = a.tokens * a.w.rows * a.w.columns >= kParallelWork;
-    const int64_t threads = worth_it ? least(scalekern::num_threads(), blocks) : 1;
-    const Buffer<int64_t> taken(threads * kLineOfCounts);
-    zero<int64_t>(taken, threads * kLineOfCounts);
-    parallel_if(worth_it, threads, [&](int64_t begin, int64_t end) {
+    parallel_stretches(worth_it, pieces(a.w.rows, kRows), 4, [&](const auto& take) {
       const Memory memory(self);
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t i = 0; i < threads; ++i) {  // its own stretch, then what others have left of theirs
-          const int64_t own = (t + i) % threads, stop = blocks * (own + 1) / threads;
-          int64_t* next = taken + own * kLineOfCounts;
-          for (int64_t at; (at = blocks * own / threads + __atomic_fetch_add(next, kShare, __ATOMIC_RELAXED)) < stop;)
-            self.rows(a, at * kRows, least(least(at + kShare, stop) * kRows, a.w.rows), memory);
-        }
+      take([&](int64_t begin, int64_t end) { self.rows(a, begin * kRows, least(end * kRows, a.w.rows), memory); });
     });
   }
 
  private:
-  static constexpr int64_t kRows = 16, kShare = 4, kLineOfCounts = 8;  // of a block; blocks taken at once; of a cache line
+  static constexpr int64_t kRows = 16;  // of a piece of work
   // Rows that are multiplied at once.
   template <int R>
   struct Strip {

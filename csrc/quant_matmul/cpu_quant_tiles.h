@@ -355,7 +355,7 @@ struct TileProduct {
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
     const Buffer<bool> strange(row_blocks * token_blocks);
     const bool worth_it = a.tokens * w.rows * w.columns >= kParallelWork;
-    parallel_if(worth_it, row_blocks * token_blocks, [&](int64_t begin, int64_t end) {
+    parallel_stretches(worth_it, row_blocks * token_blocks, 1, [&](const auto& take) {
       const int64_t most_strips = least(token_strips, tokens.strips());
       const int64_t columns = most(block_columns * w_parts, rest ? round_up(G, kTileColumns) * rest_parts : 0);
       const Buffer<char> tiles(block_rows * columns * 2);
@@ -363,11 +363,11 @@ struct TileProduct {
       const Buffer<float> scales(block_rows * w.groups), line(most(block_columns, G) + kTileColumns);
       for (int64_t i = 0; i < block_rows * w.groups; ++i) scales[i] = 1;
       const Tiles registers;
-      for (int64_t i = begin; i < end; ++i) {
+      take([&](int64_t i, int64_t) {
         const int64_t first = i / token_blocks * block_rows, strip = i % token_blocks * token_strips;
         const int64_t strips = least(token_strips, tokens.strips() - strip);
         strange[i] = !block(tokens, sums, first, strip, strips, tiles, totals, memory, scales, line);
-      }
+      });
     });
     for (int64_t i = 0; i < row_blocks * token_blocks; ++i) {
       if (!strange[i]) continue;
