@@ -97,7 +97,7 @@ struct TileTable {
       }
     }
     void operator()(__m512i codes, char* to) const {
-      if (kKind == kPairs) codes = _mm512_ternarylogic_epi64(codes, all.mask, all.upper, 0xea);  // (codes & mask) | upper
+      if (kKind == kPairs) codes = _mm512_ternarylogic_epi64(codes, all.mask, all.upper, 0xea);  // codes & mask | upper
 #pragma GCC unroll 3
       for (int i = 0; i < P; ++i)
         _mm512_store_si512(to + i * kTile, kKind == k64 ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
@@ -224,7 +224,8 @@ static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own
     const int64_t inside = w.row_bytes() < windows.reads() ? 0 : (w.row_bytes() - windows.reads()) / (4 * w.bits) + 1;
     const int64_t whole = most(0, least(count / kTileColumns, inside - first / kTileColumns));
     const int64_t steps = w.groups == 1 ? whole : each * w.group / kTileColumns;
-    const int64_t runs = w.groups == 1 ? 1 : first % (steps * kTileColumns) ? 0 : least(whole / steps, (w.groups - g) / each);
+    const bool cut = w.groups > 1 && first % (steps * kTileColumns) != 0;
+    const int64_t runs = w.groups == 1 ? 1 : cut ? 0 : least(whole / steps, (w.groups - g) / each);
     const auto all = [&](const auto& value) {
       for (int64_t r = 0; r < rows; ++r)
         tile_row<P>(w, windows, value, row + r, own(r), first, count, g, runs, steps, ahead, place(r));

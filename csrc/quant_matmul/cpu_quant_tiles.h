@@ -27,10 +27,11 @@
 //   16       1.7              1.9        2.4       2.8
 //   128      3.5              3.7        5.0       6.4
 //
-// 128 tokens of bfloat16, dense / this, medians in turns, and before one part, pairs of groups and groups without a
-//   division: groups of 64 1.0 to 1.1 (0.84), of 32 0.8 to 0.9 (0.55), nf4 1.02 to 1.07 (0.72), mxfp4 0.88 to 0.92
-//   (0.60), nvfp4 0.84 to 0.88 (0.45). 512, beside another's work: 1.0 to 1.2 (0.5 to 0.7). Groups of 32 in float32 as
-//   digits of 8 bits, cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
+// bfloat16 tokens, dense / this, medians in turns of 16, 64 and 128 tokens: groups of 32 1.1, 1.25, 1.4; nf4 in groups
+//   of 64 1.0, 1.2, 1.45; mxfp4 1.1, 1.2, 1.4; nvfp4 1.05, 1.1, 1.35. At 128 0.8 to 0.9 and nvfp4 at 16 0.67 before
+//   tile_steps (the general loop around a group keeps its variables on the stack: 60 instructions for 32 weights, of
+//   which 10 are vectors') and before shares for whichever thread is free. Groups of 32 in float32 as digits of 8 bits,
+//   cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
 // Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched
 //   (512 tokens too: 1 to 3 % longer); 64 tokens or 128 columns in L1 at once (equal); 256 tokens a pass (8 % at 512);
 //   a group's sums added to the totals behind the next group's products, two and four groups at once too (no faster at
