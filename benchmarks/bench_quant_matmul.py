@@ -136,7 +136,7 @@ def _cpu(build, note, M, priority, targets, ops=OPS[:1], direction="fwd", dtype=
 
 
 CPU = [
-    _cpu(_W4, "w4g128", 1, 45, {"torch int4": 2.0}),
+    *(_cpu(_W4, "w4g128", 1, 45, {"torch int4": 2.0}, dtype=t) for t in (FP32, BF16)),
     _cpu(_W4A8, "w4g128a8", 1, 45, {"onnxruntime": 1.0}),
     *(_cpu(_W4, "w4g128", M, 46, {"dense bfloat16": 1.0}, dtype=t) for M in (16, 128) for t in (FP32, BF16)),
     *(_cpu(_W4A8, "w4g128a8", M, 46, {"onnxruntime": 3.0, "dense bfloat16": 1.0}) for M in (16, 128)),

@@ -4,12 +4,18 @@
 //   sums and scale them, because those are born as the bits of floats (DigitSum): 13 at D = 3, where floats take 24 (a
 //   shift, a permutation and a multiply-add for 16). One number of 8 bits: 3 for 64.
 // Bound, 4096 x 4096 of 4 bits in groups of 128, one token, two cores of a Sapphire Rapids at 2.65 GHz: 6.5 cycles for
-//   64 bytes and a scale, so 160 us (177 measured with rows that stay in L1), beside 200 for the 8.9 MB from L3: 215 to
-//   230 measured, 1.1 times a loop that only reads. Two to four tokens: two at a time, bound by operations.
-// Lost: rows that fetch past L2 (prefetchnta: 4 times as long); pieces of rows for whoever is free (260 us for 218:
-//   halves find some of their rows in their own L2 again); the upper codes by vgf2p8affineqb (one operation of 13, no
-//   faster); sums of both planes in one from bytes as they lie (4 bits of precision, so a digit more).
+//   64 bytes and a scale, so 160 us (177 measured with rows that stay in L1), beside 200 for the 8.9 MB from L3: 200 to
+//   215 measured of the native call, 230 to 270 with Python, between others' calls, which leave nothing of it in the
+//   caches (37 us before the kernel, 10 where it is called alone), beside 150 to 165 of a loop that only reads. A
+//   16-bit result: 30 less. With scales that nobody fetched: 25 more. Two to four tokens: two at a time, bound by
+//   operations.
+// Lost: rows that fetch past L2 (prefetchnta: 4 times as long); one queue of rows for all threads (260 us for 218: with
+//   a stretch each they find some of their rows in their own L2 again); the upper codes by vgf2p8affineqb (one operation of 13, no
+//   faster); sums of both planes in one from bytes as they lie (4 bits of precision, so a digit more); 16 rows as a tile
+//   of AMX, whose columns are the digits of four groups (320 us for 195: a product and two loads of tiles wait).
 #pragma once
+#include <optional>
+
 #include "quant_matmul/cpu_quant_digits.h"
 #include "quant_matmul/cpu_quant_lines.h"
 
@@ -22,8 +28,9 @@ class DigitProduct {
   static void run(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens) {
     const DigitProduct self(a, s, tokens);
     const bool worth_it = a.tokens * a.w.rows * a.w.columns >= kParallelWork;
-    parallel_if(worth_it, pieces(a.w.rows, kRows), [&](int64_t begin, int64_t end) {
-      self.rows(a, begin * kRows, least(end * kRows, a.w.rows));
+    parallel_stretches(worth_it, pieces(a.w.rows, kRows), 4, [&](const auto& take) {
+      const Memory memory(self);
+      take([&](int64_t begin, int64_t end) { self.rows(a, begin * kRows, least(end * kRows, a.w.rows), memory); });
     });
   }
 
@@ -57,10 +64,7 @@ class DigitProduct {
     const __m512i mask = _mm512_set1_epi8(char((1 << 8 / P) - 1));
     __m512i bytes[R], code[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      bytes[r] = _mm512_loadu_si512(row[r] + offset);
-      __builtin_prefetch(row[r] + ahead);
-    }
+    for (int r = 0; r < R; ++r) bytes[r] = _mm512_loadu_si512(row[r] + offset);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
@@ -77,6 +81,8 @@ class DigitProduct {
           for (int r = 0; r < R; ++r) acc[r][t * D + d] = add_byte_products(acc[r][t * D + d], code[r], digits);
         }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + ahead);
   }
 
   // Sections of several lines, of one, or of one that several groups share.
@@ -148,29 +154,35 @@ class DigitProduct {
       }
   }
 
+  struct Spreading {  // 1 us to make
+    const LineLayout layout;
+    const CodeLines codes;
+    explicit Spreading(const QuantWeight& w) : layout(w), codes(w, layout, 0) {}
+  };
   // Memory of a thread for the rows it is at.
   struct Memory {
     const Buffer<float> parts, scaled, rest;
     const Buffer<uint8_t> tails, codes;
+    const std::optional<Spreading> spreading;
     explicit Memory(const DigitProduct& own)
         : parts(4 * GroupParts::floats(own.w.groups)), scaled(4 * own.padded), rest(4 * own.padded), tails(4 * 64),
-          codes(own.s.spread ? kRows * own.code_pitch() : 0) {}
+          codes(own.s.spread ? kRows * own.code_pitch() : 0),
+          spreading(own.s.spread ? std::optional<Spreading>(own.w) : std::nullopt) {}
   };
   int64_t code_pitch() const { return (s.lines + 1) * 64; }
 
-  void rows(const QuantMatmulArgs& a, int64_t begin, int64_t end) const {
-    const Memory memory(*this);
-    const LineLayout layout(w);
-    const CodeLines codes(w, layout, 0);
+  void rows(const QuantMatmulArgs& a, int64_t begin, int64_t end, const Memory& memory) const {
     float bias[kRows], results[4 * kRows];
     for (int64_t first = begin; first < end; first += kRows) {
       const int64_t count = least(kRows, end - first);
-      if (s.spread) codes.unpack(first, count, 0, s.lines, memory.codes, code_pitch());
+      if (s.spread) memory.spreading->codes.unpack(first, count, 0, s.lines, memory.codes, code_pitch());
       for (int64_t m = 0; m < a.tokens;) {
         const int digits = tokens.digits[m];
         const bool two = digits && m + 1 < a.tokens && tokens.digits[m + 1] == digits;
         float* to = results + m * kRows;
-        if (digits == 3 && two) strips<3, 2, 2>(first, count, m, memory, to);
+        if (digits == 2 && two) strips<2, 2, 2>(first, count, m, memory, to);
+        else if (digits == 2) strips<2, 4, 1>(first, count, m, memory, to);
+        else if (digits == 3 && two) strips<3, 2, 2>(first, count, m, memory, to);
         else if (digits == 3) strips<3, 4, 1>(first, count, m, memory, to);
         else if (digits == 4 && two) strips<4, 2, 2>(first, count, m, memory, to);
         else if (digits == 4) strips<4, 4, 1>(first, count, m, memory, to);
@@ -193,6 +205,7 @@ class DigitProduct {
   template <int D, int R, int T>
   void strips(int64_t first, int64_t count, int64_t m, const Memory& memory, float* results) const {
     Strip<R> strip;
+    const int64_t filled = s.shared ? padded : round_up(s.parts, 16);
     for (int64_t begin = 0; begin < count; begin += R) {
       for (int r = 0; r < R; ++r) {
         const int64_t own = least(begin + r, count - 1), row = first + own;  // behind the last one: that again
@@ -206,14 +219,16 @@ class DigitProduct {
         const float* scale = plain ? at<float>(w.scales.data, row * w.scales.row) : part.scale;
         float *scaled = memory.scaled + r * T * padded, *rest = memory.rest + r * padded;
         strip.scale[r] = scaled, strip.rest[r] = rest;
-        for (int64_t i = 0; i < padded; i += 16) {
+        for (int64_t i = 0; i < filled; i += 16) {
+          if (plain) __builtin_prefetch(scale + R * w.scales.row + i);
           const __m512 own = i < s.parts ? by_part(scale, i) : _mm512_setzero_ps();
           for (int t = 0; t < T; ++t)
             _mm512_storeu_ps(scaled + t * padded + i,
                              _mm512_mul_ps(own, _mm512_loadu_ps(tokens.unit + (m + t) * padded + i)));
-          if (!more || i >= s.parts) continue;
+        }
+        for (int64_t i = 0; more && i < s.parts; i += 16) {
           const __m512 from_zero = _mm512_sub_ps(by_part(part.zero, i), _mm512_set1_ps(float(tokens.middle)));
-          _mm512_storeu_ps(rest + i, _mm512_fnmadd_ps(own, from_zero, by_part(part.offset, i)));
+          _mm512_storeu_ps(rest + i, _mm512_fnmadd_ps(by_part(scale, i), from_zero, by_part(part.offset, i)));
         }
       }
       float own[T][R];

@@ -279,14 +279,14 @@ static bool in_digit_tiles(const QuantMatmulArgs& all, const Redo& redo, const O
     QuantMatmulArgs a = all;
     a.tokens = least(DigitTiles::kMost, all.tokens - m), a.x = all.x.from(m), a.out = all.out.from(m);
     const DigitTiles tokens(a, parts, layout, more);
-    parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks, [&](int64_t begin, int64_t end) {
+    parallel_stretches(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks, 1, [&](const auto& take) {
       const Tiles registers;
       DigitRows rows(w, layout, tokens, lines);
       const CodeLines codes(parts.cut, layout, uint8_t(0x80));
       const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes);
       const Buffer<float> results(kTileLanes * RowBlock::kRows);
       float bias[RowBlock::kRows];
-      for (int64_t piece = begin; piece < end; ++piece) {
+      take([&](int64_t piece, int64_t) {
         const int64_t first = piece * RowBlock::kRows, count = least(RowBlock::kRows, w.rows - first);
         rows.load_parts(first, count, middle, memory, 2);
         zero<float>(rows.totals, tokens.tiles * rows.count * kTileSums);
@@ -306,7 +306,7 @@ static bool in_digit_tiles(const QuantMatmulArgs& all, const Redo& redo, const O
           finite &= rows.write(a, rows.totals + tile * rows.count * kTileSums, first, count, tile * kTileLanes, nullptr,
                                bias, results);
         strange[piece] = !finite;
-      }
+      });
     });
     for (int64_t i = 0; i < row_blocks; ++i) {
       if (!strange[i]) continue;

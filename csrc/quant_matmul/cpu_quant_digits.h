@@ -3,10 +3,12 @@
 //
 // A part of the columns (a group, as a rule) has a unit: the power of two that holds all its numbers, where that loses
 //   nothing, else the least unit that does. Three digits are 24 bits of the largest number, which float32's own
-//   products do not have left either: 1.6e-7 to 2.2e-7 at K = 1000 to 5000, torch's 1.2e-7 to 1.8e-7.
+//   products do not have left either: 1.6e-7 to 2.2e-7 at K = 1000 to 5000, torch's 1.2e-7 to 1.8e-7. A
+//   16-bit result takes two.
 // What is left over must be small beside the usual number of the part, the one of the exponents' mean, so that a large
-//   one does not hide the others where the weight has nothing for it: else the token takes four digits (numbers up to
-//   some 3000 times the usual one), else, as where a number is not finite or out of range, the kernels of floats.
+//   one does not hide the others where the weight has nothing for it: else the token takes one more, up to four
+//   (numbers up to some 3000 times the usual one), else, as where a number is not finite or out of range, the kernels
+//   of floats.
 //   Each token by itself: it is the same in any company.
 // 3.5 us for a token of 4096 (the units 1.2, the digits 2.3).
 #pragma once
@@ -51,6 +53,11 @@ struct Sections {
 // A sum of a digit's products, which starts at kStart's bits, is a float's bits: that of kStart + sum digit / 256^i.
 template <int D>
 struct DigitSum;
+template <>
+struct DigitSum<2> {
+  static constexpr float kStart[2] = {0x1.8p23f, 0x1.8p15f};
+  static constexpr float kAll = 0x1.8p23f + 0x1.8p15f;
+};
 template <>
 struct DigitSum<3> {
   static constexpr float kStart[3] = {0x1.8p23f, 0x1.8p15f, 0x1.8p7f};
@@ -154,8 +161,10 @@ struct DigitTokens {
     const float allowed = half ? 1e-4f : 1e-6f;
     const Buffer<int8_t> plain(kMostDigits * plain_pitch());
     for (int64_t t = 0; t < a.tokens; ++t) {
-      digits[t] = 3;
-      while (digits[t] && !split(tokens[t], t, digits[t], allowed, plain)) digits[t] = digits[t] == 3 ? 4 : 0;
+      digits[t] = half ? 2 : 3;
+      while (digits[t] && !split(tokens[t], t, digits[t], allowed, plain))
+        digits[t] = digits[t] < kMostDigits ? digits[t] + 1 : 0;
+      if (digits[t] == 2) lay<2>(t, plain);
       if (digits[t] == 3) lay<3>(t, plain);
       if (digits[t] == 4) lay<4>(t, plain);
     }

@@ -222,17 +222,19 @@ struct InLanes {
   template <int R, int T>
   void run(const QuantMatmulArgs& a) const {
     constexpr int64_t kRows = 16;  // of a piece of work
-    parallel_if(T * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
+    parallel_stretches(T * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), 4, [&](const auto& take) {
       const Buffer<float> memory(R * GroupParts::floats(w.groups));
       float bias[kRows], results[T * kRows];
-      for (int64_t first = begin * kRows; first < least(end * kRows, w.rows); first += kRows) {
-        const int64_t count = least(kRows, w.rows - first);
-        int64_t r = 0;
-        for (; r + R <= count; r += R) rows<R, T>(first + r, memory, results + r, kRows);
-        for (; r < count; ++r) rows<1, T>(first + r, memory, results + r, kRows);
-        load_bias(a, first, count, bias);
-        for (int t = 0; t < T; ++t) store_results(a, t, first, count, results + t * kRows, 1, bias);
-      }
+      take([&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * kRows; first < least(end * kRows, w.rows); first += kRows) {
+          const int64_t count = least(kRows, w.rows - first);
+          int64_t r = 0;
+          for (; r + R <= count; r += R) rows<R, T>(first + r, memory, results + r, kRows);
+          for (; r < count; ++r) rows<1, T>(first + r, memory, results + r, kRows);
+          load_bias(a, first, count, bias);
+          for (int t = 0; t < T; ++t) store_results(a, t, first, count, results + t * kRows, 1, bias);
+        }
+      });
     });
   }
 

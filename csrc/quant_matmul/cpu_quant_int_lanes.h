@@ -146,7 +146,7 @@ static void lane_product(const QuantMatmulArgs& a) {
   const LineLayout layout(w);
   const WholeLines whole(a, layout);
   const LaneProduct product(a, layout, whole);
-  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
+  parallel_stretches(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), 4, [&](const auto& take) {
     const int64_t pitch = (layout.code_lines + 1) * kLine;
     const CodeLines codes(w, layout, 0);
     const Buffer<uint8_t> own(layout.stored ? 0 : kRows * pitch);
@@ -154,22 +154,24 @@ static void lane_product(const QuantMatmulArgs& a) {
     float bias[kRows];
     const uint8_t* rows[kRows];
     RowParts parts[kRows];
-    for (int64_t first = begin * kRows; first < least(end * kRows, w.rows); first += kRows) {
-      const int64_t count = least(kRows, w.rows - first);
-      if (!layout.stored) codes.unpack(first, count, 0, layout.code_lines, own, pitch);
-      for (int64_t r = 0; r < count; ++r) {
-        parts[r] = RowParts(w, first + r, product.middle, memory + r * RowParts::floats(w.groups));
-        rows[r] = layout.stored ? w.data + (first + r) * w.pitch : own + r * pitch;
+    take([&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * kRows; first < least(end * kRows, w.rows); first += kRows) {
+        const int64_t count = least(kRows, w.rows - first);
+        if (!layout.stored) codes.unpack(first, count, 0, layout.code_lines, own, pitch);
+        for (int64_t r = 0; r < count; ++r) {
+          parts[r] = RowParts(w, first + r, product.middle, memory + r * RowParts::floats(w.groups));
+          rows[r] = layout.stored ? w.data + (first + r) * w.pitch : own + r * pitch;
+        }
+        switch (layout.planes) {
+          case 8: product.block<8>(count, a.tokens, rows, parts, c, kRows); break;
+          case 4: product.block<4>(count, a.tokens, rows, parts, c, kRows); break;
+          case 2: product.block<2>(count, a.tokens, rows, parts, c, kRows); break;
+          default: product.block<1>(count, a.tokens, rows, parts, c, kRows);
+        }
+        load_bias(a, first, count, bias);
+        for (int64_t m = 0; m < a.tokens; ++m) store_results(a, m, first, count, c + m * kRows, whole.scale[m], bias);
       }
-      switch (layout.planes) {
-        case 8: product.block<8>(count, a.tokens, rows, parts, c, kRows); break;
-        case 4: product.block<4>(count, a.tokens, rows, parts, c, kRows); break;
-        case 2: product.block<2>(count, a.tokens, rows, parts, c, kRows); break;
-        default: product.block<1>(count, a.tokens, rows, parts, c, kRows);
-      }
-      load_bias(a, first, count, bias);
-      for (int64_t m = 0; m < a.tokens; ++m) store_results(a, m, first, count, c + m * kRows, whole.scale[m], bias);
-    }
+    });
   });
 }
 

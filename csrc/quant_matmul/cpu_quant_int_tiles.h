@@ -188,13 +188,13 @@ static void tile_product(const QuantMatmulArgs& a) {
   const bool more = w.has_rest(middle), brief = w.groups > 1 && w.group <= kLaneGroup;
   const int64_t block = most(1, kBlockLines * kLine / layout.group);  // groups
   const int64_t lines = brief ? pieces(block * layout.group, kLine) + 1 : kPartLines;
-  parallel_if(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), [&](int64_t begin, int64_t end) {
+  parallel_stretches(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), 1, [&](const auto& take) {
     const Tiles registers;
     RowTiles rows(w, layout, tokens, lines);
     const CodeLines codes(w, layout, uint8_t(0x80));
     const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes), results(kTileLanes * kRows);
     float bias[kRows];
-    for (int64_t piece = begin; piece < end; ++piece) {
+    take([&](int64_t piece, int64_t) {
       const int64_t first = piece * kRows, count = least(kRows, w.rows - first);
       rows.load_parts(first, count, middle, memory);
       zero<float>(rows.totals, tokens.tiles * rows.count * kTileSums);
@@ -221,7 +221,7 @@ static void tile_product(const QuantMatmulArgs& a) {
       for (int64_t tile = 0; tile < tokens.tiles; ++tile)
         rows.write(a, rows.totals + tile * rows.count * kTileSums, first, count, tile * kTileLanes, whole.scale, bias,
                    results);
-    }
+    });
   });
 }
 

@@ -194,7 +194,8 @@ static bool few_tokens(const QuantMatmulArgs& a) {
 // Digits take half a bfloat16 product each: one for the two of a 16-bit result, as tiles need for bfloat16 tokens; they
 // win there where unpacking is what counts, and codes part with a shift.
 static bool worth_digits(const QuantMatmulArgs& a) {
-  if (a.w.groups > 1 && a.w.group == kTileColumns && a.tokens > 32) return false;  // half a tile of bytes
+  const bool half_tiles = a.w.groups > 1 && a.w.group == kTileColumns;  // of bytes
+  if (half_tiles && (a.tokens > 32 || a.x.dtype == QuantDtype::bf16)) return false;
   if (8 % a.w.bits != 0) return a.x.dtype == QuantDtype::f32 && a.tokens > 32;
   return a.x.dtype != QuantDtype::bf16 || a.tokens <= DigitTiles::kMost;
 }

@@ -58,40 +58,50 @@ struct Windows {
 // Groups of 16 columns and codes of up to 4 bits, of which a step meets two.
 static bool in_pairs(const QuantWeight& w) { return w.groups > 1 && w.group == 16 && w.bits <= 4; }
 
+enum TableKind { kPairs, k16, k32, k64 };  // groups in pairs, up to 4 bits, 5 and 6
+
 // Of a weight; its Group, made of the parts of a group, or of two, stores the parts of 32 weights, tiles apart.
-template <bool kSixtyFour, int P>
+template <TableKind kKind, int P>
 struct TileTable {
-  VecF given[4];
+  VecF given[4];  // the numbers of codes, less the zero where it is one for all
+  const bool same;
   __m512i mask, upper;  // where groups come in pairs: codes of the second look at the upper half
 
   explicit TileTable(const QuantWeight& w)
-      : mask(_mm512_set1_epi16(in_pairs(w) ? 15 : -1)),
-        upper(_mm512_maskz_set1_epi16(in_pairs(w) ? 0xffff0000 : 0, 16)) {
+      : same(!w.zeros.data && !w.offsets.data), mask(_mm512_set1_epi16(15)),
+        upper(_mm512_maskz_set1_epi16(0xffff0000, 16)) {
+    const float zero = !same ? 0.0f : w.table ? w.zero : (w.zero - w.base) / w.step;
     float all[64];
-    for (int i = 0; i < 64; ++i) all[i] = w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1));
+    for (int i = 0; i < 64; ++i)
+      all[i] = (w.table ? w.table[i & ((1 << w.bits) - 1)] : float(i & ((1 << w.bits) - 1))) - zero;
     for (int i = 0; i < 4; ++i) given[i] = load(all + 16 * i);
+  }
+  VecF numbers(int i, const GroupParts& of, int64_t g) const {
+    return same ? given[i] * of.scale[g] : (given[i] - of.zero[g]) * of.scale[g] + of.offset[g];
   }
   struct Group {
     const TileTable& all;
     __m512i table[P][2];
     Group(const TileTable& all, const GroupParts& of, int64_t g, int64_t second) : all(all) {
 #pragma GCC unroll 2
-      for (int half = 0; half <= kSixtyFour; ++half) {
-        VecF low = (all.given[2 * half] - of.zero[g]) * of.scale[g] + of.offset[g];
-        VecF high = (all.given[2 * half + 1] - of.zero[second]) * of.scale[second] + of.offset[second];
+      for (int half = 0; half <= (kKind == k64); ++half) {
+        VecF low = all.numbers(2 * half, of, g);
+        VecF high = kKind == k16 ? low : all.numbers(2 * half + 1, of, second);
 #pragma GCC unroll 3
         for (int i = 0; i < P; ++i) {
           table[i][half] = to_bf16((__m512)low, (__m512)high);
-          low -= low_floats(table[i][half]), high -= high_floats(table[i][half]);
+          if (i + 1 == P) break;
+          low -= low_floats(table[i][half]);
+          high = kKind == k16 ? low : high - high_floats(table[i][half]);
         }
       }
     }
     void operator()(__m512i codes, char* to) const {
-      if (!kSixtyFour) codes = _mm512_ternarylogic_epi64(codes, all.mask, all.upper, 0xea);  // (codes & mask) | upper
+      if (kKind == kPairs) codes = _mm512_ternarylogic_epi64(codes, all.mask, all.upper, 0xea);  // codes & mask | upper
 #pragma GCC unroll 3
       for (int i = 0; i < P; ++i)
-        _mm512_store_si512(to + i * kTile, kSixtyFour ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
-                                                      : _mm512_permutexvar_epi16(codes, table[i][0]));
+        _mm512_store_si512(to + i * kTile, kKind == k64 ? _mm512_permutex2var_epi16(table[i][0], codes, table[i][1])
+                                                        : _mm512_permutexvar_epi16(codes, table[i][0]));
     }
   };
 };
@@ -134,19 +144,44 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
   };
 };
 
+// `runs` groups, or pairs, each of `steps` steps with all of their bytes: a loop that stays in registers.
+template <int P, class Value>
+static __attribute__((noinline)) void tile_steps(const Windows& all, const Value& values, const GroupParts& of,
+                                                 int64_t g, int64_t each, int64_t runs, int64_t steps,
+                                                 const uint8_t* p, int64_t ahead, char* to) {
+  const Windows windows = all;  // which no store can change
+  const Value value = values;
+  const GroupParts parts = of;
+  const int64_t step = 4 * windows.bits;
+  const auto next = [&](const typename Value::Group& group) __attribute__((always_inline)) {
+    __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
+    group(windows(p), to);
+    p += step, to += P * kTile;
+  };
+  for (; steps == 1 && runs > 0; --runs, g += each) next(typename Value::Group(value, parts, g, g + each - 1));
+  for (; runs > 0; --runs, g += each) {
+    const typename Value::Group group(value, parts, g, g + each - 1);
+    for (int64_t i = 0; i < steps; ++i) next(group);
+  }
+}
+
 // Columns [first, first + count) of a row, first a multiple of 32, to tiles `P kTile` apart; what follows the row's
-// last column up to a multiple of 32 is some number.
+// last column up to a multiple of 32 is some number. g is the first one's group; `runs` of `steps` are tile_steps'.
 template <int P, class Value>
 static void tile_row(const QuantWeight& w, const Windows& windows, const Value& value, int64_t row,
-                     const GroupParts& parts, int64_t first, int64_t count, int64_t ahead, char* to) {
+                     const GroupParts& parts, int64_t first, int64_t count, int64_t g, int64_t runs, int64_t steps,
+                     int64_t ahead, char* to) {
   const uint8_t* data = w.data + row * w.pitch;
   const int64_t bytes = w.row_bytes(), end = first + count, step = 4 * w.bits;
   const int64_t each = in_pairs(w) ? 2 : 1;
-  int64_t g = w.groups == 1 ? 0 : first / w.group;
-  for (int64_t k = first; k < end; g += each) {
+  tile_steps<P>(windows, value, parts, g, each, runs, steps, data + first / 8 * w.bits, ahead, to);
+  int64_t k = first + runs * steps * kTileColumns;
+  to += runs * steps * P * kTile;
+  if (w.groups > 1) g += runs * each;
+  const uint8_t* p = data + k / 8 * w.bits;
+  while (k < end) {
     const int64_t stop = w.groups == 1 ? end : least(end, (g + each) * w.group);
     const typename Value::Group group(value, parts, g, least(g + each, w.groups) - 1);
-    const uint8_t* p = data + k / 8 * w.bits;
     for (; k < stop; k += kTileColumns, p += step, to += P * kTile) {
       __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
       if (p - data + windows.reads() <= bytes) {
@@ -157,6 +192,7 @@ static void tile_row(const QuantWeight& w, const Windows& windows, const Value& 
       __builtin_memcpy(tail, p, size_t(least(bytes - (p - data), step)));
       group(windows(tail), to);
     }
+    g += each;
   }
 }
 
@@ -184,11 +220,20 @@ static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own
   const auto place = [&](int64_t r) { return tiles + r / 16 * pitch + r % 16 * kTileBytes; };
   if (w.groups == 1 || w.group % kTileColumns == 0 || in_pairs(w)) {
     const Windows windows(w.bits);
+    const int64_t g = w.groups == 1 ? 0 : first / w.group, each = in_pairs(w) ? 2 : 1;
+    const int64_t inside = w.row_bytes() < windows.reads() ? 0 : (w.row_bytes() - windows.reads()) / (4 * w.bits) + 1;
+    const int64_t whole = most(0, least(count / kTileColumns, inside - first / kTileColumns));
+    const int64_t steps = w.groups == 1 ? whole : each * w.group / kTileColumns;
+    const bool cut = w.groups > 1 && first % (steps * kTileColumns) != 0;
+    const int64_t runs = w.groups == 1 ? 1 : cut ? 0 : least(whole / steps, (w.groups - g) / each);
     const auto all = [&](const auto& value) {
-      for (int64_t r = 0; r < rows; ++r) tile_row<P>(w, windows, value, row + r, own(r), first, count, ahead, place(r));
+      for (int64_t r = 0; r < rows; ++r)
+        tile_row<P>(w, windows, value, row + r, own(r), first, count, g, runs, steps, ahead, place(r));
     };
-    if (w.bits <= 5) return all(TileTable<false, P>(w));
-    if (w.bits == 6) return all(TileTable<true, P>(w));
+    if (in_pairs(w)) return all(TileTable<kPairs, P>(w));
+    if (w.bits <= 4) return all(TileTable<k16, P>(w));
+    if (w.bits == 5) return all(TileTable<k32, P>(w));
+    if (w.bits == 6) return all(TileTable<k64, P>(w));
     if (w.table == nullptr) return all(TileWide<false, P>(w));
     return all(TileWide<true, P>(w));
   }

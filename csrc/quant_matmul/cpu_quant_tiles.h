@@ -27,10 +27,11 @@
 //   16       1.7              1.9        2.4       2.8
 //   128      3.5              3.7        5.0       6.4
 //
-// 128 tokens of bfloat16, dense / this, medians in turns, and before one part, pairs of groups and groups without a
-//   division: groups of 64 1.0 to 1.1 (0.84), of 32 0.8 to 0.9 (0.55), nf4 1.02 to 1.07 (0.72), mxfp4 0.88 to 0.92
-//   (0.60), nvfp4 0.84 to 0.88 (0.45). 512, beside another's work: 1.0 to 1.2 (0.5 to 0.7). Groups of 32 in float32 as
-//   digits of 8 bits, cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
+// bfloat16 tokens, dense / this, medians in turns of 16, 64 and 128 tokens: groups of 32 1.1, 1.25, 1.4; nf4 in groups
+//   of 64 1.0, 1.2, 1.45; mxfp4 1.1, 1.2, 1.4; nvfp4 1.05, 1.1, 1.35. At 128 0.8 to 0.9 and nvfp4 at 16 0.67 before
+//   tile_steps (the general loop around a group keeps its variables on the stack: 60 instructions for 32 weights, of
+//   which 10 are vectors') and before shares for whichever thread is free. Groups of 32 in float32 as digits of 8 bits,
+//   cpu_quant_digit_tiles.h, take 1.2 times as long (half of each tile of bytes is empty).
 // Lost: blocks of 64 rows for many tokens, which come from L3 for each (1.5 times as long); the next tiles prefetched
 //   (512 tokens too: 1 to 3 % longer); 64 tokens or 128 columns in L1 at once (equal); 256 tokens a pass (8 % at 512);
 //   a group's sums added to the totals behind the next group's products, two and four groups at once too (no faster at
@@ -205,7 +206,7 @@ struct TileProduct {
                     char* tiles) const {
     QuantWeight codes = a.w;
     float one[3] = {1, middle, 0};
-    if (scaled) codes.groups = 1;
+    if (scaled) codes.groups = 1, codes.zeros = codes.offsets = {}, codes.zero = middle, codes.base = 0, codes.step = 1;
     const int64_t floats = GroupParts::floats(a.w.groups), pitch = block_columns / kTileColumns * w_parts * kTile;
     const auto own = [&](int64_t r) {
       return scaled ? GroupParts(one, 1) : GroupParts(const_cast<float*>(memory) + r * floats, a.w.groups);
@@ -355,7 +356,7 @@ struct TileProduct {
     const int64_t token_blocks = pieces(tokens.strips(), token_strips);
     const Buffer<bool> strange(row_blocks * token_blocks);
     const bool worth_it = a.tokens * w.rows * w.columns >= kParallelWork;
-    parallel_if(worth_it, row_blocks * token_blocks, [&](int64_t begin, int64_t end) {
+    parallel_stretches(worth_it, row_blocks * token_blocks, 1, [&](const auto& take) {
       const int64_t most_strips = least(token_strips, tokens.strips());
       const int64_t columns = most(block_columns * w_parts, rest ? round_up(G, kTileColumns) * rest_parts : 0);
       const Buffer<char> tiles(block_rows * columns * 2);
@@ -363,11 +364,11 @@ struct TileProduct {
       const Buffer<float> scales(block_rows * w.groups), line(most(block_columns, G) + kTileColumns);
       for (int64_t i = 0; i < block_rows * w.groups; ++i) scales[i] = 1;
       const Tiles registers;
-      for (int64_t i = begin; i < end; ++i) {
+      take([&](int64_t i, int64_t) {
         const int64_t first = i / token_blocks * block_rows, strip = i % token_blocks * token_strips;
         const int64_t strips = least(token_strips, tokens.strips() - strip);
         strange[i] = !block(tokens, sums, first, strip, strips, tiles, totals, memory, scales, line);
-      }
+      });
     });
     for (int64_t i = 0; i < row_blocks * token_blocks; ++i) {
       if (!strange[i]) continue;

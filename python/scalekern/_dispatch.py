@@ -80,13 +80,18 @@ def unavailable(name: str, device_type: str) -> str | None:
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run every scalekern op of this block on one backend: reference, cpu, triton or cuda."""
-    if name not in NAMES:
-        raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
-    token = _forced.set(name)
+    token = force(name)
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+def force(name: str) -> contextvars.Token:
+    """The same from here on, in this context."""
+    if name not in NAMES:
+        raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+    return _forced.set(name)
 
 
 def chosen_by_context() -> str | None:

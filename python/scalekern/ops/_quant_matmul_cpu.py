@@ -83,12 +83,12 @@ class KeptWeight:
         data, scales, zeros, offsets, outer, bias, _, table, *numbers = weight(*given)
         self._table = table
         self.parts = [part for part in given[:6] if part is not None]  # and not views of them, as powers of two are
-        self._where = [part.data_ptr() for part in self.parts]
+        self.where = [part.data_ptr() for part in self.parts]
         self._arguments = _keep(data, scales, zeros, offsets, outer, bias, table, columns, *numbers)
 
     def is_where_it_was(self) -> bool:
         """`parameter.data = ...` moves a tensor that stays the same object."""
-        return [part.data_ptr() for part in self.parts] == self._where
+        return [part.data_ptr() for part in self.parts] == self.where
 
     def __reduce__(self):
         return type(None), ()  # addresses mean nothing to a copy, or in another process

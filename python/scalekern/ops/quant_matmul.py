@@ -98,14 +98,18 @@ def _keep(w: QuantizedTensor, activation) -> None:
 
 def _at_once(x, w, activation):
     """The product of a weight that was kept; None of any other. Written out: in front of a product of 8.9 MB, which
-    leaves nothing of Python in L2, each function on the way there takes a microsecond or two of 40."""
+    leaves nothing of Python in L2, each function or attribute on the way there takes a microsecond or two."""
     kept = w.__dict__.get("_native") if type(w) is QuantizedTensor and activation in ACTIVATIONS else None
     weight = kept and kept.get(activation)
-    if weight is None or not _library.is_plain((x, *weight.parts)) or not isinstance(x, torch.Tensor):
+    if weight is None or not _library.is_plain((x,)) or not isinstance(x, torch.Tensor) or not x.is_cpu:
         return None
-    if not x.is_cpu or _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
+    if _dispatch.forced() not in (None, _on_cpu.name):
         return None
-    return weight.product(x) if weight.is_where_it_was() else None
+    grad = torch.is_grad_enabled()
+    for part, where in zip(weight.parts, weight.where):
+        if part.data_ptr() != where or grad and part.requires_grad:
+            return None
+    return weight.product(x)
 
 
 def _rows_an_expert(x, rows: int, offs) -> int:
