@@ -106,6 +106,11 @@ def forced() -> str | None:
     return name
 
 
+def allows(name: str) -> bool:
+    """Whether a call that leaves the walk out may go to this backend."""
+    return forced() in (None, name)
+
+
 def explain(
     backends: tuple[Backend, ...], device_type: str, args: tuple | None, only: str | None
 ) -> list[tuple[Backend, str | None]]:

@@ -101,7 +101,7 @@ def _is_native(q, k, v, shift_state, ssm_state, backwards, a, b, c, D) -> bool:
     reals = q, k, v, shift_state, backwards, D
     return (
         q.is_cpu and not torch.is_grad_enabled() and _library.is_plain((q, shift_state, ssm_state))
-        and not _dispatch.forced() and _here()
+        and _dispatch.allows("cpu") and _here()
         and ssm_state.dtype == torch.complex64 and all([x.dtype == torch.float32 for x in reals])
         and ssm_state.shape == (len(q), *a.shape) and shift_state.shape[:2] == q.shape and q.numel() > 0
         and backwards.shape[1] <= shift_state.shape[2] + 1 and shift_state.is_cpu and ssm_state.is_cpu

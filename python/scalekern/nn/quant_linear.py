@@ -167,7 +167,7 @@ class QuantLinear(nn.Module):
     def _at_once(self, x):
         """The product with what the layer held when it was last called on the CPU, 5 us before the kernel begins where
         the op takes 23; None where it is not for the native call."""
-        if not x.is_cpu or _dispatch.forced():
+        if not x.is_cpu or not _dispatch.allows("cpu"):
             return None
         kept = self._held()
         return kept and kept.product(x)
@@ -224,7 +224,7 @@ def products(x, *layers) -> list:
     25 us in it, three calls 40."""
     if type(layers[0]) is QuantLinear and not torch.is_grad_enabled() and _library.is_plain((x,)):
         first = layers[0]
-        kept = x.is_cpu and not _dispatch.forced() and all([_alike(first, layer) for layer in layers])
+        kept = x.is_cpu and _dispatch.allows("cpu") and all([_alike(first, layer) for layer in layers])
         kept = [layer._held() for layer in layers] if kept else [None]
         if None not in kept:
             turned = x if first.rotation is None else rotate(x, first.rotation_signs)

@@ -103,7 +103,7 @@ def _at_once(x, w, activation):
     weight = kept and kept.get(activation)
     if weight is None or not _library.is_plain((x,)) or not isinstance(x, torch.Tensor) or not x.is_cpu:
         return None
-    if _dispatch.forced() not in (None, _on_cpu.name):
+    if not _dispatch.allows("cpu"):
         return None
     grad = torch.is_grad_enabled()
     for part, where in zip(weight.parts, weight.where):
