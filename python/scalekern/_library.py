@@ -170,22 +170,28 @@ _PLAIN_OPTIONS = frozenset((type(None), bool, int, float, str, torch.dtype))
 _keys, _any_autocast = torch._C._dispatch_tls_local_include_set, torch._C._is_any_autocast_enabled
 
 
-def is_plain(args) -> bool:
-    """Whether a call's implementation could be called at once: nothing records, casts, traces, batches or wraps it."""
-    if torch.compiler.is_compiling() or _keys().raw_repr() not in _PLAIN_KEYS:
-        return False
-    grad = torch.is_grad_enabled()
+def is_plain(args, grad: bool | None = None) -> bool:
+    """Whether a call's implementation could be called at once: nothing records, casts, traces, batches or wraps it.
+
+    grad: of a list among arguments, whether gradients are enabled, all else being asked already.
+    """
+    if grad is None:
+        if torch.compiler.is_compiling() or _keys().raw_repr() not in _PLAIN_KEYS:
+            return False
+        if _any_autocast() or forward_ad._current_level >= 0:
+            return False
+        grad = torch.is_grad_enabled()
     for a in args:
         kind = type(a)
         if kind in _PLAIN_TENSORS:
             if grad and a.requires_grad or a.is_neg() or not (a.is_cpu or a.is_cuda):
                 return False
         elif kind is tuple:
-            if not is_plain(a):
+            if not is_plain(a, grad):
                 return False
         elif kind not in _PLAIN_OPTIONS:
             return False
-    return not _any_autocast() and forward_ad._current_level < 0
+    return True
 
 
 def _refuse_tangents(name: str, args) -> None:
