@@ -44,6 +44,7 @@ def inject(monkeypatch, mutant: Mutant) -> list:
         return dataclasses.replace(chosen, run=run) if op == mutant.op else chosen
 
     monkeypatch.setattr(_dispatch, "select", select_mutant)
+    monkeypatch.setattr(_dispatch, "allows", lambda name: False)  # no call leaves the walk out
     return spoiled
 
 
