@@ -162,7 +162,7 @@ def test_unknown_methods_and_sources(tmp_path):
     for config, message in (
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format must be"),
         ({"quant_method": "gptq"}, "must say bits"),
-        ({"quant_method": "awq", "version": "gemv"}, "only 4 bits of version gemm"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "only 4 bits of version gemm or gemv"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "only the format pack-quantized"),
     ):
         with pytest.raises(ValueError, match=message):
