@@ -156,6 +156,18 @@ def test_cpu_passes_of_every_length(dtype):
 
 
 @compiled_only
+@pytest.mark.parametrize("n", [28, 448, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_many_shares_are_rows_alone(n, dtype):
+    """Each thread has several shares, the last one short; parts of the rows are too few for threads."""
+    count = 700_000 // n
+    x = rows(count, n, dtype=dtype)
+    with scalekern.backend("cpu"):
+        alone = torch.cat([scalekern.hadamard_transform(part) for part in x.split(30_000 // n)])
+        assert torch.equal(scalekern.hadamard_transform(x), alone)
+
+
+@compiled_only
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @lower_levels
 def test_halves_that_are_not_finite_stay_in_their_row(dtype):
