@@ -191,6 +191,18 @@ def test_threads_change_no_bit(activation):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
 
 
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("M", [1, 40])
+def test_rows_in_many_shares_are_rows_alone(format, activation, M):
+    """A thread that is done takes what another has left: each row once, by the same additions."""
+    w, x = quantize(torch.randn(1300, 640), format, **({"group_size": 64} if format == "int4" else {})), torch.randn(M, 640)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = scalekern.quant_matmul(x.to(dtype), w, activation=activation)
+        alone = [scalekern.quant_matmul(x.to(dtype), w[i : i + 100], activation=activation) for i in range(0, 1300, 100)]
+        assert out.isfinite().all() and torch.equal(out, torch.cat(alone, 1))
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_parts_of_other_dtypes_and_strides(scale_dtype):
     w = weight(40, 96, "int4", 32, symmetric=False)
