@@ -152,6 +152,21 @@ def test_packed_input_that_does_not_fit_is_named():
             scalekern.sparse_attention(q, q, q, **{"cu_seqlens": cu, **options})
 
 
+@pytest.mark.skipif(INTERPRET, reason="checks come before kernels")
+@pytest.mark.parametrize("name", ["scale", "softcap", "norm"])
+def test_numbers_are_numbers(name):
+    q = torch.randn(1, HEADS, 6, 4)
+    with pytest.raises(TypeError, match=f"sparse_attention: {name} must be a number, got 'a'"):
+        scalekern.sparse_attention(q, q, q, **{name: "a"})
+
+
+@pytest.mark.skipif(INTERPRET, reason="checks come before kernels")
+def test_bounds_of_keys_alone_are_refused():
+    q = torch.randn(1, HEADS, 6, 4)
+    with pytest.raises(ValueError, match="sparse_attention: cu_seqlens_k must be None without cu_seqlens"):
+        scalekern.sparse_attention(q, q, q, cu_seqlens_k=torch.tensor([0, 6]))
+
+
 @pytest.mark.skipif(INTERPRET, reason="of the torch integration")
 def test_a_compiled_call_takes_new_lengths_packed_ones_too():
     rule = masks.causal & masks.window(5, 0)
