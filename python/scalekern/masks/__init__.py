@@ -171,8 +171,8 @@ def window2d(hw, size, shift=0) -> Mask:
         TypeError, ValueError: other sizes.
     Source: Liu et al. 2021 (Swin Transformer), section 3.2.
     """
-    hw = _image("window2d", hw)
-    return leaves.Window2d(hw, _pair("window2d", "size", size), _pair("window2d", "shift", shift, 0))
+    hw = leaves.image("window2d", hw)
+    return leaves.Window2d(hw, leaves.pair("window2d", "size", size), leaves.pair("window2d", "shift", shift, 0))
 
 
 @while_tracing
@@ -191,8 +191,8 @@ def neighborhood(hw, kernel, dilation=1) -> Mask:
     """
     if isinstance(hw, int) and isinstance(kernel, int) and isinstance(dilation, int):
         hw, kernel, dilation = (1, hw), (1, kernel), (1, dilation)
-    kernel, dilation = _pair("neighborhood", "kernel", kernel), _pair("neighborhood", "dilation", dilation)
-    return leaves.Neighborhood(_image("neighborhood", hw), kernel, dilation)
+    kernel, dilation = leaves.pair("neighborhood", "kernel", kernel), leaves.pair("neighborhood", "dilation", dilation)
+    return leaves.Neighborhood(leaves.image("neighborhood", hw), kernel, dilation)
 
 
 @while_tracing
@@ -225,11 +225,12 @@ def tiles(pairs, block) -> Mask:
     """
     pairs = _integers("tiles", "pairs", pairs, (1, 2))
     pairs = pairs if pairs.numel() else pairs.view(0, 2)
-    _require(pairs.dim() == 2 and pairs.shape[1] == 2, "tiles", f"pairs must have shape (n, 2), got {tuple(pairs.shape)}")
+    fits = pairs.dim() == 2 and pairs.shape[1] == 2
+    _require(fits, "tiles", f"pairs must have shape (n, 2), got {tuple(pairs.shape)}")
     _require(not (pairs < 0).any(), "tiles", f"pairs must not be negative, got {_short(pairs.tolist())}")
     grid = torch.zeros(*(pairs.amax(0) + 1).tolist() if len(pairs) else (1, 1), dtype=torch.bool)
     grid[pairs[:, 0], pairs[:, 1]] = True
-    return leaves.Tiles(grid, _pair("tiles", "block", block))
+    return leaves.Tiles(grid, leaves.pair("tiles", "block", block))
 
 
 def per_head(masks) -> Mask:
@@ -393,18 +394,3 @@ def _ids_of(argument, cu_seqlens) -> torch.Tensor:
     rising = len(bounds) > 0 and int(bounds[0]) == 0 and bool((bounds.diff() >= 0).all())
     _require(rising, "segments", f"{argument} must rise from 0, got {_short(bounds.tolist())}")
     return torch.arange(len(bounds) - 1).repeat_interleave(bounds.diff())
-
-
-def _pair(name, argument, value, least=1) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"{name}: {argument} must be an integer or a pair of integers, got {value!r}")
-    return tuple(integer(name, argument, v, least) for v in pair)
-
-
-def _image(name, hw) -> tuple[int, int]:
-    if isinstance(hw, int):
-        raise TypeError(f"{name}: hw must be a pair of integers, got {hw}")
-    hw = _pair(name, "hw", hw)
-    _require(hw[0] * hw[1] < 2**31, name, f"hw must have less than 2^31 positions, got {hw}")
-    return hw

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from scalekern.masks import _code, _draw, _plan
-from scalekern.masks._traced import mask_of, while_tracing
+from scalekern.masks._traced import while_tracing
 
 SHIFT_LIMIT = 1 << 29  # x - y of any two shifted positions fits an int32
 LARGE = 256  # elements of a table that a repr still spells out
@@ -321,24 +321,6 @@ class Or(_Pair):
 class _OfOne(Mask):
     heads = property(lambda self: self.mask.heads)
     batches = property(lambda self: self.mask.batches)
-
-
-@node()
-class Traced(_OfOne):
-    """A mask that a compiled function has made; beyond its graph, what is made of it is made of the mask itself."""
-
-    text: str
-
-    mask = property(lambda self: mask_of(self.text))
-
-    def _at(self, x, y, b, h):
-        return self.mask._at(x, y, b, h)
-
-    def _lowered(self):
-        return self.mask._lowered()
-
-    def _text(self):
-        return self.mask._text()
 
 
 @node()

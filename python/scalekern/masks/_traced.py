@@ -1,5 +1,6 @@
-"""Masks under torch.compile: a graph holds a mask's text, since a tensor would be a constant, of which dynamo takes one a
-function that made it.
+"""Masks under torch.compile: a graph holds a mask's text.
+
+A tensor would be a constant, of which dynamo takes one a function that made it.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ def mask_of(text):
 
 def argument(x):
     """What a constant function gets for x: dynamo does not have the attributes of an object that the graph has made."""
-    return (x.text,) if isinstance(x, masks._nodes.Traced) else x
+    return (x.text,) if isinstance(x, masks._leaves.Traced) else x
 
 
 def untraced(x):
@@ -71,8 +72,9 @@ def while_tracing(make):
     @functools.wraps(make)
     def call(*args, **kwargs):
         args = [argument(x) for x in args]
-        if torch.compiler.is_compiling() and not any([isinstance(x, torch.Tensor) for x in [*args, *kwargs.values()]]):
-            return masks._nodes.Traced(text(*args, **kwargs))
+        tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
+        if torch.compiler.is_dynamo_compiling() and not tensors:
+            return masks._leaves.Traced(text(*args, **kwargs))
         return make(*map(untraced, args), **kwargs)
 
     return call

@@ -153,8 +153,6 @@ class FiTBlock(nn.Module):
         _checks.shape(NAME, "x", x, (*packing.ids.shape, self.hidden_size))
         _checks.tensor(NAME, "c", c, dims=(2, 3), dtypes=_checks.FLOATING)
         _checks.shape(NAME, "c", c, (len(x), packing.images, self.hidden_size), (len(x), self.hidden_size))
-        if isinstance(global_adaln, torch.Tensor):
-            _checks.shape(NAME, "global_adaln", global_adaln, (*c.shape[:-1], 6 * self.hidden_size))
         six, real = self.adaLN_modulation(c) + global_adaln, packing.ids[..., None] >= 0
         if six.dim() == 2:
             six = six[:, None]

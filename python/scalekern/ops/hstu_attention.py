@@ -94,7 +94,9 @@ def _check_counts(offsets, num_targets, queries, total):
     new = queries // len(lengths)
     if queries != total and new > (least := int(lengths.min())):
         raise ValueError(f"{NAME}: q must have at most {least} rows of each sequence, the length of one, got {new}")
-    if num_targets is not None and _checks.readable(num_targets) and ((num_targets < 0) | (num_targets > lengths)).any():
+    if num_targets is None or not _checks.readable(num_targets):
+        return
+    if ((num_targets < 0) | (num_targets > lengths)).any():
         got = f"{num_targets.tolist()} of {lengths.tolist()}"
         raise ValueError(f"{NAME}: num_targets must be from 0 to each sequence's length, got {got}")
 
