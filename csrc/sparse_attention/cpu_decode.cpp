@@ -91,9 +91,7 @@ void sparse_attention_decode(
   for (int64_t i = 0; i < int64_t(heads.size()); ++i) {
     const int64_t b = i / a.key_heads, g = i % a.key_heads;
     DecodeHead& head = heads[i];
-    head.length = length[b];
-    STD_TORCH_CHECK(
-        head.length >= 0, "sparse_attention_decode: lengths must be at least 0, got ", head.length);
+    head.length = std::max<int64_t>(length[b], 0);
     head.base = ragged ? Indices(*head_offsets)[g] : 0;
     head.capacity = paged ? block_table->size(1) * a.page : k.size(slots_axis);
     if (starts.has_value()) {
