@@ -190,16 +190,30 @@ def test_lower_precision(dtype, tolerance):
         ({"normalize": "scaling_len"}, "scaling_len must be"),
         ({"num_targets": torch.tensor([1])}, "num_targets must have shape"),
         ({"max_len": 0}, "max_len must be"),
+        ({"max_len": None}, "max_len must be"),
+        ({"alpha": "a"}, "alpha must be a number"),
+        ({"max_attn_len": 1.5}, "max_attn_len must be an integer of at least 0"),
+        ({"contextual_len": -1}, "contextual_len must be an integer of at least 0"),
+        ({"min_full_attn_len": -1}, "min_full_attn_len must be an integer of at least 0"),
+        ({"num_targets": "more"}, "num_targets must be from 0 to each sequence's length"),
+        ({"num_targets": "less"}, "num_targets must be from 0 to each sequence's length"),
+        ({"q": "newest"}, "q must have at most 0 rows of each sequence"),
     ],
 )
 def test_bad_input_is_named(changes, message):
     args, tables = inputs()
+    lengths = args[3].diff()
+    made = {"more": lengths + 1, "less": -torch.ones_like(lengths), "newest": args[0][: len(lengths)]}
+    changes = {n: made.get(x, x) if isinstance(x, str) else x for n, x in changes.items()}
     named = {**dict(zip(("q", "k", "v", "offsets"), args)), "max_len": 20, **tables, **changes}
-    with pytest.raises(ValueError, match=f"hstu_attention: .*{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"hstu_attention: .*{message}"):
         scalekern.hstu_attention(**named)
 
 
 def test_empty():
     q = torch.zeros(0, 2, 4, requires_grad=True)
-    out = scalekern.hstu_attention(q, q, q, torch.tensor([0, 0]), max_len=4)
-    assert out.shape == (0, 2, 4) and out.requires_grad
+    table = torch.zeros(3, requires_grad=True)
+    out = scalekern.hstu_attention(q, q, q, torch.tensor([0, 0]), max_len=4, position_table=table)
+    assert out.shape == (0, 2, 4)
+    out.sum().backward()
+    assert q.grad is not None and not table.grad.any()  # a parameter without a gradient stops DistributedDataParallel

@@ -436,6 +436,15 @@ def test_parse_refuses(text, message):
         (lambda: causal.plan(5, 5, (0, 1)), ValueError, "plan: block must be"),
         (lambda: masks.plan_of(torch.zeros(3), 1, 1), TypeError, "plan: code must be an int32 tensor"),
         (lambda: causal.tile(3, 3, 0, 1), ValueError, "tile: .* must not be empty"),
+        (lambda: causal.tile(0.0, 1, 0, 1), TypeError, "tile: q0 must be an integer, got float"),
+        (lambda: causal.row("a", 4), TypeError, "row: q must be an integer, got str"),
+        (lambda: masks.per_head([causal] * 2).row(0, 4, 0, 2), ValueError, "row: head must be an integer from 0 to 1"),
+        (lambda: masks.prefix([1, 2]).row(0, 4, 2), ValueError, "row: batch must be an integer from 0 to 1"),
+        (lambda: causal.plan(5, 5, 2.0), ValueError, r"plan: block must be .*, got \(2.0,\)"),
+        (lambda: masks.tiles(None, 8), TypeError, "tiles: pairs must be a tensor or lists of integers"),
+        (lambda: masks.tiles([1, 2], 8), ValueError, r"tiles: pairs must have shape \(n, 2\), got \(2,\)"),
+        (lambda: masks.per_head(causal), TypeError, "per_head: masks must be a list of masks, got Causal"),
+        (lambda: causal.save_png("m.png", 8.5, 8), ValueError, "save_png: q_len and kv_len must be integers"),
     ],
 )
 def test_wrong_arguments(call, error, message):

@@ -96,3 +96,13 @@ def test_new_tokens_after_a_cache_equal_all_at_once(options):
     out = made(x[torch.cat([r[-2:] for r in rows])], bounds(rows), time=time[torch.cat(rows)], cache=cache)
     newest = torch.cat([torch.arange(e - 2, e) for e in bounds(rows)[1:].tolist()])
     assert_close(out, whole[newest], tolerance=1e-12)
+
+
+def test_what_does_not_fit_is_named():
+    layer = HSTU(12, max_len=9, num_buckets=0)
+    x, offsets = torch.randn(8, 12), torch.tensor([0, 5, 8])
+    with pytest.raises(ValueError, match="nn.HSTU: x must have shape"):
+        layer(x[:, :11], offsets)
+    _, cache = layer(x, offsets, return_cache=True)
+    with pytest.raises(ValueError, match="nn.HSTU: cache and x must have the 8 tokens of offsets together, got 10"):
+        layer(x[:2], offsets, cache=cache)

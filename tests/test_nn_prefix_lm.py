@@ -140,3 +140,10 @@ def test_empty_batch_and_wrong_use():
         PrefixLMAttention(24, 4)
     with pytest.raises(ValueError, match="rotary_dim must be even and at most 6, got 8"):
         build(rotary_dim=8)
+
+
+def test_rows_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="prefix_lm_mask: keep must have shape"):
+        prefix_lm_mask([2, 3], keep=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="prefix_lm_mask: keep must have 2 dimensions"):
+        prefix_lm_mask(2, keep=torch.ones(4))

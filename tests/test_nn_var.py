@@ -174,3 +174,10 @@ def test_empty_batch_and_wrong_use():
         module(normal(1, 7, WIDTH), normal(1, WIDTH), ENDS)
     with pytest.raises(ValueError, match="nn.VARBlock: num_heads must divide the width 8, got 3"):
         VARBlock(8, 3)
+
+
+def test_a_condition_that_does_not_fit_is_named():
+    x = torch.randn(2, 5, 12)
+    for shared, cond in ((False, torch.randn(2, 7)), (True, torch.randn(2, 12)), (False, torch.randn(3, 8))):
+        with pytest.raises(ValueError, match="nn.VARBlock: cond must have"):
+            VARBlock(12, 3, cond_dim=8, shared_aln=shared)(x, cond)

@@ -152,6 +152,21 @@ def test_packed_input_that_does_not_fit_is_named():
             scalekern.sparse_attention(q, q, q, **{"cu_seqlens": cu, **options})
 
 
+@pytest.mark.skipif(INTERPRET, reason="checks come before kernels")
+@pytest.mark.parametrize("name", ["scale", "softcap", "norm"])
+def test_numbers_are_numbers(name):
+    q = torch.randn(1, HEADS, 6, 4)
+    with pytest.raises(TypeError, match=f"sparse_attention: {name} must be a number, got 'a'"):
+        scalekern.sparse_attention(q, q, q, **{name: "a"})
+
+
+@pytest.mark.skipif(INTERPRET, reason="checks come before kernels")
+def test_bounds_of_keys_alone_are_refused():
+    q = torch.randn(1, HEADS, 6, 4)
+    with pytest.raises(ValueError, match="sparse_attention: cu_seqlens_k must be None without cu_seqlens"):
+        scalekern.sparse_attention(q, q, q, cu_seqlens_k=torch.tensor([0, 6]))
+
+
 @pytest.mark.skipif(INTERPRET, reason="of the torch integration")
 def test_a_compiled_call_takes_new_lengths_packed_ones_too():
     rule = masks.causal & masks.window(5, 0)
@@ -170,6 +185,34 @@ def test_a_compiled_call_takes_new_lengths_packed_ones_too():
         x = torch.randn(1, L, HEADS, 4)
         for a, e in zip(compiled(x, x, x, torch.tensor(cu)), call(x, x, x, torch.tensor(cu))):
             assert_close(a, e, tolerance=1e-6)
+
+
+@pytest.mark.skipif(INTERPRET, reason="of the torch integration")
+def test_masks_made_in_a_compiled_function():
+    def call(q, kind):
+        if kind == "parts":
+            mask = masks.causal & (masks.window(5, 0) | masks.sink(2))
+        elif kind == "heads":
+            half = masks.window(q.shape[2] // 2, 0)
+            mask = masks.per_head([masks.causal.shift(1, 0), masks.blocks([3, 20]).transpose(), half])
+        else:
+            mask = masks.segments(cu_seqlens=[0, 9, 30]) & masks.dilated(2)
+        return scalekern.sparse_attention(q, q, q, mask, empty_rows="attend")
+
+    q = torch.randn(1, 3, 30, 4, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for kind in ("parts", "heads", "packed"):
+        torch.testing.assert_close(compiled(q, kind), call(q, kind), rtol=0, atol=0)
+
+    def across_a_break(q, allowed):  # a tensor is no constant: its mask is made at each call, and meets the graph's
+        mask = masks.window(4, 0)
+        mask = ~(mask & masks.dense(allowed))
+        return scalekern.sparse_attention(q, q, q, mask)
+
+    compiled = torch.compile(across_a_break, backend="eager")
+    for seed in (1, 2):
+        allowed = torch.rand(30, 30, generator=torch.Generator().manual_seed(seed)) < 0.5
+        torch.testing.assert_close(compiled(q, allowed), across_a_break(q, allowed), rtol=0, atol=0)
 
 
 @pytest.mark.skipif(INTERPRET, reason="plans are the same for all kernels")

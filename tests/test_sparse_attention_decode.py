@@ -232,12 +232,16 @@ def test_positions_without_a_slot_are_refused_on_a_cpu(place):
     if place[0] != "cpu":
         pytest.skip("would synchronize")
     q, k, v = sequence(L=8)
-    with pytest.raises((ValueError, RuntimeError), match="lengths must be at most 8, the slots of a head, got 9"):
+    with pytest.raises(ValueError, match="^sparse_attention_decode: lengths must be at most 8, the slots of a head, got 9"):
         scalekern.sparse_attention_decode(q[:, :, :1], k, v, torch.tensor([9, 1]))
-    with pytest.raises((ValueError, RuntimeError), match="lengths must be at most 5, the slots of a head, got 6"):
+    with pytest.raises(ValueError, match="^sparse_attention_decode: lengths must be at most 5, the slots of a head, got 6"):
         scalekern.sparse_attention_decode(q[:, :, :1], k, v, torch.tensor([8, 6]), starts=torch.tensor([0, 3]))
-    with pytest.raises((ValueError, RuntimeError), match="starts must be from 0 to 8, got -1"):
+    with pytest.raises(ValueError, match="^sparse_attention_decode: starts must be from 0 to 8, got -1"):
         scalekern.sparse_attention_decode(q[:, :, :1], k, v, torch.tensor([8, 6]), starts=torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match="^sparse_attention_decode: budgets must be at least 2, the sinks, got 1"):
+        scalekern.sparse_attention_decode(
+            q[:, :, :1], k, v, torch.tensor([8, 6]), budgets=torch.tensor([2, 1, 2, 2]), sink=2
+        )
 
 
 @pytest.mark.parametrize(
@@ -250,10 +254,12 @@ def test_positions_without_a_slot_are_refused_on_a_cpu(place):
         ({"starts": torch.zeros(2).int(), "circular": True}, "starts must be None for other layouts than .* got a tensor"),
         ({"sink": -1}, "sink must be an integer of at least 0, got -1"),
         ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
+        ({"softcap": "a"}, "softcap must be a number, got 'a'"),
+        ({"scale": "a"}, "scale must be a number, got 'a'"),
     ],
 )
 @pytest.mark.skipif(INTERPRET, reason="raised before a backend is chosen")
 def test_bad_calls(changes, message):
     q, k, v = sequence(L=8)
-    with pytest.raises(ValueError, match=f"^sparse_attention_decode: .*{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^sparse_attention_decode: .*{message}"):
         scalekern.sparse_attention_decode(q[:, :, :1], k, v, torch.tensor([8, 1]), **changes)

@@ -355,6 +355,16 @@ def test_what_no_row_sees_reaches_nothing(value, silu):
         assert error(found, expected) <= 1e-6, name  # the careful pass adds in another order
 
 
+def test_what_queries_beyond_the_last_would_see_reaches_nothing():
+    torch.manual_seed(4)
+    x, dout = inputs(Lq=9, Lk=20, P=3, PV=5), randn(1, 2, 9, 5)
+    clean = results(x, causal, dout)
+    for name in ("k", "v"):
+        x[name][:, :, 9:] = float("nan")
+    for name, found, expected in zip("out lse dq dk dv".split(), results(x, causal, dout), clean):
+        assert error(found, expected) <= 1e-6, name
+
+
 @pytest.mark.parametrize("where", ("k", "v", "q", "dout"))
 def test_what_some_rows_see_reaches_those(where):
     """A NaN in one segment reaches what it should there, and no other segment, though they share tiles."""

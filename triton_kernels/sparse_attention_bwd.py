@@ -85,8 +85,10 @@ def _dkv_walk(
             )  # fmt: skip
             allowed = None
             if KIND != FULL:
-                # Queries beyond Lq have lse = Inf and are zeros: they add nothing, allowed or not.
+                # Queries beyond Lq have lse = Inf and are zeros: they add nothing, allowed or not, but to a key of NaN.
                 allowed = MASK(code_ptr, numbers_, b, h, at_q[None, :], at_k[:, None])
+                if KIND >= EVERY:
+                    allowed = allowed & in_q[None, :]
             w, _, ds = slopes(
                 kq, dw, bias, lse[None, :], delta[None, :], allowed, scale, softcap, SILU, SOFTCAP, KIND >= EVERY
             )  # fmt: skip

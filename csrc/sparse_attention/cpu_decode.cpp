@@ -77,7 +77,10 @@ void sparse_attention_decode(
 
   std::vector<int64_t> windows, reach(a.key_heads, -1);  // reach: the longest window of a group, -1: all
   for (int64_t h = 0; budgets.has_value() && h < q.size(1); ++h) {
-    windows.push_back(std::max<int64_t>(Indices(*budgets)[h] - sink, 0));
+    const int64_t budget = Indices(*budgets)[h];
+    STD_TORCH_CHECK(
+        budget >= sink, "sparse_attention_decode: budgets must be at least ", sink, ", the sinks, got ", budget);
+    windows.push_back(budget - sink);
     reach[h / a.group] = std::max(reach[h / a.group], windows.back());
   }
   a.windows = windows.empty() ? nullptr : windows.data();

@@ -64,16 +64,28 @@ def at_least(op: str, name: str, value, least: int) -> None:
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
 
 
+def number(op: str, name: str, value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}") from None
+
+
+def readable(value: torch.Tensor) -> bool:
+    """Whether its values are at hand: reading them costs no synchronization, and it is no fake."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if type(value) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:  # a fake
+        return False
+    return not torch._C._functorch.is_batchedtensor(value)
+
+
 def bounds(op: str, name: str, value: torch.Tensor, length) -> None:
     """Of packed sequences: (S + 1,), and, where reading them costs no synchronization, rising from 0 to `length`."""
     tensor(op, name, value, dims=1, dtypes=(torch.int32, torch.int64))
     if value.shape[0] < 1:
         raise ValueError(f"{op}: {name} must have shape (S + 1,), got (0,)")
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if type(value) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:  # a fake
-        return
-    if torch._C._functorch.is_batchedtensor(value):
+    if not readable(value):
         return
     found = value.tolist()
     if found[0] != 0 or found[-1] != length or any(b > e for b, e in zip(found, found[1:])):

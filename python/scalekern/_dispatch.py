@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import pathlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -209,7 +210,13 @@ def native(op: str, kind: str) -> Callable:
         return getattr(torch.ops.scalekern_native, f"{op}_{kind}").default._op  # 4 us less than the overload's own call
 
     def call(*args):
-        return overload()(*args)
+        try:
+            return overload()(*args)
+        except RuntimeError as error:  # of a value that only the kernel reads: "function, file.cpp:line, op: ..."
+            found = re.search(r"\.cpp:\d+, (\w+: .* must .*)", str(error))
+            if found is None:
+                raise
+            raise ValueError(found[1]) from None
 
     call.native_op = f"{op}_{kind}"
     return call

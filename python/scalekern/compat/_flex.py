@@ -14,7 +14,7 @@ import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
 
-from scalekern import masks
+from scalekern import _checks, masks
 from scalekern.masks import _code
 from scalekern.masks._leaves import Limits
 from scalekern.ops.sparse_attention import sparse_attention
@@ -64,7 +64,9 @@ def flex_attention(
         raise ValueError(f"{NAME}: return_aux must be None if return_lse is set, got both")
     if getattr(return_aux, "max_scores", False):
         raise NotImplementedError(f"{NAME}: return_aux must not ask for max_scores, which the kernels do not keep")
-    if query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1] and not enable_gqa:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _checks.tensor(NAME, name, x, dims=4, dtypes=_checks.FLOATING)
+    if query.shape[1] != key.shape[1] and not enable_gqa:
         heads = f"{query.shape[1]} and {key.shape[1]}"
         raise ValueError(f"{NAME}: query and key must have as many heads unless enable_gqa is set, got {heads}")
     out, lse = attend(query, key, value, block_mask, scale=scale, return_lse=True)

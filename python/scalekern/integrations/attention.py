@@ -148,7 +148,9 @@ def _within_sequences(mask, cu_q, cu_k):
 
 def _remember(known, tensor, key, build):
     """One mask a tensor, until somebody writes into it."""
-    key = (tensor._version if not tensor.is_inference() else None, key)
-    if known.get(tensor, (None,))[0] != key:
-        known[tensor] = key, _hf_masks.intern(build())
-    return known[tensor][1]
+    found, of, mask = known.get(tensor, (None, None, None))
+    now = tensor if tensor.is_inference() else tensor._version  # who writes into the former leaves no other trace
+    if found != key or not (torch.equal(of, now) if tensor.is_inference() else of == now):
+        mask = _hf_masks.intern(build())
+        known[tensor] = key, now.clone() if tensor.is_inference() else now, mask
+    return mask

@@ -13,6 +13,7 @@ lengths, T positions of a table. Tensors are copied to the CPU once, when a mask
 """
 
 import ast
+import collections.abc
 
 import torch
 
@@ -20,6 +21,7 @@ from scalekern.masks import _leaves as leaves
 from scalekern.masks._code import on_cpu
 from scalekern.masks._nodes import Mask, PerHead, integer
 from scalekern.masks._plan import Plan, plan_of
+from scalekern.masks._traced import while_tracing
 
 __all__ = [
     "Mask",
@@ -46,6 +48,7 @@ everything: Mask = leaves.Everything()
 causal: Mask = leaves.Causal()
 
 
+@while_tracing
 def window(left: int | None, right: int | None) -> Mask:
     """q - left <= k <= q + right.
 
@@ -61,6 +64,7 @@ def window(left: int | None, right: int | None) -> Mask:
     return leaves.Window(*(integer("window", n, v, -1, note=note) for n, v in zip(("left", "right"), limits)))
 
 
+@while_tracing
 def sink(n: int) -> Mask:
     """0 <= k < n: the first keys, which every query sees (attention sinks, StreamingLLM).
 
@@ -74,6 +78,7 @@ def sink(n: int) -> Mask:
     return leaves.Sink(integer("sink", "n", n, 0))
 
 
+@while_tracing
 def prefix(lengths) -> Mask:
     """0 <= k < lengths[b]: a prefix that every query sees (prefix-LM), or keys that are no padding.
 
@@ -89,6 +94,7 @@ def prefix(lengths) -> Mask:
     return leaves.Prefix(tuple(integer("prefix", "lengths", n, 0) for n in lengths.tolist()))
 
 
+@while_tracing
 def blocks(ends) -> Mask:
     """Block-causal: a query sees every key up to the end of its own block (VAR, FlowAR, next-block prediction).
 
@@ -106,6 +112,7 @@ def blocks(ends) -> Mask:
     return leaves.Blocks(tuple(ends))
 
 
+@while_tracing
 def segments(ids=None, kv_ids=None, *, cu_seqlens=None, kv_cu_seqlens=None) -> Mask:
     """Query and key belong to the same segment: packed sequences, documents, padding.
 
@@ -133,6 +140,7 @@ def segments(ids=None, kv_ids=None, *, cu_seqlens=None, kv_cu_seqlens=None) -> M
     return leaves.Segments(ids, kv_ids)
 
 
+@while_tracing
 def dilated(step: int) -> Mask:
     """q - k is a multiple of step.
 
@@ -146,6 +154,7 @@ def dilated(step: int) -> Mask:
     return leaves.Dilated(integer("dilated", "step", step, 1))
 
 
+@while_tracing
 def window2d(hw, size, shift=0) -> Mask:
     """Both positions lie in the same window of an image: Swin's windows, and its region mask after the cyclic shift.
 
@@ -162,10 +171,11 @@ def window2d(hw, size, shift=0) -> Mask:
         TypeError, ValueError: other sizes.
     Source: Liu et al. 2021 (Swin Transformer), section 3.2.
     """
-    hw = _image("window2d", hw)
-    return leaves.Window2d(hw, _pair("window2d", "size", size), _pair("window2d", "shift", shift, 0))
+    hw = leaves.image("window2d", hw)
+    return leaves.Window2d(hw, leaves.pair("window2d", "size", size), leaves.pair("window2d", "shift", shift, 0))
 
 
+@while_tracing
 def neighborhood(hw, kernel, dilation=1) -> Mask:
     """Each pixel sees the kernel pixels nearest to it along each axis, moved inwards at the borders.
 
@@ -181,10 +191,11 @@ def neighborhood(hw, kernel, dilation=1) -> Mask:
     """
     if isinstance(hw, int) and isinstance(kernel, int) and isinstance(dilation, int):
         hw, kernel, dilation = (1, hw), (1, kernel), (1, dilation)
-    kernel, dilation = _pair("neighborhood", "kernel", kernel), _pair("neighborhood", "dilation", dilation)
-    return leaves.Neighborhood(_image("neighborhood", hw), kernel, dilation)
+    kernel, dilation = leaves.pair("neighborhood", "kernel", kernel), leaves.pair("neighborhood", "dilation", dilation)
+    return leaves.Neighborhood(leaves.image("neighborhood", hw), kernel, dilation)
 
 
+@while_tracing
 def dense(allowed) -> Mask:
     """Any mask, given in full.
 
@@ -199,6 +210,7 @@ def dense(allowed) -> Mask:
     return leaves.Dense(allowed.view(1, 1, *allowed.shape) if allowed.dim() == 2 else allowed)
 
 
+@while_tracing
 @on_cpu
 def tiles(pairs, block) -> Mask:
     """Whole tiles: (q, k) is allowed where (q // block rows, k // block columns) is listed.
@@ -211,12 +223,14 @@ def tiles(pairs, block) -> Mask:
     Raises:
         TypeError, ValueError: pairs or block is something else, or a tile is negative.
     """
-    pairs = _integers("tiles", "pairs", pairs, (2,)) if len(pairs) else torch.empty(0, 2, dtype=torch.int64)
-    _require(pairs.shape[1] == 2, "tiles", f"pairs must have shape (n, 2), got {tuple(pairs.shape)}")
+    pairs = _integers("tiles", "pairs", pairs, (1, 2))
+    pairs = pairs if pairs.numel() else pairs.view(0, 2)
+    fits = pairs.dim() == 2 and pairs.shape[1] == 2
+    _require(fits, "tiles", f"pairs must have shape (n, 2), got {tuple(pairs.shape)}")
     _require(not (pairs < 0).any(), "tiles", f"pairs must not be negative, got {_short(pairs.tolist())}")
     grid = torch.zeros(*(pairs.amax(0) + 1).tolist() if len(pairs) else (1, 1), dtype=torch.bool)
     grid[pairs[:, 0], pairs[:, 1]] = True
-    return leaves.Tiles(grid, _pair("tiles", "block", block))
+    return leaves.Tiles(grid, leaves.pair("tiles", "block", block))
 
 
 def per_head(masks) -> Mask:
@@ -229,7 +243,13 @@ def per_head(masks) -> Mask:
     Raises:
         TypeError, ValueError: masks is empty or holds something else, or masks that disagree in heads or batches.
     """
-    masks = tuple(masks)
+    if not isinstance(masks, collections.abc.Iterable):
+        raise TypeError(f"per_head: masks must be a list of masks, got {type(masks).__name__}")
+    return _per_head(*masks)
+
+
+@while_tracing
+def _per_head(*masks):
     _require(len(masks) > 0, "per_head", "masks must not be empty, got []")
     for i, member in enumerate(masks):
         if not isinstance(member, Mask):
@@ -237,6 +257,7 @@ def per_head(masks) -> Mask:
     return PerHead(masks)
 
 
+@while_tracing
 def rows(allowed) -> Mask:
     """Queries that see every key.
 
@@ -373,18 +394,3 @@ def _ids_of(argument, cu_seqlens) -> torch.Tensor:
     rising = len(bounds) > 0 and int(bounds[0]) == 0 and bool((bounds.diff() >= 0).all())
     _require(rising, "segments", f"{argument} must rise from 0, got {_short(bounds.tolist())}")
     return torch.arange(len(bounds) - 1).repeat_interleave(bounds.diff())
-
-
-def _pair(name, argument, value, least=1) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"{name}: {argument} must be an integer or a pair of integers, got {value!r}")
-    return tuple(integer(name, argument, v, least) for v in pair)
-
-
-def _image(name, hw) -> tuple[int, int]:
-    if isinstance(hw, int):
-        raise TypeError(f"{name}: hw must be a pair of integers, got {hw}")
-    hw = _pair(name, "hw", hw)
-    _require(hw[0] * hw[1] < 2**31, name, f"hw must have less than 2^31 positions, got {hw}")
-    return hw

@@ -70,8 +70,9 @@ def _whose(owners: list[tuple[int, int]], batches: int, heads: int) -> str:
 
 def save_png(mask, path, q_len, kv_len, *, block) -> None:
     """See Mask.save_png."""
-    if min(q_len, kv_len) < 1:
-        raise ValueError(f"save_png: q_len and kv_len must be at least 1, got {q_len} and {kv_len}")
+    for length in (q_len, kv_len):
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"save_png: q_len and kv_len must be integers of at least 1, got {q_len} and {kv_len}")
     if block is None:
         block = 128 << max(0, (-(-max(q_len, kv_len) // (128 * _PANEL)) - 1).bit_length())
     cells = grid(mask, q_len, kv_len, block)

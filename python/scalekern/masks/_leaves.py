@@ -5,7 +5,8 @@ B batch, H heads, T positions of a table. A leaf answers for any integers x (que
 
 import torch
 
-from scalekern.masks._nodes import LARGE, Mask, node, spell
+from scalekern.masks._nodes import LARGE, Mask, _OfOne, integer, node, spell
+from scalekern.masks._traced import mask_of
 
 
 @node()
@@ -188,6 +189,24 @@ class Rows(Mask):
         return f"rows({spell(self.table[0] if len(self.table) == 1 else self.table)})", 3
 
 
+@node()
+class Traced(_OfOne):
+    """A mask that a compiled function has made; beyond its graph, what is made of it is made of the mask itself."""
+
+    text: str
+
+    mask = property(lambda self: mask_of(self.text))
+
+    def _at(self, x, y, b, h):
+        return self.mask._at(x, y, b, h)
+
+    def _lowered(self):
+        return self.mask._lowered()
+
+    def _text(self):
+        return self.mask._text()
+
+
 def _row(index, size):
     return index if size > 1 else torch.zeros_like(index)
 
@@ -199,3 +218,22 @@ def _lookup(table, b, x, outside):
 
 def _inside(p, hw):
     return (p >= 0) & (p < hw[0] * hw[1])
+
+
+# ---- arguments ----
+
+
+def pair(name, argument, value, least=1) -> tuple[int, int]:
+    two = (value, value) if isinstance(value, int) else value
+    if not isinstance(two, (tuple, list)) or len(two) != 2:
+        raise TypeError(f"{name}: {argument} must be an integer or a pair of integers, got {value!r}")
+    return tuple(integer(name, argument, v, least) for v in two)
+
+
+def image(name, hw) -> tuple[int, int]:
+    if isinstance(hw, int):
+        raise TypeError(f"{name}: hw must be a pair of integers, got {hw}")
+    hw = pair(name, "hw", hw)
+    if hw[0] * hw[1] >= 2**31:
+        raise ValueError(f"{name}: hw must have less than 2^31 positions, got {hw}")
+    return hw

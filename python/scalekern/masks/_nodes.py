@@ -10,6 +10,7 @@ import functools
 import torch
 
 from scalekern.masks import _code, _draw, _plan
+from scalekern.masks._traced import while_tracing
 
 SHIFT_LIMIT = 1 << 29  # x - y of any two shifted positions fits an int32
 LARGE = 256  # elements of a table that a repr still spells out
@@ -49,18 +50,22 @@ class Mask:
 
     # ---- composition ----
 
+    @while_tracing
     def __and__(self, other):
         return And(self, other) if isinstance(other, Mask) else NotImplemented
 
+    @while_tracing
     def __or__(self, other):
         return Or(self, other) if isinstance(other, Mask) else NotImplemented
 
+    @while_tracing
     def __invert__(self):
         return Not(self)
 
     def __bool__(self):
         raise TypeError("a mask has no truth value: combine masks with & | ~, not with and, or, not")
 
+    @while_tracing
     def shift(self, dq: int, dk: int) -> "Mask":
         """The mask m with m(q, k) = self(q + dq, k + dk).
 
@@ -74,6 +79,7 @@ class Mask:
         limits = (-SHIFT_LIMIT, SHIFT_LIMIT)
         return Shift(self, integer("shift", "dq", dq, *limits), integer("shift", "dk", dk, *limits))
 
+    @while_tracing
     def transpose(self) -> "Mask":
         """The mask m with m(q, k) = self(k, q)."""
         return Transpose(self)
@@ -197,11 +203,15 @@ class Mask:
 
     def tile(self, q0: int, q1: int, k0: int, k1: int) -> str:
         """ "empty", "full" or "partial": the pairs of queries [q0, q1) and keys [k0, k1), in all batches and heads."""
-        return _plan.tile(self.code(), q0, q1, k0, k1)
+        at = zip(("q0", "q1", "k0", "k1"), (q0, q1, k0, k1))
+        return _plan.tile(self.code(), *(integer("tile", name, p, -SHIFT_LIMIT, SHIFT_LIMIT) for name, p in at))
 
     @_code.on_cpu
     def row(self, q: int, kv_len: int, batch: int = 0, head: int = 0) -> list[tuple[int, int]]:
         """The keys that query q may see, as ascending intervals [start, end)."""
+        integer("row", "q", q, -SHIFT_LIMIT, SHIFT_LIMIT), integer("row", "kv_len", kv_len, 0)
+        for name, value, count in (("batch", batch, self.batches), ("head", head, self.heads)):
+            integer("row", name, value, 0, count - 1 if count > 1 else 2**31 - 1)
         at = [torch.tensor(i) for i in (q, batch, head)]
         seen = self._at(at[0], torch.arange(kv_len), *at[1:]).expand(kv_len)
         edges = torch.diff(torch.nn.functional.pad(seen.to(torch.int8), (1, 1))).nonzero().flatten().tolist()

@@ -104,7 +104,7 @@ def plan_of(code: torch.Tensor, q_len: int, kv_len: int, block=(128, 128)) -> Pl
     if not isinstance(code, torch.Tensor) or code.dtype != torch.int32 or code.dim() != 1:
         got = f"{code.dtype} {tuple(code.shape)}" if isinstance(code, torch.Tensor) else type(code).__name__
         raise TypeError(f"plan: code must be an int32 tensor of one dimension, got {got}")
-    block = (block, block) if isinstance(block, int) else tuple(block)
+    block = (block, block) if isinstance(block, int) else tuple(block) if isinstance(block, (tuple, list)) else (block,)
     if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
         raise ValueError(f"plan: block must be one or two integers of at least 1, got {block}")
     for name, n in (("q_len", q_len), ("kv_len", kv_len)):

@@ -55,9 +55,10 @@ def pack(sizes, head_dim, length=None, theta=10000.0, device=None):
     if head_dim % 4:
         raise ValueError(f"pack: head_dim must be a multiple of 4, got {head_dim}")
     used = [sum(h * w for h, w in row) for row in sizes]
-    length = max(used) if length is None else length
-    if max(used) > length:
-        raise ValueError(f"pack: length must be at least {max(used)}, the tokens of the longest row, got {length}")
+    longest = max(used, default=0)
+    length = longest if length is None else length
+    if longest > length:
+        raise ValueError(f"pack: length must be at least {longest}, the tokens of the longest row, got {length}")
     ids = torch.full((len(sizes), length), -1)
     places = torch.zeros(len(sizes), length, 2, dtype=torch.int64)
     for b, row in enumerate(sizes):

@@ -8,7 +8,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import scalekern
+from scalekern import _checks
 
+NAME = "nn.HSTU"
 
 class RelativeBias(nn.Module):
     """The two tables that are added to every score: by how far apart two items are, and by the time between them."""
@@ -63,8 +65,10 @@ class HSTU(nn.Module):
         Returns:
             (total, D), and with return_cache the cache.
         Raises:
-            ValueError: an argument that scalekern.hstu_attention refuses.
+            TypeError, ValueError: an argument of the wrong type or shape, or one that scalekern.hstu_attention refuses.
         """
+        _checks.tensor(NAME, "x", x, dims=2, dtypes=_checks.FLOATING)
+        _checks.shape(NAME, "x", x, (None, self._uvqk.shape[0]))
         uvqk = F.silu(F.layer_norm(x, x.shape[-1:], eps=self.eps) @ self._uvqk)
         u, v, q, k = uvqk.split(self.sizes, -1)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
@@ -90,6 +94,9 @@ def _append(cache, new, offsets):
     place = (ends[:, None] - count + torch.arange(count, device=offsets.device)).flatten()
     kept = torch.ones(int(offsets[-1]), dtype=torch.bool, device=offsets.device)
     kept[place] = False
+    total = len(cache[0]) + len(new[0])
+    if total != len(kept):
+        raise ValueError(f"{NAME}: cache and x must have the {len(kept)} tokens of offsets together, got {total}")
     return tuple(_placed(old, fresh, kept) for old, fresh in zip(cache, new))
 
 

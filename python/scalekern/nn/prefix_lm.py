@@ -38,13 +38,16 @@ def prefix_lm_mask(prefix_lengths, *, keep=None, past=0):
     if keep is None:
         return (masks.causal | masks.prefix(prefix_lengths)).shift(past, 0)
     keep = (torch.as_tensor(keep) != 0).cpu()
+    sizes = torch.as_tensor(prefix_lengths).cpu()
+    _checks.tensor("prefix_lm_mask", "keep", keep, dims=2)
+    if sizes.dim():
+        _checks.shape("prefix_lm_mask", "keep", keep, (len(sizes), None))
     count, length = keep.sum(1), keep.shape[1]
     first = torch.where(count > 0, keep.int().argmax(1), 0)
     at = torch.arange(length)
     if (keep != ((at >= first[:, None]) & (at < (first + count)[:, None]))).any():
         raise ValueError("prefix_lm_mask: keep must be one run of tokens in each row, got padding between tokens")
     real = masks.prefix(first + count) & ~masks.prefix(first)
-    sizes = torch.as_tensor(prefix_lengths).cpu()
     return ((masks.causal | masks.prefix(first + sizes)) & real & real.transpose()).shift(past, 0)
 
 

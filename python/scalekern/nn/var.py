@@ -171,4 +171,7 @@ class VARBlock(nn.Module):
         _checks.tensor(self.NAME, "cond", cond, dims=1 + len(each), dtypes=_checks.FLOATING)
         _checks.shape(self.NAME, "cond", cond, (x.shape[0], *each), (1, *each))
         shape = (-1, 1, 3 * self.BRANCHES, self.embed_dim)
+        sizes = shape[1:] if self.shared_aln else (self.ada_lin[1].in_features,)
+        _checks.tensor(self.NAME, "cond", cond, dims=1 + len(sizes), dtypes=_checks.FLOATING)
+        _checks.shape(self.NAME, "cond", cond, (len(x), *sizes), (1, *sizes))
         return (self.ada_gss + cond if self.shared_aln else self.ada_lin(cond).view(shape)).unbind(2)

@@ -46,22 +46,24 @@ def hstu_attention(
     Source: Zhai et al., Actions Speak Louder than Words (HSTU), 2024, sections 3.2 and 3.3.
     """
     _check(q, k, v, offsets, num_targets, time, time_table, position_table, normalize)
-    for name, value in (("max_len", max_len), ("scaling_len", scaling_len)):
-        if value is not None:
-            _checks.at_least(NAME, name, value, 1)
-    if normalize == "scaling_len" and scaling_len is None:
-        raise ValueError(f"{NAME}: scaling_len must be an integer for normalize='scaling_len', got None")
+    divisors = {"max_len": max_len, "length": 1, "scaling_len": scaling_len}
+    for name, value, least in (
+        ("max_len", max_len, 1), ("scaling_len", scaling_len, 1), ("max_attn_len", max_attn_len, 0),
+        ("contextual_len", contextual_len, 0), ("min_full_attn_len", min_full_attn_len, 0),
+    ):  # fmt: skip
+        if value is not None or name == normalize:
+            _checks.at_least(NAME, name, value, least)
+    alpha = alpha if alpha is None else _checks.number(NAME, "alpha", alpha)
     if q.numel() == 0 or k.numel() == 0:
-        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+        used = (x.sum() for x in (q, k, v, time_table, position_table) if x is not None)
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + 0 * sum(used).to(q.dtype)
     code = _hstu.code(
         offsets, num_targets, q.shape[0], k.shape[0], causal, max_attn_len, contextual_len, min_full_attn_len
     )
     tables = _tables(q, k, offsets, time, time_table, position_table)
-    divisor = {"max_len": max_len, "length": 1, "scaling_len": scaling_len}[normalize]
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-    alpha = alpha if alpha is None else float(alpha)
     out, _ = sparse_attention_fwd(
-        *heads_first, code, None, None, None, None, *tables, alpha, 0.0, True, 1 / divisor, ""
+        *heads_first, code, None, None, None, None, *tables, alpha, 0.0, True, 1 / divisors[normalize], ""
     )
     out = out[0].transpose(0, 1)
     if normalize == "length":
@@ -84,6 +86,21 @@ def _tables(q, k, offsets, time, time_table, position_table):
     return *positions, *times
 
 
+def _check_counts(offsets, num_targets, queries, total):
+    """What has to fit into each sequence, where it can be read."""
+    if not _checks.readable(offsets) or offsets.shape[0] == 1:
+        return
+    lengths = offsets.diff()
+    new = queries // len(lengths)
+    if queries != total and new > (least := int(lengths.min())):
+        raise ValueError(f"{NAME}: q must have at most {least} rows of each sequence, the length of one, got {new}")
+    if num_targets is None or not _checks.readable(num_targets):
+        return
+    if ((num_targets < 0) | (num_targets > lengths)).any():
+        got = f"{num_targets.tolist()} of {lengths.tolist()}"
+        raise ValueError(f"{NAME}: num_targets must be from 0 to each sequence's length, got {got}")
+
+
 def _check(q, k, v, offsets, num_targets, time, time_table, position_table, normalize):
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(NAME, name, x, dims=3, dtypes=_checks.FLOATING)
@@ -102,6 +119,7 @@ def _check(q, k, v, offsets, num_targets, time, time_table, position_table, norm
     if num_targets is not None:
         _checks.tensor(NAME, "num_targets", num_targets, dims=1, dtypes=(torch.int32, torch.int64))
         _checks.shape(NAME, "num_targets", num_targets, (sequences,))
+    _check_counts(offsets, num_targets, q.shape[0], total)
     if (time is None) != (time_table is None):
         raise ValueError(f"{NAME}: time and time_table must be given together, got one of them")
     if time is not None:
@@ -112,8 +130,8 @@ def _check(q, k, v, offsets, num_targets, time, time_table, position_table, norm
             _checks.tensor(NAME, name, table, dims=(1, 2), dtypes=_checks.FLOATING)
             _checks.shape(NAME, name, table, (None,), (heads, None))
             if table.shape[-1] < 1 or (name == "position_table" and table.shape[-1] % 2 == 0):
-                count = "an odd number of" if "pos" in name else ""
-                raise ValueError(f"{NAME}: {name} must have {count} entries, got {table.shape[-1]}")
+                count = "an odd number of entries" if "pos" in name else "an entry"
+                raise ValueError(f"{NAME}: {name} must have {count}, got {table.shape[-1]}")
     _checks.choice(NAME, "normalize", normalize, NORMALIZE)
     _checks.same_device(NAME, "q", q, k=k, v=v, offsets=offsets, num_targets=num_targets, time=time,
                         time_table=time_table, position_table=position_table)  # fmt: skip

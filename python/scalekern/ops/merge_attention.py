@@ -55,6 +55,7 @@ def _stacked(name, parts):
             raise ValueError(f"{NAME}: {name} must have at least one part, got none")
         for part in parts[1:]:
             _checks.shape(NAME, name, part, parts[0].shape)
+            _checks.dtype(NAME, name, part, parts[0].dtype)
         return torch.stack(parts)
     if not isinstance(parts, torch.Tensor):
         raise TypeError(f"{NAME}: {name} must be a torch.Tensor, got {type(parts).__name__}")

@@ -14,6 +14,7 @@ import torch
 from scalekern import _checks, _library, masks
 from scalekern._dispatch import Backend, filling, native, triton
 from scalekern.masks._packed import packed
+from scalekern.masks._traced import argument, constant, mask_of, plain, text_of, untraced
 from scalekern.ops._hstu import places
 from scalekern.reference.hstu_attention import bucket_edges
 from scalekern.reference.sparse_attention import SCORES, scale_of, unit
@@ -71,6 +72,12 @@ def sparse_attention(
     Transformer V2, 2022, section 3.2.
     """
     mask = masks.everything if mask is None else mask
+    scale, softcap = (
+        x if x is None else _checks.number(NAME, name, x) for name, x in (("scale", scale), ("softcap", softcap))
+    )
+    norm = _checks.number(NAME, "norm", norm)
+    if cu_seqlens is None and cu_seqlens_k is not None:
+        raise ValueError(f"{NAME}: cu_seqlens_k must be None without cu_seqlens, got a {type(cu_seqlens_k).__name__}")
     if cu_seqlens is not None:
         _check_packed(q, k, v, cu_seqlens, cu_seqlens_k, empty_rows)
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
@@ -84,12 +91,11 @@ def sparse_attention(
     bias = bias if bias is None or bias.dtype in (q.dtype, wide) else bias.to(wide)
     lengths = (int(q.shape[2]), int(k.shape[2])) if empty_rows == "attend" else None
     compiling = torch.compiler.is_compiling()
-    code, text = (None, _text_of(mask, lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
+    code, text = (None, _text_of(argument(mask), lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
     tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
-    scale = scale if scale is None else float(scale)
     out, lse = sparse_attention_fwd(
-        q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, float(softcap or 0.0), score == "silu",
-        float(norm), text,
+        q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, softcap or 0.0, score == "silu", norm,
+        text,
     )  # fmt: skip
     if cu_seqlens is not None:
         out, lse = out[0].transpose(0, 1), lse[0]
@@ -112,22 +118,6 @@ def _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide):
     return table.to(wide), *positions, *(None,) * 4
 
 
-def _constant(function):
-    """What torch.compiler.assume_constant_result does, which imports the compiler, and with it Triton."""
-    function._dynamo_marked_constant = True
-    return function
-
-
-@contextlib.contextmanager
-def _plain():
-    """Outside of fake tensors and transforms."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily(), temporarily_clear_interpreter_stack():
-        yield
-
-
 def _code_of(mask, lengths, device):
     """The mask's code; with lengths, that of the mask whose empty rows see everything.
 
@@ -138,43 +128,20 @@ def _code_of(mask, lengths, device):
         return code
     # Leaving what there is not would take 6 us, and a decoding step's shifted mask is new.
     bare = torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
-    with contextlib.nullcontext() if bare else _plain():
+    with contextlib.nullcontext() if bare else plain():
         return (mask if lengths is None else mask.attending_all_if_empty(*lengths)).code(device)
 
 
-@_constant
+@constant
 def _text_of(mask, lengths):
-    """What a graph holds of a mask: its expression, or a name in this process for one with large tables.
-
-    A tensor would be a constant, of which dynamo takes one a function that made it.
-    """
-    with _plain():
-        mask = mask if lengths is None else mask.attending_all_if_empty(*lengths)
-        text = repr(mask)
-        if not _means(text, mask):
-            text = f"#{len(_named)}"
-            _named[text] = mask
-        return text
+    mask = untraced(mask)
+    with plain():
+        return text_of(mask if lengths is None else mask.attending_all_if_empty(*lengths))
 
 
-def _means(text, mask):
-    """Whether the mask can be told from its text, which one with large tables or limits cannot."""
-    try:
-        return len(text) < 2000 and masks.parse(text) == mask
-    except (TypeError, ValueError):
-        return False
-
-
-_named: dict[str, masks.Mask] = {}  # as long as graphs, which nobody counts, may ask for them
-
-
-@functools.lru_cache(512)
-def _mask_of(text):
-    return _named[text] if text.startswith("#") else masks.parse(text)
-
-
-@_constant
+@constant
 def _sizes_of(mask):
+    mask = untraced(mask)
     return mask.heads, mask.batches
 
 
@@ -206,7 +173,7 @@ def _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sink
         raise ValueError(f"{NAME}: the heads of k must divide the {heads} heads of q, got {key_heads}")
     if not isinstance(mask, masks.Mask):
         raise TypeError(f"{NAME}: mask must be a scalekern.masks.Mask, got {type(mask).__name__}")
-    mask_heads, mask_batches = _sizes_of(mask)
+    mask_heads, mask_batches = _sizes_of(argument(mask))
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if mask_heads not in (1, heads) or mask_batches not in (1, sequences):
         raise ValueError(
@@ -253,7 +220,7 @@ def _resolved(function, code: int, text: int):
         args = list(args)
         mask = args.pop(text)
         if args[code] is None:
-            args[code] = _mask_of(mask).code(args[0].device)
+            args[code] = mask_of(mask).code(args[0].device)
         times, edges = code + 8, code + 11
         if args[times] is not None and args[edges] is None:
             args[edges] = _edges(args[times].shape[1] - 1, args[times].device)

@@ -70,7 +70,7 @@ def sparse_attention_decode(
     _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, block_table, starts, softcap, sinks)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[3] ** -0.5 if scale is None else _checks.number(NAME, "scale", scale)
     k, v = ((x, None, None, 0, 0) if isinstance(x, torch.Tensor) else (x.data, x.scales, x.offsets, x.bits, x.group_size)
             for x in (k_cache, v_cache))  # fmt: skip
     out, lse = sparse_attention_decode_op(
@@ -106,7 +106,7 @@ def _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, 
             _checks.tensor(NAME, name, x, dims=1, dtypes=dtypes)
             _checks.shape(NAME, name, x, (heads,))
     _checks.at_least(NAME, "sink", sink, 0)
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not _checks.number(NAME, "softcap", softcap) > 0:
         raise ValueError(f"{NAME}: softcap must be positive, got {softcap!r}")
     on_device = budgets if budgets is not None and budgets.device.type != "cpu" else None
     _checks.same_device(

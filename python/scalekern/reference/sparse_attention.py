@@ -74,7 +74,7 @@ def unit(x, temperature=None):
     """Each head's vector at length 1, or at its temperature, exp(min(t, log 100)) (Swin V2)."""
     wide = F.normalize(x.to(wide_dtype(x)), dim=-1, eps=1e-12)
     if temperature is not None:
-        wide = wide * temperature.clamp(max=HOTTEST).exp()[:, None, None]
+        wide = wide * temperature.to(wide.dtype).clamp(max=HOTTEST).exp()[:, None, None]
     return wide.to(x.dtype)
 
 

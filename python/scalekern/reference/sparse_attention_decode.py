@@ -48,6 +48,9 @@ def decode(
     own = (lengths.long()[:, None] - tokens + torch.arange(tokens, device=q.device))[:, None, :, None]
     visible = ((held >= 0) & (held <= own)).repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
     if budgets is not None:
+        if budgets.device.type == "cpu" and (budgets < sink).any():
+            got = int(budgets.min())
+            raise ValueError(f"sparse_attention_decode: budgets must be at least {sink}, the sinks, got {got}")
         window = (budgets.to(q.device).long() - sink).clamp(min=0)[:, None, None]
         held = held.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
         visible = visible & ((held < sink) | (held > own - window))
