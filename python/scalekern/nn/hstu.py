@@ -12,6 +12,7 @@ from scalekern import _checks
 
 NAME = "nn.HSTU"
 
+
 class RelativeBias(nn.Module):
     """The two tables that are added to every score: by how far apart two items are, and by the time between them."""
 
