@@ -389,7 +389,7 @@ def test_differentiating_through_an_update_raises(any_backend):
 @pytest.mark.skipif(INTERPRET, reason="a check of the CPU kernels")
 def test_a_slot_that_does_not_exist_is_refused():
     x, state, weight, bias = update_inputs(2)
-    with scalekern.backend("cpu"), pytest.raises(RuntimeError, match="conv_state_indices must be below 2, got 2"):
+    with scalekern.backend("cpu"), pytest.raises(ValueError, match="conv_state_indices must be below 2, got 2"):
         scalekern.causal_conv1d_update(x, state, weight, bias, conv_state_indices=torch.tensor([0, 2]))
 
 

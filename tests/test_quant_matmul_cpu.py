@@ -196,10 +196,11 @@ def test_threads_change_no_bit(activation):
 @pytest.mark.parametrize("M", [1, 40])
 def test_rows_in_many_shares_are_rows_alone(format, activation, M):
     """A thread that is done takes what another has left: each row once, by the same additions."""
-    w, x = quantize(torch.randn(1300, 640), format, **({"group_size": 64} if format == "int4" else {})), torch.randn(M, 640)
+    group = {"group_size": 64} if format == "int4" else {}
+    w, x = quantize(torch.randn(1300, 640), format, **group), torch.randn(M, 640)
     for dtype in (torch.float32, torch.bfloat16):
-        out = scalekern.quant_matmul(x.to(dtype), w, activation=activation)
-        alone = [scalekern.quant_matmul(x.to(dtype), w[i : i + 100], activation=activation) for i in range(0, 1300, 100)]
+        run = lambda rows: scalekern.quant_matmul(x.to(dtype), rows, activation=activation)  # noqa: B023
+        out, alone = run(w), [run(w[i : i + 100]) for i in range(0, 1300, 100)]
         assert out.isfinite().all() and torch.equal(out, torch.cat(alone, 1))
 
 

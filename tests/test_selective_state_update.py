@@ -182,7 +182,7 @@ def test_a_wrong_kernel_would_be_seen():
 
 @pytest.mark.skipif(INTERPRET, reason="a check of the CPU kernels")
 def test_a_slot_that_does_not_exist_is_refused():
-    with scalekern.backend("cpu"), pytest.raises(RuntimeError, match="state_batch_indices must be below 2, got 2"):
+    with scalekern.backend("cpu"), pytest.raises(ValueError, match="state_batch_indices must be below 2, got 2"):
         scalekern.selective_state_update(**inputs(2), state_batch_indices=torch.tensor([0, 2]))
 
 

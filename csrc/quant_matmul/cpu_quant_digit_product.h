@@ -10,9 +10,9 @@
 //   16-bit result: 30 less. With scales that nobody fetched: 25 more. Two to four tokens: two at a time, bound by
 //   operations.
 // Lost: rows that fetch past L2 (prefetchnta: 4 times as long); one queue of rows for all threads (260 us for 218: with
-//   a stretch each they find some of their rows in their own L2 again); the upper codes by vgf2p8affineqb (one operation of 13, no
-//   faster); sums of both planes in one from bytes as they lie (4 bits of precision, so a digit more); 16 rows as a tile
-//   of AMX, whose columns are the digits of four groups (320 us for 195: a product and two loads of tiles wait).
+//   a stretch each they find some of their rows in their own L2 again); the upper codes by vgf2p8affineqb (one operation
+//   of 13, no faster); sums of both planes in one from bytes as they lie (4 bits of precision, so a digit more); 16 rows
+//   as a tile of AMX, whose columns are the digits of four groups (320 us for 195: a product and two loads of tiles wait).
 #pragma once
 #include <optional>
 

@@ -8,8 +8,8 @@ using scalekern::QuantMatmulArgs;
 
 constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds: some 10 us on one core, above what waking another takes
 
-// thread(take) on each thread; take(body) calls body(begin, end) with ranges of [0, count), up to `share` at once: those
-// of the thread's own stretch, of which its caches have some from the last call, then what others have left of theirs.
+// thread(take) on each thread; take(body) calls body(begin, end) with ranges of [0, count), `share` at once or fewer:
+// those of the thread's own stretch, of which its caches have some from the last call, then what others have left of theirs.
 // Cores of a shared machine are not equally fast: 5 to 15 % less time than one stretch each.
 template <class Thread>
 static inline void parallel_stretches(bool worth_it, int64_t count, int64_t share, const Thread& thread) {
