@@ -6,8 +6,6 @@ disturbs the machine disturbs them alike; and the limit that the device implies 
 """
 
 import contextlib
-import contextvars
-import functools
 import gc
 import itertools
 import statistics
@@ -324,11 +322,16 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def under(backend: str, run: Callable) -> Callable:
-    """run with that backend, in a context made once: to enter one anew, which its rivals need not, takes 20 us between
-    others' runs."""
-    context = contextvars.copy_context()
-    context.run(_dispatch.force, backend)
-    return functools.partial(context.run, run)
+    """run with that backend; not by `with scalekern.backend`, whose 20 us between others' runs its rivals do not have."""
+
+    def forced():
+        token = _dispatch.force(backend)
+        try:
+            return run()
+        finally:
+            token.var.reset(token)
+
+    return forced
 
 
 def as_tuple(out) -> tuple:

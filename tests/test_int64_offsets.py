@@ -137,7 +137,11 @@ def test_a_wrapped_stride_would_be_seen(kernels, call):
     for beyond in BEYOND if kernels == "cpu" else ("channel",):
         near = results(make(), compact, beyond, kernels)
         for wrong in reaching(make(), beyond) if kernels == "cpu" else (True,):
-            assert not same_bits(near, results(make(), far, beyond, kernels, wrong)), (beyond, wrong)
+            try:
+                seen = not same_bits(near, results(make(), far, beyond, kernels, wrong))
+            except RuntimeError as error:  # a length or a budget that the kernel refuses
+                seen = "sparse_attention_decode: " in str(error) and " must be " in str(error)
+            assert seen, (beyond, wrong)
 
 
 @pytest.mark.parametrize("beyond", BEYOND)
