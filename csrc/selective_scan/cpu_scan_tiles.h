@@ -60,6 +60,7 @@ static void load_flat(
   }
   with_storage<F>(a.io, [&](auto* type) {
     const auto* p = reinterpret_cast<decltype(type)>(x.data) + b * x.s[0] + k.channel * x.s[1];
+    if (plan.state_lanes) store(flat + (flat_rows<F>(plan, count) - 1) * kLanes<F>, Vec<F>{});  // past the last time
     for_lines(x, x.s[2], t, count, [&](int64_t place, int64_t first, int64_t n) {
       if (plan.state_lanes) load_line<F>(p + place, x.s[2], n, flat + first);
       else load_tile<F>(p + place, x.s[1], x.s[2], k.channels, n, flat + first * kLanes<F>);
