@@ -9,6 +9,8 @@ Packed sequences share the slots, since a token belongs to one sequence only; wh
 initial state counts and not the slot.
 """
 
+import math
+
 import torch
 
 from scalekern import _checks, _library
@@ -110,7 +112,7 @@ def check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, op=NAM
         if x is not None:
             _checks.tensor(op, name, x, dims=1, dtypes=_checks.FLOATING)
             _checks.shape(op, name, x, (channels,))
-    check_cu_seqlens(op, cu_seqlens, batch, u.shape[2:].numel())
+    check_cu_seqlens(op, cu_seqlens, batch, math.prod(u.shape[2:]))
     if initial_state is not None:
         rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _checks.tensor(op, "initial_state", initial_state, dims=3, dtypes=_checks.FLOATING + COMPLEX)
@@ -127,7 +129,7 @@ def _allocate_fwd(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, save_checkpoints
 ):  # fmt: skip
     """The outputs, uninitialized: what the fake returns and what the kernels fill."""
-    batch, length = u.shape[0], u.shape[2:].numel()
+    batch, length = u.shape[0], math.prod(u.shape[2:])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = checkpoint_count(length, A.shape[1]) if save_checkpoints else 0
     return torch.empty_like(u), A.new_empty(rows, *A.shape), A.new_empty(batch, slots, *A.shape)
