@@ -20,7 +20,7 @@ def scan(kw: dict) -> tuple:
 
 def scan_bwd(kw: dict, dout: torch.Tensor) -> tuple[tuple, tuple]:
     """(arguments of selective_scan_bwd in the kernel's own dtypes, the output and the gradients in float64)."""
-    tensors = {**kw, "B": normalize_matrix(kw["B"], False, 0), "C": normalize_matrix(kw["C"], False, 0)}
+    tensors = {**kw, "B": normalize_matrix(kw["B"], False, kw["u"]), "C": normalize_matrix(kw["C"], False, kw["u"])}
     softplus = tensors.pop("delta_softplus")
     order = [tensors[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     wide = [t.detach().double() for t in order]

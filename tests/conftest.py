@@ -1,6 +1,7 @@
 """Shared by all tests: uninitialized memory is poisoned, threads are fixed, backends are told apart."""
 
 import contextlib
+import ctypes
 import os
 import re
 import warnings
@@ -21,6 +22,8 @@ def pytest_configure(config):
     # shows up in every comparison. warn_only: ops without a deterministic form are not what is tested here.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    # So is what malloc gives the native kernels for scratch: bytes of 0x100 ^ 0xff (glibc's M_PERTURB).
+    getattr(ctypes.CDLL(None), "mallopt", lambda *args: 0)(-6, 0x100)
     torch.set_num_threads(2)
     torch.backends.cudnn.allow_tf32 = False  # eager float32 is what kernels are measured against
     warnings.filterwarnings("ignore", message=".*running the slow reference.*")

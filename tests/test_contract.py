@@ -260,7 +260,8 @@ def test_nan_and_inf_travel_as_in_the_oracle(op, sample, value, on):
     name, tensor = next(iter(floating(tensors_of(args, kwargs)).items()))
     for position in (0, -1):
         spoiled = with_tensors(args, kwargs, {name: tensor.clone()})
-        tensors_of(*spoiled)[name].view(-1)[position] = value
+        place = tensors_of(*spoiled)[name]
+        place[(position,) * place.dim()] = value
         actual = on(forward, getattr(scalekern, op), op, *spoiled)
         for i, (a, e) in enumerate(zip(actual, expected(op, *spoiled))):
             finite = torch.isfinite(e)  # of a complex number: both parts

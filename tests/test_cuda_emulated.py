@@ -196,12 +196,12 @@ def test_the_kernels_get_rows_where_that_makes_them_fast(case):
         return fill
 
     outputs = emulated._poisoned(scan._allocate_fwd(*args, True))
-    scan._in_rows_fwd(watched("selective_scan_fwd"))(*outputs, *args, True)
+    scan.in_rows(watched("selective_scan_fwd"), *scan._FWD)(*outputs, *args, True)
     assert_all_close(outputs[:2], (out, last), ("out", "last_state"), TOLERANCE[args[0].dtype])
     dout = torch.empty_like(args[0]).copy_(torch.linspace(-1, 2, out.numel()).reshape(out.shape))
     call = [*args[:10], checkpoints.to(args[2].dtype), *args[10:]]
     gradients = emulated._poisoned(scan._allocate_bwd(dout, None, *call))
-    scan._in_rows_bwd(watched("selective_scan_bwd"))(*gradients, dout, None, *call)
+    scan.in_rows(watched("selective_scan_bwd"), *scan._BWD)(*gradients, dout, None, *call)
     want = selective_scan_bwd(*doubled([dout, None, *call]))
     assert_all_close(gradients, want, SCAN, TOLERANCE[args[0].dtype])
     assert outputs[0].stride() == args[0].stride() and gradients[0].stride() == args[0].stride()

@@ -133,9 +133,8 @@ def test_layouts_give_the_same():
     assert error(module(x.transpose(2, 3).contiguous().transpose(2, 3)), module(x)) < 1e-14
 
 
-def test_scans_of_an_image_copy_it_once_and_not_four_times():
-    """Of what cross_selective_scan makes, only one tensor a pair of columns' lines is a copy of the image; and nothing
-    grows faster than the pixels do."""
+def test_scans_of_an_image_copy_it_nowhere():
+    """Nothing that cross_selective_scan makes is a copy of the image, and nothing grows faster than the pixels do."""
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         copied = largest = total = 0
@@ -156,6 +155,6 @@ def test_scans_of_an_image_copy_it_once_and_not_four_times():
         with Watch() as watch, torch.no_grad():
             module(x)
         found[side] = watch
-        assert 0 < watch.copied <= 16 * side * side  # the channels of the scans: d_inner
+        assert watch.copied == 0
     for name in ("largest", "total"):
         assert 3.9 < getattr(found[24], name) / getattr(found[12], name) < 4.1

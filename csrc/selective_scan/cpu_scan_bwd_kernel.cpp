@@ -288,9 +288,12 @@ class Backward {
     with_matrix_storage<O>(a_.io, [&](auto* type) {
       const int64_t v = row / O::comps * (plan_.state_lanes ? W : 1), n = out.s[2] * O::comps, l = out.s[3] * O::comps;
       auto* p = reinterpret_cast<decltype(type)>(out.data) + (
-          b * out.s[0] + group * out.s[1]) * O::comps + v * n + t * l + row % O::comps;
-      if (plan_.state_lanes) store_tile<F>(p, n, l, int(least(W, a_.states - v)), count, rows);
-      else store_line<F>(p, l, count, rows);
+          b * out.s[0] + group * out.s[1]) * O::comps + v * n + row % O::comps;
+      for_lines(out, out.s[3], t, count, [&](int64_t place, int64_t first, int64_t times) {
+        auto* q = p + place * O::comps;
+        if (plan_.state_lanes) store_tile<F>(q, n, l, int(least(W, a_.states - v)), times, rows + first * W);
+        else store_line<F>(q, l, times, rows + first);
+      });
     });
   }
 

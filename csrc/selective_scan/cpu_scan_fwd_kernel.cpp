@@ -194,6 +194,7 @@ class Forward {
     for (int64_t t = begin, next; t < end; t = next) {
       const int64_t sequence = sequence_at(a_, t);
       next = least(t + kRun - (t + a_.pad) % kRun, least(end, a_.starts[sequence + 1]));
+      next = least(next, least(line_end(a_.B, t), line_end(a_.C, t)));  // where B and C are read in place
       if (t == a_.starts[sequence]) load_row_state<O>(a_, plan_, a_.initial, b + sequence, k, state);
       if (write && a_.slots && (t == 0 || (t + a_.pad) % a_.chunk == 0))
         store_state<O>(
@@ -204,6 +205,8 @@ class Forward {
     }
     if (write) finish(b, k, begin, count, s);
   }
+
+  static int64_t line_end(const ScanTensor& x, int64_t t) { return x.line < kRun / 4 ? t + kRun : t - t % x.line + x.line; }
 
   // All vectors of the state through the times [t, next) of the tile that begins at `begin`.
   template <bool kShared>

@@ -101,8 +101,9 @@ static Plan make_plan(const ScanArgs& a, int64_t max_parts) {
   // With channels contiguous, whole rows of many channels go through a tile together. With time contiguous, each of
   // W channels times seven tensors lies in a page of its own: a few of them stream, 1 KiB at a time. (At L = 2^20,
   // where the pages also fall into one set of the TLB, 256 B at a time made the backward 1.6 times slower.)
-  const bool rows = a.u.s[2] != 1 && a.u.s[2] != -1;
-  p.bundle = rows ? kMaxBundle : 2;
+  // So do the columns of an image whose rows are contiguous: a cache line holds pixels of 16 of them.
+  const bool rows = a.u.s[2] != 1 && a.u.s[2] != -1, crossed = a.u.line < a.length && a.u.s[1] != 1;
+  p.bundle = rows && !crossed ? kMaxBundle : 2;
   p.span = rows || a.length <= 64 ? 64 : 256;
   return p;
 }

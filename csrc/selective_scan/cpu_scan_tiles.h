@@ -37,6 +37,17 @@ static inline void scale_rows(F* rows, int64_t count, Vec<F> scale) {
   for (int64_t i = 0; i < count; ++i) store(rows + i * kLanes<F>, load(rows + i * kLanes<F>) * scale);
 }
 
+// Calls body(place, first, n) for the stretches of `count` times from t that lie evenly apart: n of them, the first at
+// element `place` of the tensor's row, number `first` of those asked for.
+template <class Body>
+static inline void for_lines(const ScanTensor& x, int64_t step, int64_t t, int64_t count, const Body& body) {
+  for (int64_t first = 0, n; first < count; first += n) {
+    const int64_t line = (t + first) / x.line, at = (t + first) % x.line;
+    n = least(count - first, x.line - at);
+    body(line * x.line_s + at * step, first, n);
+  }
+}
+
 template <class F>
 static void load_flat(
     const ScanArgs& a, const Plan& plan, const ScanTensor& x, int64_t b, Block k, int64_t t, int64_t count, F* flat) {
@@ -48,9 +59,12 @@ static void load_flat(
     return scale_rows<F>(flat, flat_rows<F>(plan, count), load_channels<F>(plan, steps, k));
   }
   with_storage<F>(a.io, [&](auto* type) {
-    const auto* p = reinterpret_cast<decltype(type)>(x.data) + b * x.s[0] + k.channel * x.s[1] + t * x.s[2];
-    if (plan.state_lanes) load_line<F>(p, x.s[2], count, flat);
-    else load_tile<F>(p, x.s[1], x.s[2], k.channels, count, flat);
+    const auto* p = reinterpret_cast<decltype(type)>(x.data) + b * x.s[0] + k.channel * x.s[1];
+    if (plan.state_lanes) store(flat + (flat_rows<F>(plan, count) - 1) * kLanes<F>, Vec<F>{});  // past the last time
+    for_lines(x, x.s[2], t, count, [&](int64_t place, int64_t first, int64_t n) {
+      if (plan.state_lanes) load_line<F>(p + place, x.s[2], n, flat + first);
+      else load_tile<F>(p + place, x.s[1], x.s[2], k.channels, n, flat + first * kLanes<F>);
+    });
   });
 }
 
@@ -59,9 +73,11 @@ static void store_flat(
     const ScanArgs& a, const Plan& plan, const ScanTensor& x, int64_t b, Block k, int64_t t, int64_t count,
     const F* flat) {
   with_storage<F>(a.io, [&](auto* type) {
-    auto* p = reinterpret_cast<decltype(type)>(x.data) + b * x.s[0] + k.channel * x.s[1] + t * x.s[2];
-    if (plan.state_lanes) store_line<F>(p, x.s[2], count, flat);
-    else store_tile<F>(p, x.s[1], x.s[2], k.channels, count, flat);
+    auto* p = reinterpret_cast<decltype(type)>(x.data) + b * x.s[0] + k.channel * x.s[1];
+    for_lines(x, x.s[2], t, count, [&](int64_t place, int64_t first, int64_t n) {
+      if (plan.state_lanes) store_line<F>(p + place, x.s[2], n, flat + first);
+      else store_tile<F>(p + place, x.s[1], x.s[2], k.channels, n, flat + first * kLanes<F>);
+    });
   });
 }
 
@@ -196,37 +212,40 @@ static MatrixView<F> view_matrix(
     });
     return {scratch, 0, 0};
   }
-  const int64_t first = b * x.s[0] + k.channel / (a.channels / groups) * x.s[1] + t * x.s[3];
+  const int64_t row = b * x.s[0] + k.channel / (a.channels / groups) * x.s[1];
   if constexpr (comps == 1)
     if (x.scale != nullptr)
-      return view_codes<O>(a, plan, x, k.channel / (a.channels / groups), first, k, v, count, times, scratch);
-  const auto fill = [&](const auto* p) {
+      return view_codes<O>(
+          a, plan, x, k.channel / (a.channels / groups), row + t * x.s[3], k, v, count, times, scratch);
+  const auto fill = [&](const auto* p, int64_t first, int64_t n) {
     for (int c = 0; c < comps; ++c) {
-      const auto* q = p + first * comps + c;
+      const auto* q = p + c;
       if (plan.state_lanes) {
-        load_tile<F>(q + v * W * x.s[2] * comps, x.s[2] * comps, x.s[3] * comps, lanes_of<F>(a, plan, k, v), times,
-                     scratch + c * W, O::row);
+        load_tile<F>(q + v * W * x.s[2] * comps, x.s[2] * comps, x.s[3] * comps, lanes_of<F>(a, plan, k, v), n,
+                     scratch + first * O::row + c * W, O::row);
       } else if (is_shared(a, plan)) {
         for (int64_t i = 0; i < count; ++i)
-          for (int64_t j = 0; j < times; ++j)
-            scratch[(i * times + j) * comps + c] = to_float(q[((v + i) * x.s[2] + j * x.s[3]) * comps]);
+          for (int64_t j = 0; j < n; ++j)
+            scratch[(i * times + first + j) * comps + c] = to_float(q[((v + i) * x.s[2] + j * x.s[3]) * comps]);
       } else {
-        for (int64_t j = 0; j < times; ++j)
-          store(scratch + j * O::row + c * W, splat(F(to_float(q[(v * x.s[2] + j * x.s[3]) * comps]))));
+        for (int64_t j = 0; j < n; ++j)
+          store(scratch + (first + j) * O::row + c * W, splat(F(to_float(q[(v * x.s[2] + j * x.s[3]) * comps]))));
       }
     }
   };
   const bool same = sizeof(F) == 8 || a.io == 0 || comps == 2;
   // Scalars are read where they lie, whatever the strides. (Gathering slices of a projection, whose states are
   // contiguous, for every block and group of states was an eighth of the forward.)
-  if (same && is_shared(a, plan))
-    return {reinterpret_cast<const F*>(x.data) + (first + v * x.s[2]) * comps, x.s[2] * comps, x.s[3] * comps};
+  const int64_t place = row + t / x.line * x.line_s + t % x.line * x.s[3];
+  if (same && is_shared(a, plan) && t % x.line + times <= x.line)
+    return {reinterpret_cast<const F*>(x.data) + (place + v * x.s[2]) * comps, x.s[2] * comps, x.s[3] * comps};
   with_matrix_storage<O>(a.io, [&](auto* type) {
-    const auto* p = reinterpret_cast<decltype(type)>(x.data);
-    if (comps == 1 && is_shared(a, plan))
+    const auto* p = reinterpret_cast<decltype(type)>(x.data) + row * comps;
+    if (comps == 1 && is_shared(a, plan) && t % x.line + times <= x.line)
       for (int64_t i = 0; i < count; ++i)
-        load_line<F>(p + first + (v + i) * x.s[2], x.s[3], times, scratch + i * times);
-    else fill(p);
+        load_line<F>(p + place - row + (v + i) * x.s[2], x.s[3], times, scratch + i * times);
+    else
+      for_lines(x, x.s[3], t, times, [&](int64_t at, int64_t first, int64_t n) { fill(p + at * comps, first, n); });
   });
   return {scratch, times * comps, is_shared(a, plan) ? comps : O::row};
 }

@@ -13,6 +13,9 @@ struct ScanTensor {
   // Of int8 codes (u, B and C of the quantized forward): the steps, of the state's type, one a channel or group.
   const char* scale;
   int64_t scale_s;
+  // Of a tensor over time: the times of a line, which lie one stride apart, and the stride from line to line. An image
+  // whose lines do not follow each other at that stride has as many as its inner axis is long, all others one of L.
+  int64_t line, line_s;
 };
 
 // Shape letters: B batch, D channels, L length, N state size, G groups, S sequences.

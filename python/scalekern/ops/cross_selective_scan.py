@@ -3,13 +3,13 @@
 Shape letters: B batch, D channels of the image, K directions, P channels of a direction (D, or D / K when grouped),
 H x W image, L = H W, N states, R rank of the step size.
 
-Nothing is read in K copies. What the scans need besides the pixels is projected from them pixel by pixel, so that it
-comes in the pixels' order: lines along rows take the image as it lies, those along columns one transposed copy that
-both of them share, and the reversed ones are scanned backwards. Copied in all: the image once (grouped, half of it),
-and its result once on the way back. No kernel reads columns of the image itself in place: their pixels are two strides
-apart (one within a column, one from a column to the next), and a scan has one stride of time.
-Pixels of all channels beside each other in memory make products, copies and scans run along channels.
+Nothing is copied to be read in a direction: what the scans need besides the pixels is projected from them pixel by pixel
+and lies as they do, lines along rows are an image as it lies, those along columns its transpose, which selective_scan
+reads and writes in place, and the reversed ones are scanned backwards. (GPUs copy the transposed ones: a scan there
+reads one stride.) Pixels of all channels beside each other in memory make products and scans run along channels.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -46,36 +46,27 @@ def cross_selective_scan(
     section 3.2 (VSSS); argument order of VMamba's cross_selective_scan.
     """
     directions = _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, directions, grouped)
-    K, (R, N) = len(directions), (dt_projs_weight.shape[2], A.shape[1])
+    K = len(directions)
     A, skips = A.chunk(K), D.chunk(K) if D is not None else [None] * K
     parts = x.chunk(K, 1) if grouped and x.shape[1] else [x] * K
-    columns = {}  # transposed copies, one a part
-    sums: dict[tuple, torch.Tensor] = {}
-    for k, (part, direction) in enumerate(zip(parts, directions)):
-        if along := direction % 2:
-            key = k if grouped else 0
-            if key not in columns:
-                columns[key] = part.permute(0, 3, 2, 1).contiguous().permute(0, 3, 1, 2)  # [B, P, W, H], channels last
-            part = columns[key]
-        y = _scan(part, x_proj_weight[k], dt_projs_weight[k], dt_projs_bias[k], A[k], skips[k], R, N, direction >= 2)
-        key = (k if grouped else 0, along)
-        sums[key] = sums[key] + y if key in sums else y
-    images = [y.transpose(2, 3) if along else y for (_, along), y in sums.items()]
+    images = [
+        _scan(part, direction, *(t[k] for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, skips)))
+        for k, (part, direction) in enumerate(zip(parts, directions))
+    ]
     if grouped:
         return torch.cat([y.permute(0, 2, 3, 1) for y in images], -1).permute(0, 3, 1, 2)
-    return images[0] + images[1] if len(images) == 2 else images[0]
+    return functools.reduce(torch.add, images)
 
 
-def _scan(x, x_proj_weight, dt_proj_weight, bias, A, D, R, N, reverse):
-    """One direction of an image (B, P, ., .) whose last axis is the inner one of the line; the same shape."""
-    u = x.flatten(2)
-    line = u.transpose(1, 2)  # [B, L, P]
-    dt, B, C = F.linear(line, x_proj_weight.to(x.dtype)).split([R, N, N], -1)
-    delta = F.linear(dt, dt_proj_weight.to(x.dtype)).transpose(1, 2)
-    y = selective_scan(
-        u, delta, A, B.transpose(1, 2), C.transpose(1, 2), D, None, bias, delta_softplus=True, reverse=reverse
-    )
-    return y.unflatten(2, x.shape[2:])
+def _scan(x, direction, x_proj_weight, dt_proj_weight, bias, A, D):
+    """One direction of an image (B, P, H, W); the same shape."""
+    states = A.shape[1]
+    pixels = x.permute(0, 2, 3, 1)
+    dt, B, C = F.linear(pixels, x_proj_weight.to(x.dtype)).split([dt_proj_weight.shape[1], states, states], -1)
+    delta = F.linear(dt, dt_proj_weight.to(x.dtype))
+    along = lambda image: image.transpose(2, 3) if direction % 2 else image
+    delta, B, C = (along(t.permute(0, 3, 1, 2)) for t in (delta, B, C))
+    return along(selective_scan(along(x), delta, A, B, C, D, None, bias, delta_softplus=True, reverse=direction >= 2))
 
 
 def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, directions, grouped):

@@ -66,7 +66,7 @@ def mamba_inner(
     state = real.to_complex() if A.is_complex() else real
     matrix = state if A.is_complex() else io
     length = xz.shape[-1]
-    B, C = (None if m is None else _to(normalize_matrix(m, A.is_complex(), length), matrix) for m in (B, C))
+    B, C = (None if m is None else _to(normalize_matrix(m, A.is_complex(), xz), matrix) for m in (B, C))
     tensors = (
         xz, _to(conv1d_weight, real).reshape(conv1d_weight.shape[0], -1), _to(conv1d_bias, real),
         _to(x_proj_weight, io), _to(delta_proj_weight, io), _to(out_proj_weight, io), _to(out_proj_bias, io),

@@ -9,12 +9,14 @@ Packed sequences share the slots, since a token belongs to one sequence only; wh
 initial state counts and not the slot.
 """
 
+import math
+
 import torch
 
 from scalekern import _checks, _library
 from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._packing import check_cu_seqlens, checkpoint_count
-from scalekern.reference.selective_scan import normalize_matrix
+from scalekern.reference.selective_scan import as_lines, normalize_matrix
 from scalekern.reference.selective_scan import selective_scan_bwd as reference_bwd
 from scalekern.reference.selective_scan import selective_scan_fwd as reference_fwd
 
@@ -32,10 +34,12 @@ def selective_scan(
     through the last state too. The gate and the state are computed in float32 (float64 for float64 inputs).
 
     Args:
-        u, delta, z: (B, D, L), float64, float32, float16 or bfloat16, any strides (channels-last is read in place).
+        u, delta, z: (B, D, L), float64, float32, float16 or bfloat16, any strides (channels-last is read in place). Or
+            all of them images (B, D, H, W), read row by row; transposed ones are read column by column, in place too
+            (GPUs copy what does not lie in one stride).
         A: (D, N), real (float32; float64 for float64 inputs) or complex, then out = 2 Re(C h).
-        B, C: (D, N), or (B, N, L), or (B, G, N, L) with G dividing D. For a complex A: complex, or real with the
-            last axis interleaved (..., 2 L) as mamba_ssm has it.
+        B, C: (D, N), or (B, N, L), or (B, G, N, L) with G dividing D, (..., H, W) beside images. For a complex A:
+            complex, or real with the last axis interleaved (..., 2 L) as mamba_ssm has it.
         D, delta_bias: (D,).
         delta_softplus: apply softplus to the step size.
         return_last_state: also return the state after the last token.
@@ -45,7 +49,7 @@ def selective_scan(
         reverse: scan from the last token to the first, in place of flipping the inputs and the output.
 
     Returns:
-        out (B, D, L) in u's dtype; with `return_last_state` also the last state (B, D, N) or (S, D, N), in float32
+        out in u's shape and dtype; with `return_last_state` also the last state (B, D, N) or (S, D, N), in float32
         (float64), complex for a complex A. Inputs of different dtypes are promoted to a common one first.
 
     Raises:
@@ -54,7 +58,7 @@ def selective_scan(
     Source: Gu & Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, sections 3.2 and 3.3;
     argument order of state-spaces/mamba's selective_scan_fn.
     """
-    check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, dims=(3, 4))
     out_dtype = u.dtype
     io = out_dtype
     for x in (delta, z, *(m for m in (B, C) if not m.is_complex())):
@@ -63,7 +67,7 @@ def selective_scan(
     real = torch.float64 if io == torch.float64 else torch.float32
     state = real.to_complex() if A.is_complex() else real
     matrix = state if A.is_complex() else io
-    B, C = (_to(normalize_matrix(m, A.is_complex(), u.shape[-1]), matrix) for m in (B, C))
+    B, C = (_to(normalize_matrix(m, A.is_complex(), u), matrix) for m in (B, C))
     A, initial_state = _to(A, state), _to(initial_state, state)
     D, delta_bias = _to(D, real), _to(delta_bias, real)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -77,26 +81,28 @@ def _to(tensor, dtype):
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, op=NAME, dtypes=_checks.FLOATING):
-    """Those of every selective scan; `dtypes` of u, B and C."""
-    _checks.tensor(op, "u", u, dims=3, dtypes=dtypes)
+def check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, op=NAME, dtypes=_checks.FLOATING, dims=3):
+    """Those of every selective scan; `dtypes` of u, B and C, `dims` of u."""
+    _checks.tensor(op, "u", u, dims=dims, dtypes=dtypes)
     _checks.tensor(op, "A", A, dims=2, dtypes=_checks.FLOATING + COMPLEX)
-    batch, channels, length = u.shape
+    batch, channels, *times = u.shape
     states = A.shape[1]
     for name, x in (("delta", delta), ("z", z)):
         if x is not None or name == "delta":
-            _checks.tensor(op, name, x, dims=3, dtypes=_checks.FLOATING)
-            _checks.shape(op, name, x, (batch, channels, length))
+            _checks.tensor(op, name, x, dims=u.dim(), dtypes=_checks.FLOATING)
+            _checks.shape(op, name, x, u.shape)
     _checks.shape(op, "A", A, (channels, None))
     for name, x in (("B", B), ("C", C)):
-        _checks.tensor(op, name, x, dims=(2, 3, 4), dtypes=dtypes + (COMPLEX if A.is_complex() else ()))
-        width = 2 * length if A.is_complex() and not x.is_complex() and x.dim() > 2 else length
+        matrix_dims = (2, u.dim(), u.dim() + 1)
+        _checks.tensor(op, name, x, dims=matrix_dims, dtypes=dtypes + (COMPLEX if A.is_complex() else ()))
+        pairs = A.is_complex() and not x.is_complex() and x.dim() > 2
+        over = (*times[:-1], times[-1] * (2 if pairs else 1))
         if x.dim() == 2:
             _checks.shape(op, name, x, (channels, states))
-        elif x.dim() == 3:
-            _checks.shape(op, name, x, (batch, states, width))
+        elif x.dim() == u.dim():
+            _checks.shape(op, name, x, (batch, states, *over))
         else:
-            _checks.shape(op, name, x, (batch, None, states, width))
+            _checks.shape(op, name, x, (batch, None, states, *over))
             groups = x.shape[1]
             if groups == 0 or channels % groups:
                 raise ValueError(
@@ -106,7 +112,7 @@ def check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, op=NAM
         if x is not None:
             _checks.tensor(op, name, x, dims=1, dtypes=_checks.FLOATING)
             _checks.shape(op, name, x, (channels,))
-    check_cu_seqlens(op, cu_seqlens, batch, length)
+    check_cu_seqlens(op, cu_seqlens, batch, math.prod(u.shape[2:]))
     if initial_state is not None:
         rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _checks.tensor(op, "initial_state", initial_state, dims=3, dtypes=_checks.FLOATING + COMPLEX)
@@ -123,7 +129,7 @@ def _allocate_fwd(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, save_checkpoints
 ):  # fmt: skip
     """The outputs, uninitialized: what the fake returns and what the kernels fill."""
-    batch, channels, length = u.shape
+    batch, length = u.shape[0], math.prod(u.shape[2:])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = checkpoint_count(length, A.shape[1]) if save_checkpoints else 0
     return torch.empty_like(u), A.new_empty(rows, *A.shape), A.new_empty(batch, slots, *A.shape)
@@ -165,12 +171,33 @@ def _cuda_supports(largest_N: int):
     return supports
 
 
-def _in_rows_fwd(fill):
-    return in_rows(fill, 3, (0,), (0, 1, 3, 4, 6))
+# How many tensors a call fills, the numbers of those with a value a token (dB and dC where they have one), and the
+# numbers among its other arguments of (dout, u, delta, B, C, z), dout only backward.
+_FWD = 3, (0,), (0, 1, 3, 4, 6)
+_BWD = 9, (0, 1, 3, 4, 6), (0, 2, 3, 5, 6, 8)
 
 
-def _in_rows_bwd(fill):
-    return in_rows(fill, 9, (0, 1, 6), (0, 2, 3, 5, 6, 8))
+def in_lines(fill, outputs: int, over_time: tuple, inputs: tuple):
+    """`fill`, a scan for GPUs, of an image: as lines, copied where rows do not follow each other at one stride (a read
+    of columns moves a sector for every pixel)."""
+    matrices = inputs[-3:-1]
+
+    def run(*args):
+        filled, rest = list(args[:outputs]), list(args[outputs:])
+        if rest[inputs[-5]].dim() == 3:
+            return fill(*args)
+        for i in inputs:
+            (rest[i],) = as_lines(rest[i], time=3 if i in matrices else 2)
+        for i in over_time:
+            if filled[i].dim() > 2:
+                filled[i] = filled[i].new_empty(*filled[i].shape[:-2], filled[i].shape[-2:].numel())
+        fill(*filled, *rest)
+        for given, used in zip(args, filled):
+            if used is not given:
+                given.copy_(used.view(given.shape))
+
+    run.native_op, run.triton_module = (getattr(fill, name, None) for name in ("native_op", "triton_module"))
+    return run
 
 
 _CUDA_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))  # 163 KB of shared memory a block or more
@@ -182,11 +209,7 @@ def in_rows(fill, outputs: int, over_time: tuple, inputs: tuple):
 
     Products over (B, L, D) leave them a channel's width apart. A copy moves each tensor twice through memory, some 5 %
     of what the general kernels take longer (at 4,096 channels of 4,096 tokens on an H200: 1.9 ms against 0.84 forward,
-    15.6 against 6.8 backward). Calls that take the general kernels anyway are passed on as they are.
-
-    outputs: how many tensors the call fills, those numbered `over_time` with a value a token; inputs: numbers of
-    (dout, u, delta, B, C, z) among its other arguments, dout only backward.
-    """
+    15.6 against 6.8 backward). Calls that take the general kernels anyway are passed on as they are."""
     u = inputs[-5]
 
     def run(*args):
@@ -232,8 +255,10 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-_cuda_fwd = _in_rows_fwd(native("selective_scan_fwd", "cuda"))
-_cuda_bwd = _in_rows_bwd(native("selective_scan_bwd", "cuda"))
+_cuda_fwd = in_lines(in_rows(native("selective_scan_fwd", "cuda"), *_FWD), *_FWD)
+_cuda_bwd = in_lines(in_rows(native("selective_scan_bwd", "cuda"), *_BWD), *_BWD)
+_triton_fwd = in_lines(triton("selective_scan", "selective_scan_fwd"), *_FWD)
+_triton_bwd = in_lines(triton("selective_scan", "selective_scan_bwd"), *_BWD)
 
 selective_scan_fwd = _library.define(
     NAME,
@@ -242,7 +267,7 @@ selective_scan_fwd = _library.define(
     "bool save_checkpoints) -> (Tensor, Tensor, Tensor)",
     backends=(
         Backend("cuda", filling(_allocate_fwd, _cuda_fwd), _cuda_supports_fwd),
-        Backend("triton", filling(_allocate_fwd, triton("selective_scan", "selective_scan_fwd")), _gpu_supports),
+        Backend("triton", filling(_allocate_fwd, _triton_fwd), _gpu_supports),
         Backend("cpu", filling(_allocate_fwd, native("selective_scan_fwd", "cpu"))),
         Backend("reference", reference_fwd),
     ),
@@ -260,11 +285,7 @@ selective_scan_bwd = _library.define(
     "bool delta_softplus, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=(
         Backend("cuda", filling(_allocate_bwd, _cuda_bwd), lambda g, h, *a: _cuda_supports_bwd(*a)),
-        Backend(
-            "triton",
-            filling(_allocate_bwd, triton("selective_scan", "selective_scan_bwd")),
-            lambda g, h, *a: _gpu_supports(*a),
-        ),
+        Backend("triton", filling(_allocate_bwd, _triton_bwd), lambda g, h, *a: _gpu_supports(*a)),
         Backend("cpu", filling(_allocate_bwd, native("selective_scan_bwd", "cpu"))),
         Backend("reference", reference_bwd),
     ),

@@ -22,27 +22,35 @@ def selective_scan(
     *, initial_state=None, cu_seqlens=None, reverse=False,
 ):  # fmt: skip
     """Same arguments and results as scalekern.selective_scan."""
-    B, C = (normalize_matrix(m, A.is_complex(), u.shape[-1]) for m in (B, C))
+    B, C = (normalize_matrix(m, A.is_complex(), u) for m in (B, C))
     out, last_state, _ = selective_scan_fwd(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, False
     )
     return (out, last_state) if return_last_state else out
 
 
-def normalize_matrix(matrix, complex_A, length):
+def normalize_matrix(matrix, complex_A, u):
     """(B, N, L) -> (B, 1, N, L), and upstream's interleaved real (..., 2 L) -> complex (..., L); (D, N) stays."""
     if matrix.dim() == 2:
         return matrix
     if complex_A and not matrix.is_complex():
-        pairs = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).unflatten(-1, (length, 2))
+        pairs = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).unflatten(-1, (u.shape[-1], 2))
         matrix = torch.complex(pairs[..., 0], pairs[..., 1])  # a view as complex asks for even strides and offset
-    return matrix[:, None] if matrix.dim() == 3 else matrix
+    return matrix[:, None] if matrix.dim() == u.dim() else matrix
+
+
+def as_lines(*tensors, time=2):
+    """Images (..., H, W), whose time is axes `time` and the next, as lines (..., L), row by row; others stay."""
+    return tuple(x.flatten(time) if x is not None and x.dim() == time + 2 else x for x in tensors)
 
 
 def selective_scan_fwd(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, save_checkpoints
 ):  # fmt: skip
     """(out, last_state, checkpoints). B and C are (D, N) or (B, G, N, L); checkpoints as ops/selective_scan.py says."""
+    image = u.shape
+    u, delta, z = as_lines(u, delta, z)
+    B, C = as_lines(B, C, time=3)
     real, state_dtype = _dtypes(u, A)
     batch, channels, length = u.shape
     stride = checkpoint_stride(A.shape[1])
@@ -62,7 +70,7 @@ def selective_scan_fwd(
     out = y if D is None else y + D.to(real)[:, None] * x
     out = out if z is None else out * F.silu(z.to(real))
     last_state = torch.cat(lasts) if lasts else torch.zeros(0, *A.shape, dtype=state_dtype, device=u.device)
-    return out.to(u.dtype), last_state, checkpoints
+    return out.to(u.dtype).view(image), last_state, checkpoints
 
 
 def selective_scan_bwd(
@@ -79,6 +87,9 @@ def selective_scan_bwd(
         dA      += dE d_t                      dd_t = Re(dE conj(A)) + Re(g_t conj(B_t)) u_t
         du_t     = Re(g_t conj(B_t)) d_t + D dy_t
     """
+    image, shapes = u.shape, (B.shape, C.shape)
+    dout, u, delta, z = as_lines(dout, u, delta, z)
+    B, C = as_lines(B, C, time=3)
     real, state_dtype = _dtypes(u, A)
     batch, channels, length = u.shape
     stride = checkpoint_stride(A.shape[1])
@@ -129,9 +140,10 @@ def selective_scan_bwd(
         silu_slope = gate * (1 + z.to(real) * (1 - gate))
         dz = (gated * (y + skip * x) * silu_slope).to(z.dtype)
     return (
-        dx.to(u.dtype), ddelta.to(delta.dtype), dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype),
+        dx.to(u.dtype).view(image), ddelta.to(delta.dtype).view(image), dA.to(A.dtype),
+        *(m.to(like.dtype).view(shape) for m, like, shape in zip((dB, dC), (B, C), shapes)),
         u.new_empty(0) if D is None else (dy * x).sum((0, 2)).to(D.dtype),
-        dz,
+        dz if z is None else dz.view(image),
         u.new_empty(0) if delta_bias is None else ddelta.sum((0, 2)).to(delta_bias.dtype),
         u.new_empty(0) if initial_state is None else torch.cat(dinitial).to(initial_state.dtype)
         if dinitial else torch.zeros_like(initial_state),

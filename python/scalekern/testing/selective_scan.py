@@ -9,8 +9,10 @@ from scalekern.testing import Sample, Spec
 
 
 def _scan(B, D, L, N, G=None, *, constant="", gate=True, skip=True, bias=True, softplus=True, state=False, cu=None,
-          reverse=False, complex_A=False, last=True):  # fmt: skip
-    """A builder of selective_scan arguments. G None: (B, N, L) matrices; constant: which of B and C are (D, N)."""
+          reverse=False, complex_A=False, last=True, columns=False):  # fmt: skip
+    """A builder of selective_scan arguments. G None: (B, N, L) matrices; constant: which of B and C are (D, N). L may be
+    an image's (H, W); `columns`: transposed ones, so that lines are not one stride apart."""
+    L = L if isinstance(L, tuple) else (L,)
 
     def build(f):
         matrix = f.complex if complex_A else f.io
@@ -19,12 +21,14 @@ def _scan(B, D, L, N, G=None, *, constant="", gate=True, skip=True, bias=True, s
             A = torch.complex(A, f.param(D, N))
         lead = (B,) if G is None else (B, G)
         matrices = [
-            (f.complex(D, N) if complex_A else f.io(D, N)) if name in constant else matrix(*lead, N, L) for name in "BC"
+            (f.complex(D, N) if complex_A else f.io(D, N)) if name in constant else matrix(*lead, N, *L) for name in "BC"
         ]
-        delta = f.io(B, D, L, scale=0.5) if softplus else f.positive(B, D, L, low=0.05, high=0.5).to(f.dtype)
+        delta = f.io(B, D, *L, scale=0.5) if softplus else f.positive(B, D, *L, low=0.05, high=0.5).to(f.dtype)
         rows = B if cu is None else len(cu) - 1
-        args = (f.io(B, D, L), delta, A, *matrices, f.param(D) if skip else None, f.io(B, D, L) if gate else None,
+        args = (f.io(B, D, *L), delta, A, *matrices, f.param(D) if skip else None, f.io(B, D, *L) if gate else None,
                 f.param(D, scale=0.3) if bias else None, softplus, last)  # fmt: skip
+        if columns:
+            args = tuple(x.transpose(-2, -1) if isinstance(x, torch.Tensor) and x.dim() > 3 else x for x in args)
         initial = (f.complex if complex_A else f.param)(rows, D, N) if state else None
         kwargs = dict(initial_state=initial, cu_seqlens=None if cu is None else f.integers(cu), reverse=reverse)
         return args, kwargs
@@ -128,6 +132,8 @@ SPECS = {
             Sample("packed", _scan(1, 7, 150, 4, cu=[0, 1, 64, 64, 131, 150], state=True)),
             Sample("packed_reverse", _scan(1, 4, 81, 16, cu=[0, 70, 81], reverse=True)),
             Sample("large_state", _scan(1, 3, 66, 37, state=True)),
+            Sample("image", _scan(2, 5, (7, 11), 4, state=True)),
+            Sample("columns", _scan(2, 18, (21, 9), 16, G=2, columns=True)),
             Sample("complex", _scan(2, 5, 70, 4, complex_A=True, state=True)),
             Sample("complex_constant", _scan(1, 4, 9, 3, complex_A=True, constant="B", reverse=True)),
         )
