@@ -72,11 +72,11 @@ class BackwardTiles {
           line(kColumns + kTileColumns) {}
   };
 
-  // One for bfloat16, unless all of w have one scale, whose rounding errors are few numbers.
+  // One for bfloat16, unless all of w have one scale: then its few numbers' rounding errors (2^-8) do not average.
   static int parts_of_weight(const QuantMatmulBwdArgs& a) {
     if (exact_when_scaled(a.w) && !a.w.outer.data) return 1;
     const int parts = parts_of(a.dx.dtype);
-    return parts == 1 && a.w.groups == 1 ? 2 : parts;
+    return parts == 1 && a.w.groups == 1 && a.w.scales.row == 0 ? 2 : parts;
   }
   bool worth_it() const { return a_.tokens * a_.w.rows * a_.w.columns >= kParallelWork; }
   int64_t most_groups() const { return a_.w.groups == 1 ? 1 : least(a_.w.groups, kColumns / a_.w.group + 2); }
