@@ -1,7 +1,8 @@
-// dx = dout w for a low-bit weight: blocks of it (kBlockRows x kBlockColumns) are decoded into L2, as they lie, for all
-// tokens. Threads share the columns, so that each sum over rows has one order, whatever their number.
+// dx = dout w for a low-bit weight: on tile registers (cpu_quant_bwd_tiles.h), or as floats: blocks of it (kBlockRows x
+// kBlockColumns) are decoded into L2, as they lie, for all tokens. Threads share the columns, so that each sum over rows
+// has one order, whatever their number.
 #include "common/micro_gemm.h"
-#include "quant_matmul/cpu_quant_tokens.h"
+#include "quant_matmul/cpu_quant_bwd_tiles.h"
 
 namespace {
 
@@ -35,11 +36,7 @@ static void block_of_columns(
   }
 }
 
-}  // namespace
-
-namespace scalekern::SCALEKERN_ISA {
-
-void quant_matmul_bwd(const QuantMatmulBwdArgs& a) {
+static void as_floats(const QuantMatmulBwdArgs& a) {
   const QuantWeight& w = a.w;
   const bool in_place = a.dout.dtype == QuantDtype::f32 && (a.dout.column == 1 || w.rows == 1);
   const Buffer<float> own(in_place ? 0 : a.tokens * w.rows);
@@ -54,6 +51,17 @@ void quant_matmul_bwd(const QuantMatmulBwdArgs& a) {
         for (int64_t i = begin; i < end; ++i)
           block_of_columns(a, dout, pitch, i * kBlockColumns, block, c, parts);
       });
+}
+
+}  // namespace
+
+namespace scalekern::SCALEKERN_ISA {
+
+void quant_matmul_bwd(const QuantMatmulBwdArgs& a) {
+#if defined(__AVX512F__)
+  if (has_amx() && BackwardTiles::is_faster(a)) return BackwardTiles(a).run(as_floats);
+#endif
+  as_floats(a);
 }
 
 }  // namespace scalekern::SCALEKERN_ISA
