@@ -161,7 +161,7 @@ struct Forward {
     Buffers m(*this, scratch);
     const int64_t i = q_tiles - 1 - index / (a.batch * a.heads), rest = index % (a.batch * a.heads);
     const int64_t q0 = i * a.block_q;
-    const Place at{rest / a.heads, rest % a.heads, q0, least(a.block_q, a.q_len - q0), false};
+    const Place at{rest / a.heads, rest % a.heads, q0, least(a.block_q, a.q_len - q0), false, false};
     products.load_queries(m.operands, at, F(logits.factor()));
     for (int64_t j = 0; j < round_up(at.rows, W) * out_rows; ++j) m.out[j] = 0;
     for (int64_t j = 0; j < round_up(at.rows, W); ++j) m.max[j] = -kInfinity<F>, m.sum[j] = 0;

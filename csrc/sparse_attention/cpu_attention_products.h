@@ -8,7 +8,8 @@ namespace {
 // A query tile of a head.
 struct Place {
   int64_t b, h, q0, rows;
-  bool careful;  // a query or gradient is not finite: it must not meet the keys that it does not see
+  bool careful;    // a query or gradient is not finite: it must not meet the keys that it does not see
+  bool repairing;  // the gradients of scores, see the backward
 };
 
 template <class T>
