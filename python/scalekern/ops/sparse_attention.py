@@ -83,20 +83,32 @@ def sparse_attention(
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     _check(q, k, v, mask, cu_seqlens, bias, score, temperature, empty_rows, sinks, softcap, position_table)
-    if score == "cosine":
-        q, k = unit(q, temperature), unit(k)
-        scale = 1.0 if scale is None else scale
+    io, outside = q.dtype, contextlib.nullcontext()
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if score == "cosine":
+        # Rounded at length 1 and a temperature of 100, q and k in bfloat16 put the output off by 1e-2, dq and dk by 3e-2
+        # and the temperature's gradient by as much as there is. A CPU takes float32 in 1.0 to 1.3 (gradients 1.2) times
+        # the time for windows of 64 tokens, 2.3 for 1,024; two digits each, [hi lo hi] and [hi hi lo], in 1.4 to 2.7
+        # (1.4 to 1.7), with the temperature's gradient as wrong. A GPU, whose float32 has no such rate, rounds.
+        if q.device.type == "cpu":
+            if torch.is_autocast_enabled("cpu") and io != torch.float64:
+                io, outside = torch.get_autocast_dtype("cpu"), torch.autocast("cpu", enabled=False)
+            v = v.to(wide)
+        with outside:
+            q, k = unit(q, temperature, v.dtype), unit(k, None, v.dtype)
+        scale = 1.0 if scale is None else scale
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
     bias = bias if bias is None or bias.dtype in (q.dtype, wide) else bias.to(wide)
     lengths = (int(q.shape[2]), int(k.shape[2])) if empty_rows == "attend" else None
     compiling = torch.compiler.is_compiling()
     code, text = (None, _text_of(argument(mask), lengths)) if compiling else (_code_of(mask, lengths, q.device), "")
     tables = _tables(q, k, position_table, cu_seqlens, cu_seqlens_k, wide)
-    out, lse = sparse_attention_fwd(
-        q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, softcap or 0.0, score == "silu", norm,
-        text,
-    )  # fmt: skip
+    with outside:
+        out, lse = sparse_attention_fwd(
+            q, k, v, code, cu_seqlens, cu_seqlens_k, bias, sinks, *tables, scale, softcap or 0.0, score == "silu", norm,
+            text,
+        )  # fmt: skip
+    out = out.to(io) if score == "cosine" else out
     if cu_seqlens is not None:
         out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
