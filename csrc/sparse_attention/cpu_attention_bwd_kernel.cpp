@@ -78,7 +78,8 @@ struct Backward {
   // Logits and dP become P and dS for one panel. Repairing, dP is left out and P, which has been used, becomes 0.
   void scores(const Buffers& m, KeyRange range, const TileBits& bits, int64_t i, bool repairing) const {
     const F norm = F(a.norm);
-    const Vec<F> shift[2] = {load(m.lse + i), load(m.lse + i + V)}, mean[2] = {load(m.delta + i), load(m.delta + i + V)};
+    const Vec<F> shift[2] = {load(m.lse + i), load(m.lse + i + V)};
+    const Vec<F> mean[2] = {load(m.delta + i), load(m.delta + i + V)};
     Vec<F> total[2] = {}, slope_squares[2] = {}, weight_squares[2] = {};
     for (int64_t k = range.first; k < range.last; ++k) {
       const uint64_t seen = bits.partial ? bits.panel<W>(k, i) : ~uint64_t(0);
