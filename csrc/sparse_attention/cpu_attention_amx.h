@@ -12,7 +12,7 @@
 //   multiply-adds 6.7 and 16); causal 13 and 37 (38 and 91); torch's dense causal attention in bfloat16 17 and 80.
 // V^T (K^T, backward) is a copy, one a key head, whose tiles are made when a query tile first visits them. On small
 //   pages the faults of that memory made N = 65,536 take 23 times as long as 4,096, not 16. A block that is visited
-//   once, for one query tile of one head, is made in L1: 32 heads, 8,192 keys, 8 to 32 queries, 0.6 to 0.75 of the time.
+//   once, for one query tile of one head, is made in L1: 32 heads, 8,192 keys, 7 to 32 queries, 0.6 to 0.9 of the time.
 // Two panels take turns in scores, weights and sums: 4 % less time than one after the other, since a tile is then not
 //   loaded from what is still on its way to L1. Of other blocks than (64, 64), (64, 32) and (32, 64) lose 7 to 20 %,
 //   (128, 64) 2 %, and 16 in the backward of a window.

@@ -15,9 +15,9 @@
 // A query tile's P^T and dS^T lie [key][query] in L1 or L2, so that they serve dV and dK as they are.
 // delta = dO . O, and O may be rounded to a half: where one key has most of a row's weight, dP - delta cancels and that
 //   error is all of dS (bfloat16, weights of 0.97 on average: dq off by 4 %, of 0.998 by 16 %, as in
-//   scaled_dot_product_attention). But sum_j dS_ij is known, 0 without sinks and dlse: what it is instead is the error of
-//   delta, and P times it repairs dS, in another visit to the tiles of a query tile that needs it, at 4 of 5 products.
-//   Visiting all of them first for an exact delta would cost each call 2 products of 7.
+//   scaled_dot_product_attention). But sum_j dS_ij is known, 0 without sinks and dlse: what it is instead is the error
+//   of delta, and P times it repairs dS, in another visit to the tiles of a query tile that needs it, at 4 of 5
+//   products. Visiting all of them first for an exact delta would cost each call 2 products of 7.
 #include "common/pages.h"
 #include "sparse_attention/cpu_attention_amx.h"
 #include "sparse_attention/cpu_attention_scores.h"
@@ -243,9 +243,9 @@ struct Backward {
     return sink > -__builtin_inf() ? F(__builtin_exp(sink - double(lse))) : F(0);
   }
 
-  // delta becomes the error that the sums of dS show; whether that is worth another visit. 3e-3 of dS, beside the 2.4e-3
-  // that rounding P, dS and gradients to bfloat16 costs, is met where a row's largest weight is a half on average;
-  // float16 has three more digits.
+  // delta becomes the error that the sums of dS show; whether that is worth another visit. 3e-3 of dS, beside the
+  // 2.4e-3 that rounding P, dS and gradients to bfloat16 costs, is met where a row's largest weight is a half on
+  // average; float16 has three more digits.
   bool find_errors(const Buffers& m, const Place& at, F* dsink) const {
     F errors = 0, all = 0, sinks = 0;
     for (int64_t r = 0; r < at.rows; ++r) {

@@ -5,6 +5,9 @@ A tensor would be a constant, of which dynamo takes one a function that made it.
 
 import contextlib
 import functools
+import importlib.abc
+import importlib.util
+import sys
 
 import torch
 
@@ -62,7 +65,10 @@ def untraced(x):
 
 
 def while_tracing(make):
-    """`make`, which torch.compile calls as it traces. Given tensors, whose values it has not, it breaks the graph."""
+    """`make`, which torch.compile calls as it traces. Given tensors, whose values it has not, it breaks the graph: with
+    fullgraph the message is an error's."""
+    name = make.__name__.strip("_")
+    of_tensors = f"{name}: masks of tensors, whose values a graph does not know, must be made outside of it, got a tensor"
 
     @constant
     def text(*args, **kwargs):
@@ -73,8 +79,49 @@ def while_tracing(make):
     def call(*args, **kwargs):
         args = [argument(x) for x in args]
         tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
-        if torch.compiler.is_dynamo_compiling() and not tensors:
-            return masks._leaves.Traced(text(*args, **kwargs))
+        if torch.compiler.is_dynamo_compiling():
+            if not tensors:
+                return masks._leaves.Traced(text(*args, **kwargs))
+            torch._dynamo.graph_break(msg=of_tensors)
         return make(*map(untraced, args), **kwargs)
 
     return call
+
+
+# ---- ~ ----
+
+_BUILTINS = "torch._dynamo.variables.builtin"
+
+
+class _Inverting(importlib.abc.MetaPathFinder):
+    """Dynamo (torch 2.13) traces `-x`, `+x` and `abs(x)` of an object as calls of its methods, and refuses `~x`. Of
+    masks it learns that one, too, once it is imported, which takes 1.5 s and is not for us to do."""
+
+    def find_spec(self, name, path, target=None):
+        if name != _BUILTINS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            learn(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def learn(module):
+    def call_invert(self, tx, x):  # None: as without it
+        mine = issubclass(getattr(x, "value_type", object), masks.Mask)
+        return x.call_method(tx, "__invert__", [], {}) if mine else None
+
+    if not hasattr(module.BuiltinVariable, "call_invert"):
+        module.BuiltinVariable.call_invert = call_invert
+
+
+if _BUILTINS in sys.modules:
+    learn(sys.modules[_BUILTINS])
+else:
+    sys.meta_path.insert(0, _Inverting())
