@@ -74,16 +74,17 @@ AttnArgs arguments(
   return a;
 }
 
-// Up to how many queries a kernel of their own is faster than panels of 2 vectors of them, most of whose lanes are empty.
-// 8 heads of 4,096 keys, P 64, Sapphire Rapids, calls in ms, it and panels: float32, 1 query 0.76 1.96, 8 1.25 1.75, 12
-// 1.70 1.82, 16 2.07 1.85; bfloat16, whose panels go through tile registers, of 32 heads and 8,192 keys 4 5.1 6.5, 6 8.1
-// 6.6. With AVX2, 6 queries: panels 1.1 to 1.2 of its time. The baseline would convert halves one by one.
+// Up to how many queries a kernel of their own is faster than panels, of whose one vector of lanes most are empty then.
+// P 64, Sapphire Rapids, it and panels in times of scaled_dot_product_attention: float32, 8 heads of 4,096 keys, P 128, 9
+// queries 0.95 1.22, 10 0.90 1.14, 12 1.02 1.06; 4 heads of 1,024, P 64, 9 1.31 1.22, 12 1.44 1.08; bfloat16, whose panels
+// go through tile registers, 32 heads of 8,192, P 64, 4 queries 0.74 0.8, 5 1.08 0.79. The baseline would convert halves
+// one by one.
 int64_t few_queries(const AttnArgs& a) {
   const bool halves = a.dtype == int(Dtype::bf16) || a.dtype == int(Dtype::f16);
-  if (a.dtype == int(Dtype::bf16) && has_amx()) return 5;
+  if (a.dtype == int(Dtype::bf16) && has_amx()) return 4;
   if (halves && isa() == Isa::baseline) return 0;
   const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
-  return 2 * bytes / (a.wide_lse ? 8 : 4) * 3 / 8;
+  return bytes / (a.wide_lse ? 8 : 4) * 5 / 8;
 }
 
 // Few queries: groups of heads that share keys, about kGroupRows rows each, and their keys in pieces. By the mask and

@@ -171,27 +171,29 @@ struct TileProducts {
   }
 
   // Rows of `range` and those beside them in tiles of 16.
+  template <int N>
   static void multiply(Rows<bf16> rows, KeyRange range, int64_t ld, const TileOperand& words, F* to, int64_t ldt) {
     const int64_t first = range.first / 16;
-    tile_gemm<false>(ceil_div(range.last, 16) - first, W / 16, ld / 32,
+    tile_gemm<false>(ceil_div(range.last, 16) - first, N, ld / 32,
                      {rows.data + 16 * first * rows.stride, 2 * rows.stride, 32 * rows.stride, 64}, words,
                      to + 16 * first * ldt, ldt);
   }
+  template <int N = 2>
   void scores(const Memory& m, int64_t i, KeyRange range, F* s, int64_t ld) const {
-    multiply(m.keys, range, ldk, panel(m.q, i, ldk), s, ld);
+    multiply<N>(m.keys, range, ldk, panel(m.q, i, ldk), s, ld);
   }
   void gradients_of_scores(const Memory& m, int64_t i, KeyRange range, F* dp) const {
-    multiply(m.values, range, ldv, panel(m.dout, i, ldv), dp, ldp);
+    multiply<2>(m.values, range, ldv, panel(m.dout, i, ldv), dp, ldp);
   }
 
   // Pairs of keys of weights, with zeros beside `range` in steps of 32; as floats where care is needed.
   using Words = uint32_t*;
   Words words(const Memory& m, int64_t i) const { return m.finite ? m.pairs + i * key_rows / 2 : nullptr; }
-  template <class Weight>
+  template <int N = 2, class Weight>
   static void weigh(KeyRange range, F* s, Words words, const Weight& weight) {
-    if (!words) return Products<T>::weigh(range, s, {}, weight);
+    if (!words) return Products<T>::template weigh<N>(range, s, {}, weight);
     const auto pair = [&](int64_t k, bool low, bool high) {
-      for (int v = 0; v < 2; ++v)
+      for (int v = 0; v < N; ++v)
         _mm512_storeu_si512(words + k / 2 * W + v * V,
                             pair_floats(low ? weight(k, v) : Vec<F>{}, high ? weight(k + 1, v) : Vec<F>{}));
     };
@@ -220,18 +222,20 @@ struct TileProducts {
   }
 
   // c [column][W] += rows^T weights
+  template <int N>
   void sum_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* weights, int64_t ld,
                 int64_t columns, F* c) const {
-    if (!m.finite) return add_rows<F>(m.careful, range, columns, weights, ld, c, bits, i, false);
+    if (!m.finite) return add_rows<F, N>(m.careful, range, columns, weights, ld, c, bits, i, false);
     const int64_t first = range.first / 32, last = ceil_div(range.last, 32);
-    tile_gemm<true>(ceil_div(columns, 16), W / 16, last - first, m.turned.from(0, first),
+    tile_gemm<true>(ceil_div(columns, 16), N, last - first, m.turned.from(0, first),
                     {m.pairs + i * key_rows / 2 + 16 * first * W, 4 * W, 64, 64 * W}, c, W);
   }
+  template <int N = 2>
   void add_values(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, F* out) const {
-    sum_keys(m, i, range, bits, p, W, a.value_dim, out);
+    sum_keys<N>(m, i, range, bits, p, W, a.value_dim, out);
   }
   void add_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* ds, F* dq) const {
-    if (range.first < range.last) sum_keys(m, i, range, bits, ds, ldp, a.dim, dq);
+    if (range.first < range.last) sum_keys<2>(m, i, range, bits, ds, ldp, a.dim, dq);
   }
 
   void add_queries(const Memory& m, const Place& at, const KeyRange* ranges, int64_t count, const F*, const F*, F* dv,
