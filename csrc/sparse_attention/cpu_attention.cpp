@@ -75,10 +75,10 @@ AttnArgs arguments(
 }
 
 // Up to how many queries a kernel of their own is faster than panels, of whose one vector of lanes most are empty then.
-// P 64, Sapphire Rapids, it and panels in times of scaled_dot_product_attention: float32, 8 heads of 4,096 keys, P 128, 9
-// queries 0.95 1.22, 10 0.90 1.14, 12 1.02 1.06; 4 heads of 1,024, P 64, 9 1.31 1.22, 12 1.44 1.08; bfloat16, whose panels
-// go through tile registers, 32 heads of 8,192, P 64, 4 queries 0.74 0.8, 5 1.08 0.79. The baseline would convert halves
-// one by one.
+// Sapphire Rapids, it and panels in times of scaled_dot_product_attention: float32, 8 heads of 4,096 keys, P 128, 9
+// queries 0.95 1.22, 10 0.90 1.14, 12 1.02 1.06; 4 heads of 1,024, P 64, 9 1.31 1.22, 12 1.44 1.08; bfloat16, whose
+// panels go through tile registers, 32 heads of 8,192, P 64, 5 queries 1.08 0.79. The baseline would convert halves one
+// by one.
 int64_t few_queries(const AttnArgs& a) {
   const bool halves = a.dtype == int(Dtype::bf16) || a.dtype == int(Dtype::f16);
   if (a.dtype == int(Dtype::bf16) && has_amx()) return 4;

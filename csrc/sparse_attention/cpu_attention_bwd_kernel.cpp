@@ -251,11 +251,13 @@ struct Backward {
     for (int64_t r = 0; r < at.rows; ++r) {
       const F weight = sink_weight(at, number(a.lse, at, r));
       const F error = m.sums[r] - m.delta[r] * weight - (a.dlse ? number(a.dlse, at, r) : F(0));
-      errors += error * error * m.weight_squares[r], all += m.slope_squares[r], sinks += error * weight;
-      m.delta[r] = error;
+      const F square = error * error * m.weight_squares[r], slopes = m.slope_squares[r];
+      const bool finite = F(0) * square == 0 && F(0) * slopes == 0;  // another's NaN leaves a row its repair
+      m.delta[r] = finite ? error : F(0);
+      if (finite) errors += square, all += slopes, sinks += error * weight;
     }
     constexpr F kMost = __is_same(T, bf16) ? F(3e-3) : F(3e-3) / 8;
-    if (!(errors > kMost * kMost * all)) return false;  // nor if some number is not finite
+    if (errors <= kMost * kMost * all) return false;
     *dsink -= sinks;
     return true;
   }

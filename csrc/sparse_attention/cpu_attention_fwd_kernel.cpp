@@ -9,8 +9,8 @@
 // A tile of keys goes through all panels of the query tile (W = 2 vectors of queries as lanes): keys and values stay in
 //   L1 or L2 and are read as they lie. Of a partial tile a panel takes the keys from the first to the last that it
 //   sees: its granularity is W queries by one key, whatever the block of the plan.
-// A panel of one vector of queries or fewer is multiplied as that: 4 heads of 1,024 keys, P 64, float32, 16 queries take
-//   0.6 of the time, bfloat16 0.7.
+// A panel of one vector of queries or fewer is multiplied as that: 4 heads of 1,024 keys, P 64, float32, 16 queries
+//   take 0.6 of the time, bfloat16 0.7.
 // In registers: kRows x W scores or outputs during a product; a panel's scores (4 KiB), maxima, sums and outputs in L1.
 // Blocks, forward and backward in ms: (64, 64) 9.1 21.6, (128, 64) 9.4 22.5, (64, 128) 8.7 22.5, (128, 128) 9.6 24.1,
 //   (32, 64) 10.3 24.8, (64, 32) 10.5 24.1.

@@ -56,7 +56,7 @@ def _seen(program, q, b, kv_len):
 
 
 def _places(code, leaf, x, b):
-    """Where the leaf may change along the keys' coordinate, for queries at x (n, 1) in theirs: tensors (n or 1, any)."""
+    """Where the leaf may change along the keys' coordinate, for queries at x (n, 1) in theirs: (n or 1, any) each."""
     opcode, swap, _, _, p0, p1, *rest = leaf
     if opcode == CAUSAL:
         return [x if swap else x + 1]

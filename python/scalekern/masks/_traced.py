@@ -68,7 +68,7 @@ def while_tracing(make):
     """`make`, which torch.compile calls as it traces. Given tensors, whose values it has not, it breaks the graph: with
     fullgraph the message is an error's."""
     name = make.__name__.strip("_")
-    of_tensors = f"{name}: masks of tensors, whose values a graph does not know, must be made outside of it, got a tensor"
+    of_tensors = f"{name}: masks of tensors, whose values a graph does not know, must be made outside, got a tensor"
 
     @constant
     def text(*args, **kwargs):

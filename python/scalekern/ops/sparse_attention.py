@@ -86,10 +86,10 @@ def sparse_attention(
     io, outside = q.dtype, contextlib.nullcontext()
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if score == "cosine":
-        # Rounded at length 1 and a temperature of 100, q and k in bfloat16 put the output off by 1e-2, dq and dk by 3e-2
-        # and the temperature's gradient by as much as there is. A CPU takes float32 in 1.0 to 1.3 (gradients 1.2) times
-        # the time for windows of 64 tokens, 2.3 for 1,024; two digits each, [hi lo hi] and [hi hi lo], in 1.4 to 2.7
-        # (1.4 to 1.7), with the temperature's gradient as wrong. A GPU, whose float32 has no such rate, rounds.
+        # Rounded at length 1 and a temperature of 100, q and k in bfloat16 put the output off by 1e-2, dq and dk by
+        # 3e-2 and the temperature's gradient by as much as there is. A CPU takes float32 in 1.0 to 1.3 (gradients 1.2)
+        # times the time for windows of 64 tokens, 2.4 for 1,024; two digits each, [hi lo hi] and [hi hi lo], in 1.4 to
+        # 2.7 (1.4 to 1.7), with the temperature's gradient as wrong. A GPU, whose float32 has no such rate, rounds.
         if q.device.type == "cpu":
             if torch.is_autocast_enabled("cpu") and io != torch.float64:
                 io, outside = torch.get_autocast_dtype("cpu"), torch.autocast("cpu", enabled=False)
