@@ -5,9 +5,6 @@ A tensor would be a constant, of which dynamo takes one a function that made it.
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.util
-import sys
 
 import torch
 
@@ -86,42 +83,3 @@ def while_tracing(make):
         return make(*map(untraced, args), **kwargs)
 
     return call
-
-
-# ---- ~ ----
-
-_BUILTINS = "torch._dynamo.variables.builtin"
-
-
-class _Inverting(importlib.abc.MetaPathFinder):
-    """Dynamo (torch 2.13) traces `-x`, `+x` and `abs(x)` of an object as calls of its methods, and refuses `~x`. Of
-    masks it learns that one, too, once it is imported, which takes 1.5 s and is not for us to do."""
-
-    def find_spec(self, name, path, target=None):
-        if name != _BUILTINS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            learn(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-def learn(module):
-    def call_invert(self, tx, x):  # None: as without it
-        mine = issubclass(getattr(x, "value_type", object), masks.Mask)
-        return x.call_method(tx, "__invert__", [], {}) if mine else None
-
-    if not hasattr(module.BuiltinVariable, "call_invert"):
-        module.BuiltinVariable.call_invert = call_invert
-
-
-if _BUILTINS in sys.modules:
-    learn(sys.modules[_BUILTINS])
-else:
-    sys.meta_path.insert(0, _Inverting())
