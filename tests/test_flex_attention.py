@@ -164,3 +164,16 @@ def test_refusals():
         flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
     with pytest.raises(TypeError, match="block_mask must be a BlockMask, got Tensor"):
         flex_attention(q, k, v, block_mask=torch.ones(20, 20), enable_gqa=True)
+
+
+def test_a_graph_takes_block_masks_from_outside():
+    """One that it closes over, and one that it is given: each its own graph."""
+    first, second = (create_block_mask(rule, *sizes, 40, 40, device="cpu") for rule, sizes in (
+        (lambda b, h, q, k: q >= k, (None, None)), (lambda b, h, q, k: (q - k).abs() <= 3 + 2 * b + h, (2, 2)),
+    ))  # fmt: skip
+    q, k, v = (torch.randn(2, 2, 40, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    closed = torch.compile(lambda q: flex_attention(q, k, v, block_mask=first), backend="eager", fullgraph=True)
+    torch.testing.assert_close(closed(q), flex_attention(q, k, v, block_mask=first), rtol=0, atol=0)
+    given = torch.compile(lambda q, m: flex_attention(q, k, v, block_mask=m), backend="eager", fullgraph=True)
+    for mask in (first, second, first):
+        torch.testing.assert_close(given(q, mask), flex_attention(q, k, v, block_mask=mask), rtol=0, atol=0)

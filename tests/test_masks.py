@@ -19,7 +19,7 @@ import torch
 from conftest import INTERPRET, child_environment
 
 from scalekern import masks
-from scalekern.masks import _bounds, _code, _draw, _plan
+from scalekern.masks import _bounds, _code, _count, _draw, _plan
 from scalekern.__main__ import main
 from scalekern.masks import causal, everything, segments, sink, window
 
@@ -342,6 +342,31 @@ def test_long_masks_are_counted_at_once():
     seconds, mebibytes = map(float, text.split())
     # 0.8 s and 70 MiB; pair by pair it took 13 s for one of them.
     assert seconds < 4 and mebibytes < 200
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_neighborhoods_are_counted_by_rows(seed, monkeypatch):
+    """Beside leaves that change at few places of a row, and in masks with leaves that do not, where tiles are asked."""
+    asked, counts = [], _count.counts
+    monkeypatch.setattr(_count, "counts", lambda *args: asked.append(counts(*args) is not None) or counts(*args))
+    r = random.Random(200 + seed)
+    near = masks.neighborhood((r.randint(1, 9), r.randint(1, 9)), (r.randint(1, 7), r.randint(1, 12)), r.randint(1, 3))
+    near = near.shift(r.randint(-5, 5), r.randint(-5, 5))
+    for other in (causal, window(3, None), sink(7).shift(1, 2), masks.prefix([0, 30]), masks.blocks([4, 9, 70]),
+                  masks.rows([[True, False] * 20]), masks.neighborhood((7, 8), 3), ~window(None, 5).transpose(),
+                  masks.dilated(3), near.transpose()):  # fmt: skip
+        for mask in (near & other, ~near & other, masks.per_head([near, ~other | near.shift(1, 1)])):
+            lengths = r.choice([1, 40, 81]), r.choice([1, 7, 40, 81])
+            dense = mask.to_dense(*lengths)
+            assert mask.density(*lengths) == pytest.approx(dense.double().mean().item(), abs=1e-12), mask
+            assert torch.equal(mask.empty_rows(*lengths), ~dense.any(3)), mask
+    assert sum(asked) == 48 and len(asked) == 60
+
+
+def test_a_neighborhood_of_a_large_image_is_counted_without_a_plan(monkeypatch):
+    monkeypatch.setattr(_plan, "_build", None)
+    N = 512 * 512
+    assert round(masks.neighborhood((512, 512), 7).density(N, N) * N * N) == 49 * N
 
 
 CONTRADICTIONS = {

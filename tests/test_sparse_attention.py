@@ -204,6 +204,31 @@ def test_masks_made_in_a_compiled_function():
     for kind in ("parts", "heads", "packed"):
         torch.testing.assert_close(compiled(q, kind), call(q, kind), rtol=0, atol=0)
 
+    outer, rule = masks.dense(torch.rand(30, 30, generator=torch.Generator().manual_seed(3)) < 0.5), masks.causal
+    others = ~outer  # dynamo (torch 2.13) traces & and |, no ~ of objects
+    large = masks.dense(torch.rand(300, 300) < 0.5)  # no text tells it
+
+    def closed_over(q, kind):
+        if kind == "and":
+            mask = masks.window(3, 3) & others | rule
+        elif kind == "heads":
+            mask = masks.per_head([outer, others, outer.shift(2, 1).transpose() | large])
+        else:
+            mask = rule
+            mask &= others
+        return scalekern.sparse_attention(q, q, q, mask, empty_rows="attend")
+
+    compiled = torch.compile(closed_over, backend="eager", fullgraph=True)
+    for kind in ("and", "heads", "in_place"):
+        torch.testing.assert_close(compiled(q, kind), closed_over(q, kind), rtol=0, atol=0)
+    given = torch.compile(lambda q, mask: scalekern.sparse_attention(q, q, q, mask), backend="eager", fullgraph=True)
+    for mask in (outer, rule, large):  # another object, another graph
+        torch.testing.assert_close(given(q, mask), scalekern.sparse_attention(q, q, q, mask), rtol=0, atol=0)
+    with pytest.raises(Exception, match="dense: masks of tensors, .* must be made outside"):
+        attend = lambda x: scalekern.sparse_attention(q, q, q, masks.dense(x))
+        inside = torch.compile(attend, backend="eager", fullgraph=True)
+        inside(torch.ones(30, 30, dtype=torch.bool))
+
     def across_a_break(q, allowed):  # a tensor is no constant: its mask is made at each call, and meets the graph's
         mask = masks.window(4, 0)
         mask = ~(mask & masks.dense(allowed))

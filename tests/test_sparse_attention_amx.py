@@ -8,7 +8,7 @@ from scalekern import _native, masks, reference
 
 if (reason := _native.load("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
-from conftest import on_level
+from conftest import at_levels, on_level
 from test_sparse_attention_cpu import CAUSAL, WINDOW, Case, check_same_bits, close, ids, inputs, native, oracle
 
 BF16 = torch.bfloat16
@@ -164,3 +164,63 @@ def test_without_tile_registers_it_agrees():
         close(with_them[2][name], gradient, BACKWARD, f"d{name}")
     if _native.cpu_isa() == "amx":
         assert not torch.equal(with_them[0], without[0]) and not torch.equal(with_them[2]["v"], without[2]["v"])
+
+
+SATURATED = {  # beside: what the sums of dS are without sinks and dlse, 0
+    "plain": {},
+    "sinks": {"sinks": True, "position": (1, 41)},
+    "softcap": {"softcap": 60.0, "bias": (1, 1), "layout": "bthd"},
+    "uneven": {"shape": (2, 2, 1, 77, 77, 24, 40)},
+}
+
+
+@pytest.mark.parametrize("name", SATURATED)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@at_levels("baseline", "avx2", "avx512")
+def test_gradients_where_one_key_has_most_of_the_weight(name, dtype):
+    """dP - delta is a hundredth of either, and the output that delta is made of is rounded: dq was off by 4e-2."""
+    case = Case(**{"mask": masks.causal, "shape": (1, 4, 4, 150, 150, 64, 64), "dtype": dtype, **SATURATED[name]})
+    t, grads = inputs(case)
+    own = t["k"].repeat_interleave(case.shape[1] // case.shape[2], 1)
+    t["q"] = (1.8 * own.float() + t["q"].float()).to(dtype)
+    grads["dlse"] = 1e-2 * grads["dlse"]
+    expected, actual = oracle(case, t, grads), native(case, t, grads)
+    for n in ("q", "k", "v", *(n for n in ("bias", "sinks", "position") if t[n] is not None)):
+        close(actual[2][n], expected[2][n], 4e-3 if dtype == BF16 else 1e-3, f"d{n}")
+    grads["dout"][:, :, 5] = torch.nan
+    others = torch.arange(case.shape[3]) != 5
+    found = native(case, t, grads)[2]["q"]
+    assert found[:, :, ~others].isnan().all()
+    close(found[:, :, others], expected[2]["q"][:, :, others], 4e-3 if dtype == BF16 else 1e-3, "dq beside NaN")
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [2.0, 4.5])
+def test_cosine_logits_at_high_temperatures(dtype, temperature):
+    """Rounded vectors of length 1 put dq off by 3e-2 in bfloat16, and the temperature's gradient by all of it."""
+    g = torch.Generator().manual_seed(6)
+    given = [torch.randn(1, h, 90, 32, generator=g).to(dtype) for h in (4, 2, 2)]
+    given.append(torch.full((4,), temperature))
+    dout = torch.randn(1, 4, 90, 32, generator=g).to(dtype)
+
+    def both(function, cast):
+        leaves = [cast(x).requires_grad_() for x in given]
+        out = function(*leaves[:3], masks.causal, score="cosine", temperature=leaves[3])
+        return out.dtype, [out, *torch.autograd.grad(out, leaves, cast(dout))]
+
+    _, expected = both(reference.sparse_attention, lambda x: x.double())
+    for function in (scalekern.sparse_attention, reference.sparse_attention):
+        found, actual = both(function, torch.clone)
+        assert found == dtype
+        for a, e, what in zip(actual, expected, ("out", "dq", "dk", "dv", "dtemperature")):
+            close(a, e.detach(), 3e-3 if dtype == BF16 else 5e-4, what)
+
+
+def test_autocast_leaves_cosine_logits_their_digits():
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, 2, 70, 32, generator=g) for _ in range(3))
+    expected = reference.sparse_attention(q.double(), k.double(), v.double(), score="cosine", scale=100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = scalekern.sparse_attention(q, k, v, score="cosine", scale=100.0)
+    assert out.dtype == BF16
+    close(out, expected, 3e-3, "out")

@@ -44,13 +44,16 @@ CASES = {  # B, Hq, Hkv, Lq, Lk, P, Pv: tiles of 64 keys, pieces of 256, rows in
     "wide": few(WINDOW, (1, 2, 2, 2, 302, 256, 256), torch.bfloat16),
     "positions": few(ALIGNED, (1, 2, 1, 3, 403, 16, 16), position=(2, 901), layout="scattered", bias=(1, 1)),
     "positions_clamped": few(WINDOW, (1, 2, 2, 2, 302, 16, 16), position=(1, 21), softcap=2.0, times="random"),
+    "shared_keys": few(masks.everything, (1, 12, 2, 17, 150, 32, 40)),  # 102 rows; with 3 threads not folded
+    "shared_keys_bf16": few(masks.everything, (1, 12, 2, 17, 150, 32, 40), torch.bfloat16),
     # what the kernel leaves to panels, on the tiles that were found for it
     "silu": few(WINDOW, (1, 2, 1, 3, 303, 16, 16), silu=True, bias=(1, 1)),
     "times": few(ALIGNED, (1, 2, 1, 3, 403, 16, 16), time=(1, 40)),
     "more": few(WINDOW, (1, 2, 1, 64, 364, 16, 16), sinks=True),
 }
-# The kernel of few queries ends, by instruction set, at 3, 6 and 12 of them (float64: half), at 6 with tile registers.
-SWITCH = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 17]
+# The kernel of few queries ends, by instruction set, at 2, 5 and 10 of them (float64: half), at 4 with tile registers;
+# a panel's second vector of queries begins at 5, 9 and 17 (float64: half).
+SWITCH = [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 16, 17, 32, 33]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,7 +150,11 @@ def test_what_an_earlier_call_left_reaches_nothing():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["three", "grouped", "many_heads_a_key_head", "a_mask_a_head", "bf16_rows"])
+REPEATED = ["three", "grouped", "many_heads_a_key_head", "a_mask_a_head", "bf16_rows"]
+REPEATED += ["shared_keys", "shared_keys_bf16"]
+
+
+@pytest.mark.parametrize("name", REPEATED)
 def test_repeats_bit_for_bit_with_any_number_of_threads(name):
     check_same_bits(CASES[name])
 
@@ -164,3 +171,15 @@ def test_a_decoding_loop_gives_the_rows_of_the_whole(rule, dtype):
         out, lse = sparse_attention(*part, rule.shift(begin, 0), return_lse=True)
         torch.testing.assert_close(out, whole[:, :, begin:end], rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
         torch.testing.assert_close(lse, lses[:, :, begin:end], rtol=0, atol=5e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (20, 4)], ids=str)  # 34 rows of a key head, and 85: two tiles of queries
+@pytest.mark.parametrize("mask", [masks.everything, masks.sink(64), masks.sink(70), CAUSAL], ids=str)
+@at_levels("baseline", "avx2")
+def test_query_heads_that_share_keys(heads, mask, dtype):
+    """Rows of one head where all see the same whole tiles, and where they do not, of an uneven number of keys."""
+    for layout, beside in (("plain", {}), ("bthd", {}), ("plain", {"sinks": True}), ("plain", {"softcap": 3.0})):
+        case = few(mask, (2, *heads, 17, 150, 32, 40), dtype, layout=layout, **beside)
+        t, grads = inputs(case)
+        check(case, native(case, t, grads), oracle(case, t, grads))

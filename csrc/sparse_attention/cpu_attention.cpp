@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/amx.h"
+#include "common/parallel.h"
 #include "common/tensor.h"
 #include "common/view.h"
 #include "sparse_attention/attention.h"
@@ -73,16 +74,17 @@ AttnArgs arguments(
   return a;
 }
 
-// Up to how many queries a kernel of their own is faster than panels of 2 vectors of them, most of whose lanes are empty.
-// 8 heads of 4,096 keys, P 64, Sapphire Rapids, calls in ms, it and panels: float32, 1 query 0.76 1.96, 8 1.25 1.75, 12
-// 1.70 1.82, 16 2.07 1.85; bfloat16, whose panels go through tile registers, 3 0.91 1.33, 6 1.29 1.30, 8 1.44 1.27. With
-// AVX2, 6 queries: panels 1.1 to 1.2 of its time. The baseline would convert halves one by one.
+// Up to how many queries a kernel of their own is faster than panels, of whose one vector of lanes most are empty then.
+// Sapphire Rapids, it and panels in times of scaled_dot_product_attention: float32, 8 heads of 4,096 keys, P 128, 9
+// queries 0.95 1.22, 10 0.90 1.14, 12 1.02 1.06; 4 heads of 1,024, P 64, 9 1.31 1.22, 12 1.44 1.08; bfloat16, whose
+// panels go through tile registers, 32 heads of 8,192, P 64, 5 queries 1.08 0.79. The baseline would convert halves one
+// by one.
 int64_t few_queries(const AttnArgs& a) {
   const bool halves = a.dtype == int(Dtype::bf16) || a.dtype == int(Dtype::f16);
-  if (a.dtype == int(Dtype::bf16) && has_amx()) return 6;
+  if (a.dtype == int(Dtype::bf16) && has_amx()) return 4;
   if (halves && isa() == Isa::baseline) return 0;
   const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
-  return 2 * bytes / (a.wide_lse ? 8 : 4) * 3 / 8;
+  return bytes / (a.wide_lse ? 8 : 4) * 5 / 8;
 }
 
 // Few queries: groups of heads that share keys, about kGroupRows rows each, and their keys in pieces. By the mask and
@@ -124,6 +126,27 @@ struct FewQueries {
   }
 };
 
+// Query heads that share keys, of which every query sees the same, as rows of one head, if that leaves work for all
+// threads: panels are full (32 heads of 8 key heads, 4,096 keys, P 128: bfloat16, 8 to 16 queries, in a quarter to 0.4
+// of the time, float32, 16 queries, in 0.6). Not a bit depends on it: a query is a lane.
+void fold_heads(AttnArgs& a, QueryTile& tile) {
+  const int64_t group = a.heads / a.kv_heads;
+  const auto rows = [&](const AttnTensor& t) { return t.s[1] == a.q_len * t.s[2]; };
+  if (group == 1 || a.batch * a.kv_heads < num_threads() || a.plan_heads * a.plan_batches > 1) return;
+  if (a.bias || a.position || a.time || a.sinks) return;
+  if (!rows(a.q) || !rows(a.out) || !rows(a.lse)) return;
+  const int32_t count = tile.ptr[1];
+  for (int32_t r = 0; r < count; ++r)
+    if (tile.runs[3 * r + 2] != 0) return;
+  for (AttnTensor* t : {&a.q, &a.out, &a.lse}) t->s[1] *= group;
+  a.heads = a.kv_heads, a.q_len *= group;
+  const std::vector<int32_t> once = tile.runs;
+  for (int64_t i = 1; i < ceil_div(a.q_len, a.block_q); ++i) {
+    tile.ptr.push_back(count * int32_t(i + 1));
+    tile.runs.insert(tile.runs.end(), once.begin(), once.end());
+  }
+}
+
 void attention_fwd(
     Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs,
     int64_t block_q, int64_t block_k, OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table,
@@ -136,7 +159,8 @@ void attention_fwd(
   a.out = view(out), a.lse = view(lse);
   if (ptr.has_value()) return SCALEKERN_CALL(attention_fwd, (a));
   const bool few = a.q_len <= few_queries(a) && !a.silu && !a.time;
-  const QueryTile tile(a.code, a.mask_depth, a.q_len, a.kv_len, few);
+  QueryTile tile(a.code, a.mask_depth, a.q_len, a.kv_len, few);
+  if (!few) fold_heads(a, tile);
   a.ptr = tile.ptr.data(), a.runs = tile.runs.data();
   if (!few) return SCALEKERN_CALL(attention_fwd, (a));
   const FewQueries plan(a, tile);

@@ -11,7 +11,8 @@
 //   B1 H4 N4096 P64, causal and window 256, two cores of a Sapphire Rapids, forward and backward in ms: 3.0 and 6.2 (by
 //   multiply-adds 6.7 and 16); causal 13 and 37 (38 and 91); torch's dense causal attention in bfloat16 17 and 80.
 // V^T (K^T, backward) is a copy, one a key head, whose tiles are made when a query tile first visits them. On small
-//   pages the faults of that memory made N = 65,536 take 23 times as long as 4,096, not 16.
+//   pages the faults of that memory made N = 65,536 take 23 times as long as 4,096, not 16. A block that is visited
+//   once, for one query tile of one head, is made in L1: 32 heads, 8,192 keys, 7 to 32 queries, 0.6 to 0.9 of the time.
 // Two panels take turns in scores, weights and sums: 4 % less time than one after the other, since a tile is then not
 //   loaded from what is still on its way to L1. Of other blocks than (64, 64), (64, 32) and (32, 64) lose 7 to 20 %,
 //   (128, 64) 2 %, and 16 in the backward of a window.
@@ -47,18 +48,19 @@ class Transposed {
   Transposed(const AttnArgs& a, const AttnTensor& t, int64_t columns)
       : a_(a), t_(t), columns_(columns), blocks_(ceil_div(a.kv_len, a.block_k)), steps_(ceil_div(a.block_k, 32)),
         size_(steps_ * round_up(columns, 32) * 32),
-        memory_(a.batch * a.kv_heads * blocks_ * (2 * size_ + 1) + 64),
-        data_(memory_.take<bf16>(a.batch * a.kv_heads * blocks_ * size_)),
-        state_(memory_.take<uint8_t>(a.batch * a.kv_heads * blocks_)) {
-    scalekern::expect_writes(data_, a.batch * a.kv_heads * blocks_ * size_ * 2);
-    __builtin_memset(state_, 0, size_t(a.batch * a.kv_heads * blocks_));
+        kept_(a.q_len > a.block_q || a.heads > a.kv_heads ? a.batch * a.kv_heads * blocks_ : 0),
+        memory_(kept_ * (2 * size_ + 1) + 64),
+        data_(memory_.take<bf16>(kept_ * size_)), state_(memory_.take<uint8_t>(kept_)) {
+    scalekern::expect_writes(data_, kept_ * size_ * 2);
+    __builtin_memset(state_, 0, size_t(kept_));
   }
+  int64_t own() const { return kept_ ? 0 : size_; }  // numbers that a thread needs for a block of its own
 
   // The block of keys from k0 on, and whether it is finite. Two threads may make the same block: of the same numbers.
-  TileOperand get(int64_t b, int64_t kv, int64_t k0, int64_t keys, bf16* space, bool& finite) const {
+  TileOperand get(int64_t b, int64_t kv, int64_t k0, int64_t keys, bf16* space, bf16* own, bool& finite) const {
     const int64_t index = (b * a_.kv_heads + kv) * blocks_ + k0 / a_.block_k;
-    bf16* to = data_ + index * size_;
-    uint8_t state = __atomic_load_n(state_ + index, __ATOMIC_ACQUIRE);
+    bf16* to = kept_ ? data_ + index * size_ : own;
+    uint8_t state = kept_ ? __atomic_load_n(state_ + index, __ATOMIC_ACQUIRE) : 0;
     if (!state) {
       const Rows<bf16> rows = half_rows(t_, b, kv, k0, keys, columns_, space);
       for (int64_t s = 0; s * 32 < keys; ++s)
@@ -66,7 +68,7 @@ class Transposed {
           transpose_numbers(rows.data + 32 * s * rows.stride + c, rows.stride, to + (c / 16 * steps_ + s) * 512,
                             steps_ * 512);
       state = all_finite(rows.data, rows.stride, round_up(keys, 32), round_up(columns_, 32)) ? 1 : 2;
-      __atomic_store_n(state_ + index, state, __ATOMIC_RELEASE);
+      if (kept_) __atomic_store_n(state_ + index, state, __ATOMIC_RELEASE);
     }
     finite = state == 1;
     return {to, 64, steps_ * 1024, 1024};
@@ -75,7 +77,7 @@ class Transposed {
  private:
   const AttnArgs& a_;
   const AttnTensor& t_;
-  const int64_t columns_, blocks_, steps_, size_;
+  const int64_t columns_, blocks_, steps_, size_, kept_;
   Scratch memory_;
   bf16* const data_;
   uint8_t* const state_;
@@ -104,7 +106,7 @@ struct TileProducts {
     uint32_t *q, *dout, *q_pairs, *do_pairs;  // [panel][pair of channels][W], [pair of queries][channel]
     uint32_t* pairs;                          // of P or dS, [panel][pair of keys][W]
     bf16 *p, *ds;                             // [key][query]
-    bf16 *k, *v, *space;                      // where they have to be copied
+    bf16 *k, *v, *space, *own;                // where they have to be copied
     F *q_rows, *do_rows, *rows;               // where care is needed
     Rows<bf16> keys, values;
     Rows<F> careful;
@@ -120,7 +122,7 @@ struct TileProducts {
       pairs = scratch.take<uint32_t>(x.key_rows * queries / 2);
       k = scratch.take<bf16>(x.key_rows * x.ldk), v = scratch.take<bf16>(x.key_rows * x.ldv);
       p = of_training(k, x.key_rows * queries), ds = of_training(k, x.key_rows * queries);
-      space = scratch.take<bf16>(most(x.key_rows, queries) * widest);
+      space = scratch.take<bf16>(most(x.key_rows, queries) * widest), own = scratch.take<bf16>(x.transposed.own());
       rows = scratch.take<F>(x.key_rows * widest);
       q_rows = of_training(rows, queries * x.ldk), do_rows = of_training(rows, queries * x.ldv);
     }
@@ -162,34 +164,36 @@ struct TileProducts {
     const int64_t kv = at.h / group;
     m.keys = half_rows(a.k, at.b, kv, k0, keys, a.dim, m.k);
     if (train) m.values = half_rows(a.v, at.b, kv, k0, keys, a.value_dim, m.v);
-    m.turned = transposed.get(at.b, kv, k0, keys, m.space, m.finite);
+    m.turned = transposed.get(at.b, kv, k0, keys, m.space, m.own, m.finite);
     m.finite |= !partial;
     if (m.finite) return;
     m.careful = tile_rows<T, F>(train ? a.k : a.v, at.b, kv, k0, keys, train ? a.dim : a.value_dim, m.rows);
   }
 
   // Rows of `range` and those beside them in tiles of 16.
+  template <int N>
   static void multiply(Rows<bf16> rows, KeyRange range, int64_t ld, const TileOperand& words, F* to, int64_t ldt) {
     const int64_t first = range.first / 16;
-    tile_gemm<false>(ceil_div(range.last, 16) - first, W / 16, ld / 32,
+    tile_gemm<false>(ceil_div(range.last, 16) - first, N, ld / 32,
                      {rows.data + 16 * first * rows.stride, 2 * rows.stride, 32 * rows.stride, 64}, words,
                      to + 16 * first * ldt, ldt);
   }
+  template <int N = 2>
   void scores(const Memory& m, int64_t i, KeyRange range, F* s, int64_t ld) const {
-    multiply(m.keys, range, ldk, panel(m.q, i, ldk), s, ld);
+    multiply<N>(m.keys, range, ldk, panel(m.q, i, ldk), s, ld);
   }
   void gradients_of_scores(const Memory& m, int64_t i, KeyRange range, F* dp) const {
-    multiply(m.values, range, ldv, panel(m.dout, i, ldv), dp, ldp);
+    multiply<2>(m.values, range, ldv, panel(m.dout, i, ldv), dp, ldp);
   }
 
   // Pairs of keys of weights, with zeros beside `range` in steps of 32; as floats where care is needed.
   using Words = uint32_t*;
   Words words(const Memory& m, int64_t i) const { return m.finite ? m.pairs + i * key_rows / 2 : nullptr; }
-  template <class Weight>
+  template <int N = 2, class Weight>
   static void weigh(KeyRange range, F* s, Words words, const Weight& weight) {
-    if (!words) return Products<T>::weigh(range, s, {}, weight);
+    if (!words) return Products<T>::template weigh<N>(range, s, {}, weight);
     const auto pair = [&](int64_t k, bool low, bool high) {
-      for (int v = 0; v < 2; ++v)
+      for (int v = 0; v < N; ++v)
         _mm512_storeu_si512(words + k / 2 * W + v * V,
                             pair_floats(low ? weight(k, v) : Vec<F>{}, high ? weight(k + 1, v) : Vec<F>{}));
     };
@@ -218,18 +222,20 @@ struct TileProducts {
   }
 
   // c [column][W] += rows^T weights
+  template <int N>
   void sum_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* weights, int64_t ld,
                 int64_t columns, F* c) const {
-    if (!m.finite) return add_rows<F>(m.careful, range, columns, weights, ld, c, bits, i, false);
+    if (!m.finite) return add_rows<F, N>(m.careful, range, columns, weights, ld, c, bits, i, false);
     const int64_t first = range.first / 32, last = ceil_div(range.last, 32);
-    tile_gemm<true>(ceil_div(columns, 16), W / 16, last - first, m.turned.from(0, first),
+    tile_gemm<true>(ceil_div(columns, 16), N, last - first, m.turned.from(0, first),
                     {m.pairs + i * key_rows / 2 + 16 * first * W, 4 * W, 64, 64 * W}, c, W);
   }
+  template <int N = 2>
   void add_values(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, F* out) const {
-    sum_keys(m, i, range, bits, p, W, a.value_dim, out);
+    sum_keys<N>(m, i, range, bits, p, W, a.value_dim, out);
   }
   void add_keys(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* ds, F* dq) const {
-    if (range.first < range.last) sum_keys(m, i, range, bits, ds, ldp, a.dim, dq);
+    if (range.first < range.last) sum_keys<2>(m, i, range, bits, ds, ldp, a.dim, dq);
   }
 
   void add_queries(const Memory& m, const Place& at, const KeyRange* ranges, int64_t count, const F*, const F*, F* dv,

@@ -9,9 +9,13 @@
 // A tile of keys goes through all panels of the query tile (W = 2 vectors of queries as lanes): keys and values stay in
 //   L1 or L2 and are read as they lie. Of a partial tile a panel takes the keys from the first to the last that it
 //   sees: its granularity is W queries by one key, whatever the block of the plan.
+// A panel of one vector of queries or fewer is multiplied as that: 4 heads of 1,024 keys, P 64, float32, 16 queries
+//   take 0.6 of the time, bfloat16 0.7.
 // In registers: kRows x W scores or outputs during a product; a panel's scores (4 KiB), maxima, sums and outputs in L1.
 // Blocks, forward and backward in ms: (64, 64) 9.1 21.6, (128, 64) 9.4 22.5, (64, 128) 8.7 22.5, (128, 128) 9.6 24.1,
 //   (32, 64) 10.3 24.8, (64, 32) 10.5 24.1.
+#include <type_traits>
+
 #include "sparse_attention/cpu_attention_amx.h"
 #include "sparse_attention/cpu_attention_scores.h"
 
@@ -46,15 +50,16 @@ struct Forward {
     }
   };
 
-  // Logits become 2^(s - max), 0 where masked; maxima, sums and outputs follow.
-  template <bool kPartial>
+  // Logits become 2^(s - max), 0 where masked; maxima, sums and outputs follow. Of the panel's two vectors of queries,
+  // N: a panel of one vector's queries or fewer has nothing in its second.
+  template <bool kPartial, int N>
   void softmax(F* s, KeyRange range, const TileBits& bits, int64_t query, F* max, F* sum, F* out,
                typename P::Words words) const {
-    const Vec<F> old[2] = {load(max), load(max + V)};
-    Vec<F> top[2] = {old[0], old[1]};
+    Vec<F> old[N], top[N], total[N], shift[N], factor[N];
+    for (int v = 0; v < N; ++v) old[v] = top[v] = load(max + v * V), total[v] = load(sum + v * V);
     for (int64_t k = range.first; k < range.last; ++k) {
       const uint64_t seen = kPartial ? bits.panel<W>(k, query) : 0;
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < N; ++v) {
         Vec<F> x = P::kScaled ? load(s + k * W + v * V) : load(s + k * W + v * V) * scale;
         if constexpr (kPartial) {
           x = lane_mask<F>(seen >> v * V) ? x : splat(-kInfinity<F>);
@@ -63,34 +68,34 @@ struct Forward {
         top[v] = top[v] < x ? x : top[v];
       }
     }
-    Vec<F> total[2] = {load(sum), load(sum + V)}, shift[2], factor[2];
     bool changed = false;
-    for (int v = 0; v < 2; ++v) {
+    for (int v = 0; v < N; ++v) {
       shift[v] = top[v] == -kInfinity<F> ? Vec<F>{} : top[v];
       const auto rose = top[v] > old[v];
       for (int i = 0; i < V; ++i) changed |= rose[i] != 0;
     }
     if (changed) {
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < N; ++v) {
         factor[v] = exp2_of_nonpositive(old[v] - shift[v]);
         total[v] *= factor[v];
         store(max + v * V, top[v]);
       }
       for (int64_t j = 0; j < a.value_dim; ++j)
-        for (int v = 0; v < 2; ++v) store(out + j * W + v * V, load(out + j * W + v * V) * factor[v]);
+        for (int v = 0; v < N; ++v) store(out + j * W + v * V, load(out + j * W + v * V) * factor[v]);
     }
-    P::weigh(range, s, words, [&](int64_t k, int v) {
+    P::template weigh<N>(range, s, words, [&](int64_t k, int v) {
       const Vec<F> x = load(s + k * W + v * V);
       const Vec<F> p = exp2_of_nonpositive((kPartial || P::kScaled ? x : x * scale) - shift[v]);
       total[v] += p;
       return p;
     });
-    for (int v = 0; v < 2; ++v) store(sum + v * V, total[v]);
+    for (int v = 0; v < N; ++v) store(sum + v * V, total[v]);
   }
 
+  template <int N>
   void silu(F* s, KeyRange range, const TileBits& bits, int64_t query, typename P::Words words) const {
     const F norm = F(a.norm);
-    P::weigh(range, s, words, [&](int64_t k, int v) {
+    P::template weigh<N>(range, s, words, [&](int64_t k, int v) {
       const uint64_t seen = bits.partial ? bits.panel<W>(k, query) : ~uint64_t(0);
       const Vec<F> p = siluv(load(s + k * W + v * V)) * norm;
       return lane_mask<F>(seen >> v * V) ? p : Vec<F>{};
@@ -141,18 +146,29 @@ struct Forward {
           if (ranges[j].first < ranges[j].last) body(i, ranges[j], m.s + j * a.block_k * W);
       };
       for (int64_t j = 0; j < P::kTogether; ++j) ranges[j] = key_range<W>(bits, keys, first + j * W);
-      each([&](int64_t i, KeyRange range, F* s) { products.scores(m.operands, i, range, s, W); });
+      const auto vectors = [&](int64_t i, const auto& body) {  // of queries that the panel has
+        if (at.rows - i <= V) body(std::integral_constant<int, 1>{});
+        else body(std::integral_constant<int, 2>{});
+      };
+      each([&](int64_t i, KeyRange range, F* s) {
+        vectors(i, [&](auto n) { products.template scores<n>(m.operands, i, range, s, W); });
+      });
       each([&](int64_t i, KeyRange range, F* s) {
         if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(s, W, range);
         if (!logits.plain)
           logits.finish(s, W, range, at.b, at.h, at.q0 + i, least(W, at.rows - i), k0, times, nullptr);
         const auto words = products.words(m.operands, i);
-        if (a.silu) silu(s, range, bits, i, words);
-        else if (partial) softmax<true>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows, words);
-        else softmax<false>(s, range, bits, i, m.max + i, m.sum + i, m.out + i * out_rows, words);
+        F *max = m.max + i, *sum = m.sum + i, *out = m.out + i * out_rows;
+        vectors(i, [&](auto n) {
+          if (a.silu) silu<n>(s, range, bits, i, words);
+          else if (partial) softmax<true, n>(s, range, bits, i, max, sum, out, words);
+          else softmax<false, n>(s, range, bits, i, max, sum, out, words);
+        });
       });
       each([&](int64_t i, KeyRange range, F* s) {
-        products.add_values(m.operands, i, range, bits, s, m.out + i * out_rows);
+        vectors(i, [&](auto n) {
+          products.template add_values<n>(m.operands, i, range, bits, s, m.out + i * out_rows);
+        });
       });
     }
   }
@@ -161,7 +177,7 @@ struct Forward {
     Buffers m(*this, scratch);
     const int64_t i = q_tiles - 1 - index / (a.batch * a.heads), rest = index % (a.batch * a.heads);
     const int64_t q0 = i * a.block_q;
-    const Place at{rest / a.heads, rest % a.heads, q0, least(a.block_q, a.q_len - q0), false};
+    const Place at{rest / a.heads, rest % a.heads, q0, least(a.block_q, a.q_len - q0), false, false};
     products.load_queries(m.operands, at, F(logits.factor()));
     for (int64_t j = 0; j < round_up(at.rows, W) * out_rows; ++j) m.out[j] = 0;
     for (int64_t j = 0; j < round_up(at.rows, W); ++j) m.max[j] = -kInfinity<F>, m.sum[j] = 0;

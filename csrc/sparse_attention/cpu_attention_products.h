@@ -8,7 +8,8 @@ namespace {
 // A query tile of a head.
 struct Place {
   int64_t b, h, q0, rows;
-  bool careful;  // a query or gradient is not finite: it must not meet the keys that it does not see
+  bool careful;    // a query or gradient is not finite: it must not meet the keys that it does not see
+  bool repairing;  // the gradients of scores, see the backward
 };
 
 template <class T>
@@ -60,9 +61,10 @@ struct Products {
     m.finite = !partial || (train ? all_finite(m.keys, keys, a.dim) : all_finite(m.values, keys, a.value_dim));
   }
 
-  // s [key][W] = keys times the panel from query i on, rows `range`.
+  // s [key][W] = keys times the panel from query i on, rows `range`; N: of its two vectors of queries, as below.
+  template <int N = 2>
   void scores(const Memory& m, int64_t i, KeyRange range, F* s, int64_t ld) const {
-    panel_gemm<F, false, false>(range.last - range.first, m.keys.data + range.first * m.keys.stride, m.keys.stride,
+    panel_gemm<F, false, false, N>(range.last - range.first, m.keys.data + range.first * m.keys.stride, m.keys.stride,
                                 m.q + i * a.dim, W, a.dim, s + range.first * ld, ld);
   }
 
@@ -74,15 +76,16 @@ struct Products {
   // weight(key, v), of a key of `range` and half v of the panel, to s [key][W].
   struct Words {};
   Words words(const Memory&, int64_t) const { return {}; }
-  template <class Weight>
+  template <int N = 2, class Weight>
   static void weigh(KeyRange range, F* s, Words, const Weight& weight) {
     for (int64_t k = range.first; k < range.last; ++k)
-      for (int v = 0; v < 2; ++v) store(s + k * W + v * V, weight(k, v));
+      for (int v = 0; v < N; ++v) store(s + k * W + v * V, weight(k, v));
   }
 
   // out [column][W] += values^T p
+  template <int N = 2>
   void add_values(const Memory& m, int64_t i, KeyRange range, const TileBits& bits, const F* p, F* out) const {
-    add_rows<F>(m.values, range, a.value_dim, p, W, out, bits, i, m.finite);
+    add_rows<F, N>(m.values, range, a.value_dim, p, W, out, bits, i, m.finite);
   }
 
   void load_weights(Memory&, int64_t, KeyRange, const F*, const F*, int64_t) const {}  // of both, all keys

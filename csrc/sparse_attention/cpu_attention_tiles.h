@@ -198,13 +198,13 @@ static inline KeyRange key_range(const TileBits& bits, int64_t keys, int64_t que
 // --- products over keys that must not meet the non-finite row of a key that a query does not see ---
 
 // c[columns][W] += rows^T p: rows `range` of a tile, p [key][W]. `finite`: no number of the tile needs care.
-template <class F>
+template <class F, int N = 2>
 static void add_rows(Rows<F> rows, KeyRange range, int64_t columns, const F* p, int64_t ldp, F* c, const TileBits& bits,
                      int64_t query, bool finite) {
   constexpr int V = kLanes<F>, W = kPanel<F>;
   const auto product = [&](int64_t first, int64_t last) {
     if (first < last)
-      panel_gemm<F, true, true>(
+      panel_gemm<F, true, true, N>(
           columns, rows.data + first * rows.stride, rows.stride, p + first * ldp, ldp, last - first, c, W);
   };
   if (finite || !bits.partial) return product(range.first, range.last);

@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from scalekern import _checks, masks
 from scalekern.masks import _code
-from scalekern.masks._leaves import Limits
+from scalekern.masks._leaves import Limits, Traced
+from scalekern.masks._traced import constant, plain, text_of
 from scalekern.ops.sparse_attention import sparse_attention
 
 NAME = "flex_attention"
@@ -83,7 +84,11 @@ def attend(q, k, v, block_mask, *, bias=None, sinks=None, **options):
     k, v = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x for x in (k, v))
     if block_mask is None:
         return sparse_attention(q, k, v, None, bias=bias, sinks=sinks, **options)
-    mask, folded = mask_of(block_mask, batch, heads, q.shape[2], k.shape[2])
+    if torch.compiler.is_dynamo_compiling():
+        text, folded = _text_of(block_mask, *map(int, (batch, heads, q.shape[2], k.shape[2])))
+        mask = Traced(text)
+    else:
+        mask, folded = mask_of(block_mask, batch, heads, q.shape[2], k.shape[2])
     if not folded:
         return sparse_attention(q, k, v, mask, bias=bias, sinks=sinks, **options)
     # a program for each batch row: rows become heads, and query head b Hq + h still finds its key head
@@ -97,6 +102,14 @@ def attend(q, k, v, block_mask, *, bias=None, sinks=None, **options):
 
 def fold(x):
     return x.flatten(0, 1).unsqueeze(0)
+
+
+@constant
+def _text_of(*asked):
+    """Of a graph, which holds for this BlockMask alone."""
+    with plain():
+        mask, folded = mask_of(*asked)
+        return text_of(mask), folded
 
 
 @_code.on_cpu

@@ -12,7 +12,7 @@ import threading
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from scalekern.masks import _code
+from scalekern.masks import _code, _count
 from scalekern.masks._bounds import Bounds
 
 FULL, PARTIAL = 0, 1
@@ -339,6 +339,9 @@ def _partial_tiles(code, plan, summary, wanted=None):
 @_code.on_cpu
 def allowed_pairs(code, q_len, kv_len) -> int:
     """Allowed pairs over all batches and heads that the mask tells apart."""
+    rows = _count.counts(host_of(code), q_len, kv_len)
+    if rows is not None:
+        return sum(int(of_one.sum()) for of_one in rows)
     plan = plan_of(code, q_len, kv_len, (64, 64))
     _, i, j, n, kind = _listed(plan)
     full = (plan.q_len - i * 64).clamp(max=64) * torch.minimum(n * 64, plan.kv_len - j * 64)
@@ -350,6 +353,10 @@ def allowed_pairs(code, q_len, kv_len) -> int:
 @_code.on_cpu
 def empty_rows(code, q_len, kv_len) -> torch.Tensor:
     """See Mask.empty_rows."""
+    rows = _count.counts(host_of(code), q_len, kv_len)
+    if rows is not None:
+        programs, batches = _code.read(host_of(code))
+        return torch.stack([of_one == 0 for of_one in rows]).view(batches, len(programs), q_len)
     plan = plan_of(code, q_len, kv_len, (64, 64))
     n_q = -(-q_len // 64)
     seen = torch.zeros(plan.batches * plan.heads, n_q, 64, dtype=torch.bool)

@@ -62,7 +62,10 @@ def untraced(x):
 
 
 def while_tracing(make):
-    """`make`, which torch.compile calls as it traces. Given tensors, whose values it has not, it breaks the graph."""
+    """`make`, which torch.compile calls as it traces. Given tensors, whose values it has not, it breaks the graph: with
+    fullgraph the message is an error's."""
+    name = make.__name__.strip("_")
+    of_tensors = f"{name}: masks of tensors, whose values a graph does not know, must be made outside, got a tensor"
 
     @constant
     def text(*args, **kwargs):
@@ -73,8 +76,10 @@ def while_tracing(make):
     def call(*args, **kwargs):
         args = [argument(x) for x in args]
         tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
-        if torch.compiler.is_dynamo_compiling() and not tensors:
-            return masks._leaves.Traced(text(*args, **kwargs))
+        if torch.compiler.is_dynamo_compiling():
+            if not tensors:
+                return masks._leaves.Traced(text(*args, **kwargs))
+            torch._dynamo.graph_break(msg=of_tensors)
         return make(*map(untraced, args), **kwargs)
 
     return call

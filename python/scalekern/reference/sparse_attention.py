@@ -24,8 +24,9 @@ def sparse_attention(
         options["position_table"] = position_table
         found = by_sequence(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, options)
         return found if return_lse else found[0]
-    if score == "cosine":
-        q, k = unit(q, temperature), unit(k)
+    io = q.dtype
+    if score == "cosine":  # logits up to 100 show what rounding would do to the vectors
+        q, k = unit(q, temperature, wide_dtype(q)), unit(k, None, wide_dtype(k))
         scale = 1.0 if scale is None else scale
     mask = masks.everything if mask is None else mask
     visible = mask.to_dense(q.shape[2], k.shape[2]).to(q.device)
@@ -40,7 +41,7 @@ def sparse_attention(
         relative = position_table[..., R + apart]
         bias = relative if bias is None else bias + relative
     out, lse = attend(q, k, v, visible, bias, sinks, scale, softcap or 0.0, score == "silu", norm)
-    return (out, lse) if return_lse else out
+    return (out.to(io), lse) if return_lse else out.to(io)
 
 
 def image_bias(table):
@@ -70,12 +71,12 @@ def by_sequence(q, k, v, mask, cu_seqlens, cu_seqlens_k, bias, options):
     return torch.cat(outs), torch.cat(lses, -1)
 
 
-def unit(x, temperature=None):
-    """Each head's vector at length 1, or at its temperature, exp(min(t, log 100)) (Swin V2)."""
+def unit(x, temperature=None, dtype=None):
+    """Each head's vector at length 1, or at its temperature, exp(min(t, log 100)) (Swin V2); dtype: x's when None."""
     wide = F.normalize(x.to(wide_dtype(x)), dim=-1, eps=1e-12)
     if temperature is not None:
         wide = wide * temperature.to(wide.dtype).clamp(max=HOTTEST).exp()[:, None, None]
-    return wide.to(x.dtype)
+    return wide.to(dtype or x.dtype)
 
 
 def wide_dtype(x):

@@ -90,7 +90,7 @@ SPECS = {
                 _attention(1, 3, 70, 8, masks.per_head([masks.causal, masks.window(3, 3), masks.dilated(3)])),
             ),
         ),
-        gradient_factor=4,  # score "cosine" rounds q and k at length 1 and multiplies them by up to 100
+        gradient_factor=4,  # score "cosine" rounds q and k at length 1, on a GPU, and multiplies them by up to 100
         rounding_of_saved=0.5,
     ),
 }  # fmt: skip
