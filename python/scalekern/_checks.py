@@ -74,6 +74,19 @@ def flag(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
+def size_or_none(op: str, name: str, value) -> None:
+    if value is not None:
+        at_least(op, name, value, 1)
+
+
+def padding(op: str, mask, x: torch.Tensor, *sizes: int) -> None:
+    """`mask` (B, L), beside x, is zero where a row is padded; None is none."""
+    if mask is not None:
+        tensor(op, "mask", mask, dims=2, dtypes=(torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATING))
+        shape(op, "mask", mask, sizes)
+        same_device(op, "the input", x, mask=mask)
+
+
 def number(op: str, name: str, value) -> float:
     try:
         return float(value)
