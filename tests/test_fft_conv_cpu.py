@@ -143,6 +143,18 @@ def test_what_is_not_finite_stays_in_its_row(length, mode, value):
     assert torch.equal(dk[3], clean[2][3])  # of the channel that is finite in every sample
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_not_finite_in_half_precision(dtype, gated):
+    """The rows that are done again are float32 where no gate follows."""
+    u, k = randn(2, 2, 40).to(dtype), randn(2, 9, seed=1)
+    u[1, 0, 7] = float("nan")
+    gate = torch.ones(2, 2, 40, dtype=dtype) if gated else None
+    out, expected = scalekern.fft_conv(u, k, postgate=gate), reference.fft_conv(u.double(), k.double())
+    assert torch.equal(torch.isfinite(out), torch.isfinite(expected)) and torch.isfinite(out).sum() == 160 - 9
+    assert error(torch.nan_to_num(out), torch.nan_to_num(expected)) < (2e-3 if dtype == torch.float16 else 1e-2)
+
+
 def test_a_filter_that_is_not_finite_stays_in_its_channel():
     u, k = randn(2, 3, 128), randn(3, 128, seed=1)
     clean, k[1, 100] = run(u, k), float("nan")
@@ -204,3 +216,21 @@ def test_a_spectrum_of_torch_is_passed_over():
     u, k = randn(2, 3, 128), randn(3, 128, seed=1)
     made = fft_conv_spectrum(k.double(), 128)
     assert made.values.is_complex() and error(fft_conv(u, made), fft_conv(u, k)) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["causal", "same", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_of_few_tokens_are_summed(mode, dtype):
+    """Where that takes less time, unless a spectrum is given; gradients as before."""
+    u, k = randn(4, 300, 16).to(dtype).requires_grad_(), randn(300, 9, seed=1).requires_grad_()
+    call = lambda u, k: (u, k, *[None] * 6, mode)
+    few = kernels.supports_fwd(*call(u, k), "auto", None, None)
+    assert "few tokens" in few and kernels.supports_fwd(*call(u, k), "fft", None, None) is None
+    assert kernels.supports_fwd(*call(u[:3], k), "auto", None, None) is None
+    assert kernels.supports_fwd(*call(u, torch.ones(300, 65)), "auto", None, None) is None
+    out = scalekern.fft_conv(u, k, mode=mode)
+    expected = reference.fft_conv(u.double(), k.double(), mode=mode)
+    assert error(out, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    weights = randn(*out.shape, seed=2)
+    for a, b in zip(*(torch.autograd.grad((y * weights.to(y.dtype)).sum(), (u, k)) for y in (out, expected))):
+        assert error(a, b) < (1e-2 if dtype == torch.bfloat16 else 1e-5)

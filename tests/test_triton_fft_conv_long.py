@@ -158,6 +158,18 @@ def test_half_precision_keeps_its_range(short):
         assert all(error(du[b, d], expected_du[b, d]) <= TOLERANCE[BF16] for b in range(3))
 
 
+def test_a_tone_of_the_rows_in_the_middle(short):
+    """Of three pieces of rows the first and the last have a millionth of the second's spectrum: the scale of the way
+    back is the largest of all pieces, or the second's rows would overflow."""
+    torch.manual_seed(17)
+    L, bin_ = 48 * 256, 24.25  # of 48 rows; its mirror image is row 23
+    args, dout = case(1, 1, L, L, "causal", F16, "")
+    t = torch.arange(L, dtype=torch.float64)
+    tone = torch.cos(2 * math.pi * bin_ / 48 * t / 256) * torch.sin(math.pi * (t + 0.5) / L) ** 4
+    args[0], args[1] = tone.half()[None, None], tone.float()[None]
+    assert error(forward(args, dout, long), oracle_fwd(*map(double, args[:8]), "causal", "fft")) <= TOLERANCE[F16]
+
+
 def test_filters_of_very_different_magnitudes(short):
     """One of zeros, and ahead of the samples 1e6 times what is behind them."""
     torch.manual_seed(16)
@@ -231,6 +243,9 @@ def test_memory_in_turns_and_parts(short, monkeypatch):
     assert 8 * row <= sum(sizes) <= long.BOUND + scales
     for i, (a, b) in enumerate(zip(whole, found)):
         assert torch.equal(a, b) if i in (0, 1, 6, 7) else error(b, a) < 1e-6, i
+    monkeypatch.setattr(long, "BOUND", 0)  # a row at a time
+    _, dk, *_ = backward(args, dout, long)
+    assert error(dk, whole[2]) < 1e-6
 
 
 @pytest.mark.parametrize("wanted", (3, 4))

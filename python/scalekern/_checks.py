@@ -7,6 +7,7 @@ import torch
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COMPLEX = (torch.complex64, torch.complex128)
+_STRIDED = torch.strided
 
 
 def _shape(sizes) -> str:
@@ -16,8 +17,9 @@ def _shape(sizes) -> str:
 def tensor(op: str, name: str, value, *, dims: int | Sequence[int], dtypes=None) -> None:
     """`value` must be a tensor with one of these numbers of dimensions and one of these dtypes."""
     # A decoding step makes thirty checks: the usual outcome is told in one expression (0.3 us instead of 0.8).
-    if isinstance(value, torch.Tensor) and value.dim() == dims and (dtypes is None or value.dtype in dtypes):
-        return
+    if isinstance(value, torch.Tensor) and value.dim() == dims and value.layout is _STRIDED:
+        if dtypes is None or value.dtype in dtypes:
+            return
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     dims = (dims,) if isinstance(dims, int) else tuple(dims)
@@ -27,6 +29,8 @@ def tensor(op: str, name: str, value, *, dims: int | Sequence[int], dtypes=None)
     if dtypes is not None and value.dtype not in dtypes:
         expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout is not _STRIDED:
+        raise TypeError(f"{op}: {name} must be dense, got layout {str(value.layout).removeprefix('torch.')}")
 
 
 def shape(op: str, name: str, value: torch.Tensor, *expected: Sequence[int]) -> None:
@@ -62,6 +66,25 @@ def choice(op: str, name: str, value, allowed: Sequence) -> None:
 def at_least(op: str, name: str, value, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def flag(op: str, name: str, value) -> None:
+    """Refused by name, before the schema does, which takes 2.5 and None for one as well."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def size_or_none(op: str, name: str, value) -> None:
+    if value is not None:
+        at_least(op, name, value, 1)
+
+
+def padding(op: str, mask, x: torch.Tensor, *sizes: int) -> None:
+    """`mask` (B, L), beside x, is zero where a row is padded; None is none."""
+    if mask is not None:
+        tensor(op, "mask", mask, dims=2, dtypes=(torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATING))
+        shape(op, "mask", mask, sizes)
+        same_device(op, "the input", x, mask=mask)
 
 
 def number(op: str, name: str, value) -> float:

@@ -1,5 +1,6 @@
 """The only caller of torch.library: schema, implementations, fake, autograd, autocast and vmap of every op."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -238,10 +239,15 @@ def without_autocast(function: Callable) -> Callable:
     def run(dout, *args):
         if not _any_autocast():  # leaving what is off off takes 15 us
             return function(dout, *args)
-        with torch.autocast(dout.device.type, enabled=False):
+        with autocast_off(dout.device.type):
             return function(dout, *args)
 
     return run
+
+
+def autocast_off(device_type: str):
+    """For a block of torch's ops; the meta device has no autocast, nor a way to ask for none."""
+    return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _vmap_by_loop(overload) -> Callable:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import scalekern
 from scalekern import _checks
+from scalekern._library import autocast_off
 from scalekern.compat._shims import counted
 
 NATIVE_WIDTHS = range(2, 9)  # those of causal_conv1d
@@ -64,7 +65,7 @@ class FlashFFTConv(torch.nn.Module):
         around = max(0, k.shape[-1] - (period - length + 1))  # taps that come around the ring
         if mode == "causal" and around and length:
             k_reverse = F.pad(k[:, -around:], (0, length - around)).flip(-1)  # at 0 the zero of lag 0, which k has
-        with torch.autocast(u.device.type, enabled=False):
+        with autocast_off(u.device.type):
             return scalekern.fft_conv(u, k, mode=mode, k_reverse=k_reverse, pregate=pregate, postgate=postgate)
 
     def _load_from_state_dict(self, *args):
@@ -115,7 +116,7 @@ class FlashDepthWiseConv1d(torch.nn.Module):
         around = (self.padding, self.padding)
         x = F.pad(input, around) if self.is_bhl else F.pad(input, (0, 0) + around).transpose(1, 2)
         weights = self.weights if self.is_bhl else self.weights.t()
-        with torch.autocast(input.device.type, enabled=False):
+        with autocast_off(input.device.type):
             if self.k in NATIVE_WIDTHS:  # what lies before the first output comes in as the state
                 before, x = x[..., : self.k - 1], x[..., self.k - 1 :]
                 out = scalekern.causal_conv1d(x, weights, self.bias, initial_states=before)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import scalekern
 from scalekern import _checks, reference
+from scalekern._library import autocast_off
 from scalekern.compat._shims import counted
 
 
@@ -49,7 +50,7 @@ def fftconv_func(
             _checks.shape(op, name, taps, (heads, None))
             if taps.shape[1] > room:  # upstream's FFT would fold them onto other lags
                 raise ValueError(f"{op}: {name} must have at most {room} taps, got {taps.shape[1]}")
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u.device.type):
         out = _compose(scalekern.fft_conv, u, k, k_rev, D, v, head_dim, q, dropout_mask, gelu)
         return _finish(out, u, force_fp16_output, output_hbl_layout)
 
@@ -77,7 +78,7 @@ def fftconv_fwd(
     op = "fftconv_fwd"
     heads = _check(op, u, D, dropout_mask, v, head_dim, q)
     _check_filter(op, u, filter, heads, fft_size, gelu_inp, gelu_q)
-    with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+    with torch.no_grad(), autocast_off(u.device.type):
         k, k_rev = _lags(filter, fft_size, u.shape[2])
         out = _compose(scalekern.fft_conv, u, k, k_rev, D, v, head_dim, q, dropout_mask, gelu)
         return _finish(out, u, force_fp16_output, output_hbl_layout)
@@ -98,7 +99,7 @@ def fftconv_bwd(
     _checks.tensor(op, "dout", dout, dims=3, dtypes=_checks.FLOATING)
     _checks.shape(op, "dout", dout, u.shape)
     length = u.shape[2]
-    with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
+    with torch.enable_grad(), autocast_off(u.device.type):
         inputs = (u, *_lags(filter, fft_size, length), D, v, q)
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
         u_, k, k_rev, D_, v_, q_ = leaves

@@ -13,7 +13,7 @@ from torch import nn
 
 from scalekern import _checks
 from scalekern.nn._optim import register
-from scalekern.nn.ssm_init import nplr, s4d
+from scalekern.nn.ssm_init import MEASURES, S4D, nplr, s4d
 from scalekern.ops.diag_ssm import diag_ssm, diag_ssm_discretize
 from scalekern.ops.diag_ssm_kernel import diag_ssm_kernel
 from scalekern.ops.dplr_ssm_kernel import dplr_ssm_kernel
@@ -44,6 +44,9 @@ def check_states(name, d_state):
 
 
 def log_uniform(low, high, *shape, **factory):
+    """Step sizes between dt_min and dt_max, as logarithms."""
+    if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 < low <= high):
+        raise ValueError(f"log_uniform: dt_min must be positive and at most dt_max, got {low!r} and {high!r}")
     return torch.rand(*shape, **factory) * (math.log(high) - math.log(low)) + math.log(low)
 
 
@@ -110,6 +113,8 @@ def widened(x):
 
 def initial(init, N, rank=1):
     """(A (N / 2,), P (rank, N / 2), B (N / 2,)), Im A >= 0, of a HiPPO measure or of "diag-" and a name of S4D's."""
+    _checks.choice("initial", "init", init, (*MEASURES, *(f"diag-{name}" for name in S4D)))
+    _checks.at_least("initial", "rank", rank, 1)
     if init.startswith("diag-"):
         A = s4d(init.removeprefix("diag-"), N)
         B = nplr("legs", N)[2] if init == "diag-legs" else torch.ones_like(A)
@@ -208,6 +213,9 @@ class SSMKernelDPLR(SSMKernelDiag):
 
     def scan(self, u, D, state, discretized=None):
         a, b, c = self.discretize() if discretized is None else discretized
+        if state is not None:
+            _checks.tensor("SSMKernelDPLR", "initial_state", state, dims=3, dtypes=_checks.FLOATING + _checks.COMPLEX)
+            _checks.shape("SSMKernelDPLR", "initial_state", state, (len(u), len(b), b.shape[1] // 2))
         x = b.new_zeros(len(u), *b.shape) if state is None else pair(state)
         y, x = scan_dplr(u.double(), a, b, c, x)
         dtype = (real_dtype(u.dtype) if state is None else state.dtype).to_complex()

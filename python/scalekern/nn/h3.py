@@ -130,6 +130,8 @@ class H3(nn.Module):
     ):  # fmt: skip
         super().__init__()
         _checks.choice(NAME, "measure", measure, ("diag-lin", "diag-inv", "diag-legs"))
+        _checks.at_least(NAME, "d_model", d_model, 1)
+        _checks.size_or_none(NAME, "l_max", l_max)
         kernels.check_states(NAME, d_state)
         _checks.at_least(NAME, "head_dim", head_dim, 1)
         if d_model % head_dim:
@@ -170,6 +172,9 @@ class H3(nn.Module):
             if initial_states is not None or return_final_states:
                 raise ValueError(f"{NAME}: inference_params holds the states: no initial or final states")
             return self._forward_cached(u, inference_params, mask)
+        _checks.padding(NAME, mask, u, *u.shape[:2])
+        if initial_states is not None:
+            self._check_states(initial_states, len(u))
         projections = products(u, self.q_proj, self.k_proj, self.v_proj)
         if u.shape[1] == 1 and initial_states is not None and return_final_states and mask is None:
             y, states = self._advance(*[x.squeeze(1) for x in projections], *initial_states, discretized)
@@ -180,10 +185,20 @@ class H3(nn.Module):
         if initial_states is None and not return_final_states:
             y, states = self._convolve(q, k, v), None
         else:
-            states = initial_states or self.allocate_inference_cache(len(u), dtype=k.dtype)
+            zeros = initial_states is None
+            states = self.allocate_inference_cache(len(u), dtype=k.dtype) if zeros else initial_states
             y, states = self._recur(q, k, v, *states, discretized)
         out = self.output_linear(y.transpose(1, 2))
         return (out, states) if return_final_states else out
+
+    def _check_states(self, states, batch):
+        if not isinstance(states, (tuple, list)) or len(states) != 2:
+            raise TypeError(f"{NAME}: initial_states must be (shift_state, ssm_state), got {states!r}")
+        size, (shift, ssm) = self.head_dim, states
+        _checks.tensor(NAME, "initial_states[0]", shift, dims=3, dtypes=_checks.FLOATING)
+        _checks.shape(NAME, "initial_states[0]", shift, (batch, self.d_model, self.d_state - 1))
+        _checks.tensor(NAME, "initial_states[1]", ssm, dims=3, dtypes=_checks.COMPLEX)
+        _checks.shape(NAME, "initial_states[1]", ssm, (batch * size * size, self.d_model // size, self.d_state // 2))
 
     def _taps(self):
         taps = self.ssm_k_kernel()
@@ -257,6 +272,7 @@ class H3(nn.Module):
 
     def step(self, u, states, discretized=None):
         """One token: u (B, 1, M) -> (out (B, 1, M), states); see `forward`."""
+        _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(NAME, "u", u, (None, 1, self.d_model))
         return self.forward(u, initial_states=states, return_final_states=True, discretized=discretized)
 

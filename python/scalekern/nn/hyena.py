@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from scalekern import _checks
+from scalekern._library import autocast_off
 from scalekern.nn._optim import hint, register
 from scalekern.ops.causal_conv1d import causal_conv1d
 from scalekern.ops.fft_conv import fft_conv
@@ -34,12 +35,11 @@ FILTER, OPERATOR = "nn.HyenaFilter", "nn.HyenaOperator"
 
 
 class Sin(nn.Module):
-    """sin(w_mod freq x) with a frequency for every feature."""
+    """sin(w_mod freq x) with a frequency for every feature, freq (1, F)."""
 
-    def __init__(self, dim, w=10, w_mod=1, device=None, dtype=None):
+    def __init__(self, freq, w_mod=1):
         super().__init__()
-        self.freq = nn.Parameter(torch.full((1, dim), float(w), device=device, dtype=dtype))
-        self.w_mod = w_mod
+        self.freq, self.w_mod = freq, w_mod
 
     def forward(self, x):
         return torch.sin(self.w_mod * self.freq * x)
@@ -101,8 +101,8 @@ class HyenaFilter(nn.Module):
         shift=0.0, normalized=False, bidirectional=False, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        if emb_dim < 3 or emb_dim % 2 == 0:
-            raise ValueError(f"{FILTER}: emb_dim must be odd and at least 3 (time, cosine and sine), got {emb_dim}")
+        if not isinstance(emb_dim, int) or emb_dim < 3 or emb_dim % 2 == 0:
+            raise ValueError(f"{FILTER}: emb_dim must be odd and at least 3 (time, cosine and sine), got {emb_dim!r}")
         for name, size in (("d_model", d_model), ("order", order), ("seq_len", seq_len)):
             _checks.at_least(FILTER, name, size, 1)
         _checks.at_least(FILTER, "num_inner_mlps", num_inner_mlps, 0)
@@ -111,11 +111,14 @@ class HyenaFilter(nn.Module):
         self.modulate, self.normalized = modulate, normalized
         self.bias = nn.Parameter(torch.randn(d_model, **factory))
         self.pos_emb = PositionalEmbedding(emb_dim, seq_len, lr_pos_emb, **factory)
-        sin = Sin(order, w, w_mod, **factory)  # one for all layers and both directions
+        # One for all layers and both directions: the parameter, and not the module, which functional_call would leave
+        # with the tensor that it put in.
+        freq = nn.Parameter(torch.full((1, order), float(w), **factory))
         widths = [emb_dim, *[order] * (num_inner_mlps + 1)]
 
         def network():
-            hidden = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair, **factory), sin)]
+            pairs = [(nn.Linear(*pair, **factory), Sin(freq, w_mod)) for pair in zip(widths, widths[1:])]
+            hidden = [layer for pair in pairs for layer in pair]
             return nn.Sequential(*hidden, nn.Linear(order, d_model, bias=False, **factory))
 
         self.implicit_filter = network()
@@ -127,6 +130,14 @@ class HyenaFilter(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith("implicit_filter"):
                 hint(parameter, lr, wd)
+
+    def _apply(self, fn, recurse=True):
+        """A move from the meta device makes a new parameter for every name: they are made one again."""
+        super()._apply(fn, recurse)
+        sines = [module for module in self.modules() if isinstance(module, Sin)]
+        for sine in sines[1:]:
+            sine.freq = sines[0].freq
+        return self
 
     def filter(self, L):
         """The taps that look back, (1, L, D); tap 0 meets the current token."""
@@ -141,7 +152,7 @@ class HyenaFilter(nn.Module):
             raise ValueError(f"{FILTER}: L must be at most seq_len = {self.seq_len}, got {L}")
         z, t = self.pos_emb(L)
         # Autocast would round what every sample's output depends on, in a network that costs a B-th of the layer's.
-        with torch.autocast(z.device.type, enabled=False):
+        with autocast_off(z.device.type):
             h = network(z)
             h = self.modulation(t, h) if self.modulate else h
             return h / h.abs().sum(-1, keepdim=True) if self.normalized else h
@@ -155,8 +166,7 @@ class HyenaFilter(nn.Module):
         Returns:
             (B, D, L).
         """
-        L = x.shape[-1]
-        k_reverse = None
+        L, k_reverse = max(x.shape[-1], 1), None
         if self.bidirectional:  # fft_conv's reverse tap 0 meets the current token, which k has
             k_reverse = torch.nn.functional.pad(self.filter_rev(L)[0].T, (1, 0))
         return fft_conv(
@@ -183,8 +193,8 @@ class HyenaOperator(nn.Module):
     ):  # fmt: skip
         super().__init__()
         _checks.at_least(OPERATOR, "order", order, 2)
-        if not 2 <= short_filter_order <= 8:
-            raise ValueError(f"{OPERATOR}: short_filter_order must be 2 to 8, got {short_filter_order}")
+        _checks.at_least(OPERATOR, "d_model", d_model, 1)
+        _checks.choice(OPERATOR, "short_filter_order", short_filter_order, range(2, 9))
         if filter_args.get("bidirectional"):
             raise ValueError(f"{OPERATOR}: bidirectional must be False, the operator is causal, got True")
         factory = {"device": device, "dtype": dtype}
@@ -225,6 +235,9 @@ class HyenaOperator(nn.Module):
         """
         _checks.tensor(OPERATOR, "u", u, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(OPERATOR, "u", u, (None, None, self.d_model))
+        _checks.padding(OPERATOR, mask, u, *u.shape[:2])
+        if initial_states is not None and not (isinstance(initial_states, (tuple, list)) and len(initial_states) == 2):
+            raise TypeError(f"{OPERATOR}: initial_states must be (conv_state, history), got {initial_states!r}")
         if mask is not None and initial_states is not None:
             raise ValueError(f"{OPERATOR}: mask goes with no initial_states, whose padding is over")
         conv_state, history = (None, None) if initial_states is None else initial_states
@@ -265,6 +278,7 @@ class HyenaOperator(nn.Module):
 
     def step(self, u, states, filters=None):
         """One token: u (B, 1, M) -> (out (B, 1, M), states); see `forward`."""
+        _checks.tensor(OPERATOR, "u", u, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(OPERATOR, "u", u, (None, 1, self.d_model))
         return self.forward(u, initial_states=states, return_final_states=True, filters=filters)
 

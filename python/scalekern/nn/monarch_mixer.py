@@ -107,6 +107,7 @@ class MonarchMixerSequenceMixing(nn.Module):
         if u.shape[1] > self.l_max:
             raise ValueError(f"{MIXING}: u must have at most l_max = {self.l_max} tokens, got {u.shape[1]}")
         u = u if self.layernorm is None else self.layernorm(u)
+        _checks.padding(MIXING, mask, u, *u.shape[:2])
         x = causal_conv1d(
             self.in_linear(u).transpose(1, 2), self.short_filter.weight.squeeze(1), self.short_filter.bias,
             # A negative seq_idx is padding: zero there, so that nothing of it reaches the long convolution.
@@ -135,6 +136,8 @@ class MonarchMixerMLP(nn.Module):
         dtype=None,
     ):  # fmt: skip
         super().__init__()
+        _checks.at_least(MLP, "hidden_size", hidden_size, 1)
+        _checks.at_least(MLP, "intermediate_size", intermediate_size, 1)
         factory = {"device": device, "dtype": dtype}
         blocks = {} if nblocks is None else {"nblocks": nblocks}
         linear = nn.Linear if nblocks is None else BlockdiagLinear

@@ -60,7 +60,8 @@ class _Layer(nn.Module):
 
         Args:
             u: (B, H, L), or (B, L, H) without `transposed`.
-            mask: (B, L), zero or False where a row is padded: a row then gives what it gives alone.
+            mask: (B, L), zero or False where a row is padded: a row then gives what it gives alone (but for DSS's
+                softmax, whose kernel is one for the whole length).
             initial_state: complex (B, C H, N / 2) (DSS: N), the model's state before the first token. Not changed;
                 gradients flow into it. With states the model is a recurrence, which no limit on its taps cuts off.
             return_last_state: also return the state after the last token.
@@ -78,6 +79,7 @@ class _Layer(nn.Module):
         shape = (None, self.d_model, None) if self.transposed else (None, None, self.d_model)
         _checks.shape(name, "u", u, shape)
         u = u if self.transposed else u.transpose(1, 2)
+        _checks.padding(name, mask, u, u.shape[0], u.shape[2])
         if mask is not None:
             u = u.masked_fill((mask == 0)[:, None], 0)
         if initial_state is None and not return_last_state:
@@ -93,6 +95,7 @@ class _Layer(nn.Module):
 
     def step(self, u, state, discretized=None):
         """One token: u (B, H) -> (out (B, H), state); see `forward`."""
+        _checks.tensor(f"nn.{type(self).__name__}", "u", u, dims=2, dtypes=_checks.FLOATING)
         axis = 2 if self.transposed else 1
         out, state = self.forward(
             u.unsqueeze(axis), initial_state=state, return_last_state=True, discretized=discretized
@@ -120,6 +123,7 @@ class S4D(_Layer, _Convolution):
 
     def __init__(self, d_model, d_state=64, dropout=0.0, transposed=True, device=None, dtype=None, **kernel_args):
         super().__init__()
+        _checks.at_least("nn.S4D", "d_model", d_model, 1)
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.transposed = d_model, transposed
         self.D = nn.Parameter(torch.randn(d_model, **factory))
@@ -132,6 +136,8 @@ class S4D(_Layer, _Convolution):
         return self
 
     def _output(self, y):
+        if y.shape[2] == 0:  # which nn.Conv1d refuses
+            return y
         return self.output_linear(self.dropout(F.gelu(y)))
 
 
@@ -168,6 +174,9 @@ class S4(_Layer):
         final_act="glu", dropout=0.0, transposed=True, device=None, dtype=None, **kernel_args,
     ):  # fmt: skip
         super().__init__()
+        _checks.at_least("nn.S4", "d_model", d_model, 1)
+        _checks.at_least("nn.S4", "channels", channels, 1)
+        _checks.size_or_none("nn.S4", "l_max", l_max)
         _checks.choice("nn.S4", "mode", mode, ("dplr", "diag"))
         _checks.choice("nn.S4", "activation", activation, tuple(ACTIVATIONS))
         _checks.choice("nn.S4", "final_act", final_act, ("glu", "id"))
@@ -224,6 +233,9 @@ class DSS(_Layer, _Convolution):
         transposed=True, max_kernel_length=None, device=None, dtype=None, **kernel_args,
     ):  # fmt: skip
         super().__init__()
+        _checks.at_least("nn.DSS", "d_model", d_model, 1)
+        _checks.at_least("nn.DSS", "channels", channels, 1)
+        _checks.size_or_none("nn.DSS", "max_kernel_length", max_kernel_length)
         _checks.choice("nn.DSS", "activation", activation, tuple(ACTIVATIONS))
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.l_max, self.bidirectional = d_model, max_kernel_length, bidirectional

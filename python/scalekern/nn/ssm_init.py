@@ -34,6 +34,7 @@ def hippo(measure, N):
         ValueError: an unknown measure.
     """
     _checks.choice("hippo", "measure", measure, MEASURES)
+    _checks.at_least("hippo", "N", N, 1)
     n = torch.arange(N, dtype=torch.float64)
     if measure == "legs":
         B = (2 * n + 1).sqrt()
@@ -66,6 +67,7 @@ def low_rank(measure, N):
         ValueError: an unknown measure.
     """
     _checks.choice("low_rank", "measure", measure, MEASURES)
+    _checks.at_least("low_rank", "N", N, 1)
     n = torch.arange(N, dtype=torch.float64)
     if measure == "legs":
         return (n + 0.5).sqrt()[None]
@@ -87,8 +89,8 @@ def nplr(measure, N):
         ValueError: an unknown measure, or an odd N.
     """
     _checks.choice("nplr", "measure", measure, MEASURES)
-    if N < 2 or N % 2:
-        raise ValueError(f"nplr: N must be even and positive, got {N}")
+    if not isinstance(N, int) or N < 2 or N % 2:
+        raise ValueError(f"nplr: N must be even and positive, got {N!r}")
     A, B = hippo(measure, N)
     P = low_rank(measure, N)
     real = -0.5 if measure == "legs" else 0.0
@@ -112,8 +114,8 @@ def s4d(name, N):
         ValueError: an unknown name, or an odd N.
     """
     _checks.choice("s4d", "name", name, S4D)
-    if N < 2 or N % 2:
-        raise ValueError(f"s4d: N must be even and positive, got {N}")
+    if not isinstance(N, int) or N < 2 or N % 2:
+        raise ValueError(f"s4d: N must be even and positive, got {N!r}")
     if name == "legs":
         return nplr("legs", N)[0]
     n = torch.arange(N // 2, dtype=torch.float64)

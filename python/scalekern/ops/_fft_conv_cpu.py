@@ -13,6 +13,7 @@ _forward = native("fft_conv_fwd", "cpu")
 _backward = native("fft_conv_bwd", "cpu")
 _spectrum = native("fft_conv_spectrum", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MANY_ROWS, FEW_TOKENS, FEW_PRODUCTS = 1024, 128, 4096  # of a call, of a row, of a row and its filter
 
 
 def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum):
@@ -31,9 +32,16 @@ def supports(u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method,
 def supports_fwd(*args):
     """As well for "auto", however few the taps: on two cores of an AMD EPYC, B2 D256 float32, L 512 / 2,048 / 8,192,
     two taps take 0.5 / 1.8 / 8.5 ms, torch's grouped convolution 0.66 / 2.0 / 10, and with 64 taps 0.59 / 2.0 / 7.1
-    and 1.4 / 4.4 / 18 (the least of twelve).
+    and 1.4 / 4.4 / 18 (the least of twelve). But not for many rows of few tokens, whose smallest transform is larger
+    than they are: on two cores of a Xeon (Sapphire Rapids), B8 D2048 float32, L 8 / 16 / 32 / 64 with as many taps take
+    8.8 / 9.0 / 7.8 / 8.4 ms here and 1.0 / 1.4 / 1.6 / 4.2 by the grouped convolution, L 128 with 16 taps 10 and 6.2,
+    L 96 with 96 the same; 512 rows take the same either way, 16 half of it here.
     """
-    method = args[-3]
+    u, k, k_reverse, method, spectrum = *args[:3], args[-3], args[-1]
+    if method == "auto" and spectrum is None and u.shape[0] * u.shape[1] >= MANY_ROWS and u.shape[2] <= FEW_TOKENS:
+        taps = k.shape[-1] + (0 if k_reverse is None else k_reverse.shape[-1])
+        if taps <= 64 and u.shape[2] * taps <= FEW_PRODUCTS:
+            return "so few tokens in so many rows take less time as sums"
     return f"method {method!r} was asked for" if method in ("direct", "toeplitz") else supports(*args)
 
 
@@ -80,7 +88,7 @@ def forward(out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, met
     spectrum = _usable(spectrum)
     _forward(out, bad, u, k, k_reverse, skip, bias, pregate, postgate, mask, spectrum, _offset(k, mode))
     if bool(bad.any()):
-        out[bad] = _again(bad, out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode)
+        out[bad] = _again(bad, out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode).to(out.dtype)
 
 
 def backward(

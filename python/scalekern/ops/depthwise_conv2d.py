@@ -12,11 +12,12 @@ from scalekern.reference.depthwise_conv2d import depthwise_conv2d_bwd as referen
 from scalekern.reference.depthwise_conv2d import depthwise_conv2d_fwd as reference_fwd
 from scalekern.reference.depthwise_conv2d import depthwise_conv_transpose2d_bwd as reference_transpose_bwd
 from scalekern.reference.depthwise_conv2d import depthwise_conv_transpose2d_fwd as reference_transpose_fwd
-from scalekern.reference.depthwise_conv2d import filter_of, merge_dilated_branches, pair, sides
+from scalekern.reference.depthwise_conv2d import filter_of, pair, sides
+from scalekern.reference.depthwise_conv2d import merge_dilated_branches as reference_merge
 
 __all__ = ["depthwise_conv2d", "depthwise_conv_transpose2d", "merge_dilated_branches"]
 
-NAME, TRANSPOSE = "depthwise_conv2d", "depthwise_conv_transpose2d"
+NAME, TRANSPOSE, MERGE = "depthwise_conv2d", "depthwise_conv_transpose2d", "merge_dilated_branches"
 
 
 def depthwise_conv2d(x, w, bias=None, *, padding="same", stride=1, dilation=1, method="auto"):
@@ -92,6 +93,38 @@ def depthwise_conv_transpose2d(
     return depthwise_conv_transpose2d_fwd(x, w, bias, stride, padding, output_padding, dilation, method)
 
 
+def merge_dilated_branches(weights, dilations, size):
+    """The one filter that equals a sum of parallel dilated depthwise convolutions, all with padding "same".
+
+    Args:
+        weights: (..., I, J) filters of the same leading axes, (C, I, J) or (C, 1, I, J); batch norms folded in.
+        dilations: an integer or a pair for each.   size: the merged filter's, an integer or a pair.
+
+    Returns:
+        (..., *size): every filter with its dilation's zeros put in, centred, summed. Differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value, named in the message; a dilated
+            filter that is larger than size, or that has no centre in it (one odd, one even).
+
+    Source: Ding et al., UniRepLKNet, 2024, section 3: the dilated reparam block.
+    """
+    for name, values in (("weights", weights), ("dilations", dilations)):
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{MERGE}: {name} must be a list or a tuple, got {type(values).__name__}")
+    if not 0 < len(weights) == len(dilations):
+        raise ValueError(f"{MERGE}: dilations must be one of each weight, at least one, got {dilations!r}")
+    _check_pair(MERGE, "size", size, 1)
+    for i, (weight, dilation) in enumerate(zip(weights, dilations)):
+        _checks.tensor(MERGE, f"weights[{i}]", weight, dims=(2, 3, 4), dtypes=_checks.FLOATING)
+        _checks.shape(MERGE, f"weights[{i}]", weight, (*weights[0].shape[:-2], None, None))
+        if 0 in weight.shape[-2:]:
+            raise ValueError(f"{MERGE}: weights[{i}] must have at least one tap, got shape {tuple(weight.shape)}")
+        _check_pair(MERGE, f"dilations[{i}]", dilation, 1)
+        _checks.same_device(MERGE, "weights[0]", weights[0], **{f"weights[{i}]": weight})
+    return reference_merge(weights, dilations, size)
+
+
 def _wide(x, tensor):
     """Filters and biases are computed with in float32, or float64, whatever the images' dtype."""
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -117,8 +150,11 @@ def _check(op, x, w, bias, stride, dilation, method):
 
 
 def _check_pair(op, name, value, least):
-    values = (value, value) if isinstance(value, int) else value
-    ok = isinstance(values, (tuple, list)) and len(values) == 2 and all(isinstance(v, int) for v in values)
+    # Paddings may be made of sizes that are symbols while exporting; strides and dilations are numbers.
+    kinds = (int, torch.SymInt) if "padding" in name else int
+    values = (value, value) if isinstance(value, kinds) else value
+    ok = isinstance(values, (tuple, list)) and len(values) == 2
+    ok = ok and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values)
     if not ok or min(values) < least:
         extra = " or 'same' or 'valid'" if (op, name) == (NAME, "padding") else ""
         raise ValueError(f"{op}: {name} must be an integer of at least {least} or a pair{extra}, got {value!r}")
@@ -155,7 +191,7 @@ def _backward_of(bwd):
 
 _TENSORS = "Tensor x, Tensor w, Tensor? bias"
 _OPTIONS = "SymInt[] padding, int[] stride, int[] dilation, str method"
-_TRANSPOSE_OPTIONS = "int[] stride, int[] padding, int[] output_padding, int[] dilation, str method"
+_TRANSPOSE_OPTIONS = "int[] stride, SymInt[] padding, SymInt[] output_padding, int[] dilation, str method"
 
 depthwise_conv2d_fwd = _library.define(
     NAME,

@@ -51,6 +51,8 @@ def diag_ssm(
     _check(u, A, B, C, D, dt, initial_state)
     _checks.choice(NAME, "disc", disc, DISCRETIZATIONS[:2])
     _checks.choice(NAME, "method", method, METHODS)
+    _checks.flag(NAME, "conjugate_pairs", conjugate_pairs)
+    _checks.flag(NAME, "return_last_state", return_last_state)
     out, last = diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method, return_last_state)
     return (out, last) if return_last_state else out
 

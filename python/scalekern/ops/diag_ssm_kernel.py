@@ -47,6 +47,7 @@ def diag_ssm_kernel(A, B, C, dt, L, disc="zoh", *, conjugate_pairs=True):
     check_parameters(NAME, A, B, C, dt)
     check_length(NAME, L, 0)
     _checks.choice(NAME, "disc", disc, DISCRETIZATIONS)
+    _checks.flag(NAME, "conjugate_pairs", conjugate_pairs)
     return diag_ssm_kernel_fwd(A, B, C, dt, L, disc, conjugate_pairs)
 
 

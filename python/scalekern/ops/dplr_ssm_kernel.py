@@ -10,7 +10,7 @@ from scalekern.ops.diag_ssm_kernel import check_dt, check_length
 from scalekern.reference._complex import real_dtype
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel_bwd as reference_bwd
 from scalekern.reference.dplr_ssm import dplr_ssm_kernel_fwd as reference_fwd
-from scalekern.reference.dplr_ssm import truncate_C
+from scalekern.reference.dplr_ssm import truncate_C as reference_truncate_C
 
 NAME = "dplr_ssm_kernel"
 
@@ -37,19 +37,43 @@ def dplr_ssm_kernel(Lambda, P, B, C, dt, L, *, conjugate_pairs=True, C_is_trunca
     Source: Gu et al., Efficiently Modeling Long Sequences with Structured State Spaces (S4), 2022, section 3 and
     appendix C.
     """
-    _checks.tensor(NAME, "Lambda", Lambda, dims=2, dtypes=_checks.COMPLEX)
-    shape = Lambda.shape
-    _checks.tensor(NAME, "P", P, dims=(2, 3), dtypes=_checks.COMPLEX)
-    _checks.shape(NAME, "P", P, tuple(shape), (None, *shape))
-    for name, x in (("B", B), ("C", C)):
-        _checks.tensor(NAME, name, x, dims=2, dtypes=_checks.COMPLEX)
-        _checks.shape(NAME, name, x, shape)
-    check_dt(NAME, dt, shape[0])
-    check_length(NAME, L, 1)
-    _checks.same_device(NAME, "Lambda", Lambda, P=P, B=B, C=C, dt=dt)
-    truncated = C if C_is_truncated else truncate_C(Lambda, P, C, dt, L, conjugate_pairs)
+    _check(NAME, Lambda, P, dt, L, conjugate_pairs, B=B, C=C)
+    _checks.flag(NAME, "C_is_truncated", C_is_truncated)
+    truncated = C if C_is_truncated else reference_truncate_C(Lambda, P, C, dt, L, conjugate_pairs)
     out = dplr_ssm_kernel_fwd(Lambda, P, B, truncated, dt, L, conjugate_pairs)
     return out if out.dtype == real_dtype(C) else out.to(real_dtype(C))
+
+
+def truncate_C(Lambda, P, C, dt, L, conjugate_pairs=True):
+    """C (I - a^L), what `dplr_ssm_kernel` takes for C with `C_is_truncated`. Differentiable by autograd.
+
+    Args:
+        Lambda, P, C, dt, L, conjugate_pairs: as of `dplr_ssm_kernel`.
+
+    Returns:
+        (H, N), complex128: by dense powers, log2(L) products of (2 N, 2 N) matrices a head.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
+
+    Source: Gu et al., S4, 2022, appendix C.
+    """
+    _check("truncate_C", Lambda, P, dt, L, conjugate_pairs, C=C)
+    return reference_truncate_C(Lambda, P, C, dt, L, conjugate_pairs)
+
+
+def _check(op, Lambda, P, dt, L, conjugate_pairs, **vectors):
+    _checks.tensor(op, "Lambda", Lambda, dims=2, dtypes=_checks.COMPLEX)
+    shape = Lambda.shape
+    _checks.tensor(op, "P", P, dims=(2, 3), dtypes=_checks.COMPLEX)
+    _checks.shape(op, "P", P, tuple(shape), (None, *shape))
+    for name, x in vectors.items():
+        _checks.tensor(op, name, x, dims=2, dtypes=_checks.COMPLEX)
+        _checks.shape(op, name, x, shape)
+    check_dt(op, dt, shape[0])
+    check_length(op, L, 1)
+    _checks.flag(op, "conjugate_pairs", conjugate_pairs)
+    _checks.same_device(op, "Lambda", Lambda, P=P, dt=dt, **vectors)
 
 
 def _allocate_fwd(Lambda, P, B, C, dt, L, conjugate_pairs):

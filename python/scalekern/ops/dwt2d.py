@@ -42,7 +42,7 @@ def dwt2d(x, wavelet="haar", levels=1, mode="symmetric"):
     """
     _checks.tensor(NAME, "x", x, dims=4, dtypes=_checks.FLOATING)
     _check_filter(NAME, wavelet, mode)
-    if not isinstance(levels, int) or levels < 1:
+    if not isinstance(levels, int) or isinstance(levels, bool) or levels < 1:
         raise ValueError(f"{NAME}: levels must be an integer of at least 1, got {levels!r}")
     if 0 in x.shape[2:]:
         raise ValueError(f"{NAME}: x must have at least one row and column, got shape {tuple(x.shape)}")

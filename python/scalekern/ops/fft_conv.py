@@ -92,7 +92,7 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None, dtype=None):
     _checks.choice(op, "mode", mode, MODES)
     _checks.choice(op, "dtype", dtype, (None, *_checks.FLOATING))
     _checks.tensor(op, "k", k, dims=(2, 3), dtypes=_checks.FLOATING)
-    if not isinstance(length, (int, torch.SymInt)) or length < 1:
+    if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool) or length < 1:
         raise ValueError(f"{op}: length must be an integer of at least 1, got {length!r}")
     if k_reverse is not None:
         _checks.tensor(op, "k_reverse", k_reverse, dims=(2, 3), dtypes=_checks.FLOATING)
@@ -100,6 +100,8 @@ def fft_conv_spectrum(k, length, mode="causal", *, k_reverse=None, dtype=None):
             raise ValueError(f"{op}: k_reverse must be None in mode 'full', got a tensor")
         if k_reverse.shape[-2] != k.shape[-2]:
             raise ValueError(f"{op}: k_reverse must have {k.shape[-2]} channels like k, got {tuple(k_reverse.shape)}")
+        if k.dim() == k_reverse.dim() == 3 and k_reverse.shape[0] != k.shape[0]:
+            raise ValueError(f"{op}: k_reverse must have {k.shape[0]} samples like k, got {tuple(k_reverse.shape)}")
         _checks.same_device(op, "k", k, k_reverse=k_reverse)
     for name, taps in (("k", k), ("k_reverse", k_reverse)):
         if taps is not None and taps.shape[-1] < 1:
@@ -157,16 +159,19 @@ def fft_conv_chunk(u_chunk, k, state=None):
 
     Source: overlap-save, e.g. Oppenheim & Schafer, Discrete-Time Signal Processing, section 8.7.
     """
-    op = "fft_conv_chunk"
-    _check_input(op, "u_chunk", u_chunk)
-    _check_filter(op, "k", k, u_chunk, "u_chunk")
+    _check_input("fft_conv_chunk", "u_chunk", u_chunk)
+    return _chunk("fft_conv_chunk", "u_chunk", u_chunk, k, state)
+
+
+def _chunk(op, name, u_chunk, k, state):
+    _check_filter(op, "k", k, u_chunk, name)
     (batch, channels, tokens), history = u_chunk.shape, k.shape[-1] - 1
     if state is None:
         state = u_chunk.new_zeros(batch, channels, history)
     else:
         _checks.tensor(op, "state", state, dims=3, dtypes=_checks.FLOATING)
         _checks.shape(op, "state", state, (batch, channels, history))
-        _checks.same_device(op, "u_chunk", u_chunk, state=state)
+        _checks.same_device(op, name, u_chunk, state=state)
     window = torch.cat([_to(state, u_chunk.dtype), u_chunk], -1)
     out = fft_conv(window, k)[..., history:]
     return out, window[..., tokens:].to(state.dtype)
@@ -187,7 +192,7 @@ def fft_conv_step(u, k, state=None):
     Source: as `fft_conv_chunk`.
     """
     _checks.tensor("fft_conv_step", "u", u, dims=2, dtypes=_checks.FLOATING)
-    out, state = fft_conv_chunk(u[..., None], k, state)
+    out, state = _chunk("fft_conv_step", "u", u[..., None], k, state)
     return out[..., 0], state
 
 

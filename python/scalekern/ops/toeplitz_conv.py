@@ -39,6 +39,8 @@ def toeplitz_conv(u, k, groups=None):
     _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.FLOATING)
     _checks.tensor(NAME, "k", k, dims=2, dtypes=_checks.FLOATING)
     count, channels = k.shape[0], u.shape[1]
+    if groups is not None and not isinstance(groups, (int, torch.SymInt)):
+        raise TypeError(f"{NAME}: groups must be an integer or None, got {groups!r}")
     if groups is not None and groups != count:
         raise ValueError(f"{NAME}: k must have {groups} filters like groups, got shape {tuple(k.shape)}")
     if count < 1 or channels % count:

@@ -136,12 +136,12 @@ def filter_of(w):
 
 
 def pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
 
 
 def sides(padding, w_shape, dilation):
     """(left, right, top, bottom), as F.pad takes them, of a padding, or given as such."""
-    if not isinstance(padding, (str, int)) and len(padding) == 4:
+    if isinstance(padding, (tuple, list)) and len(padding) == 4:
         return tuple(padding)
     if padding == "valid":
         padding = 0

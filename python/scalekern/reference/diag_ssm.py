@@ -182,7 +182,7 @@ def _vandermonde(w, a, length):
 
 def _moments(g, a):
     """(sum_l g[l] a_n^l, sum_l l g[l] a_n^(l-1)), each (H, N)."""
-    weights = torch.arange(1, g.shape[1], device=g.device)
+    weights = torch.arange(1, max(1, g.shape[1]), device=g.device)
     return _transposed(g, a), _transposed(weights * g[:, 1:], a)
 
 

@@ -257,7 +257,7 @@ def correlate(a, b, start, count, period=None, method="direct"):
         a = F.pad(a, (-start, start + span - a.shape[-1]))
     else:
         a = a[..., torch.arange(start, start + span, device=a.device) % period]
-    if method == "fft":
+    if method == "fft" and a.numel():  # MKL refuses to transform no rows
         size = 1 << max(span - 1, 1).bit_length()
         return torch.fft.irfft(torch.fft.rfft(a, size) * torch.fft.rfft(b, size).conj(), size)[..., :count]
     block = max(1, _BLOCK // max(1, a.shape[0] * a.shape[1] * count))
