@@ -24,7 +24,7 @@
 //   float 4,096 0.64 to 0.53, 8,192 even; four vectors at a time for H_m: 3 % for 12 2^k, a loss for rows of 5,120.
 #include <stdlib.h>
 
-#include "common/parallel.h"
+#include "common/stretches.h"
 #include "quant_matmul/cpu_hadamard_tile_rows.h"
 #include "quant_matmul/cpu_quantize.h"
 #include "quant_matmul/hadamard.h"
@@ -35,7 +35,6 @@ using scalekern::HadamardArgs;
 
 constexpr int64_t kParallel = 1 << 17;      // points from which threads pay: 64 Ki took 36 us with one, 43 with two
 constexpr int64_t kShare = 1 << 17;        // points that a thread takes at once
-constexpr int64_t kMostRegions = 64;        // of threads that begin apart
 constexpr int64_t kApartBytes = 64;        // between runs of the buffer: their lines would meet in one set of the L1
 constexpr int kRunBits = 12;               // of runs that are finished pass by pass, not run by run
 // Whether the last pass asks for the next row as it goes: two threads of a Sapphire Rapids, 24 MB, fp16 of 1,024 points
@@ -290,22 +289,14 @@ struct Transform {
     }
   }
 
-  // Shares of a thread's own region, then those that others left: two threads that write one fresh page both clear it.
   static void run(const HadamardArgs& a) {
-    const int64_t share = a.n < kShare / W ? kShare / a.n / W * W : kShare / a.n > 1 ? kShare / a.n : 1;
-    const int64_t threads = a.rows * a.n >= kParallel ? scalekern::num_threads() : 1;
-    const int64_t regions = threads < kMostRegions ? threads : kMostRegions;
-    const int64_t size = ((a.rows + share - 1) / share + regions - 1) / regions * share;
-    int64_t next[kMostRegions] = {};
-    const auto part = [&](int64_t first, int64_t) {
+    const int64_t unit = a.n < kShare / W ? W : 1, share = kShare / a.n / unit > 1 ? kShare / a.n / unit : 1;
+    parallel_stretches(a.rows * a.n >= kParallel, (a.rows + unit - 1) / unit, share, [&](const auto& take) {
       const Transform transform(a);
-      for (int64_t r = first; r < first + regions; ++r) {
-        const int64_t start = r % regions * size, stop = a.rows - start < size ? a.rows : start + size;
-        for (int64_t begin; (begin = start + __atomic_fetch_add(next + r % regions, share, __ATOMIC_RELAXED)) < stop;)
-          transform.some(begin, stop - begin < share ? stop : begin + share);
-      }
-    };
-    scalekern::parallel(threads, part);
+      take([&](int64_t begin, int64_t end) {
+        transform.some(begin * unit, end * unit < a.rows ? end * unit : a.rows);
+      });
+    });
   }
 
   void some(int64_t begin, int64_t end) const {
@@ -321,16 +312,12 @@ struct Transform {
 namespace scalekern::SCALEKERN_ISA {
 
 void hadamard(const HadamardArgs& a) {
-#ifdef ONLY
-  return Transform<float, ONLY>::run(a);
-#else
   switch (a.dtype) {  // enum Dtype
     case 0: return Transform<float, float>::run(a);
     case 1: return Transform<double, double>::run(a);
     case 2: return Transform<float, f16>::run(a);
     default: return Transform<float, bf16>::run(a);
   }
-#endif
 }
 
 }  // namespace scalekern::SCALEKERN_ISA

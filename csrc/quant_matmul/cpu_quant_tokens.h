@@ -1,5 +1,6 @@
 // Tokens of a product with a low-bit weight: as floats, rounded to their kind, and what a block of results goes to.
 #pragma once
+#include "common/stretches.h"
 #include "quant_matmul/cpu_quant_decode.h"
 
 namespace {
@@ -7,27 +8,6 @@ namespace {
 using scalekern::QuantMatmulArgs;
 
 constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds: some 10 us on one core, above what waking another takes
-
-// thread(take) on each thread; take(body) calls body(begin, end) with ranges of [0, count), `share` at once or fewer:
-// those of the thread's own stretch, of which its caches have some from the last call, then what others have left of theirs.
-// Cores of a shared machine are not equally fast: 5 to 15 % less time than one stretch each.
-template <class Thread>
-static inline void parallel_stretches(bool worth_it, int64_t count, int64_t share, const Thread& thread) {
-  constexpr int64_t kApart = 8;  // a cache line for each
-  const int64_t threads = worth_it ? least(scalekern::num_threads(), pieces(count, share)) : 1;
-  const Buffer<int64_t> taken(threads * kApart);
-  zero<int64_t>(taken, threads * kApart);
-  parallel_if(worth_it, threads, [&](int64_t first, int64_t last) {
-    thread([&](const auto& body) {
-      for (int64_t t = first; t < last; ++t)
-        for (int64_t i = 0; i < threads; ++i) {
-          const int64_t own = (t + i) % threads, start = count * own / threads, stop = count * (own + 1) / threads;
-          for (int64_t at; (at = start + __atomic_fetch_add(taken + own * kApart, share, __ATOMIC_RELAXED)) < stop;)
-            body(at, least(at + share, stop));
-        }
-    });
-  });
-}
 
 // max |x| / top, or the static scale; NaN where that leaves no numbers.
 static inline float scale_of_token(const float* x, int64_t count, float top, float given) {
