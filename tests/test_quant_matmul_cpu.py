@@ -112,7 +112,7 @@ def test_long_rows(format, M):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("group, K", [(256, 700), (64, 200), (7, 50), (2048, 4500)])
+@pytest.mark.parametrize("group, K", [(256, 700), (64, 200), (32, 200), (16, 150), (7, 50), (2048, 4500)])
 def test_integer_sums_are_exact(bits, group, K):
     """Scales are powers of two and sums stay below 2^24, so float32 holds every step: equal to int64, bit for bit."""
     generator = torch.Generator().manual_seed(bits)

@@ -165,7 +165,7 @@ class DigitProduct {
     const Buffer<uint8_t> tails, codes;
     const std::optional<Spreading> spreading;
     explicit Memory(const DigitProduct& own)
-        : parts(4 * GroupParts::floats(own.w.groups)), scaled(4 * own.padded), rest(4 * own.padded), tails(4 * 64),
+        : parts(4 * GroupParts::floats(own.w.groups)), scaled(8 * own.padded), rest(4 * own.padded), tails(4 * 64),
           codes(own.s.spread ? kRows * own.code_pitch() : 0),
           spreading(own.s.spread ? std::optional<Spreading>(own.w) : std::nullopt) {}
   };
@@ -180,7 +180,9 @@ class DigitProduct {
         const int digits = tokens.digits[m];
         const bool two = digits && m + 1 < a.tokens && tokens.digits[m + 1] == digits;
         float* to = results + m * kRows;
-        if (digits == 2 && two) strips<2, 2, 2>(first, count, m, memory, to);
+        if (digits == 1 && two) strips<1, 4, 2>(first, count, m, memory, to);
+        else if (digits == 1) strips<1, 4, 1>(first, count, m, memory, to);
+        else if (digits == 2 && two) strips<2, 2, 2>(first, count, m, memory, to);
         else if (digits == 2) strips<2, 4, 1>(first, count, m, memory, to);
         else if (digits == 3 && two) strips<3, 2, 2>(first, count, m, memory, to);
         else if (digits == 3) strips<3, 4, 1>(first, count, m, memory, to);
@@ -190,7 +192,8 @@ class DigitProduct {
       }
       load_bias(a, first, count, bias);
       for (int64_t m = 0; m < a.tokens; ++m)
-        if (tokens.digits[m]) store_results(a, m, first, count, results + m * kRows, 1, bias);
+        if (tokens.digits[m])
+          store_results(a, m, first, count, results + m * kRows, tokens.scale ? tokens.scale[m] : 1, bias);
     }
   }
 
@@ -241,6 +244,27 @@ class DigitProduct {
   }
 };
 
+static void multiply_digits(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& digits) {
+  switch (s.planes) {
+    case 8: return DigitProduct<8>::run(a, s, digits);
+    case 4: return DigitProduct<4>::run(a, s, digits);
+    case 2: return DigitProduct<2>::run(a, s, digits);
+    default: return DigitProduct<1>::run(a, s, digits);
+  }
+}
+
+// Activations rounded to bytes, where groups are so short that several share a line; false elsewhere. For
+// cpu_quant_int_lanes.h each would be padded to a line of its own: 4096 x 4096, one token, int4 in groups of 64 0.73 ms
+// to 0.26 to 0.36, of 32 0.96 to 0.27 to 0.37, of 16 2 to 0.45, int8 of 32 1.4 to 0.6; four tokens 1.0 to 0.6 of 64.
+static bool whole_in_digits(const QuantMatmulArgs& a) {
+  const Sections s(a.w);
+  if (!s.fits || !s.shared) return false;
+  const Buffer<float> scale(a.tokens);
+  const Tokens tokens(a, 1, scale);
+  multiply_digits(a, s, DigitTokens(a, s, tokens, scale));
+  return true;
+}
+
 // The tokens that fixed point holds; `otherwise` gets each of the others by itself. False where the codes do not fit.
 template <class Otherwise>
 static bool in_digits(const QuantMatmulArgs& a, const Tokens& tokens, const Otherwise& otherwise) {
@@ -248,12 +272,7 @@ static bool in_digits(const QuantMatmulArgs& a, const Tokens& tokens, const Othe
   const Sections s(a.w);
   if (!s.fits) return false;
   const DigitTokens digits(a, s, tokens);
-  switch (s.planes) {
-    case 8: DigitProduct<8>::run(a, s, digits); break;
-    case 4: DigitProduct<4>::run(a, s, digits); break;
-    case 2: DigitProduct<2>::run(a, s, digits); break;
-    default: DigitProduct<1>::run(a, s, digits);
-  }
+  multiply_digits(a, s, digits);
   for (int64_t m = 0; m < a.tokens; ++m)
     if (!digits.digits[m]) {
       QuantMatmulArgs own = a;

@@ -54,6 +54,11 @@ struct Sections {
 template <int D>
 struct DigitSum;
 template <>
+struct DigitSum<1> {  // of activations that were rounded to bytes
+  static constexpr float kStart[1] = {0x1.8p23f};
+  static constexpr float kAll = 0x1.8p23f;
+};
+template <>
 struct DigitSum<2> {
   static constexpr float kStart[2] = {0x1.8p23f, 0x1.8p15f};
   static constexpr float kAll = 0x1.8p23f + 0x1.8p15f;
@@ -150,17 +155,22 @@ struct DigitTokens {
   Buffer<float> sum;       // [token][part]
   Buffer<int32_t> start;   // [token][section][digit][lane]
   int digits[4];           // of each token; 0: none hold it
+  const float* scale;      // of tokens that are whole numbers up to 127, of one digit; else null
 
-  DigitTokens(const QuantMatmulArgs& a, const Sections& s, const Tokens& tokens)
+  DigitTokens(const QuantMatmulArgs& a, const Sections& s, const Tokens& tokens, const float* scale = nullptr)
       : w(a.w), s(s), middle(w.bits == 1 ? 0 : 1 << (w.bits - 1)), more(w.has_rest(float(middle))),
         pitch((s.lines * s.planes * kMostDigits + 1) * 64),
         x(a.tokens * pitch), unit(a.tokens * s.padded), sum(a.tokens * s.padded),
-        start(a.tokens * s.count * kMostDigits * 16) {
+        start(a.tokens * s.count * kMostDigits * 16), scale(scale) {
     zero<float>(unit, a.tokens * s.padded), zero<float>(sum, a.tokens * s.padded);
     const bool half = a.out.dtype == QuantDtype::f16 || a.out.dtype == QuantDtype::bf16;
     const float allowed = half ? 1e-4f : 1e-6f;
     const Buffer<int8_t> plain(kMostDigits * plain_pitch());
     for (int64_t t = 0; t < a.tokens; ++t) {
+      if (scale) {
+        whole(tokens[t], t, plain), lay<1>(t, plain), digits[t] = 1;
+        continue;
+      }
       digits[t] = half ? 2 : 3;
       while (digits[t] && !split(tokens[t], t, digits[t], allowed, plain))
         digits[t] = digits[t] < kMostDigits ? digits[t] + 1 : 0;
@@ -181,13 +191,24 @@ struct DigitTokens {
       // Up to 15 bytes beyond: of the next part, or 0 at the end.
       const Look seen = look(from + first, here);
       if (!::split(seen, from + first, here, count, allowed, more, plain + first, plain_pitch(), part)) return false;
-      unit[t * s.padded + p] = s.spread ? part.unit * from_bits(uint32_t(127 - 8 + w.bits) << 23) : part.unit;
+      unit[t * s.padded + p] = part.unit * unit_of_codes();
       sum[t * s.padded + p] = part.sum;
     }
     for (int d = 0; d < count; ++d)
       __builtin_memset(plain + d * plain_pitch() + w.columns, 0, size_t(plain_pitch() - w.columns));
     return true;
   }
+
+  void whole(const float* from, int64_t t, int8_t* plain) const {
+    for (int64_t k = 0; k < w.columns; ++k) plain[k] = int8_t(from[k]);
+    __builtin_memset(plain + w.columns, 0, size_t(plain_pitch() - w.columns));
+    for (int64_t p = 0; p < s.parts; ++p) {
+      int total = 0;
+      for (int64_t k = p * s.part; more && k < least((p + 1) * s.part, w.columns); ++k) total += plain[k];
+      unit[t * s.padded + p] = unit_of_codes(), sum[t * s.padded + p] = float(total);
+    }
+  }
+  float unit_of_codes() const { return s.spread ? from_bits(uint32_t(127 - 8 + w.bits) << 23) : 1; }
 
   template <int D>
   void lay(int64_t t, const int8_t* plain) const {
