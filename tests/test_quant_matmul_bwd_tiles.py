@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from conftest import at_levels
 from test_quant_matmul_cpu import (  # noqa: F401
     FLOOR,
     VARIANTS,
@@ -38,7 +37,6 @@ def exact(w, dout):
 
 
 @pytest.mark.parametrize("format, symmetric", VARIANTS, ids=lambda v: {True: "", False: "zeros"}.get(v, v))
-@at_levels("avx512")
 def test_every_format(format, symmetric):
     for (M, N, K), group, dtype in zip(SHAPES * 3, GROUPS * 4, itertools.chain(*([d] * 7 for d in FLOOR))):
         w, dout = spoiled(weight(N, K, format, group, symmetric)), randn(M, N, seed=1).to(dtype)
