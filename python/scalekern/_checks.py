@@ -67,7 +67,7 @@ def at_least(op: str, name: str, value, least: int) -> None:
 def number(op: str, name: str, value) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}") from None
 
 
