@@ -197,6 +197,20 @@ def test_every_method_with_and_without_rotation(method, rotation):
         assert found.error < 0.7 * layer(method, None).error
 
 
+def test_inputs_by_name_and_inputs_without_rows():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert quantize_model(Named(), "int4", inputs=[torch.randn(3, 8)]).layers[0].measured_on == "outputs"
+    (none,) = quantize_model(Named(), "int4", inputs=[torch.randn(0, 8)]).layers
+    assert none.measured_on == "weight" and none.error > 0
+
+
 def test_calibration_leaves_the_model_in_its_mode():
     other = model()
     other.blocks[0].eval()

@@ -171,11 +171,14 @@ def _inputs_of(model, layers: dict[str, nn.Linear], batches) -> dict[str, torch.
     seen: dict[str, list[torch.Tensor]] = {}
 
     def watch(name):
-        return lambda module, args: seen.setdefault(name, []).append(_thinned(args[0].detach()))
+        def hook(module, args, options):
+            seen.setdefault(name, []).append(_thinned((args[0] if args else options["input"]).detach()))
+
+        return hook
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for name, linear in layers.items():
-            stack.callback(linear.register_forward_pre_hook(watch(name)).remove)
+            stack.callback(linear.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         model.eval()
@@ -184,7 +187,7 @@ def _inputs_of(model, layers: dict[str, nn.Linear], batches) -> dict[str, torch.
                 model(**batch)
             else:
                 model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    return {name: _thinned(torch.cat(rows)) for name, rows in seen.items()}
+    return {name: _thinned(found) for name, rows in seen.items() if len(found := torch.cat(rows))}
 
 
 def _thinned(rows):
