@@ -164,9 +164,6 @@ def test_unknown_methods_and_sources(tmp_path):
         ({"quant_method": "gptq"}, "must say bits"),
         ({"quant_method": "awq", "version": "gemv_fast"}, "only 4 bits of version gemm or gemv"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "only the format pack-quantized"),
-        ({"quant_method": "compressed-tensors", "config_groups": 3}, "config_groups must be a dict of dicts, got 3"),
-        ({"quant_method": ["gptq"]}, "method must be one of .*, got .'gptq'."),
-        (3, "config must be a dict, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
             read_checkpoint({}, config=config)

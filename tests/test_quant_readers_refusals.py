@@ -30,9 +30,20 @@ def test_what_the_config_says_and_the_tensors_do_not():
             read_checkpoint(tensors, config={**config, "group_size": size})
 
 
+def test_configs_of_other_types():
+    for config, message in (
+        ({"quant_method": "compressed-tensors", "config_groups": 3}, "config_groups must be a dict of dicts, got 3"),
+        ({"quant_method": ["gptq"]}, "method must be one of .*, got .'gptq'."),
+        (3, "config must be a dict, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint({}, config=config)
+
+
 def test_folders_whose_json_is_none(tmp_path):
     index, config = tmp_path / "model.safetensors.index.json", tmp_path / "config.json"
-    for text, message in (("{", "is no JSON"), ("[]", "must hold an object, got list"), ("{}", "must hold a weight_map")):
+    texts = ("{", "is no JSON"), ("[]", "must hold an object, got list"), ("{}", "must hold a weight_map")
+    for text, message in texts:
         index.write_text(text)
         with pytest.raises(ValueError, match=f"index.json {message}"):
             read_checkpoint(tmp_path)

@@ -185,10 +185,9 @@ def test_bad_calls(place):
         scalekern.quantize_kv(k, group_size=9)
     with pytest.raises(ValueError, match="quantize_kv: bits must be one of 8, 4, got 8.0"):
         scalekern.quantize_kv(k, bits=8.0)
-    for options, message in (({"bits": 3}, "bits"), ({"group_size": 0}, "group_size"), ({"group_size": 9}, "group_size"),
-                             ({"scale_dtype": torch.int8}, "scale_dtype")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"QuantizedKV.empty: {message} must be"):
-            QuantizedKV.empty(2, channels=8, **options)
+    for name, value in (("bits", 3), ("group_size", 0), ("group_size", 9), ("scale_dtype", torch.int8)):
+        with pytest.raises(ValueError, match=f"QuantizedKV.empty: {name} must be"):
+            QuantizedKV.empty(2, channels=8, **{name: value})
     with pytest.raises(TypeError, match="cache.scales must be a torch.Tensor, got NoneType"):
         scalekern.quantize_kv_update(cache.replace(scales=None), k, torch.tensor([8, 8]))
     if place[0] == "cpu":

@@ -170,8 +170,8 @@ class QuantLinear(nn.Module):
             return out
         own = self._parameters
         data = own["weight_data"]
-        fits = isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == self.in_features and x.dtype in _checks.FLOATING
-        if fits and own["weight_perm"] is None and x.device == data.device:
+        fits = isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == self.in_features
+        if fits and x.dtype in _checks.FLOATING and own["weight_perm"] is None and x.device == data.device:
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
             options = self.format, self.group_size, self.activation or "", self.activation_scale
