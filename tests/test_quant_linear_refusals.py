@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_quant_linear import inputs, linear
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalekern import quant
 from scalekern.nn import QuantLinear
@@ -22,6 +23,20 @@ def test_a_checkpoint_with_a_part_of_a_wrong_dtype(name, dtype, assign):
     with pytest.raises(TypeError, match=f"nn.QuantLinear: {name} must have dtype .*, got {dtype}"):
         layer.load_state_dict(wrong, assign=assign)
     assert all(torch.equal(t, before[n]) for n, t in layer.state_dict().items())  # nothing is half loaded
+
+
+@pytest.mark.parametrize("format", ["nf4", "mxfp4", "nvfp4", "int1", "fp8_e4m3", "fp4_bnb", "int4"])
+def test_a_skeleton_and_a_fake(format):
+    """Under a device context and under a fake mode, whose tables are not kept for the calls that follow."""
+    with torch.device("meta"):
+        assert QuantLinear(40, 8, format=format).weight_data.is_meta
+    for _ in range(2):
+        with FakeTensorMode():
+            assert QuantLinear(40, 8, format=format)(torch.randn(3, 40)).shape == (3, 8)
+    weight = quant.quantize(inputs(8, 40), format)
+    assert type(weight.data) is torch.Tensor and weight.dequantize().isfinite().all()
+    compiled = torch.compile(lambda w: quant.quantize(w, format).dequantize(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs(8, 40)), weight.dequantize())
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -262,16 +262,11 @@ def _codes(groups, fmt: Format, scales, zeros, offsets, outer):
 
 def nearest_codes(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """The code of the nearest value of a table, beyond the largest its; a tie goes to the even code."""
-    table = fmt.values(x.dtype, x.device)
-    finite = table.isfinite().nonzero()[:, 0]
-    if len(table) > 2 and table[0] == 0:  # sign and magnitude: the order of magnitudes is that of the codes' positions
-        half = len(table) // 2
-        order = table[:half][table[:half].isfinite()].sort()
-        index = _nearest(x.abs(), order.values)
-        code = finite[finite < half][order.indices][index]
-        return code + torch.where(torch.signbit(x), half, 0)
-    order = table[finite].sort()
-    return finite[order.indices][_nearest(x, order.values)]
+    codes = torch.tensor(fmt.rising, device=x.device)
+    rising = fmt.values(x.dtype, x.device)[codes]
+    if fmt.has_sign:
+        return codes[_nearest(x.abs(), rising)] + torch.where(torch.signbit(x), len(fmt.table) // 2, 0)
+    return codes[_nearest(x, rising)]
 
 
 def _nearest(x, rising):
