@@ -1,4 +1,4 @@
-"""nn.QuantLinear: parts and checkpoints that do not fit are refused by name, since forward looks at none of them again."""
+"""nn.QuantLinear refuses parts and checkpoints that do not fit, by name: forward looks at none of them again."""
 
 import pytest
 import torch
