@@ -260,10 +260,26 @@ def test_axis_and_bad_arguments():
         ({"axis": 0, "w": w[None]}, "axis be one of the last two"),
         ({"w": w[0]}, "at least 2 dimensions"),
         ({"scale_dtype": torch.int32}, "scale_dtype must be"),
-        ({"w": w.int()}, "must be a floating"),
+        ({"axis": 3}, "axis be one of the last two"),  # not axis 1, which it is modulo 2
+        ({"axis": "k"}, "axis be one of the last two"),
+        ({"format": ["int4"]}, "format must be one of"),
+        ({"w": w.to(torch.float8_e4m3fn)}, "w must be a dense torch.Tensor of float64, .*, got .*float8_e4m3fn"),
+        ({"w": w.to_sparse()}, "w must be a dense torch.Tensor of float64, .*, got torch.sparse_coo"),
+        ({"w": w.int()}, "w must be a dense torch.Tensor of float64, .*, got torch.strided of torch.int32"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             quantize(**{"w": w, "format": "int4", **options})
+
+
+@pytest.mark.parametrize("method", ["absmax", "least_squares"])
+def test_scales_wider_than_the_weight(method):
+    """The largest float64 is no float32: the bound of what is stored is the smaller of both."""
+    w = randn(6, 50).half()
+    for symmetric in (True, False):
+        options = dict(group_size=16, symmetric=symmetric, method=method)
+        wide, plain = quantize(w, "int4", scale_dtype=torch.float64, **options), quantize(w, "int4", **options)
+        assert wide.scales.dtype == torch.float64 and torch.equal(wide.scales.float(), plain.scales)
+        assert torch.equal(wide.data, plain.data)
 
 
 def test_two_levels():

@@ -278,6 +278,16 @@ def test_hqq_makes_errors_sparse():
     assert torch.equal(doubled.data, found.data) and torch.equal(doubled.zeros, found.zeros)  # no unit in it
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.int8, torch.uint8, torch.bfloat16, torch.float8_e4m3fn])
+def test_hqq_with_scales_of_every_kind(scale_dtype):
+    """Two levels as well, whose steps are scales * outer; zeros are no bfloat16."""
+    w = inputs(16, 96)
+    error = lambda q: (q.dequantize() - w).norm().item()  # noqa: E731
+    found = quant.hqq(w, "int4", group_size=32, scale_dtype=scale_dtype)
+    plain = quant.quantize(w, "int4", group_size=32, symmetric=False, scale_dtype=scale_dtype)
+    assert error(found) <= error(plain) and found.zeros.dtype == torch.float32
+
+
 def test_hqq_one_turn_by_hand(monkeypatch):
     """One group, one turn, every equation written out."""
     from scalekern.quant import _hqq

@@ -78,6 +78,32 @@ def test_a_vector_and_no_tokens():
     assert scalekern.quant_matmul(x.expand(0, 3, 40), w).shape == (0, 3, 7)
 
 
+def test_sizes_of_zero_have_gradients_of_zero_elements():
+    for N, K in ((0, 5), (3, 0), (0, 0)):
+        w = quantize(torch.randn(N, K), "int4", group_size=2)
+        w = w.replace(scales=w.scales.requires_grad_())
+        x, bias = torch.randn(2, K, requires_grad=True), torch.randn(N, requires_grad=True)
+        scalekern.quant_matmul(x, w, bias=bias).sum().backward()
+        assert bias.grad.shape == (N,) and w.scales.grad.shape == w.scales.shape and x.grad.shape == (2, K)
+
+
+def test_calls_that_cannot_be():
+    x, w = torch.randn(3, 40), quantize(torch.randn(8, 40), "int4", group_size=16)
+    for arguments, message in (
+        ({"activation_scale": "a"}, "activation_scale must be a number, got 'a'"),
+        ({"activation_scale": torch.ones(3)}, "activation_scale must be a number, got tensor"),
+        ({"activation_scale": 1e-60}, "activation_scale must lie in float32's range, got 1e-60"),
+        ({"activation_scale": float("inf")}, "activation_scale must lie in float32's range, got inf"),
+        ({"x": x.to_sparse()}, "x must be a dense tensor, got torch.sparse_coo"),
+        ({"w": w.replace(perm=torch.arange(40) - 1)}, "perm must hold columns 0 to 39, got -1 to 38"),
+        ({"w": w.replace(scales=None)}, "scales must be a torch.Tensor, got NoneType"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^quant_matmul: {message}"):
+            scalekern.quant_matmul(**{"x": x, "w": w, "activation": "int8", **arguments})
+    with pytest.raises(TypeError, match="^dequantize: w must be a .*QuantizedTensor, got Tensor"):
+        scalekern.quant.dequantize(x)
+
+
 class Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names = [*getattr(self, "names", ()), func.name()]

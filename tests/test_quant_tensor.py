@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
 
 from scalekern.quant import FORMATS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._formats import BLOCK_FORMATS
@@ -85,18 +86,38 @@ def test_parts_that_do_not_fit():
         ({"data": q.data.int()}, "data must have dtype uint8"),
         ({"data": q.data[0]}, "at least 2 dimensions"),
         ({"scales": q.scales[:, :2]}, "scales must have shape"),
-        ({"scales": q.scales.long()}, "scales must be floating"),
+        ({"scales": q.scales.long()}, "scales must have dtype float64, .*, uint8, got int64"),
         ({"zeros": q.zeros[:2]}, "zeros must have shape"),
-        ({"zeros": q.zeros.int()}, "zeros must be floating"),
+        ({"zeros": q.zeros.int()}, "zeros must have dtype float64, .*, uint8, got int32"),
         ({"outer": q.scales}, "outer must have shape"),
         ({"perm": torch.arange(39)}, "perm must have shape"),
-        ({"perm": torch.arange(40.0)}, "perm must be int32"),
+        ({"perm": torch.arange(40.0)}, "perm must have dtype int32, int64, got float32"),
         ({"format": "int9"}, "format must be one of"),
         ({"group_size": 0}, "group_size must be"),
+        ({"group_size": 16.0}, "group_size must be an integer"),
+        ({"format": ["int4"]}, "format must be one of"),
         ({"columns": 50}, "data must have shape"),
+        ({"columns": -1}, "columns must be an integer of at least 0"),
+        ({"data": None}, "data must be a torch.Tensor, got NoneType"),
+        ({"zeros": 8}, "zeros must be a torch.Tensor, got int"),
+        ({"perm": torch.arange(40) + 1}, "perm must hold columns 0 to 39, got 1 to 40"),
+        ({"dtype": torch.int8}, "dtype must be one of float64, .*, got int8"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             dequantize(q.replace(**changes))
+
+
+def test_an_order_of_columns_out_of_a_file_is_one():
+    q = quantize(randn(6, 40), "int4").replace(perm=torch.randperm(40))
+    _equal(QuantizedTensor.from_tensors(q.tensors(), q.metadata()), q)
+    with pytest.raises(ValueError, match="perm must hold each of the 40 columns once"):
+        QuantizedTensor.from_tensors({**q.tensors(), "perm": torch.zeros(40, dtype=torch.int64)}, q.metadata())
+
+
+def test_leaves_are_tensors():
+    """A map over the leaves meets no None, and what comes back has its parts under their names."""
+    for q in (quantize(randn(6, 40), "int4", symmetric=False), quantize(randn(6, 40), "nvfp4")):
+        _equal(tree_map(lambda t: t.clone(), q), q)
 
 
 def test_gradients_of_dequantize():

@@ -181,8 +181,18 @@ def test_bad_calls(place):
         scalekern.sparse_attention_decode(q, cache.replace(group_size=9), v, torch.tensor([8, 8]))
     with pytest.raises(ValueError, match="quantize_kv: bits must be one of 8, 4, got 2"):
         scalekern.quantize_kv(k, bits=2)
-    with pytest.raises(ValueError, match="quantize_kv: x must have at least 9 channels, got 8"):
+    with pytest.raises(ValueError, match="quantize_kv: group_size must be at most the 8 channels of x, got 9"):
         scalekern.quantize_kv(k, group_size=9)
+    with pytest.raises(ValueError, match="quantize_kv: bits must be one of 8, 4, got 8.0"):
+        scalekern.quantize_kv(k, bits=8.0)
+    for name, value in (("bits", 3), ("group_size", 0), ("group_size", 9), ("scale_dtype", torch.int8)):
+        with pytest.raises(ValueError, match=f"QuantizedKV.empty: {name} must be"):
+            QuantizedKV.empty(2, channels=8, **{name: value})
+    with pytest.raises(TypeError, match="cache.scales must be a torch.Tensor, got NoneType"):
+        scalekern.quantize_kv_update(cache.replace(scales=None), k, torch.tensor([8, 8]))
     if place[0] == "cpu":
         with pytest.raises(ValueError, match="lengths must be at most 8, the slots of a head, got 9"):
             scalekern.quantize_kv_update(cache, k[:, :, :1], torch.tensor([8, 9]))
+        for starts in ([-3, 0], [0, 9]):  # -3 would be a slot counted from the end
+            with pytest.raises(ValueError, match="quantize_kv_update: starts must be from 0 to 8, got"):
+                scalekern.quantize_kv_update(cache, k[:, :, :1], torch.tensor([1, 1]), starts=torch.tensor(starts))

@@ -137,6 +137,11 @@ def test_what_cannot_be_quantized_is_skipped_with_its_reason():
         "nothing": "shape (4, 0) holds no weight", "row": "shape (4, 9): 9 columns cannot be rotated",
     }  # fmt: skip
     assert not report.layers and isinstance(other.row, nn.Linear)
+    small = nn.Sequential(nn.Linear(4, 4, dtype=torch.float8_e4m3fn, device="meta"))
+    assert quantize_model(small, "int4").skipped == {"0": "a weight of float8_e4m3fn"}
+    for inputs in (3, {"x": torch.ones(1, 4)}):
+        with pytest.raises(TypeError, match="quantize_model: inputs must be an iterable of batches, got"):
+            quantize_model(other, "int4", inputs=inputs)
     alone = quantize_model(nn.Linear(4, 4), "int4")
     assert alone.skipped == {"": "the model itself, which cannot be replaced in place"}
     tied = model(tie=True)
@@ -157,7 +162,10 @@ def test_a_layer_at_two_places_stays_one():
         ([("*", {"grop_size": 64})], ValueError, "options must be among activation, .*, got 'grop_size'"),
         ([("*", 4)], TypeError, "a rule must be .pattern, options., got"),
         ([("nowhere", "int9")], ValueError, "format must be one of"),
-        ([("odd", {"method": "hqq"})], ValueError, "symmetric must be False"),
+        ([("odd", {"method": "hqq"})], ValueError, "quantize_model: options of 'odd': .*symmetric must be False"),
+        (None, TypeError, "quantize_model: config must be a QuantConfig, rules, a dict or a format, got None"),
+        ([1], TypeError, "quantize_model: config must be a QuantConfig, rules, a dict or a format, got .1."),
+        (QuantConfig(folds=(1,)), TypeError, "quantize_model: folds must be FoldedRotations, got int"),
     ],
 )
 def test_a_wrong_config_changes_nothing(config, kind, message):
@@ -187,6 +195,20 @@ def test_every_method_with_and_without_rotation(method, rotation):
         assert found.sqnr_db > layer("absmax", rotation).sqnr_db + 0.2
     if rotation is not None:
         assert found.error < 0.7 * layer(method, None).error
+
+
+def test_inputs_by_name_and_inputs_without_rows():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert quantize_model(Named(), "int4", inputs=[torch.randn(3, 8)]).layers[0].measured_on == "outputs"
+    (none,) = quantize_model(Named(), "int4", inputs=[torch.randn(0, 8)]).layers
+    assert none.measured_on == "weight" and none.error > 0
 
 
 def test_calibration_leaves_the_model_in_its_mode():
@@ -279,6 +301,7 @@ def test_what_cannot_be_folded_is_refused_and_nothing_has_changed():
         (model(), FoldedRotation(("blocks.0.value",), ("blocks.0.value",)), "producers must not be consumers"),
     ]:
         before = {n: p.clone() for n, p in other.named_parameters()}
+        good = () if other is shifted or other.head.weight is other.embedding.weight else (STREAM,)
         with pytest.raises(ValueError, match=f"^fold_rotation: {message}"):
-            quantize_model(other, QuantConfig((("*", "int4"),), (fold,)))
+            quantize_model(other, QuantConfig((("*", "int4"),), (*good, fold)))
         assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())

@@ -203,3 +203,30 @@ def test_bad_input_is_named(case):
     changes, kind, message = BAD[case]
     with pytest.raises(kind, match=f"selective_state_update: .*{message}"):
         scalekern.selective_state_update(**{**inputs(), **changes})
+
+
+def test_an_expanded_state_is_refused():
+    """All rows would write the one that there is."""
+    x, A, B = torch.randn(3, 5), -torch.rand(5, 4), torch.randn(3, 4)
+    state, window = torch.zeros(1, 5, 4).expand(3, 5, 4), torch.zeros(1, 5, 3).expand(3, 5, 3)
+    with pytest.raises(ValueError, match="selective_state_update: state is changed in place and must not be expanded"):
+        scalekern.selective_state_update(state, x, x, A, B, B)
+    with pytest.raises(ValueError, match="causal_conv1d_update: conv_state is changed in place and must not be exp"):
+        scalekern.causal_conv1d_update(x, window, torch.randn(5, 4))
+    scalekern.selective_state_update(torch.zeros(1, 5, 4).expand(1, 5, 4), x[:1], x[:1], A, B[:1], B[:1])
+
+
+@pytest.mark.parametrize("groups", [(2, 3), (6, 2), (3, 0), (0, 2), (1, 6)], ids=str)
+def test_groups_of_each_matrix_are_its_own(groups):
+    """B and C with other numbers of groups, 0 for no axis: either is read by its own and not past its end."""
+    batch, heads, dim, states = 2, 6, 5, 7
+    x, dt, A = torch.randn(batch, heads, dim), torch.rand(batch, heads, dim), -torch.rand(heads, dim, states)
+    B, C = (torch.randn(batch, *((g,) if g else ()), states) for g in groups)
+    every = lambda m, g: (m if g else m[:, None]).repeat_interleave(heads // max(1, g), 1)  # noqa: E731
+    state = torch.randn(batch, heads, dim, states)
+    expected, own = state.clone(), state.clone()
+    wanted = scalekern.selective_state_update(expected, x, dt, A, every(B, groups[0]), every(C, groups[1]))
+    found = scalekern.selective_state_update(own, x, dt, A, B, C)
+    assert torch.equal(found, wanted) and torch.equal(own, expected)
+    exact = reference.selective_state_update(*(t.double() for t in (state, x, dt, A, B, C)))
+    assert (found - exact).norm() <= 1e-5 * exact.norm()

@@ -52,6 +52,12 @@ def same_device(op: str, like_name: str, like: torch.Tensor, **tensors: torch.Te
             raise ValueError(f"{op}: {name} must be on {like.device} like {like_name}, got {value.device}")
 
 
+def writable(op: str, name: str, value: torch.Tensor) -> None:
+    """What an op changes in place: no expanded axis, along which all would write one element."""
+    if 0 in value.stride() and any(s == 0 and n > 1 for n, s in zip(value.shape, value.stride())):
+        raise ValueError(f"{op}: {name} is changed in place and must not be expanded, got strides {value.stride()}")
+
+
 def dtype(op: str, name: str, value: torch.Tensor, *allowed: torch.dtype) -> None:
     if value.dtype not in allowed:
         expected = " or ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -90,7 +96,7 @@ def padding(op: str, mask, x: torch.Tensor, *sizes: int) -> None:
 def number(op: str, name: str, value) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}") from None
 
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from scalekern import _checks, _dispatch, _library
 from scalekern.ops._quant_matmul_cpu import products_of_kept
-from scalekern.ops.quant_matmul import ACTIVATIONS, kept_weight, quant_matmul, quant_matmul_fwd
+from scalekern.ops.quant_matmul import ACTIVATIONS, kept_weight, quant_matmul, quant_matmul_fwd, static_scale
 from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
-from scalekern.quant.tensor import PARTS
+from scalekern.quant.tensor import PART_DTYPES, PARTS, check_dtype
 from scalekern.reference.quant_matmul import TRAINED
 
 NAME = "nn.QuantLinear"
+SIGN_DTYPES = (torch.int8, *_checks.FLOATING)
 
 
 class QuantLinear(nn.Module):
@@ -52,7 +53,10 @@ class QuantLinear(nn.Module):
         activation=None, activation_scale=None, rotation=None, seed=0, train_scales=False, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        _checks.at_least(NAME, "in_features", in_features, 0)
+        _checks.at_least(NAME, "out_features", out_features, 0)
         dtype = dtype or torch.get_default_dtype()
+        check_dtype(NAME, dtype)
         options = {"group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
         if torch.empty(0, device=device).is_meta:
             weight = _on_meta(quantize(torch.zeros(2, in_features, dtype=dtype), format, **options), out_features)
@@ -91,6 +95,11 @@ class QuantLinear(nn.Module):
             The others: as for the class.
         """
         _checks.choice(NAME, "method", method, tuple(METHODS))
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{NAME}: linear must be an nn.Linear, got {type(linear).__name__}")
+        if inputs is not None:
+            _checks.tensor(NAME, "inputs", inputs, dims=range(1, 65), dtypes=_checks.FLOATING)
+            _checks.shape(NAME, "inputs", inputs, (*inputs.shape[:-1], linear.in_features))
         signs = _signs(linear.in_features, rotation, seed, linear.weight.device)
         weight, turned = linear.weight.detach(), lambda x: x if rotation is None else rotate(x, signs)
         if rotation is not None:  # in float32, so that half precision is rounded once
@@ -104,14 +113,19 @@ class QuantLinear(nn.Module):
         ).train(linear.training)  # fmt: skip
 
     def _set(self, weight, bias, activation, activation_scale, rotation, seed):
+        if not isinstance(weight, QuantizedTensor):
+            raise TypeError(f"{NAME}: weight must be a scalekern.quant.QuantizedTensor, got {type(weight).__name__}")
         weight.check(NAME)
         _checks.choice(NAME, "activation", activation, ACTIVATIONS)
-        if activation_scale is not None and (activation is None or not activation_scale > 0):
-            got = f"{activation_scale!r} and {activation!r}"
-            raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
+        if activation_scale is not None:
+            activation_scale = static_scale(NAME, activation_scale, activation)
         if len(weight.shape) != 2:
             raise ValueError(f"{NAME}: weight must have 2 dimensions, got shape {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
+        if bias is not None:  # forward does not look again
+            _checks.tensor(NAME, "bias", bias, dims=1, dtypes=_checks.FLOATING)
+            _checks.shape(NAME, "bias", bias, (self.out_features,))
+            _checks.same_device(NAME, "weight", weight, bias=bias)
         self.format, self.group_size, self.dtype = weight.format, weight.group_size, weight.dtype
         self.activation, self.activation_scale, self.rotation = activation, activation_scale, rotation
         for name in PARTS:
@@ -148,13 +162,16 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rotation is not None:
+            if not isinstance(x, torch.Tensor) or not x.dim() or x.shape[-1] != self.in_features:
+                _checks.tensor(NAME, "x", x, dims=range(1, 65), dtypes=_checks.FLOATING)
+                _checks.shape(NAME, "x", x, (*x.shape[:-1], self.in_features))
             x = rotate(x, self.rotation_signs)
         if not torch.is_grad_enabled() and _library.is_plain((x,)) and (out := self._at_once(x)) is not None:
             return out
         own = self._parameters
         data = own["weight_data"]
-        fits = x.dim() > 1 and x.shape[-1] == self.in_features and x.dtype in _checks.FLOATING
-        if fits and own["weight_perm"] is None and x.device == data.device:
+        fits = isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == self.in_features
+        if fits and x.dtype in _checks.FLOATING and own["weight_perm"] is None and x.device == data.device:
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
             options = self.format, self.group_size, self.activation or "", self.activation_scale
@@ -211,6 +228,12 @@ class QuantLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A part takes the dtype that it has in a checkpoint, rather than be rounded to this layer's."""
+        for name, part in self._own().items():
+            found = state_dict.get(prefix + name)
+            allowed = PART_DTYPES.get(name.removeprefix("weight_"), SIGN_DTYPES)
+            if isinstance(found, torch.Tensor) and found.dtype not in allowed:
+                names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+                raise TypeError(f"{NAME}: {prefix}{name} must have dtype {names}, got {found.dtype}")
         for name, part in self._own().items():
             found = state_dict.get(prefix + name)
             if isinstance(found, torch.Tensor) and found.dtype != part.dtype and found.shape == part.shape:

@@ -126,6 +126,7 @@ def _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_s
     _check_filter(op, channels, weight, bias, activation)
     _checks.tensor(op, "conv_state", conv_state, dims=3, dtypes=_checks.FLOATING)
     _checks.shape(op, "conv_state", conv_state, (None, channels, None))
+    _checks.writable(op, "conv_state", conv_state)
     if conv_state.shape[2] < weight.shape[1] - 1:
         raise ValueError(
             f"{op}: conv_state must hold at least {weight.shape[1] - 1} tokens, got shape {tuple(conv_state.shape)}"

@@ -57,7 +57,8 @@ def fake_quantize(x, scale, zero=None, *, bits=8, group_size=None, grad_factor=1
         if part.dim() > len(target) or any(size not in (1, wanted) for size, wanted in matched):
             raise ValueError(f"{NAME}: {name} must broadcast to {tuple(target)}, got shape {tuple(part.shape)}")
     _checks.same_device(NAME, "x", x, scale=scale, zero=zero)
-    return fake_quantize_fwd(x, scale, zero, bits, group_size, float(grad_factor))
+    grad_factor = _checks.number(NAME, "grad_factor", grad_factor)
+    return fake_quantize_fwd(x, scale, zero, bits, group_size, grad_factor)
 
 
 def _allocate_fwd(x, *rest):

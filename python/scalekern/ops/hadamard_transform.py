@@ -44,7 +44,7 @@ def hadamard_transform(x, scale=1.0, *, order=None, matrices="fast_hadamard_tran
     determinant theorem and the sum of four squares, 1944.
     """
     _check(NAME, x, scale, order, matrices)
-    return hadamard_transform_fwd(x, float(scale), order or 0, matrices, bool(transposed))
+    return hadamard_transform_fwd(x, _checks.number(NAME, "scale", scale), order or 0, matrices, bool(transposed))
 
 
 def fused_hadamard_quantize(
@@ -79,7 +79,8 @@ def fused_hadamard_quantize(
         _checks.at_least(QUANTIZE, "group_size", group_size, 1)
         if x.shape[-1] % group_size:
             raise ValueError(f"{QUANTIZE}: group_size must divide the {x.shape[-1]} points of x, got {group_size}")
-    return _fused_hadamard_quantize(x, float(scale), bits, group_size or 0, order or 0, matrices)
+    scale = _checks.number(QUANTIZE, "scale", scale)
+    return _fused_hadamard_quantize(x, scale, bits, group_size or 0, order or 0, matrices)
 
 
 def _check(op, x, scale, order, matrices):

@@ -15,6 +15,7 @@ from scalekern.reference.quant_matmul import quant_matmul_fwd as reference_fwd
 
 NAME = "quant_matmul"
 ACTIVATIONS = (None, *ACTIVATION_MAX)
+SMALLEST, LARGEST = 2.0**-149, torch.finfo(torch.float32).max  # of a static scale, which kernels read as float32
 
 
 def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out_dtype=None, offs=None):
@@ -50,7 +51,9 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
     usual = bias is None and activation_scale is None and out_dtype is None and offs is None
     if usual and not torch.compiler.is_compiling() and (out := _at_once(x, w, activation)) is not None:
         return out
-    if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.dtype not in _checks.FLOATING:
+    if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.dtype not in _checks.FLOATING or x.layout != torch.strided:
+        if isinstance(x, torch.Tensor) and x.layout != torch.strided:
+            raise TypeError(f"{NAME}: x must be a dense tensor, got {x.layout}")
         _checks.tensor(NAME, "x", x, dims=range(1, 65), dtypes=_checks.FLOATING)
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"{NAME}: w must be a scalekern.quant.QuantizedTensor, got {type(w).__name__}")
@@ -69,9 +72,8 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
         bias = bias if offs is None else bias.reshape(-1)
     if activation is not None:
         _checks.choice(NAME, "activation", activation, ACTIVATIONS)
-    if activation_scale is not None and (activation is None or not activation_scale > 0):
-        got = f"{activation_scale!r} and {activation!r}"
-        raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
+    if activation_scale is not None:
+        activation_scale = static_scale(NAME, activation_scale, activation)
     if out_dtype is not None:
         _checks.choice(NAME, "out_dtype", out_dtype, _checks.FLOATING)
     if x.device != w.data.device or bias is not None or offs is not None:
@@ -86,6 +88,17 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
         w.format, w.group_size, activation or "", activation_scale, out_dtype,
     )  # fmt: skip
     return out if x.dim() > 1 else out[0]
+
+
+def static_scale(op: str, scale, activation) -> float:
+    """The float of an activation_scale that can be."""
+    scale = scale if isinstance(scale, float) else _checks.number(op, "activation_scale", scale)
+    if activation is None or not scale > 0:
+        got = f"{scale!r} and {activation!r}"
+        raise ValueError(f"{op}: activation_scale must be above 0 and come with an activation, got {got}")
+    if not SMALLEST <= scale <= LARGEST:
+        raise ValueError(f"{op}: activation_scale must lie in float32's range, got {scale!r}")
+    return scale
 
 
 def _keep(w: QuantizedTensor, activation) -> None:
@@ -150,7 +163,8 @@ def _backward(ctx, dout):
     grads = quant_matmul_bwd(
         dout, *tensors, ctx.format, ctx.group_size, ctx.activation, ctx.scale, any(needed[2:6])
     )
-    parts = [g if n and g.numel() else None for g, n in zip(grads[1:], needed[2:])]
+    trained = *(_quant_matmul.trained(part, True) for part in tensors[2:6]), True
+    parts = [g if n and own else None for g, n, own in zip(grads[1:], needed[2:], trained)]
     return grads[0] if needed[0] else None, None, *parts, None, None, None, None, None, None
 
 

@@ -9,7 +9,7 @@ from scalekern import _checks, _library
 from scalekern._dispatch import Backend, composed, filling, triton
 from scalekern.ops import _quantize_kv
 from scalekern.ops._kv_layout import check_layout
-from scalekern.quant.kv import BITS, SCALE_DTYPES, QuantizedKV, packed_bytes
+from scalekern.quant.kv import SCALE_DTYPES, QuantizedKV, check_bits, packed_bytes
 from scalekern.reference.quantize_kv import quantize_kv_op as reference_quantize
 from scalekern.reference.quantize_kv import quantize_kv_update_op as reference_update
 
@@ -43,13 +43,15 @@ def quantize_kv(x, *, bits=8, group_size=None, symmetric=False, scale_dtype=torc
     Source: Liu et al., KIVI, 2024, section 3.1 (per token); Lin et al., QServe, 2024, section 4.2 (per head, 4 bits).
     """
     _checks.tensor(NAME, "x", x, dims=range(2, 65), dtypes=_checks.FLOATING)
-    _checks.choice(NAME, "bits", bits, BITS)
+    check_bits(NAME, "bits", bits)
     _checks.choice(NAME, "scale_dtype", scale_dtype, SCALE_DTYPES)
     P = x.shape[-1]
     if group_size is not None:
         _checks.at_least(NAME, "group_size", group_size, 1)
-    if P == 0 or (group_size or 1) > P:
-        raise ValueError(f"{NAME}: x must have at least {group_size or 1} channels, got {P}")
+    if P == 0:
+        raise ValueError(f"{NAME}: x must have at least 1 channel, got shape {tuple(x.shape)}")
+    if (group_size or 1) > P:
+        raise ValueError(f"{NAME}: group_size must be at most the {P} channels of x, got {group_size}")
     group_size = group_size or P
     data, scales, offsets = quantize_kv_op(x, bits, group_size, bool(symmetric), scale_dtype)
     return QuantizedKV(data, scales, None if symmetric else offsets, bits, P, group_size)
@@ -98,6 +100,8 @@ def quantize_kv_update(
         UPDATE, "cache", cache.data, x=x, lengths=lengths, head_offsets=head_offsets, block_table=block_table,
         starts=starts,
     )  # fmt: skip
+    if starts is not None and _checks.readable(starts) and not all(0 <= s <= cache.shape[-2] for s in starts.tolist()):
+        raise ValueError(f"{UPDATE}: starts must be from 0 to {cache.shape[-2]}, got {starts.tolist()}")
     data, scales, offsets, tokens = _library.detached((cache.data, cache.scales, cache.offsets, x))
     quantize_kv_update_op(
         data, scales, offsets, tokens, lengths, head_offsets, block_table, starts, sink, bool(circular), cache.bits,

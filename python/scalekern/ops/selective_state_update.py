@@ -3,6 +3,8 @@
 Shape letters: S state slots, B batch, H heads, P head dim (the channels), N state size, G groups of B and C.
 """
 
+import math
+
 import torch
 
 from scalekern import _checks, _library
@@ -22,7 +24,7 @@ def selective_state_update(
         state: (S, P, N), or (S, H, P, N) with heads; float32, float16, bfloat16 (float64 for float64 x). In place.
         x, dt, z: (B, P) or (B, H, P), any strides (a dt expanded over P is read in place).
         A: (P, N) or (H, P, N).   D, dt_bias: (P,) or (H, P), or None.
-        B, C: (B, N), or (B, G, N) with G dividing H.
+        B, C: (B, N), or (B, G, N) with G dividing H, each its own.
         dt_softplus: apply softplus to the step size.
         state_batch_indices: (B,) int32 or int64, the state slot of each row; negative is padding: its output is
             zero and no state changes. Without it S equals B. Two rows must not name one slot.
@@ -58,7 +60,11 @@ def with_heads(state, x, dt, A, B, C, D, z, dt_bias):
     lead = (lambda t: t) if state.dim() == 4 else (lambda t: t.unsqueeze(0))
     row = lambda t: None if t is None else lead(t)  # noqa: E731
     states = state if state.dim() == 4 else state.unsqueeze(1)
-    return states, head(x), head(dt), lead(A), group(B), group(C), row(D), head(z), row(dt_bias)
+    B, C = group(B), group(C)
+    if B.shape[1] != C.shape[1]:  # kernels index both by one group of a head
+        groups = math.lcm(B.shape[1], C.shape[1])
+        B, C = (m.repeat_interleave(groups // m.shape[1], 1) for m in (B, C))
+    return states, head(x), head(dt), lead(A), B, C, row(D), head(z), row(dt_bias)
 
 
 def _to(tensor, dtype):
@@ -68,6 +74,7 @@ def _to(tensor, dtype):
 def check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, op=NAME, dtypes=STATE):
     """Those of every step; `dtypes` of the state."""
     _checks.tensor(op, "state", state, dims=(3, 4), dtypes=dtypes)
+    _checks.writable(op, "state", state)
     heads = state.shape[1:-2]
     slots, (dim, states) = state.shape[0], state.shape[-2:]
     _checks.tensor(op, "x", x, dims=2 + len(heads), dtypes=_checks.FLOATING)

@@ -38,7 +38,6 @@ class FoldedRotation:
     block: int | None = None
 
 
-@torch.no_grad()
 def fold_rotation(model: nn.Module, fold: FoldedRotation) -> None:
     """Turn the weights of a model in place; its outputs stay as they are, but for rounding.
 
@@ -50,6 +49,12 @@ def fold_rotation(model: nn.Module, fold: FoldedRotation) -> None:
         ValueError: a pattern that matches nothing of its kind, widths that differ, a tied weight, a norm that is not
             x / rms(x) * weight; before anything has changed.
     """
+    planned(model, fold)()
+
+
+@torch.no_grad()
+def planned(model: nn.Module, fold: FoldedRotation):
+    """What turns the weights when it is called, once all that may be wrong has been said."""
     producers = _matched(model, "producers", fold.producers, (nn.Linear, nn.Embedding))
     consumers = _matched(model, "consumers", fold.consumers, (nn.Linear,))
     behind = {n: _matched(model, f"norms[{n!r}]", patterns, (nn.Linear,)) for n, patterns in fold.norms.items()}
@@ -68,16 +73,22 @@ def fold_rotation(model: nn.Module, fold: FoldedRotation) -> None:
     _refuse_tied(model, {**producers, **consumers})
     signs = draw_signs(n, fold.rotation, fold.seed)
     turned = lambda x: rotate(_wide(x), None if signs is None else signs.to(x.device), b)
-    for name, found in behind.items():
-        for linear in found.values():
-            linear.weight.copy_(_wide(linear.weight) * _wide(norms[name].weight).to(linear.weight.device))
-        norms[name].weight.fill_(1)
-    for module in producers.values():
-        module.weight.copy_(turned(module.weight) if isinstance(module, nn.Embedding) else turned(module.weight.mT).mT)
-        if getattr(module, "bias", None) is not None:
-            module.bias.copy_(turned(module.bias))
-    for linear in consumers.values():
-        linear.weight.copy_(turned(linear.weight))
+
+    @torch.no_grad()
+    def turn():
+        for name, found in behind.items():
+            for linear in found.values():
+                linear.weight.copy_(_wide(linear.weight) * _wide(norms[name].weight).to(linear.weight.device))
+            norms[name].weight.fill_(1)
+        for module in producers.values():
+            embedding = isinstance(module, nn.Embedding)
+            module.weight.copy_(turned(module.weight) if embedding else turned(module.weight.mT).mT)
+            if getattr(module, "bias", None) is not None:
+                module.bias.copy_(turned(module.bias))
+        for linear in consumers.values():
+            linear.weight.copy_(turned(linear.weight))
+
+    return turn
 
 
 def _wide(x):

@@ -41,17 +41,36 @@ class Format:
 
     def values(self, dtype=torch.float32, device=None) -> torch.Tensor:
         """(2^bits,) the value of each code."""
-        return _codes(self, dtype, device) if self.is_integer else _values(self.name, dtype, str(device or "cpu"))
+        if self.is_integer:
+            return _codes(self, dtype, device)
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+            return _kept_values(self.name, dtype, str(device or "cpu"))
+        return _values(self.name, dtype, str(device or "cpu"))  # made under a mode it may be a fake: not to be kept
+
+    @property
+    def rising(self) -> list[int]:
+        """The codes of a table's finite values, from the least on; of sign and magnitude those without the sign."""
+        count = len(self.table) // 2 if self.has_sign else len(self.table)
+        return sorted((c for c in range(count) if math.isfinite(self.table[c])), key=self.table.__getitem__)
+
+    @property
+    def has_sign(self) -> bool:
+        """Whether the highest bit of a table's code is a sign."""
+        return len(self.table) > 2 and self.table[0] == 0
 
 
 def _codes(fmt: Format, dtype, device) -> torch.Tensor:
     return torch.arange(1 << fmt.bits, device=device).to(dtype) - fmt.zero
 
 
-@functools.lru_cache(64)
 def _values(name: str, dtype, device: str) -> torch.Tensor:
+    return torch.tensor(FORMATS[name].table, dtype=torch.float64, device="cpu").to(dtype).to(device)
+
+
+@functools.lru_cache(64)
+def _kept_values(name: str, dtype, device: str) -> torch.Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(FORMATS[name].table, dtype=torch.float64).to(dtype).to(device)
+        return _values(name, dtype, device)
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int, *, special=None) -> tuple[float, ...]:

@@ -47,7 +47,7 @@ def hqq(w, format, *, group_size=128, symmetric=False, scale_dtype=None) -> Quan
         return start
     fmt, wide = FORMATS[format], torch.float64 if w.dtype == torch.float64 else torch.float32
     whole = start.scales.shape[-2] != start.data.shape[-2]
-    scales = start.scales.to(wide)[..., None]  # [..., N or 1, G, 1]
+    scales = _quantize._step(start.scales, start.outer, wide)[..., None]  # [..., N or 1, G, 1]
     x = _quantize._grouped(w.detach().to(wide), start.group_size)
     x = torch.where(scales == 0, 0.0 * x, x / torch.where(scales == 0, 1.0, scales))  # in steps; NaN where no column is
     mean = lambda t: _quantize._over(t, _quantize._mean, whole)
@@ -62,6 +62,6 @@ def hqq(w, format, *, group_size=128, symmetric=False, scale_dtype=None) -> Quan
         error = mean((x - codes_of(zeros) + zeros).abs() ** P)
         best, least = torch.where(error < least, zeros, best), torch.minimum(error, least)
         beta *= KAPPA
-    best = best.to(torch.float16 if scale_dtype == torch.float16 else start.zeros.dtype)
+    best = best.to(torch.float16 if scale_dtype == torch.float16 else wide)
     codes = codes_of(best.to(wide)).nan_to_num(0.0).flatten(-2)[..., : start.columns]
     return start.replace(data=pack(codes, fmt.bits), zeros=best[..., 0].contiguous()).check("hqq")

@@ -4,9 +4,10 @@ import math
 
 import torch
 
+from scalekern import _checks
 from scalekern.quant._formats import BLOCK_FORMATS, FORMATS, Format
 from scalekern.quant._pack import pack, unpack
-from scalekern.quant.tensor import SCALE_DTYPES, QuantizedTensor
+from scalekern.quant.tensor import SCALE_DTYPES, QuantizedTensor, check_dtype
 
 NAME = "quantize"
 
@@ -27,8 +28,11 @@ def dequantize(w: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Te
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
     2018, equation 1; tables and block scales as the formats define them (OCP Microscaling Formats, 2023).
     """
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(f"dequantize: w must be a scalekern.quant.QuantizedTensor, got {type(w).__name__}")
     w.check("dequantize")
     dtype = dtype or w.dtype
+    check_dtype("dequantize", dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = _values(w, wide)
     by_group = lambda part: part.to(wide).repeat_interleave(w.group_size, -1)[..., : w.columns]  # noqa: E731
@@ -70,7 +74,7 @@ def quantize(
             fp4_e2m1, nf4, fp4_bnb; or a block format, which brings its group size and scales: mxfp8_e4m3, mxfp8_e5m2,
             mxfp6_e3m2, mxfp6_e2m3, mxfp4 (32, powers of two), nvfp4 (16, float8_e4m3 and one float32 for the tensor).
         group_size: columns that share a scale, from 1, dividing nothing in particular; None for a row, "tensor" for
-            all of it. Block formats ignore it.
+            all of it. Block formats ignore it, and scale_dtype.
         symmetric: False gives integer formats zeros, in codes, and scales from the range of each group.
         axis: what is summed over in the product: -1, or -2 for a (..., K, N) that is to be stored transposed.
         method: "absmax" (the largest element meets the largest code), or "least_squares" (the scale, and with
@@ -113,12 +117,13 @@ def quantize(
 
 def _resolve(w, format, group_size, symmetric, axis, method, scale_dtype):
     """(element format, group size, dtype of the scales), everything checked."""
-    if not isinstance(w, torch.Tensor) or not w.is_floating_point():
-        raise TypeError(f"{NAME}: w must be a floating torch.Tensor, got {getattr(w, 'dtype', type(w).__name__)}")
-    if w.dim() < 2 or axis % w.dim() < w.dim() - 2:
+    if not isinstance(w, torch.Tensor) or w.dtype not in _checks.FLOATING or w.layout != torch.strided:
+        got = f"{w.layout} of {w.dtype}" if isinstance(w, torch.Tensor) else type(w).__name__
+        raise TypeError(f"{NAME}: w must be a dense torch.Tensor of float64, float32, float16 or bfloat16, got {got}")
+    if w.dim() < 2 or not isinstance(axis, int) or axis not in (-2, -1, w.dim() - 2, w.dim() - 1):
         got = f"{tuple(w.shape)} and {axis}"
         raise ValueError(f"{NAME}: w must have at least 2 dimensions and axis be one of the last two, got {got}")
-    if format not in FORMATS and format not in BLOCK_FORMATS:
+    if not isinstance(format, str) or format not in FORMATS and format not in BLOCK_FORMATS:
         raise ValueError(f"{NAME}: format must be one of {', '.join([*FORMATS, *BLOCK_FORMATS])}, got {format!r}")
     if method not in ("absmax", "least_squares"):
         raise ValueError(f"{NAME}: method must be 'absmax' or 'least_squares', got {method!r}")
@@ -230,7 +235,8 @@ def nearest_scales(x, dtype: torch.dtype):
     """x in a dtype of scales (or offsets), as near as can be, never infinite."""
     if dtype in (torch.int8, torch.uint8):
         return x.round().clamp(max=torch.iinfo(dtype).max).to(dtype)
-    return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    most = min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)
+    return x.clamp(-most, most).to(dtype)
 
 
 def _step(scales, outer, dtype):
@@ -256,16 +262,11 @@ def _codes(groups, fmt: Format, scales, zeros, offsets, outer):
 
 def nearest_codes(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """The code of the nearest value of a table, beyond the largest its; a tie goes to the even code."""
-    table = fmt.values(x.dtype, x.device)
-    finite = table.isfinite().nonzero()[:, 0]
-    if len(table) > 2 and table[0] == 0:  # sign and magnitude: the order of magnitudes is that of the codes' positions
-        half = len(table) // 2
-        order = table[:half][table[:half].isfinite()].sort()
-        index = _nearest(x.abs(), order.values)
-        code = finite[finite < half][order.indices][index]
-        return code + torch.where(torch.signbit(x), half, 0)
-    order = table[finite].sort()
-    return finite[order.indices][_nearest(x, order.values)]
+    codes = torch.tensor(fmt.rising, device=x.device)
+    rising = fmt.values(x.dtype, x.device)[codes]
+    if fmt.has_sign:
+        return codes[_nearest(x.abs(), rising)] + torch.where(torch.signbit(x), len(fmt.table) // 2, 0)
+    return codes[_nearest(x, rising)]
 
 
 def _nearest(x, rising):

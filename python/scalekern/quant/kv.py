@@ -8,6 +8,8 @@ import dataclasses
 import torch
 from torch.utils import _pytree
 
+from scalekern import _checks
+
 PARTS = ("data", "scales", "offsets")
 BITS = (8, 4)
 SCALE_DTYPES = (torch.float32, torch.float16)
@@ -44,18 +46,19 @@ class QuantizedKV:
     ) -> "QuantizedKV":  # fmt: skip
         """A cache of (*lead, channels) to be written by `quantize_kv_update`; nothing of it is initialized."""
         group_size = channels if group_size is None else group_size
+        _check_options("QuantizedKV.empty", "", bits, channels, group_size)
+        _checks.choice("QuantizedKV.empty", "scale_dtype", scale_dtype, SCALE_DTYPES)
         data = torch.empty(*lead, packed_bytes(channels, bits), dtype=torch.int8, device=device)
         new = lambda: torch.empty(*lead, -(-channels // group_size), dtype=scale_dtype, device=device)  # noqa: E731
         return cls(data, new(), None if symmetric else new(), bits, channels, group_size)
 
     def check(self, op: str = "QuantizedKV", name: str = "cache") -> "QuantizedKV":
         """Itself, if its parts fit each other; else a ValueError or TypeError that names the part."""
-        if self.bits not in BITS:
-            raise ValueError(f"{op}: {name}.bits must be 8 or 4, got {self.bits!r}")
-        if not 1 <= self.group_size <= self.channels:
-            raise ValueError(
-                f"{op}: {name}.group_size must be from 1 to the {self.channels} channels, got {self.group_size}"
-            )
+        _check_options(op, f"{name}.", self.bits, self.channels, self.group_size)
+        for part in PARTS:
+            found = getattr(self, part)
+            if not isinstance(found, torch.Tensor) and (found is not None or part != "offsets"):
+                raise TypeError(f"{op}: {name}.{part} must be a torch.Tensor, got {type(found).__name__}")
         if self.data.dtype != torch.int8:
             got = str(self.data.dtype).removeprefix("torch.")
             raise TypeError(f"{op}: {name}.data must have dtype int8, got {got}")
@@ -127,6 +130,18 @@ class QuantizedKV:
         )
 
 
+def _check_options(op: str, prefix: str, bits, channels, group_size) -> None:
+    check_bits(op, f"{prefix}bits", bits)
+    _checks.at_least(op, f"{prefix}channels", channels, 1)
+    if not isinstance(group_size, int) or not 1 <= group_size <= channels:
+        raise ValueError(f"{op}: {prefix}group_size must be from 1 to the {channels} channels, got {group_size!r}")
+
+
+def check_bits(op: str, name: str, bits) -> None:
+    if not isinstance(bits, int) or bits not in BITS:
+        raise ValueError(f"{op}: {name} must be one of 8, 4, got {bits!r}")
+
+
 def packed_bytes(channels: int, bits: int) -> int:
     return (channels * bits + 7) // 8
 
@@ -147,11 +162,12 @@ def unpack(data: torch.Tensor, bits: int, channels: int) -> torch.Tensor:
 
 
 def _flatten(cache: QuantizedKV):
-    return [getattr(cache, name) for name in PARTS], (cache.bits, cache.channels, cache.group_size)
+    return list(cache.tensors().values()), (cache.bits, cache.channels, cache.group_size)
 
 
 def _unflatten(parts, rest) -> QuantizedKV:
-    return QuantizedKV(*parts, *rest)
+    data, scales, offsets = (*parts, None)[:3]
+    return QuantizedKV(data, scales, offsets, *rest)
 
 
 _pytree.register_pytree_node(QuantizedKV, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedKV")

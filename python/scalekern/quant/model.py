@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from scalekern.quant._fold import FoldedRotation, fold_rotation, tied
+from scalekern.quant._fold import FoldedRotation, planned, tied
 from scalekern.quant._progress import reporter
 from scalekern.quant._rotation import block_of
 from scalekern.quant.report import LayerReport, QuantReport
+from scalekern.quant.tensor import FLOATING
 
 NAME = "quantize_model"
 ROWS = 512  # inputs of a layer that are kept to calibrate on
@@ -43,6 +44,8 @@ class QuantConfig:
             return config
         if isinstance(config, (str, dict)):
             return cls((("*", config),))
+        if not isinstance(config, (list, tuple)) or not all(isinstance(rule, (list, tuple)) for rule in config):
+            raise TypeError(f"{NAME}: config must be a QuantConfig, rules, a dict or a format, got {config!r}")
         return cls(tuple(tuple(rule) for rule in config))
 
     def options(self, name: str) -> dict | None | str:
@@ -82,11 +85,15 @@ def quantize_model(
     Source: Dettmers et al., LLM.int8(), 2022 (layer by layer); methods and rotations: see scalekern.quant.METHODS and
     scalekern.nn.QuantLinear.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{NAME}: model must be an nn.Module, got {type(model).__name__}")
     config = QuantConfig.of(config)
     _check(config)
+    if inputs is not None and (isinstance(inputs, dict) or not isinstance(inputs, Iterable)):
+        raise TypeError(f"{NAME}: inputs must be an iterable of batches, got {type(inputs).__name__}")
     before = _bytes(model)
-    for fold in config.folds:
-        fold_rotation(model, fold)
+    for turn in [planned(model, fold) for fold in config.folds]:  # all that may be wrong is said before the first
+        turn()
     chosen, skipped = _select(model, config)
     seen = _inputs_of(model, {name: linear for name, (linear, _) in chosen.items()}, inputs)
     layers, report = [], reporter(progress)
@@ -120,7 +127,13 @@ def _check(config: QuantConfig) -> None:
         if unknown := options.keys() - known:
             raise ValueError(f"{NAME}: options must be among {', '.join(sorted(known))}, got {min(unknown)!r}")
         layer = nn.utils.skip_init(nn.Linear, 2, 1)  # which draws no random numbers
-        QuantLinear.from_linear(layer.requires_grad_(False).apply(lambda m: m.weight.zero_()), **options)
+        try:
+            QuantLinear.from_linear(layer.requires_grad_(False).apply(lambda m: m.weight.zero_()), **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{NAME}: options of {rule[0]!r}: {error}") from error
+    for fold in config.folds:
+        if not isinstance(fold, FoldedRotation):
+            raise TypeError(f"{NAME}: folds must be FoldedRotations, got {type(fold).__name__}")
 
 
 def _select(model, config):
@@ -142,6 +155,8 @@ def _select(model, config):
             skipped[name] = f"weight tied to {others[0]}"
         elif linear.weight.numel() == 0:
             skipped[name] = f"shape {tuple(linear.weight.shape)} holds no weight"
+        elif linear.weight.dtype not in FLOATING:
+            skipped[name] = f"a weight of {str(linear.weight.dtype).removeprefix('torch.')}"
         elif options.get("rotation") and block_of(linear.in_features) == 1:
             skipped[name] = f"shape {tuple(linear.weight.shape)}: {linear.in_features} columns cannot be rotated"
         else:
@@ -156,11 +171,14 @@ def _inputs_of(model, layers: dict[str, nn.Linear], batches) -> dict[str, torch.
     seen: dict[str, list[torch.Tensor]] = {}
 
     def watch(name):
-        return lambda module, args: seen.setdefault(name, []).append(_thinned(args[0].detach()))
+        def hook(module, args, options):
+            seen.setdefault(name, []).append(_thinned((args[0] if args else options["input"]).detach()))
+
+        return hook
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for name, linear in layers.items():
-            stack.callback(linear.register_forward_pre_hook(watch(name)).remove)
+            stack.callback(linear.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         model.eval()
@@ -169,7 +187,7 @@ def _inputs_of(model, layers: dict[str, nn.Linear], batches) -> dict[str, torch.
                 model(**batch)
             else:
                 model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    return {name: _thinned(torch.cat(rows)) for name, rows in seen.items()}
+    return {name: _thinned(found) for name, rows in seen.items() if len(found := torch.cat(rows))}
 
 
 def _thinned(rows):

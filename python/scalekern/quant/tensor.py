@@ -9,6 +9,7 @@ import json
 import torch
 from torch.utils import _pytree
 
+from scalekern import _checks
 from scalekern.quant._formats import FORMATS
 from scalekern.quant._pack import row_bytes
 
@@ -16,6 +17,10 @@ from scalekern.quant._pack import row_bytes
 PARTS = ("data", "scales", "zeros", "offsets", "outer", "perm")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCALE_DTYPES = (*FLOATING, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8, torch.uint8)
+PART_DTYPES = {
+    "data": (torch.uint8,), "scales": SCALE_DTYPES, "zeros": (*FLOATING, torch.uint8), "offsets": FLOATING,
+    "outer": FLOATING, "perm": (torch.int32, torch.int64),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,12 +61,18 @@ class QuantizedTensor:
         compiling = torch.compiler.is_compiling()
         if not compiling and self.__dict__.get("_sound"):  # nothing of it changes: looked at once
             return self
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise ValueError(f"{op}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
-        if self.group_size < 1:
-            raise ValueError(f"{op}: group_size must be at least 1, got {self.group_size}")
-        if self.data.dtype != torch.uint8:
-            raise TypeError(f"{op}: data must have dtype uint8, got {str(self.data.dtype).removeprefix('torch.')}")
+        _checks.at_least(op, "group_size", self.group_size, 1)
+        _checks.at_least(op, "columns", self.columns, 0)
+        check_dtype(op, self.dtype)
+        for name in PARTS:
+            part = getattr(self, name)
+            if not isinstance(part, torch.Tensor) and (part is not None or name in ("data", "scales")):
+                raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(part).__name__}")
+            if part is not None and part.dtype not in PART_DTYPES[name]:
+                names = ", ".join(str(d).removeprefix("torch.") for d in PART_DTYPES[name])
+                raise TypeError(f"{op}: {name} must have dtype {names}, got {str(part.dtype).removeprefix('torch.')}")
         if self.data.dim() < 2:
             raise ValueError(f"{op}: data must have at least 2 dimensions, got shape {tuple(self.data.shape)}")
         *lead, N, _ = self.data.shape
@@ -70,18 +81,14 @@ class QuantizedTensor:
         for name in ("scales", "zeros", "offsets"):
             if (part := getattr(self, name)) is not None:
                 _part(op, name, part, [(*lead, N, groups), (*lead, 1, groups)])
-        if self.scales.dtype not in SCALE_DTYPES:
-            raise TypeError(f"{op}: scales must be floating or 8-bit integers, got {self.scales.dtype}")
-        for name in ("zeros", "offsets", "outer"):
-            part = getattr(self, name)
-            if part is not None and part.dtype not in FLOATING and (name, part.dtype) != ("zeros", torch.uint8):
-                raise TypeError(f"{op}: {name} must be floating, got {str(part.dtype).removeprefix('torch.')}")
         if self.outer is not None:
             _part(op, "outer", self.outer, [(*lead, N, 1), (*lead, 1, 1)])
         if self.perm is not None:
             _part(op, "perm", self.perm, [(self.columns,)])
-            if self.perm.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{op}: perm must be int32 or int64, got {str(self.perm.dtype).removeprefix('torch.')}")
+            if self.columns and _checks.readable(self.perm):
+                least, most = (int(bound) for bound in self.perm.aminmax())
+                if least < 0 or most >= self.columns:
+                    raise ValueError(f"{op}: perm must hold columns 0 to {self.columns - 1}, got {least} to {most}")
         for name, part in self.tensors().items():
             if part.device != self.data.device:
                 raise ValueError(f"{op}: {name} must be on {self.data.device} like data, got {part.device}")
@@ -121,9 +128,13 @@ class QuantizedTensor:
         try:
             fields = json.loads(metadata)
             dtype = {str(d).removeprefix("torch."): d for d in FLOATING}[fields.pop("dtype")]
-            return cls(**tensors, **fields, dtype=dtype).check()
-        except (KeyError, AttributeError) as error:
-            raise ValueError(f"QuantizedTensor: no metadata of a quantized tensor: {metadata!r}") from error
+            made = cls(**tensors, **fields, dtype=dtype)
+        except (KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"QuantizedTensor: no metadata of a quantized tensor: {metadata!r} ({error})") from error
+        made.check()
+        if made.perm is not None and not torch.equal(made.perm.sort().values, torch.arange(made.columns).to(made.perm)):
+            raise ValueError(f"QuantizedTensor: perm must hold each of the {made.columns} columns once")
+        return made
 
     def replace(self, **changes) -> "QuantizedTensor":
         return dataclasses.replace(self, **changes)
@@ -132,6 +143,8 @@ class QuantizedTensor:
         """Its parts on another device; `dtype` is that of `dequantize` and changes no part."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if dtype is not None:
+            check_dtype("QuantizedTensor.to", dtype)
         move = lambda t: t if device is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
         return self.replace(**{name: move(t) for name, t in self.tensors().items()}, dtype=dtype or self.dtype)
 
@@ -187,6 +200,13 @@ class QuantizedTensor:
         )
 
 
+def check_dtype(op: str, dtype) -> None:
+    """What numbers of a quantized tensor can be asked for in."""
+    if dtype not in FLOATING:
+        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        raise TypeError(f"{op}: dtype must be one of {names}, got {str(dtype).removeprefix('torch.')}")
+
+
 def _cut(part, front, rows, columns):
     if part is None:
         return None
@@ -205,12 +225,14 @@ def _part(op: str, name: str, part: torch.Tensor, shapes) -> None:
 
 
 def _flatten(w: QuantizedTensor):
+    """Its leaves are the parts that are there: a function mapped over them meets tensors alone."""
     rest = {f.name: getattr(w, f.name) for f in dataclasses.fields(w) if f.name not in PARTS}
-    return [getattr(w, name) for name in PARTS], tuple(rest.items())
+    return list(w.tensors().values()), (tuple(w.tensors()), *rest.items())
 
 
-def _unflatten(parts, rest) -> QuantizedTensor:
-    return QuantizedTensor(**dict(zip(PARTS, parts)), **dict(rest))
+def _unflatten(parts, context) -> QuantizedTensor:
+    names, *rest = context
+    return QuantizedTensor(**dict(zip(names, parts)), **dict(rest))
 
 
 _pytree.register_pytree_node(QuantizedTensor, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedTensor")

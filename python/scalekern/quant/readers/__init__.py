@@ -47,6 +47,8 @@ def read_checkpoint(
     """
     tensors, beside, path = open_source(source)
     config = beside if config is None else config
+    if not isinstance(config, collections.abc.Mapping):
+        raise ValueError(f"read_checkpoint: config must be a dict, got {config!r}")
     try:
         if tensors is None:
             if method not in (None, gguf.METHOD):
@@ -56,7 +58,7 @@ def read_checkpoint(
         method = method or _detect(tensors, config, metadata)
         if method == native.METHOD:
             return native.read(tensors, metadata)
-        if method not in READERS:
+        if not isinstance(method, str) or method not in READERS:
             raise ValueError(f"read_checkpoint: method must be one of {', '.join(METHODS)}, got {method!r}")
         return READERS[method].read(tensors, config)
     finally:

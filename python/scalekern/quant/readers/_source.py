@@ -58,7 +58,7 @@ def _checked_header(path):
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"read_checkpoint: {path} is no safetensors file: {error!r}") from error
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if end > size:
@@ -77,7 +77,9 @@ def open_source(source):
         raise FileNotFoundError(f"read_checkpoint: no file or directory {path}")
     index = path / "model.safetensors.index.json"
     if index.exists():
-        wanted = json.loads(index.read_text())["weight_map"]
+        wanted = _json(index).get("weight_map")
+        if not isinstance(wanted, dict):
+            raise ValueError(f"read_checkpoint: {index} must hold a weight_map of names to files")
         files = Files([path / name for name in sorted(set(wanted.values()))])
         if missing := [name for name in wanted if name not in files]:
             raise ValueError(f"read_checkpoint: {missing[0]} is in {index.name}, not in {wanted[missing[0]]}")
@@ -93,12 +95,22 @@ def is_gguf(path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+def _json(path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"read_checkpoint: {path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"read_checkpoint: {path} must hold an object, got {type(found).__name__}")
+    return found
+
+
 def _config(folder) -> dict:
     for name in ("config.json", "quantize_config.json", "quant_config.json"):
         if (folder / name).exists():
-            config = json.loads((folder / name).read_text())
+            config = _json(folder / name)
             found = config if name != "config.json" else config.get("quantization_config")
-            if found is None and "text_config" in config:
+            if found is None and isinstance(config.get("text_config"), dict):
                 found = config["text_config"].get("quantization_config")
             if found is not None:
                 return found

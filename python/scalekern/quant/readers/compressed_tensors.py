@@ -16,16 +16,20 @@ FORMAT = "pack-quantized"
 
 def read(tensors, config) -> dict:
     """{name: QuantizedTensor or Tensor}; `X.weight` for the tensors X.weight_packed, X.weight_scale, ..."""
-    groups = list((config.get("config_groups") or {}).values())
-    for format in {config.get("format"), *(g.get("format") for g in groups)} - {None}:
-        if format != FORMAT:
+    groups = config.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        raise ValueError(f"compressed-tensors: config_groups must be a dict of dicts, got {groups!r}")
+    groups = list(groups.values())
+    for format in (config.get("format"), *(g.get("format") for g in groups)):
+        if format not in (None, FORMAT):
             raise ValueError(f"compressed-tensors: only the format {FORMAT} is read, the config says {format}")
     widths = {(g.get("weights") or {}).get("num_bits") for g in groups} - {None} or set(range(1, 9))
-    sizes = {(g.get("weights") or {}).get("group_size") for g in groups} - {None, -1}
+    sizes = {(g.get("weights") or {}).get("group_size") or -1 for g in groups}  # -1: a row, or all
+    signed = not groups or any((g.get("weights") or {}).get("symmetric", True) for g in groups)
     taken, found = set(), {}
     for prefix in prefixes(tensors, ".weight_packed"):
         layer = Layer(METHOD, tensors, taken)
-        found[prefix + ".weight"] = _read_layer(layer, prefix + ".weight", widths, sizes)
+        found[prefix + ".weight"] = _read_layer(layer, prefix + ".weight", widths, sizes, signed)
     return found | rest(tensors, taken, METHOD, (".weight_shape", ".weight_zero_point", ".weight_g_idx"))
 
 
@@ -43,7 +47,7 @@ def _unpack(words, bits: int, columns: int):
     return codes.flatten(-2)[..., :columns].to(torch.uint8)
 
 
-def _read_layer(layer, name, widths, sizes) -> QuantizedTensor:
+def _read_layer(layer, name, widths, sizes, signed) -> QuantizedTensor:
     packed = layer.get(f"{name}_packed", torch.int32, (None, None))
     shape = layer.get(f"{name}_shape", (torch.int64, torch.int32), (2,)).tolist()
     N, K = shape
@@ -61,11 +65,13 @@ def _read_layer(layer, name, widths, sizes) -> QuantizedTensor:
     if scales.dim() != 2 or scales.shape[0] not in (1, N):
         layer.fail(f"{name}_scale", f"must have shape (1,) or ({N}, groups), got {tuple(scales.shape)}")
     G = scales.shape[1]
-    fitting = sorted(s for s in sizes if -(-K // s) == G) or [K if G == 1 else -(-K // G)]
-    size = max(1, fitting[0])
+    fitting = sorted(s for s in sizes - {-1} if -(-K // s) == G)
+    if not fitting and sizes and (G != 1 or -1 not in sizes):
+        layer.fail(f"{name}_scale", f"must have groups of {sorted(sizes)} of {K} columns (-1: all), got {G} groups")
+    size = max(1, *fitting[:1] or [K if G == 1 else -(-K // G)])
     if -(-K // size) != G:
         layer.fail(f"{name}_scale", f"must have {-(-K // size)} groups of {size} columns, got {G}")
-    zeros = layer.get(f"{name}_zero_point", default=None)
+    zeros = layer.get(f"{name}_zero_point", **({"default": None} if signed else {}))
     if zeros is not None and zeros.dtype == torch.int32:
         words = layer.get(f"{name}_zero_point", torch.int32, (None, G))
         if words.shape[0] not in _words(N, bits):

@@ -66,6 +66,8 @@ def _read_layer(layer, prefix, config, version) -> QuantizedTensor:
     scales = layer.get(f"{prefix}.scales", FLOATS, (None, N))
     G = scales.shape[0]
     size = config.get("group_size", -1)
+    if size is not None and size != -1 and (not isinstance(size, int) or size < 1):
+        layer.fail(f"{prefix}.scales", f"must come with a group_size of -1 or at least 1, the config says {size!r}")
     size = K if size in (-1, None) else size
     if G != -(-K // size):
         layer.fail(f"{prefix}.scales", f"must have {-(-K // size)} rows (groups of {size} in {K}), got {G}")
@@ -77,6 +79,8 @@ def _read_layer(layer, prefix, config, version) -> QuantizedTensor:
         zeros = zeros + 1 & (1 << bits) - 1  # v1 stores one less, modulo 2^bits
     data = pack(_from_planes(words, bits).mT, bits) if planar else as_bytes(words.mT)[:, : row_bytes(K, bits)]
     perm = None
+    if config.get("desc_act") and (g_idx is None or not len(g_idx)) and G > 1:
+        layer.fail(f"{prefix}.g_idx", "is missing or empty, which desc_act of the config needs")
     if g_idx is not None and len(g_idx) and not torch.equal(g_idx.long(), torch.arange(K) // size):
         perm = torch.argsort(g_idx.long(), stable=True)
         if not torch.equal(g_idx.long()[perm], torch.arange(K) // size):

@@ -87,6 +87,6 @@ def _number(layer, name, default=...):
     t = layer.get(name, default=default)
     if t is default:
         return default
-    if t.numel() != 1 or not math.isfinite(t.item()):
+    if t.numel() != 1 or t.is_complex() or not math.isfinite(t.item()):
         layer.fail(name, f"must be one number, got shape {tuple(t.shape)}")
     return t.item()

@@ -37,6 +37,8 @@ def write(path, tensors) -> None:
     """Atomically: the file is there as a whole, or as it was."""
     from safetensors.torch import save_file
 
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise TypeError(f"save_quantized: tensors must be a dict by name, got {type(tensors).__name__}")
     flat, metadata = {}, {}
     for name, t in tensors.items():
         parts = {name: t}
@@ -46,6 +48,9 @@ def write(path, tensors) -> None:
             parts = {f"{name}.{part}": p for part, p in t.tensors().items()}
         elif not isinstance(t, torch.Tensor):
             raise TypeError(f"save_quantized: {name} must be a QuantizedTensor or a Tensor, got {type(t).__name__}")
+        for key, p in parts.items():
+            if p.is_meta or p.layout != torch.strided:
+                raise ValueError(f"save_quantized: {key} must be dense and hold data, got {p.layout} on {p.device}")
         if taken := flat.keys() & parts.keys():
             raise ValueError(f"save_quantized: two tensors would be called {min(taken)}")
         flat |= {key: p.detach().clone(memory_format=torch.contiguous_format) for key, p in parts.items()}

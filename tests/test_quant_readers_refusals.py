@@ -1,0 +1,78 @@
+"""Checkpoints and files that cannot be: what is refused, by the name of the tensor or of the file."""
+
+import json
+import struct
+
+import pytest
+import quant_peers
+import torch
+
+from scalekern.quant import load_quantized, quantize, read_checkpoint, save_quantized
+
+RECORDED = quant_peers.load()
+
+
+def test_what_the_config_says_and_the_tensors_do_not():
+    """Parts that would be taken for another, smaller layer: no zeros, fewer groups, no order of the columns."""
+    tensors, config, _ = RECORDED["compressed_tensors"]["int4"]
+    with pytest.raises(ValueError, match="m.weight_scale must have groups of .16. of .* columns"):
+        read_checkpoint({**tensors, "m.weight_scale": tensors["m.weight_scale"][:, :2]}, config=config)
+    tensors, config, _ = RECORDED["compressed_tensors"]["int2"]
+    with pytest.raises(ValueError, match="m.weight_zero_point is missing"):
+        read_checkpoint({n: t for n, t in tensors.items() if n != "m.weight_zero_point"}, config=config)
+    tensors, config, _ = RECORDED["gptq"]["4_v2"]
+    without = {n: t for n, t in tensors.items() if n != "m.g_idx"}
+    assert read_checkpoint(without, config=config)["m.weight"].shape == (32, 32)
+    with pytest.raises(ValueError, match="m.g_idx is missing or empty, which desc_act"):
+        read_checkpoint(without, config={**config, "desc_act": True})
+    for size in (0, -5, "16"):
+        with pytest.raises(ValueError, match="m.scales must come with a group_size of -1 or at least 1"):
+            read_checkpoint(tensors, config={**config, "group_size": size})
+
+
+def test_configs_of_other_types():
+    for config, message in (
+        ({"quant_method": "compressed-tensors", "config_groups": 3}, "config_groups must be a dict of dicts, got 3"),
+        ({"quant_method": ["gptq"]}, "method must be one of .*, got .'gptq'."),
+        (3, "config must be a dict, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint({}, config=config)
+
+
+def test_folders_whose_json_is_none(tmp_path):
+    index, config = tmp_path / "model.safetensors.index.json", tmp_path / "config.json"
+    texts = ("{", "is no JSON"), ("[]", "must hold an object, got list"), ("{}", "must hold a weight_map")
+    for text, message in texts:
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"index.json {message}"):
+            read_checkpoint(tmp_path)
+    index.unlink()
+    save_quantized(tmp_path / "m.safetensors", {"w": quantize(torch.randn(4, 8), "int4")})
+    config.write_text("{")
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        read_checkpoint(tmp_path)
+    config.write_text('{"text_config": 3}')
+    assert read_checkpoint(tmp_path).keys() == {"w"}
+
+
+def test_a_header_with_one_offset_and_what_is_not_saved(tmp_path):
+    path, w = tmp_path / "m.safetensors", quantize(torch.randn(4, 8), "int4")
+    save_quantized(path, {"w": w})
+    whole = path.read_bytes()
+    for tensors, error, message in (
+        ({"w": w.to("meta")}, ValueError, "w.data must be dense and hold data, got torch.strided on meta"),
+        ({"w": torch.ones(2).to_sparse()}, ValueError, "w must be dense and hold data, got torch.sparse_coo on cpu"),
+        ([w], TypeError, "tensors must be a dict by name, got list"),
+        ({3: w}, TypeError, "tensors must be a dict by name"),
+    ):
+        with pytest.raises(error, match=f"save_quantized: {message}"):
+            save_quantized(path, tensors)
+    assert path.read_bytes() == whole
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["w.data"]["data_offsets"] = [5]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+    with pytest.raises(ValueError, match="m.safetensors is no safetensors file"):
+        load_quantized(path)
