@@ -8,6 +8,7 @@ disturbs the machine disturbs them alike; and the limit that the device implies 
 import contextlib
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from scalekern.benchmarks import peers, rates, records
 from scalekern.benchmarks.case import Case, Work
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
+SHORT = 2e-2  # seconds of a run on a CPU up to which it is warmed up before each sample
 PATIENCE = 8  # a contender so slow that MIN_ROUNDS would take this many times its share gets fewer, at least one
 
 
@@ -221,12 +223,16 @@ def _interleave(runs: dict, rivals: set, hints: dict, device, seconds, deadline,
 
 
 def _first(device: torch.device, run: Callable) -> float:
-    """Host seconds of a run that has been warmed up by its check."""
-    begin = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return max(time.perf_counter() - begin, 1e-9)
+    """Host seconds of a run that has been warmed up by its check; of a short one on a CPU, of the third in a row."""
+    for _ in range(3 if device.type == "cpu" else 1):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken = max(time.perf_counter() - begin, 1e-9)
+        if taken > SHORT:
+            break
+    return taken
 
 
 def _rounds(first: float, seconds: float) -> int:
@@ -238,17 +244,18 @@ def _sampler(device: torch.device, run: Callable, first: float) -> Callable[[], 
     return _device_sampler(run) if device.type == "cuda" else _host_sampler(run, first)
 
 
-def _host_sampler(run: Callable, first: float, least: float = 1e-3, short: float = 2e-2) -> Callable[[], float]:
+def _host_sampler(run: Callable, first: float, least: float = 2e-3) -> Callable[[], float]:
     """Host time of a run; short ones are repeated within a sample, until it lasts `least` seconds.
 
     A short one runs as often before each sample: the caches, the allocator's pages and the sleeping threads that the
     contender before it left are that one's doing (a scan of 0.26 ms, called in a loop, took 0.9 in turns; 8.9 MB of
-    weights that 100 MB of others' had pushed out come back into a L3 in three runs, 0.50 ms and then 0.38, not in one).
+    weights that 100 MB of others' had pushed out come back into a L3 in three runs, 0.55 ms, 0.42 and then 0.33, and
+    not in one: torch's int4 product 0.77, 0.67, 0.65).
     """
-    repeats = max(1, int(least / first))
+    repeats = math.ceil(least / first)
 
     def sample() -> float:
-        for _ in range(repeats if first < short else 0):
+        for _ in range(repeats if first < SHORT else 0):
             run()
         begin = time.perf_counter()
         for _ in range(repeats):
