@@ -11,7 +11,7 @@ CONTRACT := tests/test_contract.py tests/test_contract_calls.py
 
 # All files but those and the compilation's, by their first letters: parts of one to three minutes keep two processes
 # busy to the end.
-REST := test-rest-a-c test-rest-d-m test-rest-s-z test-rest-n-r
+REST := test-rest-a-c test-rest-d-m test-rest-n-r test-rest-s-z
 
 # What Triton's interpreter runs; a file a line.
 INTERPRETED := $(addprefix tests/, \
