@@ -313,6 +313,17 @@ def test_compile_fullgraph():
     assert error(compiled(u, mask=mask), module(u, mask=mask)) < 1e-6
 
 
+def test_an_exported_block_takes_any_length():
+    """Of more tokens than lie between two checkpoints of the scan, too; and it can be differentiated."""
+    module, u = build(), tokens(2, 131, 10).requires_grad_()
+    shapes = ({1: torch.export.Dim("L", min=2, max=1024)},)
+    exported = torch.export.export(module, (tokens(2, 19, 10),), dynamic_shapes=shapes).module()
+    outs = exported(u), module(u)
+    assert torch.equal(*outs)
+    grads = [torch.autograd.grad(out.square().sum(), u)[0] for out in outs]
+    assert error(*grads) < 1e-12
+
+
 def test_wrong_use_is_named():
     module, u = build(), tokens(2, 3, 10)
     states = module.allocate_inference_cache(2, 3)

@@ -243,6 +243,14 @@ def _cast(value, dtype: torch.dtype):
     return value.to(dtype) if castable else value
 
 
+def differentiated(tensors) -> bool:
+    """Whether a forward keeps what its backward wants. That of an exported program does not, which mostly runs without
+    one (it would be computed anew): the number of a scan's checkpoints would bind it to lengths up to 64 or above."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def without_autocast(function: Callable) -> Callable:
     """For a backward out of torch's ops: called inside an autocast region, it must not be cast a second time."""
 
