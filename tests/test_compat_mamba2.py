@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from test_compat import Installed, SeenOps, assert_same, differentiate, greedy, pytestmark  # noqa: F401
+from compat_transformers import Installed, SeenOps, assert_same, differentiate, greedy, pytestmark  # noqa: F401
 
 from scalekern import compat
 from scalekern.testing import assert_close
