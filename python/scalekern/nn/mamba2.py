@@ -69,6 +69,7 @@ class Mamba2(CachedStates, nn.Module):
         dt_min, dt_max, dt_init_floor: the initial step sizes.   dt_limit: the least and the most of any.
         bias, conv_bias: of the projections, of the convolution.
         chunk_size, use_mem_eff_path: upstream's; neither changes the result.
+        process_group, sequence_parallel: upstream's tensor parallelism, which is not here: None, and not read.
         layer_idx: the key of this layer's states in `inference_params.key_value_memory_dict`.
 
     Source: Dao & Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
@@ -87,9 +88,11 @@ class Mamba2(CachedStates, nn.Module):
         self, d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, d_ssm=None, ngroups=1,
         A_init_range=(1, 16), D_has_hdim=False, rmsnorm=True, norm_before_gate=False, dt_min=0.001, dt_max=0.1,
         dt_init_floor=1e-4, dt_limit=(0.0, float("inf")), bias=False, conv_bias=True, chunk_size=256,
-        use_mem_eff_path=True, layer_idx=None, device=None, dtype=None,
+        use_mem_eff_path=True, layer_idx=None, process_group=None, sequence_parallel=True, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        if process_group is not None:
+            raise ValueError(f"{NAME}: process_group must be None (no tensor parallelism here), got {process_group!r}")
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
