@@ -126,7 +126,7 @@ class Mamba(CachedStates, nn.Module):
         Returns:
             (B, L, M), or ((B, L, M), (conv_state, ssm_state)).
         """
-        _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.taken_by(self.in_proj))
         _checks.shape(NAME, "hidden_states", hidden_states, (None, None, self.d_model))
         if mask is not None and (cu_seqlens is not None or initial_states is not None):
             raise ValueError(f"{NAME}: mask goes with neither cu_seqlens nor initial_states")

@@ -148,7 +148,7 @@ class Mamba2(CachedStates, nn.Module):
         Returns:
             Like u, or (like u, (conv_state, ssm_state)).
         """
-        _checks.tensor(NAME, "u", u, dims=3 if seqlen is None else 2, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "u", u, dims=3 if seqlen is None else 2, dtypes=_checks.taken_by(self.in_proj))
         _checks.shape(NAME, "u", u, (*u.shape[:-1], self.d_model))
         if mask is not None and (cu_seqlens is not None or seq_idx is not None or initial_states is not None):
             raise ValueError(f"{NAME}: mask goes with none of cu_seqlens, seq_idx and initial_states")
