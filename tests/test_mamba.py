@@ -331,6 +331,13 @@ def test_wrong_use_is_named():
         module(u[..., :9])
     with pytest.raises(ValueError, match=r"nn.Mamba: mask must have shape \(2, 3\), got \(2, 4\)"):
         module(u, mask=torch.ones(2, 4))
+    with pytest.raises(TypeError, match="nn.Mamba: mask must be a torch.Tensor, got list"):
+        module(u, mask=[[1, 1, 1]] * 2)
+    with pytest.raises(TypeError, match="nn.Mamba: initial_states must be a pair .*, got tuple"):
+        module(u, initial_states=states[:1])
+    for options, message in ((dict(d_conv=9), "d_conv must be one of 2, .*got 9"), (dict(dt_rank=0), "dt_rank must")):
+        with pytest.raises(ValueError, match=f"nn.Mamba: {message}"):
+            build(**options)
     with pytest.raises(ValueError, match="mask goes with neither"):
         module(u, mask=torch.ones(2, 3), initial_states=states)
     with pytest.raises(ValueError, match="inference_params holds the states"):

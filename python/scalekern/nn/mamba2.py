@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
-from scalekern.nn._cached import CachedStates
+from scalekern.nn._cached import CachedStates, pair
 from scalekern.nn.mamba import negative_exp
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.selective_state_update import selective_state_update
@@ -93,6 +93,7 @@ class Mamba2(CachedStates, nn.Module):
         super().__init__()
         if process_group is not None:
             raise ValueError(f"{NAME}: process_group must be None (no tensor parallelism here), got {process_group!r}")
+        _checks.choice(NAME, "d_conv", d_conv, range(2, 9))
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
@@ -173,9 +174,9 @@ class Mamba2(CachedStates, nn.Module):
         return zxbcdt.split([mlp, mlp, self.d_ssm, self.conv_dim, self.nheads], -1)
 
     def _forward_states(self, u, mask, seq_idx, cu_seqlens, initial_states, states_wanted):
-        conv_state, ssm_state = (None, None) if initial_states is None else initial_states
+        conv_state, ssm_state = pair(NAME, initial_states)
         if mask is not None:
-            _checks.shape(NAME, "mask", mask, u.shape[:2])
+            _checks.padding(NAME, mask, u, *u.shape[:2])
         # A negative seq_idx is padding: the convolution gives zero there and does not look back into it. A zero
         # input then leaves the scan's state at zero up to the first real token.
         padding = seq_idx if mask is None else (mask != 0).to(torch.int32) - 1
