@@ -46,5 +46,6 @@ def pair(name, initial_states):
     if initial_states is None:
         return None, None
     if not isinstance(initial_states, (tuple, list)) or len(initial_states) != 2:
-        raise TypeError(f"{name}: initial_states must be a pair (conv_state, ssm_state), got {type(initial_states).__name__}")
+        kind = type(initial_states).__name__
+        raise TypeError(f"{name}: initial_states must be a pair (conv_state, ssm_state), got {kind}")
     return initial_states
