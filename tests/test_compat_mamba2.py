@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
-from test_compat import Installed, SeenOps, assert_same, differentiate, greedy, pytestmark  # noqa: F401
+from compat_transformers import Installed, SeenOps, assert_same, differentiate, greedy, pytestmark  # noqa: F401
 
-from scalekern import compat
+from scalekern import compat, nn
 from scalekern.testing import assert_close
 
 transformers = pytest.importorskip("transformers")
@@ -188,3 +188,27 @@ def test_upstreams_inference_params():
     assert list(params.key_value_memory_dict) == [3]
     params.reset(32, 4)
     assert (params.max_seqlen, params.max_batch_size, params.seqlen_offset) == (32, 4, 0)
+
+
+def test_mamba2_simple():
+    """Its states begin where they have been learned to begin, of a row's first sequence; its names are upstream's."""
+    with Installed():
+        Simple = importlib.import_module("mamba_ssm.modules.mamba2_simple").Mamba2Simple
+        old, new = (importlib.import_module(f"mamba_ssm.ops.triton.{name}") for name in ("layernorm", "layer_norm"))
+    assert old.rms_norm_fn is new.rms_norm_fn
+    simple = Simple(8, d_state=6, headdim=4, ngroups=2, learnable_init_states=True).double()
+    torch.nn.init.normal_(simple.init_states)
+    weights = simple.state_dict()
+    assert weights.pop("init_states").shape == (4, 4, 6)
+    plain = nn.Mamba2(8, d_state=6, headdim=4, ngroups=2).double()
+    plain.load_state_dict(weights)
+    u = torch.randn(2, 9, 8, dtype=torch.float64)
+    conv_state, state = plain.allocate_inference_cache(2, 9)
+    state += simple.init_states.detach()
+    steps = torch.cat([plain.step(u[:, t : t + 1], conv_state, state)[0] for t in range(9)], 1)
+    assert_close(simple(u), steps, tolerance=1e-12)
+    index = (torch.arange(9) >= 5).int().expand(2, 9)
+    assert_close(simple(u, seq_idx=index), torch.cat([steps[:, :5], plain(u[:, 5:])], 1), tolerance=1e-12)
+    assert torch.autograd.grad(simple(u).sum(), simple.init_states)[0].abs().min() > 0
+    with pytest.raises(ValueError, match="process_group must be None"):
+        nn.Mamba2(8, process_group="all")

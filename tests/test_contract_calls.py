@@ -3,6 +3,7 @@ graphs, what is refused, signatures. What it computes is in test_contract.py.
 """
 
 import contextlib
+import inspect
 import os
 import re
 import shutil
@@ -262,6 +263,32 @@ def test_differentiating_a_decoding_op_raises(op, sample):
     args = tuple(a.detach() if i in testing.specs()[op].inplace else a for i, a in enumerate(args))
     with pytest.raises(NotImplementedError, match=rf"{op}: this \w+ op has no gradient"):
         as_tuple(getattr(scalekern, op)(*args, **kwargs))[-1].sum().backward()
+
+
+@every_op
+def test_a_changed_argument_has_a_new_version(op):
+    """Autograd then sees that what it has kept was overwritten."""
+    args, kwargs = clones(*testing.samples(op)[0].make())
+    tensors = tensors_of(args, kwargs)
+    before = {name: (t.clone(), t._version) for name, t in tensors.items()}
+    with torch.no_grad():
+        getattr(scalekern, op)(*args, **kwargs)
+    changed = {name for name, t in tensors.items() if not t.equal(before[name][0])}
+    assert {str(i) for i in testing.specs()[op].inplace} <= changed
+    assert {name for name, t in tensors.items() if t._version > before[name][1]} == changed
+
+
+@every_op
+def test_flags_are_true_or_false(op):
+    """Those of an op's schema, but for one whose truth decides before it: what else is wrong is said first."""
+    args, kwargs = testing.samples(op)[0].make()
+    function = getattr(scalekern, op)
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    flags = {n for o in _library.OPS.values() if o.public == op for _, n in o.flags} - {"grouped", "transposed"}
+    for name in flags & inspect.signature(function).parameters.keys():
+        for value in (1, None, "yes"):
+            with pytest.raises(TypeError, match=f"^{op}: {name} must be True or False, got {value!r}$"):
+                function(**given | {name: value})
 
 
 def _wrong_dtype(value):

@@ -246,17 +246,21 @@ def test_a_text_that_cannot_be_used(content, message, tmp_path, capsys):
     assert out == "" and not (tmp_path / "out").exists()
 
 
-def test_other_arguments_that_cannot_be_used(tmp_path, text, capsys):
+def test_other_arguments_that_cannot_be_used(tmp_path, text, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     for arguments, message in (
         (("--text", tmp_path), "cannot be read (Is a directory)"),
         (("--text", text, "--steps", 0), "--steps must be at least 1, got 0"),
         (("--text", text, "--device", "abacus"), "--device abacus: cannot be used"),
+        (("--text", text, "--device", "meta"), "--device meta: cannot be used"),
         (("--text", text, "--out", tmp_path / "file"), "cannot be made a folder"),
         (("--text", text, "--resume", "--out", tmp_path / "new"), "there is nothing to resume"),
     ):
         code, _, err = call(capsys, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1, err
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    code, _, err = call(capsys, "--text", text, "--out", tmp_path)
+    assert code == 2 and err.strip().endswith("cannot be written to")
 
 
 def test_a_checkpoint_that_cannot_be_resumed(tmp_path):

@@ -313,6 +313,17 @@ def test_compile_fullgraph():
     assert error(compiled(u, mask=mask), module(u, mask=mask)) < 1e-6
 
 
+def test_an_exported_block_takes_any_length():
+    """Of more tokens than lie between two checkpoints of the scan, too; and it can be differentiated."""
+    module, u = build(), tokens(2, 131, 10).requires_grad_()
+    shapes = ({1: torch.export.Dim("L", min=2, max=1024)},)
+    exported = torch.export.export(module, (tokens(2, 19, 10),), dynamic_shapes=shapes).module()
+    outs = exported(u), module(u)
+    assert torch.equal(*outs)
+    grads = [torch.autograd.grad(out.square().sum(), u)[0] for out in outs]
+    assert error(*grads) < 1e-12
+
+
 def test_wrong_use_is_named():
     module, u = build(), tokens(2, 3, 10)
     states = module.allocate_inference_cache(2, 3)
@@ -320,6 +331,13 @@ def test_wrong_use_is_named():
         module(u[..., :9])
     with pytest.raises(ValueError, match=r"nn.Mamba: mask must have shape \(2, 3\), got \(2, 4\)"):
         module(u, mask=torch.ones(2, 4))
+    with pytest.raises(TypeError, match="nn.Mamba: mask must be a torch.Tensor, got list"):
+        module(u, mask=[[1, 1, 1]] * 2)
+    with pytest.raises(TypeError, match="nn.Mamba: initial_states must be a pair .*, got tuple"):
+        module(u, initial_states=states[:1])
+    for options, message in ((dict(d_conv=9), "d_conv must be one of 2, .*got 9"), (dict(dt_rank=0), "dt_rank must")):
+        with pytest.raises(ValueError, match=f"nn.Mamba: {message}"):
+            build(**options)
     with pytest.raises(ValueError, match="mask goes with neither"):
         module(u, mask=torch.ones(2, 3), initial_states=states)
     with pytest.raises(ValueError, match="inference_params holds the states"):

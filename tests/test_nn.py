@@ -80,3 +80,20 @@ def test_device_and_dtype(name):
     for key, t in module.named_parameters():
         assert t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes, key  # no view of something larger
         assert t.isfinite().all(), key
+
+
+INPUTS = {
+    **dict.fromkeys(("BiMamba", "BiMambaWrapper", "Mamba", "Mamba2", "RGLRU"), (2, 6, 8)),
+    **dict.fromkeys(("DSS", "H3", "HyenaOperator", "S4", "S4D"), (2, 4, 4)),
+    "HiSS": (2, 6, 3), "SS2D": (2, 4, 4, 8), "SambaASREncoder": (2, 3, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_an_input_of_another_dtype_is_named(name):
+    """As that of whose layer; torch says which two dtypes do not fit. Under autocast it fits."""
+    module, x = MAKE[name](), torch.randn(INPUTS[name])
+    with pytest.raises(TypeError, match=r"^nn\.\w+: \w+ must have dtype float32, got float64$"):
+        module(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x.bfloat16())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from nn_modules import error
 from torch import nn
+from torch.nn.utils import prune
 
 from scalekern.nn import Mamba, QuantLinear
 from scalekern.quant import FoldedRotation, QuantConfig, fold_rotation, quantize_model
@@ -122,6 +123,28 @@ def test_the_report_measures_what_it_says(tmp_path):
     assert dark.sum() > 1000 and [p.name for p in tmp_path.iterdir()] == ["report.png"]
 
 
+def test_hooks_stay_with_their_layer():
+    """All kinds of them, removed by the handles that the float layer gave out; errors are those of the weights."""
+    linear, x, ran = nn.Linear(16, 8), torch.randn(3, 16, requires_grad=True), []
+    holder = nn.Sequential(linear)
+    handles = [
+        linear.register_forward_hook(lambda module, args, out: ran.append("forward") or 2 * out),
+        linear.register_forward_pre_hook(lambda module, args, kwargs: ran.append("before"), with_kwargs=True),
+        linear.register_full_backward_hook(lambda module, *grads: ran.append("backward")),
+    ]
+    (layer,) = quantize_model(holder, "int8", inputs=[x]).layers
+    assert layer.error < 0.01 and layer.measured_on == "outputs"
+    ran.clear()
+    out = holder(x)
+    assert (out - 2 * holder[0].forward(x)).norm() == 0
+    out.sum().backward()
+    assert ran == ["before", "forward", "backward"]
+    for handle in handles:
+        handle.remove()
+    holder(x).sum().backward()
+    assert len(ran) == 3
+
+
 def test_what_cannot_be_quantized_is_skipped_with_its_reason():
     class Attending(nn.Module):
         def __init__(self):
@@ -144,6 +167,13 @@ def test_what_cannot_be_quantized_is_skipped_with_its_reason():
             quantize_model(other, "int4", inputs=inputs)
     alone = quantize_model(nn.Linear(4, 4), "int4")
     assert alone.skipped == {"": "the model itself, which cannot be replaced in place"}
+    strange = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(strange[0], "weight", 0.5)
+    strange[1].forward = lambda x: x
+    assert quantize_model(strange, "int4").skipped == {
+        "0": "its weight is made by a hook (pruning, weight_norm): make it a parameter first",
+        "1": "its forward was replaced",
+    }
     tied = model(tie=True)
     assert quantize_model(tied, "int4").skipped == {"head": "weight tied to embedding.weight"}
     assert tied.head.weight is tied.embedding.weight

@@ -8,6 +8,7 @@ import torch
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COMPLEX = (torch.complex64, torch.complex128)
 _STRIDED = torch.strided
+_PLAIN = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
 
 
 def _shape(sizes) -> str:
@@ -31,6 +32,19 @@ def tensor(op: str, name: str, value, *, dims: int | Sequence[int], dtypes=None)
         raise TypeError(f"{op}: {name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if value.layout is not _STRIDED:
         raise TypeError(f"{op}: {name} must be dense, got layout {str(value.layout).removeprefix('torch.')}")
+
+
+def taken_by(layer) -> tuple[torch.dtype, ...]:
+    """For `tensor`: the dtypes of what goes into this layer, or is multiplied with this weight, as it is.
+
+    torch's own layers refuse another dtype than their weight's, without a word about whose input it was. What a layer
+    of another kind takes (quantized, adapted), or one behind a hook, is its own affair.
+    """
+    plain = type(layer) in _PLAIN and not layer._forward_pre_hooks
+    weight = layer if isinstance(layer, torch.Tensor) else layer.weight if plain else None
+    if weight is None or weight.dtype not in FLOATING or weight.is_meta:
+        return FLOATING
+    return FLOATING if torch.is_autocast_enabled(weight.device.type) else (weight.dtype,)
 
 
 def shape(op: str, name: str, value: torch.Tensor, *expected: Sequence[int]) -> None:

@@ -110,9 +110,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return package in self.packages
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.packages and name in MODULES:
+        top = name.partition(".")[0]
+        if top in self.packages and name in MODULES:
             package = any(other.startswith(name + ".") for other in MODULES)
             return importlib.machinery.ModuleSpec(name, self, origin="scalekern.compat", is_package=package)
+        if top in self.packages & VERSIONS.keys():
+            raise ModuleNotFoundError(f"No module named {name!r}: scalekern.compat serves {top} without it", name=name)
         if _transformers.concerns(name) and self.packages:
             return _transformers.patched_spec(name, path)
         return None

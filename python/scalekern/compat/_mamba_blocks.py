@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scalekern import masks
+from scalekern import _checks, masks
 from scalekern.compat._shims import counted
+from scalekern.nn import Mamba2
 from scalekern.nn._attention import angles, check_heads, merge, rotate, split
 from scalekern.ops.causal_conv1d import causal_conv1d
 from scalekern.ops.sparse_attention import sparse_attention
@@ -213,6 +214,33 @@ class MHA(nn.Module):
         end = offset + k.shape[2]
         kv_cache[:, offset:end] = torch.stack((k, v)).detach().permute(1, 3, 0, 2, 4)
         return (k, v) if offset == 0 else kv_cache[:, :end].to(k.dtype).permute(2, 0, 3, 1, 4).unbind()
+
+
+class Mamba2Simple(Mamba2):
+    """Mamba2 without a cache, and with an initial state of the scan that can be learned: init_states (H, P, N)."""
+
+    def __init__(
+        self, d_model, d_state=64, d_conv=4, conv_init=None, expand=2, headdim=128, ngroups=1, A_init_range=(1, 16),
+        dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, float("inf")), learnable_init_states=False,
+        activation="swish", bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=True, layer_idx=None,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        _checks.choice("Mamba2Simple", "activation", activation, ("silu", "swish"))
+        super().__init__(
+            d_model, d_state, d_conv, conv_init, expand, headdim, ngroups=ngroups, A_init_range=A_init_range,
+            dt_min=dt_min, dt_max=dt_max, dt_init_floor=dt_init_floor, dt_limit=dt_limit, bias=bias,
+            conv_bias=conv_bias, layer_idx=layer_idx, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.learnable_init_states = learnable_init_states
+        if learnable_init_states:
+            shape = self.nheads, headdim, d_state
+            self.init_states = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+            self.init_states._no_weight_decay = True
+
+    def forward(self, u, seq_idx=None):
+        """u (B, L, M) -> the same; see Mamba2's."""
+        state = self.init_states.expand(u.shape[0], -1, -1, -1) if self.learnable_init_states else None
+        return super().forward(u, seq_idx=seq_idx, initial_states=None if state is None else (None, state))
 
 
 class Block(nn.Module):

@@ -30,6 +30,7 @@ from scalekern.compat._mamba_blocks import (
     MHA,
     Block,
     GatedMLP,
+    Mamba2Simple,
     RMSNorm,
     add_norm,
     at_least_float32,
@@ -383,12 +384,13 @@ MODULES = {
         "layer_norm_fn": layer_norm_fn, "rms_norm_fn": rms_norm_fn, "load_config_hf": load_config_hf,
         "load_state_dict_hf": load_state_dict_hf,
     },
+    "mamba_ssm.modules.mamba2_simple": {"Mamba2Simple": Mamba2Simple},
     "mamba_ssm.modules.block": {"Block": Block},
     "mamba_ssm.modules.mlp": {"GatedMLP": GatedMLP},
     "mamba_ssm.modules.mha": {"MHA": MHA},
-    "mamba_ssm.ops.triton.layer_norm": {
+    **dict.fromkeys(("mamba_ssm.ops.triton.layer_norm", "mamba_ssm.ops.triton.layernorm"), {  # the latter until 2.0
         "RMSNorm": RMSNorm, "layer_norm_fn": layer_norm_fn, "rms_norm_fn": rms_norm_fn,
-    },
+    }),
     "mamba_ssm.utils.generation": {
         "GenerationMixin": GenerationMixin, "InferenceParams": InferenceParams, "decode": decode, "sample": sample,
     },

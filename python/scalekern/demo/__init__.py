@@ -119,7 +119,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # which the meta device does not do
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"--device {name}: cannot be used ({reason})") from None
@@ -134,6 +134,8 @@ def _folder(name: str) -> pathlib.Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {name}: cannot be made a folder ({error.strerror})") from None
+    if not os.access(out, os.W_OK | os.X_OK):  # said before the training, not after it
+        raise InputError(f"--out {name}: cannot be written to")
     return out
 
 

@@ -44,16 +44,16 @@ def accelerate(model: torch.nn.Module) -> "Acceleration":
             + " and ".join(f"{name} ({module})" for name, module in SUPPORTED.items())
         )
     for name, mixer in mixers:
-        reason = "its forward was replaced already (undo() that first)" if "forward" in mixer.__dict__ else None
+        reason = "its forward was replaced already (undo() that first)" if _has_its_own_forward(mixer) else None
         reason = reason or _obstacle(mixer) or unknown(_supported_class(mixer))
         if reason:
             raise ValueError(f"accelerate: {name} ({type(mixer).__name__}) cannot be replaced: {reason}")
     forward = _hooked(mixer_forward)
-    forward._scalekern_original = None
+    forward._scalekern_original, forward.__name__ = None, "forward"  # under which a bound method is pickled
     replaced = [mixer for _, mixer in mixers]
     for mixer in replaced:
         mixer.forward = types.MethodType(forward, mixer)
-    for block in [m for m in model.modules() if m._modules.get("mixer") in replaced and "forward" not in m.__dict__]:
+    for block in [m for m in model.modules() if m._modules.get("mixer") in replaced and not _has_its_own_forward(m)]:
         if type(block).__name__ == type(block.mixer).__name__.replace("Mixer", "Block") and not unknown(type(block)):
             block.forward = types.MethodType(block_forward(type(block).forward), block)
             replaced.append(block)
@@ -97,6 +97,11 @@ class Acceleration:
 
 def _supported_class(module) -> type | None:
     return next((c for c in type(module).__mro__ if SUPPORTED.get(c.__name__) == c.__module__), None)
+
+
+def _has_its_own_forward(module) -> bool:
+    """Another than its class's, which is what a pickle of an accelerated layer comes back with."""
+    return module.__dict__.get("forward") not in (None, types.MethodType(type(module).forward, module))
 
 
 def _obstacle(mixer) -> str | None:

@@ -39,3 +39,13 @@ class CachedStates:
             cache[self.layer_idx] = self.allocate_inference_cache(batch_size, None)
         offset = getattr(inference_params, "batch_size_offset", 0)
         return tuple(state[offset : offset + batch_size] for state in cache[self.layer_idx])
+
+
+def pair(name, initial_states):
+    """(conv_state, ssm_state), each None where it was not given."""
+    if initial_states is None:
+        return None, None
+    if not isinstance(initial_states, (tuple, list)) or len(initial_states) != 2:
+        kind = type(initial_states).__name__
+        raise TypeError(f"{name}: initial_states must be a pair (conv_state, ssm_state), got {kind}")
+    return initial_states

@@ -80,7 +80,7 @@ class BiMamba(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type or shape.
         """
-        _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.taken_by(self.in_proj))
         _checks.shape(NAME, "hidden_states", hidden_states, (None, None, self.d_model))
         if mask is not None:
             _checks.shape(NAME, "mask", mask, hidden_states.shape[:2])

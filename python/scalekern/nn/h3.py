@@ -166,7 +166,7 @@ class H3(nn.Module):
         Returns:
             (B, L, M), or ((B, L, M), (shift_state, ssm_state)).
         """
-        _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "u", u, dims=3, dtypes=_checks.taken_by(self.q_proj))
         _checks.shape(NAME, "u", u, (None, None, self.d_model))
         if inference_params is not None:
             if initial_states is not None or return_final_states:

@@ -70,7 +70,7 @@ class HiSS(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type or shape.
         """
-        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.taken_by(self.embed))
         _checks.shape(NAME, "x", x, (None, None, self.d_input))
         if x.shape[1] == 0:
             return self.output(x.new_zeros(x.shape[0], 0, self.output.in_features))

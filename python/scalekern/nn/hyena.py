@@ -233,7 +233,7 @@ class HyenaOperator(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type or shape; more than l_max tokens.
         """
-        _checks.tensor(OPERATOR, "u", u, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(OPERATOR, "u", u, dims=3, dtypes=_checks.taken_by(self.in_proj))
         _checks.shape(OPERATOR, "u", u, (None, None, self.d_model))
         _checks.padding(OPERATOR, mask, u, *u.shape[:2])
         if initial_states is not None and not (isinstance(initial_states, (tuple, list)) and len(initial_states) == 2):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
-from scalekern.nn._cached import CachedStates
+from scalekern.nn._cached import CachedStates, pair
 from scalekern.nn._quantized_step import quantized_step
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.mamba_inner import mamba_inner
@@ -89,10 +89,12 @@ class Mamba(CachedStates, nn.Module):
     ):  # fmt: skip
         super().__init__()
         _checks.choice(NAME, "dt_init", dt_init, ("random", "constant"))
+        _checks.choice(NAME, "d_conv", d_conv, range(2, 9))
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        _checks.at_least(NAME, "dt_rank", self.dt_rank, 1)
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
         self.activation = "silu"
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
@@ -126,7 +128,7 @@ class Mamba(CachedStates, nn.Module):
         Returns:
             (B, L, M), or ((B, L, M), (conv_state, ssm_state)).
         """
-        _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "hidden_states", hidden_states, dims=3, dtypes=_checks.taken_by(self.in_proj))
         _checks.shape(NAME, "hidden_states", hidden_states, (None, None, self.d_model))
         if mask is not None and (cu_seqlens is not None or initial_states is not None):
             raise ValueError(f"{NAME}: mask goes with neither cu_seqlens nor initial_states")
@@ -153,9 +155,9 @@ class Mamba(CachedStates, nn.Module):
 
     def _forward_states(self, hidden_states, mask, cu_seqlens, initial_states):
         """The separate ops, from states to states."""
-        conv_state, ssm_state = (None, None) if initial_states is None else initial_states
+        conv_state, ssm_state = pair(NAME, initial_states)
         if mask is not None:
-            _checks.shape(NAME, "mask", mask, hidden_states.shape[:2])
+            _checks.padding(NAME, mask, hidden_states, *hidden_states.shape[:2])
         # A negative seq_idx is padding: the convolution gives zero there and does not look back into it. A zero
         # input then leaves the scan's state at zero up to the first real token.
         seq_idx = None if mask is None else (mask != 0).to(torch.int32) - 1

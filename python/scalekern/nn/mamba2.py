@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekern import _checks
-from scalekern.nn._cached import CachedStates
+from scalekern.nn._cached import CachedStates, pair
 from scalekern.nn.mamba import negative_exp
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.selective_state_update import selective_state_update
@@ -69,6 +69,7 @@ class Mamba2(CachedStates, nn.Module):
         dt_min, dt_max, dt_init_floor: the initial step sizes.   dt_limit: the least and the most of any.
         bias, conv_bias: of the projections, of the convolution.
         chunk_size, use_mem_eff_path: upstream's; neither changes the result.
+        process_group, sequence_parallel: upstream's tensor parallelism, which is not here: None, and not read.
         layer_idx: the key of this layer's states in `inference_params.key_value_memory_dict`.
 
     Source: Dao & Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
@@ -87,9 +88,12 @@ class Mamba2(CachedStates, nn.Module):
         self, d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, d_ssm=None, ngroups=1,
         A_init_range=(1, 16), D_has_hdim=False, rmsnorm=True, norm_before_gate=False, dt_min=0.001, dt_max=0.1,
         dt_init_floor=1e-4, dt_limit=(0.0, float("inf")), bias=False, conv_bias=True, chunk_size=256,
-        use_mem_eff_path=True, layer_idx=None, device=None, dtype=None,
+        use_mem_eff_path=True, layer_idx=None, process_group=None, sequence_parallel=True, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        if process_group is not None:
+            raise ValueError(f"{NAME}: process_group must be None (no tensor parallelism here), got {process_group!r}")
+        _checks.choice(NAME, "d_conv", d_conv, range(2, 9))
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
@@ -145,7 +149,7 @@ class Mamba2(CachedStates, nn.Module):
         Returns:
             Like u, or (like u, (conv_state, ssm_state)).
         """
-        _checks.tensor(NAME, "u", u, dims=3 if seqlen is None else 2, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "u", u, dims=3 if seqlen is None else 2, dtypes=_checks.taken_by(self.in_proj))
         _checks.shape(NAME, "u", u, (*u.shape[:-1], self.d_model))
         if mask is not None and (cu_seqlens is not None or seq_idx is not None or initial_states is not None):
             raise ValueError(f"{NAME}: mask goes with none of cu_seqlens, seq_idx and initial_states")
@@ -170,9 +174,9 @@ class Mamba2(CachedStates, nn.Module):
         return zxbcdt.split([mlp, mlp, self.d_ssm, self.conv_dim, self.nheads], -1)
 
     def _forward_states(self, u, mask, seq_idx, cu_seqlens, initial_states, states_wanted):
-        conv_state, ssm_state = (None, None) if initial_states is None else initial_states
+        conv_state, ssm_state = pair(NAME, initial_states)
         if mask is not None:
-            _checks.shape(NAME, "mask", mask, u.shape[:2])
+            _checks.padding(NAME, mask, u, *u.shape[:2])
         # A negative seq_idx is padding: the convolution gives zero there and does not look back into it. A zero
         # input then leaves the scan's state at zero up to the first real token.
         padding = seq_idx if mask is None else (mask != 0).to(torch.int32) - 1

@@ -76,7 +76,7 @@ class RGLRU(nn.Module):
 
     def _coefficients(self, x, position_ids, length=None):
         """(a, b), both (B, L, D)."""
-        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "x", x, dims=3, dtypes=_checks.taken_by(self.input_gate_weight))
         _checks.shape(NAME, "x", x, (None, length, self.width))
         if position_ids is not None:
             _checks.shape(NAME, "position_ids", position_ids, x.shape[:2])

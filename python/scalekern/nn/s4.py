@@ -75,7 +75,9 @@ class _Layer(nn.Module):
                 (bidirectional, or DSS's softmax, whose kernel depends on its length).
         """
         name = f"nn.{type(self).__name__}"
-        _checks.tensor(name, "u", u, dims=3, dtypes=_checks.FLOATING)
+        last = self.output_linear[0] if isinstance(self.output_linear, nn.Sequential) else self.output_linear
+        last = last.weight if type(last) is TransposedLinear else last
+        _checks.tensor(name, "u", u, dims=3, dtypes=_checks.taken_by(last))
         shape = (None, self.d_model, None) if self.transposed else (None, None, self.d_model)
         _checks.shape(name, "u", u, shape)
         u = u if self.transposed else u.transpose(1, 2)

@@ -56,7 +56,7 @@ class SambaASREncoder(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type or shape.
         """
-        _checks.tensor(self.NAME, "mel", mel, dims=3, dtypes=_checks.FLOATING)
+        _checks.tensor(self.NAME, "mel", mel, dims=3, dtypes=_checks.taken_by(self.conv1))
         _checks.shape(self.NAME, "mel", mel, (None, self.n_mels, None))
         x = F.gelu(self.conv1(_cut(self.NAME, mel, lengths)))
         x = F.gelu(self.conv2(_cut(self.NAME, x, lengths))).transpose(1, 2)

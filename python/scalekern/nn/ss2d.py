@@ -73,7 +73,7 @@ class SS2D(nn.Module):
 
     def forward(self, u):
         """u (B, H, W, M) -> (B, H, W, M)."""
-        _checks.tensor(NAME, "u", u, dims=4, dtypes=_checks.FLOATING)
+        _checks.tensor(NAME, "u", u, dims=4, dtypes=_checks.taken_by(self.in_proj))
         _checks.shape(NAME, "u", u, (None, None, None, self.d_model))
         x, z = self.in_proj(u).chunk(2, -1)
         return self.after(self.scan(*self.before(x)), z)

@@ -11,6 +11,7 @@ from scalekern._packing import check_cu_seqlens
 from scalekern.reference.causal_conv1d import causal_conv1d_bwd as reference_bwd
 from scalekern.reference.causal_conv1d import causal_conv1d_fwd as reference_fwd
 from scalekern.reference.causal_conv1d import causal_conv1d_update_op as reference_update
+from scalekern.reference.causal_conv1d import without_padding
 
 NAME = "causal_conv1d"
 ACTIVATIONS = (None, "silu", "swish")
@@ -29,7 +30,8 @@ def causal_conv1d(
             are padding, with zero output and gradient.
         initial_states: (B, D, W - 1), the inputs before each row (before the first run of a row with seq_idx);
             (S, D, W - 1) with cu_seqlens. Zeros when None.
-        return_final_states: also return the last W - 1 inputs of each row (of its last run) or packed sequence.
+        return_final_states: also return the last W - 1 inputs of each row (of its last run; zeros where that is
+            padding) or packed sequence.
         activation: None, "silu" or "swish" (the same).
         cu_seqlens: (S + 1,) int32 or int64, rising from 0 to L: the batch of 1 holds S sequences. Not with seq_idx.
 
@@ -50,6 +52,8 @@ def causal_conv1d(
     out, final = causal_conv1d_fwd(_to(x, io), weight, bias, seq_idx, cu_seqlens, _to(initial_states, io), silu)
     if io != out_dtype:  # not under autocast, whose dtype stays
         out, final = out.to(out_dtype), final.to(out_dtype)
+    if return_final_states and seq_idx is not None:
+        final = without_padding(final, seq_idx)
     return (out, final) if return_final_states else out
 
 

@@ -41,7 +41,7 @@ def cross_scan(x, directions=DIRECTIONS, *, grouped=False):
     directions = check_directions(NAME, directions)
     if grouped:
         check_groups(NAME, "x", x.shape[1], directions)
-    return cross_scan_fwd(x, directions, bool(grouped))
+    return cross_scan_fwd(x, directions, grouped)
 
 
 def cross_merge(y, size, directions=DIRECTIONS, *, grouped=False):
@@ -70,7 +70,7 @@ def cross_merge(y, size, directions=DIRECTIONS, *, grouped=False):
     if not pair or not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in size):
         raise ValueError(f"{MERGE}: size must be two integers (H, W), got {size!r}")
     _checks.shape(MERGE, "y", y, (None, len(directions), None, size[0] * size[1]))
-    return cross_merge_fwd(y, list(size), directions, bool(grouped))
+    return cross_merge_fwd(y, list(size), directions, grouped)
 
 
 def check_directions(op, directions) -> list[int]:

@@ -73,8 +73,7 @@ def mamba_inner(
         _to(A, state), B, C, _to(D, real), _to(delta_bias, real), _to(B_proj_bias, io), _to(C_proj_bias, io),
         _to(b_rms_weight, real), _to(c_rms_weight, real), _to(dt_rms_weight, real),
     )  # fmt: skip
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    keep = checkpoint_lvl if differentiated else KEEP_NOTHING
+    keep = checkpoint_lvl if _library.differentiated(tensors) else KEEP_NOTHING
     return mamba_inner_fwd(*tensors, b_c_dt_rms_eps, delta_softplus, keep)[0]
 
 

@@ -53,7 +53,7 @@ def quantize_kv(x, *, bits=8, group_size=None, symmetric=False, scale_dtype=torc
     if (group_size or 1) > P:
         raise ValueError(f"{NAME}: group_size must be at most the {P} channels of x, got {group_size}")
     group_size = group_size or P
-    data, scales, offsets = quantize_kv_op(x, bits, group_size, bool(symmetric), scale_dtype)
+    data, scales, offsets = quantize_kv_op(x, bits, group_size, symmetric, scale_dtype)
     return QuantizedKV(data, scales, None if symmetric else offsets, bits, P, group_size)
 
 
@@ -104,7 +104,7 @@ def quantize_kv_update(
         raise ValueError(f"{UPDATE}: starts must be from 0 to {cache.shape[-2]}, got {starts.tolist()}")
     data, scales, offsets, tokens = _library.detached((cache.data, cache.scales, cache.offsets, x))
     quantize_kv_update_op(
-        data, scales, offsets, tokens, lengths, head_offsets, block_table, starts, sink, bool(circular), cache.bits,
+        data, scales, offsets, tokens, lengths, head_offsets, block_table, starts, sink, circular, cache.bits,
         cache.group_size,
     )  # fmt: skip
     parts = cache.tensors()

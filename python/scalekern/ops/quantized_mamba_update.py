@@ -202,6 +202,7 @@ def native_step(conv_state, ssm_state, hidden_states, parameters, native):
         return None
     out = _allocate(conv_state, ssm_state, hidden_states)
     _native(out, conv_state, ssm_state, hidden_states, weight.flatten(1), bias, A_log, *rest, *native)
+    torch._C._increment_version((conv_state, ssm_state))
     return out
 
 

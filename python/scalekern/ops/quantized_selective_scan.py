@@ -69,7 +69,7 @@ def quantized_selective_scan(
         return (to(found[0], delta.dtype), found[1]) if return_last_state else to(found, delta.dtype)
     floating = (to(delta, io), to(A, real), to(u_scale, real), to(B_scale, real), to(C_scale, real), to(D, real),
                 to(z, io), to(delta_bias, real), to(initial_state, real))  # fmt: skip
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
+    save = _library.differentiated(floating)
     delta_, A_, *rest = floating
     out, last_state, _ = quantized_selective_scan_fwd(
         u, delta_, A_, B, C, *rest, cu_seqlens, delta_softplus, reverse, save

@@ -63,7 +63,7 @@ def quantized_ssd_scan(
     out, final, varlen = quantized_ssd_scan_fwd(
         x, to(dt, io), to(A, real), B, C, to(x_scale, real), to(B_scale, real), to(C_scale, real), to(D, real),
         to(z, io), to(dt_bias, real), to(initial_states, real), seq_idx if cu_seqlens is None else None, cu_seqlens,
-        bool(dt_softplus), *dt_limit,
+        dt_softplus, *dt_limit,
     )  # fmt: skip
     out = out if io == dt.dtype else out.to(dt.dtype)
     extra = [final] * bool(return_final_states) + [varlen] * bool(return_varlen_states)

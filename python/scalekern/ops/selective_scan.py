@@ -71,7 +71,7 @@ def selective_scan(
     A, initial_state = _to(A, state), _to(initial_state, state)
     D, delta_bias = _to(D, real), _to(delta_bias, real)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save = _library.differentiated(tensors)
     out, last_state, _ = selective_scan_fwd(*tensors, cu_seqlens, delta_softplus, reverse, save)
     out = out if io == out_dtype else out.to(out_dtype)
     return (out, last_state) if return_last_state else out

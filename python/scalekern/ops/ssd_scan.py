@@ -67,7 +67,7 @@ def ssd_scan(
     to = lambda t, dtype: t if t is None or t.dtype == dtype else t.to(dtype)  # noqa: E731
     out, final, varlen = ssd_scan_fwd(
         to(x, io), to(dt, io), to(A, real), to(B, io), to(C, io), to(D, real), to(z, io), to(dt_bias, real),
-        to(initial_states, real), seq_idx, cu_seqlens, bool(dt_softplus), low, high,
+        to(initial_states, real), seq_idx, cu_seqlens, dt_softplus, low, high,
     )  # fmt: skip
     out = out if io == x.dtype else out.to(x.dtype)  # under autocast it has the autocast dtype
     extra = [final] * bool(return_final_states) + [varlen] * bool(return_varlen_states)

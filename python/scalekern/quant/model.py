@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from scalekern.quant._fold import FoldedRotation, planned, tied
@@ -22,6 +23,10 @@ from scalekern.quant.tensor import FLOATING
 
 NAME = "quantize_model"
 ROWS = 512  # inputs of a layer that are kept to calibrate on
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,7 @@ def quantize_model(
 ) -> QuantReport:
     """Replace linear layers of a model, in place, by scalekern.nn.QuantLinear.
 
-    A model on the meta device becomes a skeleton to load a quantized checkpoint into.
+    A model on the meta device becomes a skeleton to load a quantized checkpoint into. A layer's hooks stay with it.
 
     Args:
         model: any module that holds nn.Linear layers (not a subclass's, which may mean something else).
@@ -103,6 +108,8 @@ def quantize_model(
         with torch.no_grad():
             quantized = _quantized(linear, options, x)
             layers.append(_measured(name, linear, quantized, options, x))
+        for attribute in _HOOKS:  # the same dictionaries, so that a hook's handle still removes it
+            setattr(quantized, attribute, getattr(linear, attribute))
         for parent in list(model.modules()):
             for attribute, child in parent._modules.items():
                 if child is linear:
@@ -149,6 +156,10 @@ def _select(model, config):
             skipped[name] = options
         elif type(linear) is not nn.Linear:
             skipped[name] = f"a {type(linear).__name__}, not a plain nn.Linear"
+        elif "weight" not in linear._parameters:  # a hook that would set QuantLinear's too
+            skipped[name] = "its weight is made by a hook (pruning, weight_norm): make it a parameter first"
+        elif "forward" in linear.__dict__:
+            skipped[name] = "its forward was replaced"
         elif name == "":
             skipped[name] = "the model itself, which cannot be replaced in place"
         elif others:
@@ -214,7 +225,9 @@ def _measured(name, linear, quantized, options, x) -> LayerReport:
     if linear.weight.is_meta:
         return LayerReport(name, tuple(linear.weight.shape), kind, bits, None, "nothing", None)
     of_weight = _relative(quantized.weight, linear.weight)
-    error, of = (of_weight, "weight") if x is None else (_relative(quantized(x), linear(x)), "outputs")
+    error, of = of_weight, "weight"
+    if x is not None:
+        error, of = _relative(quantized(x), F.linear(x, linear.weight, linear.bias)), "outputs"  # beside any hooks
     sqnr = math.inf if of_weight == 0 else -20 * math.log10(of_weight)
     return LayerReport(name, tuple(linear.weight.shape), kind, bits, error, of, sqnr)
 

@@ -17,7 +17,13 @@ def causal_conv1d(
     out, final = causal_conv1d_fwd(
         x, weight, bias, seq_idx, cu_seqlens, initial_states, activation in ("silu", "swish")
     )
+    final = final if seq_idx is None else without_padding(final, seq_idx)
     return (out, final) if return_final_states else out
+
+
+def without_padding(final, seq_idx):
+    """Final states; zeros of a row that ends with padding, whatever lies in it."""
+    return final.masked_fill((seq_idx[:, -1:] < 0).any(1)[:, None, None], 0)
 
 
 def causal_conv1d_fwd(x, weight, bias, seq_idx, cu_seqlens, initial_states, silu):
