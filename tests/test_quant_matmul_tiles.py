@@ -111,6 +111,24 @@ def test_scales_of_few_bits_are_exact_in_one_part():
             assert torch.equal(scalekern.quant_matmul(x.to(dtype), w), exact_product(x, w).to(dtype))
 
 
+@pytest.mark.parametrize("format, top", [("fp8_e4m3", 0x7F), ("fp8_e5m2", 0x7C)])
+def test_every_code_of_eight_bits(format, top):
+    """As it is, times a power of two, and times a number that makes it another; those that are not finite, one a row."""
+    finite = torch.tensor([code for code in range(256) if code % 128 < top], dtype=torch.uint8)
+    special = torch.tensor([code for code in range(256) if code % 128 >= top], dtype=torch.uint8)
+    w = weight(40, len(finite), format, None).replace(data=torch.stack([finite.roll(i) for i in range(40)]))
+    for scale in (1.0, 2.0**-20, 0.75 * 2.0**9):
+        w = w.replace(scales=torch.full_like(w.scales, scale))
+        exact = w.dequantize(torch.float64).mT
+        assert torch.equal(scalekern.quant_matmul(torch.eye(len(finite)).bfloat16(), w), exact.bfloat16())
+        data = w.data.clone()
+        data[: len(special), 100] = special
+        spoiled, ones = w.replace(data=data), torch.ones(5, len(finite)).bfloat16()
+        out, exact = scalekern.quant_matmul(ones, spoiled), exact_product(ones, spoiled)
+        assert (~exact[0].isfinite()).sum() == len(special) and torch.equal(out.isnan(), exact.isnan())
+        assert torch.equal(out[out.isinf()].double(), exact[exact.isinf()])
+
+
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("code", [0x7C, 0xFC, 0x7E])
 def test_a_weight_that_is_not_finite_stays_in_its_row(code, dtype):

@@ -144,6 +144,49 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
   };
 };
 
+// Floats of 8 bits in one part, times a power of two: bfloat16's sign, exponent and mantissa put together in 16-bit
+// lanes, subnormals from a table: 11 operations for 32 weights where floats take 20. 4096 x 4096, 16 bfloat16 tokens,
+// dense / this: e4m3 in groups of 128 0.59 to 0.71 before, 0.88 to 1.07; e5m2 0.63 to 0.77, 0.90; mxfp8 0.7, 0.8 to 1.0.
+struct TileBytes {
+  static constexpr bool kBytes = true;
+  using Wide = TileWide<true, 1>;
+  const Wide wide;  // times anything else
+  __m128i shift;
+  __m512i magnitude, bias, below, subnormal, special, infinity, sign;
+
+  explicit TileBytes(const QuantWeight& w)
+      : wide(w), shift(_mm_cvtsi32_si128(7 - w.mantissa)), magnitude(_mm512_set1_epi16(0x7f)),
+        bias(_mm512_set1_epi16(int16_t((128 - (1 << (w.bits - 2 - w.mantissa))) << 7))),
+        below(_mm512_set1_epi16(int16_t(1 << w.mantissa))),
+        subnormal(to_bf16((__m512)load(w.table), (__m512)load(w.table + 16))),
+        special(_mm512_set1_epi16(w.mantissa == 3 ? 0x7f : 0x7c)), infinity(_mm512_set1_epi16(0x7f80)),
+        sign(_mm512_set1_epi16(int16_t(0x8000))) {}
+  struct Group {
+    const TileBytes& all;
+    const GroupParts& of;
+    const int64_t g;
+    bool power;
+    __m512i exponent;
+    Group(const TileBytes& all, const GroupParts& of, int64_t g, int64_t) : all(all), of(of), g(g) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, of.scale + g, 4);
+      const int by = int(bits >> 23) - 127;  // of a negative number above 127
+      power = (bits & 0x7fffff) == 0 && by >= -64 && by <= 64 && of.zero[g] == 0 && of.offset[g] == 0;
+      exponent = _mm512_set1_epi16(int16_t(by << 7));
+    }
+    void operator()(__m512i codes, char* to) const {
+      if (!power) return Wide::Group(all.wide, of, g, g)(codes, to);
+      const __m512i code = _mm512_and_si512(codes, all.magnitude);
+      __m512i lanes = _mm512_add_epi16(_mm512_sll_epi16(code, all.shift), all.bias);
+      lanes = _mm512_mask_permutexvar_epi16(lanes, _mm512_cmplt_epu16_mask(code, all.below), code, all.subnormal);
+      lanes = _mm512_mask_add_epi16(lanes, _mm512_test_epi16_mask(code, code), lanes, exponent);
+      const __m512i marked = _mm512_or_si512(lanes, all.infinity);
+      lanes = _mm512_mask_blend_epi16(_mm512_cmpge_epu16_mask(code, all.special), lanes, marked);
+      _mm512_store_si512(to, _mm512_ternarylogic_epi64(_mm512_slli_epi16(codes, 8), all.sign, lanes, 0xea));
+    }
+  };
+};
+
 // `runs` groups, or pairs, each of `steps` steps with all of their bytes: a loop that stays in registers.
 template <int P, class Value>
 static __attribute__((noinline)) void tile_steps(const Windows& all, const Value& values, const GroupParts& of,
@@ -155,7 +198,9 @@ static __attribute__((noinline)) void tile_steps(const Windows& all, const Value
   const int64_t step = 4 * windows.bits;
   const auto next = [&](const typename Value::Group& group) __attribute__((always_inline)) {
     __builtin_prefetch(p + ahead, 0, 2);  // short pieces of many rows: nothing that the machine foresees
-    group(windows(p), to);
+    if constexpr (requires { Value::kBytes; })
+      group(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), to);
+    else group(windows(p), to);
     p += step, to += P * kTile;
   };
   for (; steps == 1 && runs > 0; --runs, g += each) next(typename Value::Group(value, parts, g, g + each - 1));
@@ -235,6 +280,8 @@ static void tile_rows(const QuantWeight& w, int64_t row, int64_t rows, const Own
     if (w.bits == 5) return all(TileTable<k32, P>(w));
     if (w.bits == 6) return all(TileTable<k64, P>(w));
     if (w.table == nullptr) return all(TileWide<false, P>(w));
+    if constexpr (P == 1)
+      if (w.bits == 8) return all(TileBytes(w));
     return all(TileWide<true, P>(w));
   }
   for (int64_t r = 0; r < rows; ++r) {
