@@ -7,11 +7,11 @@
 //   Zen 3: 14.5 ms of products, 21 in all; the backward of torch's dense causal attention 190. Of a Sapphire Rapids: 14
 //   in all, dense 104.
 // Work: query tile by query tile, so queries are packed once and dq stays in L1; dk and dv are added to in memory.
-//   Items are (split of the query tiles, b, key head). A split's sums are its own, over the keys that it touches, and
-//   are added up in order afterwards: the result is the same bits for any number of threads. The alternative, one pass
-//   over query tiles for dq and another over key tiles for dk and dv, takes seven products instead of five.
+//   Items are (split of the query tiles, b, key head). A split's sums are its own, unless it alone adds to a tile of
+//   keys (cpu_attention_bwd_sums.h), and are added up in order afterwards: the result is the same bits for any number
+//   of threads. The alternative, one pass over query tiles for dq and another over key tiles for dk and dv, takes seven
+//   products instead of five.
 //   Where dbias is summed over batches or heads, an item walks these in order; it may hold a partial sum of its own.
-//   Partial sums are memory traffic: at N = 65,536, 138 MB of them, the time is 1.11 times 16 times that of 4,096.
 // A query tile's P^T and dS^T lie [key][query] in L1 or L2, so that they serve dV and dK as they are.
 // delta = dO . O, and O may be rounded to a half: where one key has most of a row's weight, dP - delta cancels and that
 //   error is all of dS (bfloat16, weights of 0.97 on average: dq off by 4 %, of 0.998 by 16 %, as in
@@ -299,14 +299,13 @@ struct Backward {
   }
 
   void run() const {
-    Scratch measure(0);
-    Buffers unused(*this, measure);
-    for_items(all.items, measure.taken(), worth_threads(a), [&](int64_t index, Scratch& scratch) {
-      Buffers m(*this, scratch);
-      const ItemSums<F> sums = all.item(index);
-      for (int64_t b = sums.first_b; b < sums.last_b; ++b)
-        for (int64_t kv = sums.first_kv; kv < sums.last_kv; ++kv) part(m, sums, b, kv);
-    });
+    for_items(
+        all.items, worth_threads(a), [&](Scratch& scratch) { return Buffers(*this, scratch); },
+        [&](int64_t index, Buffers& m) {
+          const ItemSums<F> sums = all.item(index);
+          for (int64_t b = sums.first_b; b < sums.last_b; ++b)
+            for (int64_t kv = sums.first_kv; kv < sums.last_kv; ++kv) part(m, sums, b, kv);
+        });
     all.join(P::kScaled ? F(1) : F(a.scale));
   }
 };

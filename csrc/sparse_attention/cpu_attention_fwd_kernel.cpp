@@ -176,8 +176,7 @@ struct Forward {
     }
   }
 
-  void item(int64_t index, Scratch& scratch) const {
-    Buffers m(*this, scratch);
+  void item(int64_t index, Buffers& m) const {
     const int64_t group = a.heads / a.kv_heads, rest = index / group;
     const int64_t i = q_tiles - 1 - rest % q_tiles, bkv = rest / q_tiles;
     const int64_t q0 = i * a.block_q, h = bkv % a.kv_heads * group + index % group;
@@ -194,10 +193,8 @@ struct Forward {
   }
 
   void run() const {
-    Scratch measure(0);
-    Buffers unused(*this, measure);
-    const int64_t items = q_tiles * a.batch * a.heads;
-    for_items(items, measure.taken(), worth_threads(a), [&](int64_t i, Scratch& scratch) { item(i, scratch); });
+    for_items(q_tiles * a.batch * a.heads, worth_threads(a), [&](Scratch& scratch) { return Buffers(*this, scratch); },
+              [&](int64_t index, Buffers& m) { item(index, m); });
   }
 };
 

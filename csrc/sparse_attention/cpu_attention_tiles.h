@@ -36,7 +36,6 @@ class Scratch {
     return reinterpret_cast<T*>(here);
   }
   int64_t taken() const { return taken_; }  // of Scratch(0): the bytes that the same calls need
-  void reset() { taken_ = 0; }
 
  private:
   void* raw_;
@@ -227,16 +226,17 @@ static void add_rows(Rows<F> rows, KeyRange range, int64_t columns, const F* p, 
 
 // --- work ---
 
-// Each item once, body(item, scratch): a thread walks a stretch of its own, then what others have left of theirs.
-template <class Body>
-static void for_items(int64_t items, int64_t scratch_bytes, bool threads, const Body& body) {
+// body(item, buffers) of each item once: a thread walks a stretch of its own, then what others have left of theirs.
+// Its buffers are what make(scratch) returns.
+template <class Make, class Body>
+static void for_items(int64_t items, bool threads, const Make& make, const Body& body) {
+  Scratch measure(0);
+  make(measure);
   parallel_stretches(threads, items, 1, [&](const auto& take) {
-    Scratch scratch(scratch_bytes);
+    Scratch scratch(measure.taken());
+    auto buffers = make(scratch);
     take([&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        scratch.reset();
-        body(item, scratch);
-      }
+      for (int64_t item = begin; item < end; ++item) body(item, buffers);
     });
   });
 }
