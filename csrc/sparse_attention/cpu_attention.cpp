@@ -212,8 +212,8 @@ void attention_bwd(
     OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k,
     Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs, int64_t block_q, int64_t block_k,
     OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos,
-    OptionalTensor k_pos, OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
-    double softcap, bool silu, double norm) {
+    OptionalTensor k_pos, OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time,
+    OptionalTensor edges, double scale, double softcap, bool silu, double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
   std::optional<QueryTile> tile;
@@ -237,7 +237,8 @@ void attention_bwd(
   const bool in_place = q.element_size() == size_t(real) && a.dim % 32 == 0 && a.value_dim % 32 == 0 &&
                         a.dk.s[3] == 1 && a.dv.s[3] == 1;
   Splits splits(a, count, in_place);
-  const int64_t slot_bytes = a.batch * a.kv_heads * a.block_k * (round_up(a.dim, 64) + round_up(a.value_dim, 64)) * real;
+  const int64_t widths = round_up(a.dim, 64) + round_up(a.value_dim, 64);
+  const int64_t slot_bytes = a.batch * a.kv_heads * a.block_k * widths * real;
   while (splits.parts.size() > 1 && splits.slot_count * slot_bytes > kPartialBytes)
     splits = Splits(a, count /= 2, in_place);
   const int64_t wanted = ceil_div(kItems, int64_t(splits.parts.size()) * a.head_groups);

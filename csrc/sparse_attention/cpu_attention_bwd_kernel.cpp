@@ -109,8 +109,8 @@ struct Backward {
     }
   }
 
-  void add_table_gradients(F* ds, const KeyRange* ranges, const Place& at, const ItemSums<F>& sums, int64_t k0, int64_t keys,
-                           TimeSpan times) const {
+  void add_table_gradients(F* ds, const KeyRange* ranges, const Place& at, const ItemSums<F>& sums, int64_t k0,
+                           int64_t keys, TimeSpan times) const {
     for (int64_t k = 0; k < keys; ++k)
       for (int64_t i = at.rows; i < ldp; ++i) ds[k * ldp + i] = 0;
     if (sums.position)
@@ -144,8 +144,8 @@ struct Backward {
   }
 
   // Products become P and dS, of one panel.
-  void panel(const Buffers& m, const Place& at, const ItemSums<F>& sums, const TileBits& bits, KeyRange range, int64_t i,
-             int64_t k0, TimeSpan times) const {
+  void panel(const Buffers& m, const Place& at, const ItemSums<F>& sums, const TileBits& bits, KeyRange range,
+             int64_t i, int64_t k0, TimeSpan times) const {
     F *p = m.p + i, *ds = m.ds + i, *slopes = m.slopes ? m.slopes + i : nullptr;
     if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(p, ldp, range);
     if (!logits.plain)
@@ -242,21 +242,20 @@ struct Backward {
 
   // delta becomes the error that the sums of dS show; whether that is worth another visit. 3e-3 of dS, beside the
   // 2.4e-3 that rounding P, dS and gradients to bfloat16 costs, is met where a row's largest weight is a half on
-  // average; float16 has three more digits.
+  // average; float16 has three more digits. The sink's gradient, the sum of its weights times delta, is put right anyway:
+  // where the rows' deltas cancel in it, it would be off by as much as there is.
   bool find_errors(const Buffers& m, const Place& at, F* dsink) const {
-    F errors = 0, all = 0, sinks = 0;
+    F errors = 0, all = 0;
     for (int64_t r = 0; r < at.rows; ++r) {
       const F weight = sink_weight(at, number(a.lse, at, r));
       const F error = m.sums[r] - m.delta[r] * weight - (a.dlse ? number(a.dlse, at, r) : F(0));
       const F square = error * error * m.weight_squares[r], slopes = m.slope_squares[r];
       const bool finite = F(0) * square == 0 && F(0) * slopes == 0;  // another's NaN leaves a row its repair
       m.delta[r] = finite ? error : F(0);
-      if (finite) errors += square, all += slopes, sinks += error * weight;
+      if (finite) errors += square, all += slopes, *dsink -= error * weight;
     }
     constexpr F kMost = __is_same(T, bf16) ? F(3e-3) : F(3e-3) / 8;
-    if (errors <= kMost * kMost * all) return false;
-    *dsink -= sinks;
-    return true;
+    return errors > kMost * kMost * all;
   }
 
   void query_tile(Buffers& m, Place at, const ItemSums<F>& sums, F* dsink) const {
