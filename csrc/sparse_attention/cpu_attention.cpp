@@ -147,6 +147,19 @@ void fold_heads(AttnArgs& a, QueryTile& tile) {
   }
 }
 
+void run_fwd(AttnArgs& a, const Tensor& out, const Tensor& lse) {
+  expect_writes(out);
+  a.out = view(out), a.lse = view(lse);
+  if (a.ptr) return SCALEKERN_CALL(attention_fwd, (a));
+  const bool few = a.q_len <= few_queries(a) && !a.silu && !a.time;
+  QueryTile tile(a.code, a.mask_depth, a.q_len, a.kv_len, few);
+  if (!few) fold_heads(a, tile);
+  a.ptr = tile.ptr.data(), a.runs = tile.runs.data();
+  if (!few) return SCALEKERN_CALL(attention_fwd, (a));
+  const FewQueries plan(a, tile);
+  SCALEKERN_CALL(attention_few, (a));
+}
+
 void attention_fwd(
     Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs,
     int64_t block_q, int64_t block_k, OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table,
@@ -155,16 +168,21 @@ void attention_fwd(
     double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
-  expect_writes(out);
-  a.out = view(out), a.lse = view(lse);
-  if (ptr.has_value()) return SCALEKERN_CALL(attention_fwd, (a));
-  const bool few = a.q_len <= few_queries(a) && !a.silu && !a.time;
-  QueryTile tile(a.code, a.mask_depth, a.q_len, a.kv_len, few);
-  if (!few) fold_heads(a, tile);
-  a.ptr = tile.ptr.data(), a.runs = tile.runs.data();
-  if (!few) return SCALEKERN_CALL(attention_fwd, (a));
-  const FewQueries plan(a, tile);
-  SCALEKERN_CALL(attention_few, (a));
+  run_fwd(a, out, lse);
+}
+
+// Without options, of outputs that are made here: of a small call, 15 more arguments and two outputs made in Python are
+// XXX.
+std::tuple<Tensor, Tensor> attention_plain(
+    Tensor q, Tensor k, Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs, int64_t block_q,
+    int64_t block_k, double scale) {
+  AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, {}, {}, scale, 0, false, 1);
+  Tensor out = torch::stable::new_empty(q, {a.batch, a.heads, a.q_len, a.value_dim});
+  Tensor lse = torch::stable::new_empty(
+      q, {a.batch, a.heads, a.q_len},
+      a.wide_lse ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
+  run_fwd(a, out, lse);
+  return {out, lse};
 }
 
 // Query tiles [0, n) in parts of about equal work, and where each adds up the gradients of the keys that it touches.
@@ -276,11 +294,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "Tensor? sinks, Tensor? position_table, "
       "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
       "float softcap, bool silu, float norm) -> ()");
+  m.def(
+      "sparse_attention_plain_cpu(Tensor q, Tensor k, Tensor v, Tensor code, Tensor? ptr, Tensor? runs, int block_q, "
+      "int block_k, float scale) -> (Tensor, Tensor)");
   m.def("mask_bits_cpu(Tensor(a!) out, Tensor code) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
   m.impl("sparse_attention_fwd_cpu", TORCH_BOX(&attention_fwd));
   m.impl("sparse_attention_bwd_cpu", TORCH_BOX(&attention_bwd));
+  m.impl("sparse_attention_plain_cpu", TORCH_BOX(&attention_plain));
   m.impl("mask_bits_cpu", TORCH_BOX(&mask_bits));
 }

@@ -32,7 +32,9 @@ class Few {
   void run() const {
     Scratch partials(a_.partial_count * pitch() * int64_t(sizeof(F)) + 64);
     F* sums = partials.take<F>(a_.partial_count * pitch());
-    const int64_t elements = a_.piece_count * kPieceKeys * (dim_ + value_dim_) * ceil_div(rows_, R);
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < a_.piece_count; ++i) tiles += a_.pieces[i].count;
+    const int64_t elements = tiles * kKeys * (dim_ + value_dim_) * ceil_div(rows_, R);
     for_items(
         a_.piece_count, elements > kWorthThreads, [&](Scratch& scratch) { return Buffers(*this, scratch); },
         [&](int64_t i, Buffers& m) { piece(m, a_.pieces[i], sums + a_.pieces[i].partial * pitch()); });
