@@ -125,7 +125,7 @@ def _at_once(q, k, v, mask, scale):
     """(out, lse) of a call without options, on a CPU, that nothing records, traces or casts; None of any other.
 
     What it was found to need is kept with the mask, for a call alike: a small one takes half the time that it does by
-    way of the registered op (16 queries and keys: 20 us instead of 40).
+    way of the registered op (2 queries, 16 keys, two threads of a Sapphire Rapids: 15 us instead of 40).
     """
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         return None
@@ -142,7 +142,7 @@ def _at_once(q, k, v, mask, scale):
             return None
         if len(known) >= 64:
             known.clear()
-        known[key] = found = *_cpu_tiles(_code_of(mask, None, q.device), q, k, v), scale_of(q, scale)
+        known[key] = found = *_cpu_tiles(_code_of(mask, None, q.device), q, k, v), float(scale_of(q, scale))
     return _plain(q, k, v, *found)
 
 
