@@ -27,6 +27,7 @@ SHAPES = {  # B, Hq, Hkv, Lq, Lk, P, Pv: head dims of every rest beside tiles of
     "256_of_96": (1, 2, 1, 81, 70, 256, 96),
     "1_of_16": (1, 1, 1, 16, 15, 1, 16),
     "one_query": (2, 2, 2, 1, 130, 64, 48),
+    "more_keys_than_are_kept_turned": (1, 2, 1, 70, 1100, 256, 256),  # 16 blocks of 64
 }
 OPTIONS = {
     "plain": {},
