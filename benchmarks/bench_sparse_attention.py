@@ -17,16 +17,12 @@ from scalekern.benchmarks.case import Work
 from scalekern.testing import TOLERANCE, upcast
 
 OPS = ("sparse_attention_fwd", "sparse_attention_bwd")
-DENSE, FLEX = "scaled_dot_product_attention, causal", "flex_attention, compiled"
+DENSE, FLEX, SELF = "scaled_dot_product_attention, causal", "flex_attention, compiled", "itself at L=4,096, scaled"
 ROWS = 1024  # of the oracle at a time: 0.3 GB of float64 scores at 4 heads and 8,192 keys
 
 
 def test_case(case, benchmark):
     harness.run_in_pytest(case, benchmark)
-
-
-def window(W):
-    return masks.causal & masks.window(W - 1, 0)
 
 
 def streaming(W, sinks=4):
@@ -51,18 +47,13 @@ def packed(L):
     return masks.causal & masks.segments(cu_seqlens=bounds)
 
 
-def heads(L, H):
-    """MoA's spans: one window a head, doubling."""
-    return masks.per_head([streaming(min(64 << (h % 6), L)) for h in range(H)])
-
-
 MASKS = {
     "causal": lambda L, H, W: masks.causal,
-    "window": lambda L, H, W: window(W),
+    "window": lambda L, H, W: masks.causal & masks.window(W - 1, 0),
     "window and sink": lambda L, H, W: streaming(W),
     "scales": lambda L, H, W: scales(L),
     "packed": lambda L, H, W: packed(L),
-    "a window a head": lambda L, H, W: heads(L, H),
+    "a window a head": lambda L, H, W: masks.per_head([streaming(min(64 << (h % 6), L)) for h in range(H)]),  # MoA
 }
 
 
@@ -81,6 +72,16 @@ def backward(call, inputs, dout):
         return torch.autograd.grad(graphs[backend], inputs, dout, retain_graph=True)
 
     return run
+
+
+def unseen(run, times=1):
+    """`run`, so often: of other values than the case's, which are not compared."""
+
+    def repeated():
+        for _ in range(times):
+            run()
+
+    return repeated
 
 
 def by_rows(rule, reach, q, k, v, dout=None):
@@ -105,7 +106,7 @@ def by_rows(rule, reach, q, k, v, dout=None):
     return torch.cat(outs, 2) if dout is None else tuple(grads)
 
 
-def attention(device, dtype, *, train, mask, rivals=(), B=1, H, G=None, L, P, W=256) -> Work:
+def attention(device, dtype, *, train, mask, rivals=(), B=1, H, G=None, L, P, W=256, short=4096) -> Work:
     G = math.gcd(H, G or H)
     rule, passes = MASKS[mask](L, H, W), backward if train else forward
     randn = normal(device, 0)
@@ -130,8 +131,12 @@ def attention(device, dtype, *, train, mask, rivals=(), B=1, H, G=None, L, P, W=
 
     def dense():
         call = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=G < H)
-        run = passes(call, inputs, dout)
-        return peers.torch_peer(lambda: (run(), None)[1])  # of another mask: its values are not compared
+        return peers.torch_peer(unseen(passes(call, inputs, dout)))  # of another mask
+
+    def shorter():
+        *cut, grad = (x[:, :, :short].detach().clone() for x in (*inputs, dout))
+        run = passes(lambda *x: scalekern.sparse_attention(*x, rule), [x.requires_grad_(train) for x in cut], grad)
+        return peers.Peer(unseen(run, L // short), "scalekern", L / (L // short * short))
 
     pairs = int(rule.density(L, L) * L * L) * B * H
     tolerance = gradient_tolerance("sparse_attention", dtype) if train else TOLERANCE[dtype]
@@ -139,7 +144,7 @@ def attention(device, dtype, *, train, mask, rivals=(), B=1, H, G=None, L, P, W=
     return Work(
         run=passes(lambda *x: scalekern.sparse_attention(*x, rule), inputs, dout), oracle=oracle, tolerance=tolerance,
         bytes_moved=(2 if train else 1) * moved, flops=(10 if train else 4) * pairs * P, exponentials=pairs,
-        peers={name: rival for name, rival in ((DENSE, dense), (FLEX, flex)) if name in rivals},
+        peers={name: rival for name, rival in ((DENSE, dense), (FLEX, flex), (SELF, shorter)) if name in rivals},
     )  # fmt: skip
 
 
@@ -159,7 +164,7 @@ _CPU = {"B": 1, "H": 4, "L": 4096, "P": 64}
 _GPU = {"B": 1, "H": 32, "L": 8192}
 CPU = [
     *cases("cpu", "window", 42, _CPU, rivals=(DENSE, FLEX), forward={DENSE: 4, FLEX: 1.2}, backward={DENSE: 3}),
-    *cases("cpu", "window", 92, {**_CPU, "L": 65536}, rivals=()),
+    *cases("cpu", "window", 92, {**_CPU, "L": 65536}, rivals=(SELF,), forward={SELF: 5 / 6}, backward={SELF: 5 / 6}),
     *cases("cpu", "window", 92, _CPU, torch.bfloat16, forward={DENSE: 4}, backward={DENSE: 3}),
     *cases("cpu", "causal", 92, _CPU, torch.bfloat16, forward={DENSE: 1}, backward={DENSE: 1}),
     *cases("cpu", "window and sink", 93, {**_CPU, "G": 2}),
@@ -203,12 +208,11 @@ def decode(device, dtype=torch.float32, *, budgets=None, bits=0, group=None, B=1
         return (reference.sparse_attention_decode(*exact, lengths, **limits),)
 
     def float_cache():
-        run = lambda: scalekern.sparse_attention_decode(q, *floats, lengths)
-        return peers.Peer(lambda: (run(), None)[1], "scalekern")
+        return peers.Peer(unseen(lambda: scalekern.sparse_attention_decode(q, *floats, lengths)), "scalekern")
 
     def whole():
         run = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=R > 1)
-        return peers.torch_peer(run if budgets is None else lambda: (run(), None)[1])
+        return peers.torch_peer(run if budgets is None else unseen(run))
 
     def gathered():
         kept = [[*range(sinks), *range(L - s + sinks, L)] for s in spans]
@@ -226,8 +230,8 @@ def decode(device, dtype=torch.float32, *, budgets=None, bits=0, group=None, B=1
         return peers.torch_peer(run)
 
     def scaled():
-        run = lambda: scalekern.sparse_attention_decode(q, k, v, lengths)
-        return peers.Peer(lambda: (run(), None)[1], "scalekern", sum(spans) / (G * L))
+        run = unseen(lambda: scalekern.sparse_attention_decode(q, k, v, lengths))
+        return peers.Peer(run, "scalekern", sum(spans) / (G * L))
 
     keys = B * sum(spans)
     return Work(
@@ -336,8 +340,7 @@ def hstu(device, dtype=torch.float32, *, train, biased, B, H, L, P, K=128) -> Wo
         return tuple(t.detach() for t in found) if train else (found,)
 
     def unbiased():
-        run = passes(call, inputs, dout)
-        return peers.torch_peer(lambda: (run(), None)[1])
+        return peers.torch_peer(unseen(passes(call, inputs, dout)))
 
     def upstream():
         peers.cuda_only(dout, UPSTREAM)

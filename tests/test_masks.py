@@ -7,20 +7,15 @@ import itertools
 import math
 import pickle
 import random
-import struct
-import subprocess
-import sys
 import weakref
-import zlib
 
 import mask_cases
 import pytest
 import torch
-from conftest import INTERPRET, child_environment
+from conftest import INTERPRET
 
 from scalekern import masks
-from scalekern.masks import _bounds, _code, _count, _draw, _plan
-from scalekern.__main__ import main
+from scalekern.masks import _bounds, _code, _draw, _plan
 from scalekern.masks import causal, everything, segments, sink, window
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels, and masks run none")
@@ -289,86 +284,6 @@ def test_empty_rows_attend_all():
     assert causal.attending_all_if_empty(9, 9) is causal
 
 
-PLANNER = """
-import resource, time, torch
-from scalekern.masks import *
-torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-masks, N, before = [causal & (window(256, 0) | sink(4)), causal, window(256, 0)], 262144, peak()
-begin = time.process_time()
-plans = [m.plan(N, N, block) for m in masks for block in ((128, 128), (64, 64))]
-print(time.process_time() - begin, peak() - before, *(plan.tiles[0] for plan in plans))
-"""
-
-
-def test_long_masks_are_planned_at_once():
-    text = subprocess.run(
-        [sys.executable, "-c", PLANNER], env=child_environment(), capture_output=True, check=True
-    ).stdout
-    seconds, mebibytes, *full = map(float, text.split())
-    # Six plans took 0.2 s and 45 MiB; a quarter of a byte for each pair would be 16 GiB.
-    assert seconds < 2 and mebibytes < 200
-    n = 2048
-    assert full == [n - 1, 3 * 2 * n - 6, n * (n - 1) / 2, n * (2 * n - 1), n - 1, 3 * 2 * n - 6]
-
-
-COUNTER = """
-import resource, time, torch
-from scalekern.masks import *
-torch.set_num_threads(1)
-N = 262144
-cu = [0, 1000, 1001, 70000, 200003, N]
-spans = [b - a for a, b in zip(cu, cu[1:])]
-cases = [
-    (causal, N * (N + 1) // 2),
-    (window(256, 0), sum(min(i, 256) + 1 for i in range(N))),
-    (causal & (window(256, 0) | sink(4)), sum(min(i, 256) + 1 + min(max(i - 256, 0), 4) for i in range(N))),
-    (prefix(1000) | causal, sum(max(i + 1, 1000) for i in range(N))),
-    (causal & segments(cu_seqlens=cu), sum(s * (s + 1) // 2 for s in spans)),
-]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-before, begin = peak(), time.process_time()
-for m, pairs in cases:
-    assert round(m.density(N, N) * N * N) == pairs, m
-    assert m.waste(N, N) >= 1 and not m.empty_rows(N, N).any()
-print(time.process_time() - begin, peak() - before)
-"""
-
-
-def test_long_masks_are_counted_at_once():
-    text = subprocess.run(
-        [sys.executable, "-c", COUNTER], env=child_environment(), capture_output=True, check=True, text=True
-    ).stdout
-    seconds, mebibytes = map(float, text.split())
-    # 0.8 s and 70 MiB; pair by pair it took 13 s for one of them.
-    assert seconds < 4 and mebibytes < 200
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_neighborhoods_are_counted_by_rows(seed, monkeypatch):
-    """Beside leaves that change at few places of a row, and in masks with leaves that do not, where tiles are asked."""
-    asked, counts = [], _count.counts
-    monkeypatch.setattr(_count, "counts", lambda *args: asked.append(counts(*args) is not None) or counts(*args))
-    r = random.Random(200 + seed)
-    near = masks.neighborhood((r.randint(1, 9), r.randint(1, 9)), (r.randint(1, 7), r.randint(1, 12)), r.randint(1, 3))
-    near = near.shift(r.randint(-5, 5), r.randint(-5, 5))
-    for other in (causal, window(3, None), sink(7).shift(1, 2), masks.prefix([0, 30]), masks.blocks([4, 9, 70]),
-                  masks.rows([[True, False] * 20]), masks.neighborhood((7, 8), 3), ~window(None, 5).transpose(),
-                  masks.dilated(3), near.transpose()):  # fmt: skip
-        for mask in (near & other, ~near & other, masks.per_head([near, ~other | near.shift(1, 1)])):
-            lengths = r.choice([1, 40, 81]), r.choice([1, 7, 40, 81])
-            dense = mask.to_dense(*lengths)
-            assert mask.density(*lengths) == pytest.approx(dense.double().mean().item(), abs=1e-12), mask
-            assert torch.equal(mask.empty_rows(*lengths), ~dense.any(3)), mask
-    assert sum(asked) == 48 and len(asked) == 60
-
-
-def test_a_neighborhood_of_a_large_image_is_counted_without_a_plan(monkeypatch):
-    monkeypatch.setattr(_plan, "_build", None)
-    N = 512 * 512
-    assert round(masks.neighborhood((512, 512), 7).density(N, N) * N * N) == 49 * N
-
-
 CONTRADICTIONS = {
     "dilated & shifted": (masks.dilated(4) & masks.dilated(4).shift(1, 0), EMPTY),
     "another's residue": (masks.dilated(6) & masks.dilated(4).shift(3, 0).transpose(), EMPTY),
@@ -391,133 +306,6 @@ def test_contradictions_cost_no_pairs(mask, verdict, monkeypatch):
     dense = mask.to_dense(300, 257)
     check_plan(mask, dense, (32, 16))
     check_code(mask, dense)
-
-
-# ---- text and pictures ----
-
-
-@pytest.mark.parametrize(
-    "text, mask",
-    [
-        ("causal & (window(256, 0) | sink(4))", causal & (window(256, 0) | sink(4))),
-        ("~causal.shift(-1, dk=2).transpose()", ~causal.shift(-1, 2).transpose()),
-        ("per_head([causal, window(left=None, right=-1)])", masks.per_head([causal, window(-1, -1)])),
-        ("tiles([(0, 1), (2, 2)], (8, 16)) | dense([[True, False]])", None),
-        ("segments(cu_seqlens=[0, 2, 5])", segments([0, 0, 1, 1, 1])),
-    ],
-)
-def test_parse(text, mask):
-    parsed = masks.parse(text)
-    assert masks.parse(repr(parsed)) == parsed and mask in (None, parsed)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("causal &", "text must be a mask expression, got 'causal &'"),
-        ("window", "got 'window', which needs arguments"),
-        ("full", "name must be one of blocks, causal"),
-        ("__import__('os')", "name must be one of"),
-        ("causal.__class__", "text must be made of masks"),
-        ("causal.to_dense(3, 3)", "text must be made of masks"),
-        ("(lambda: causal)()", "text must be made of masks"),
-        ("causal + sink(1)", "text must be made of masks"),
-        ("causal & 3", "operand must be a mask, got 'causal & 3'"),
-        ("sink(2 ** 9)", "text must be made of masks"),
-        ("sink(*[1])", "text must be made of masks"),
-        ("sink(-1)", "sink: n must be an integer from 0"),
-        ("(" * 9000 + "causal" + ")" * 9000, "text must be a mask expression"),
-    ],
-)
-def test_parse_refuses(text, message):
-    with pytest.raises(ValueError, match="(?s)" + message.replace("(", r"\(").replace("*", r"\*")):
-        masks.parse(text)
-
-
-@pytest.mark.parametrize(
-    "call, error, message",
-    [
-        (lambda: window(-2, 0), ValueError, "window: left must be an integer from -1 .*, got -2"),
-        (lambda: window(0, 1.5), TypeError, "window: right must be an integer.*, got float"),
-        (lambda: masks.prefix([3, -1]), ValueError, "prefix: lengths must be an integer from 0 .*, got -1"),
-        (lambda: masks.blocks([4, 4]), ValueError, r"blocks: ends must be rising .*, got \[4, 4\]"),
-        (lambda: masks.blocks("ab"), TypeError, "blocks: ends must be a tensor or lists of integers, got a str"),
-        (lambda: segments(), ValueError, "segments: expected one of ids and cu_seqlens"),
-        (lambda: segments(torch.rand(3)), TypeError, "segments: ids must be made of integers, got float32"),
-        (lambda: segments([[0], [1]], [[0]] * 3), ValueError, "kv_ids must have 1 or 2 batches like ids, got 3"),
-        (lambda: segments(cu_seqlens=[1, 2]), ValueError, r"cu_seqlens must rise from 0, got \[1, 2\]"),
-        (lambda: masks.dilated(0), ValueError, "dilated: step must be an integer from 1"),
-        (lambda: masks.window2d(4, 2), TypeError, "window2d: hw must be a pair of integers, got 4"),
-        (lambda: masks.neighborhood((4, 4), 0), ValueError, "neighborhood: kernel must be an integer from 1"),
-        (lambda: masks.dense(torch.ones(3, 3)), TypeError, "dense: allowed must be made of bool, got float32"),
-        (lambda: masks.dense([True]), ValueError, r"dense: allowed must have 2 or 4 dimensions, got shape \(1,\)"),
-        (lambda: masks.tiles([(0, -1)], 8), ValueError, "tiles: pairs must not be negative"),
-        (lambda: masks.per_head([]), ValueError, "per_head: masks must not be empty"),
-        (lambda: masks.per_head([causal, 3]), TypeError, r"per_head: masks\[1\] must be a mask, got int"),
-        (lambda: masks.per_head([masks.per_head([causal] * 3), causal]), ValueError, "must tell 1 or 2 heads"),
-        (lambda: masks.prefix([1, 2]) & masks.prefix([1, 2, 3]), ValueError, r"must agree in batches, got \[2, 3\]"),
-        (lambda: causal.shift(2**30, 0), ValueError, "shift: dq must be an integer from -536870912"),
-        (lambda: causal.plan(5, -1), ValueError, "plan: kv_len must be an integer from 0"),
-        (lambda: causal.plan(5, 5, (0, 1)), ValueError, "plan: block must be"),
-        (lambda: masks.plan_of(torch.zeros(3), 1, 1), TypeError, "plan: code must be an int32 tensor"),
-        (lambda: causal.tile(3, 3, 0, 1), ValueError, "tile: .* must not be empty"),
-        (lambda: causal.tile(0.0, 1, 0, 1), TypeError, "tile: q0 must be an integer, got float"),
-        (lambda: causal.row("a", 4), TypeError, "row: q must be an integer, got str"),
-        (lambda: masks.per_head([causal] * 2).row(0, 4, 0, 2), ValueError, "row: head must be an integer from 0 to 1"),
-        (lambda: masks.prefix([1, 2]).row(0, 4, 2), ValueError, "row: batch must be an integer from 0 to 1"),
-        (lambda: causal.plan(5, 5, 2.0), ValueError, r"plan: block must be .*, got \(2.0,\)"),
-        (lambda: masks.tiles(None, 8), TypeError, "tiles: pairs must be a tensor or lists of integers"),
-        (lambda: masks.tiles([1, 2], 8), ValueError, r"tiles: pairs must have shape \(n, 2\), got \(2,\)"),
-        (lambda: masks.per_head(causal), TypeError, "per_head: masks must be a list of masks, got Causal"),
-        (lambda: causal.save_png("m.png", 8.5, 8), ValueError, "save_png: q_len and kv_len must be integers"),
-    ],
-)
-def test_wrong_arguments(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_pictures_show_the_plan(tmp_path):
-    mask = masks.per_head([causal, window(40, 0), causal])
-    expected = tiles_of(mask.to_dense(200, 130), (32, 16))
-    panels = dict(part.split("\n", 1) for part in mask.show(200, 130, block=(32, 16)).split("\n\n"))
-    assert list(panels) == ["head 0 2", "head 1"]
-    for h, title in enumerate(("head 0 2", "head 1")):
-        assert panels[title].split("\n") == ["".join(".+#"[c] for c in row) for row in expected[0, h].tolist()]
-    assert max(map(len, causal.show(5000, 5000, width=40).split("\n"))) == 40
-    assert "\x1b[38;5;25m#" in causal.show(9, 9, color=True)
-    mask.save_png(tmp_path / "m.png", 200, 130, block=(32, 16))
-    data = (tmp_path / "m.png").read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and [p.name for p in tmp_path.iterdir()] == ["m.png"]
-    chunks, at = {}, 8
-    while at < len(data):
-        size, name = struct.unpack(">I4s", data[at : at + 8])
-        chunks[name] = data[at + 8 : at + 8 + size]
-        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size])[0] == zlib.crc32(name + chunks[name])
-        at += 12 + size
-    wide, high = struct.unpack(">II", chunks[b"IHDR"][:8])
-    image = torch.frombuffer(bytearray(zlib.decompress(chunks[b"IDAT"])), dtype=torch.uint8).view(high, wide + 1)[:, 1:]
-    scale = (high - 16) // 7
-    for h in range(3):
-        panel = image[8 : 8 + 7 * scale, h * (wide // 3) + 8 :][:, : 9 * scale]
-        assert torch.equal(panel[::scale, ::scale], expected[0, h])
-
-
-def test_command_line(tmp_path, capsys):
-    png = tmp_path / "m.png"
-    assert main(["masks", "causal & (window(256, 0) | sink(4))", "--length", "2048", "--png", str(png)]) == 0
-    out = capsys.readouterr().out
-    assert png.read_bytes().startswith(b"\x89PNG") and "causal & (window(256, 0) | sink(4))" in out
-    plan = (causal & (window(256, 0) | sink(4))).plan(2048, 2048)
-    rows = {line.split("  ")[0]: line.split()[-1] for line in out.split("\n") if line.strip()}
-    assert [rows[f"{kind} tiles"] for kind in ("full", "partial")] == [str(n) for n in plan.tiles[:2]]
-    assert len([line for line in out.split("\n") if set(line) <= set(".+#") and len(line) == 16]) == 16
-    assert main(["masks", "causal", "--length", "100", "--kv-length", "5000", "--block", "16x32"]) == 0
-    assert "100 x 5000" in capsys.readouterr().out
-    assert main(["masks", "causl"]) == 1
-    assert "masks: parse: name must be one of" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["masks", "causal", "--block", "0"])
 
 
 def test_the_default_device_has_no_say():

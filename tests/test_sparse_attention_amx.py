@@ -27,6 +27,7 @@ SHAPES = {  # B, Hq, Hkv, Lq, Lk, P, Pv: head dims of every rest beside tiles of
     "256_of_96": (1, 2, 1, 81, 70, 256, 96),
     "1_of_16": (1, 1, 1, 16, 15, 1, 16),
     "one_query": (2, 2, 2, 1, 130, 64, 48),
+    "more_keys_than_are_kept_turned": (1, 2, 1, 70, 1100, 256, 256),  # 16 blocks of 64
 }
 OPTIONS = {
     "plain": {},
@@ -192,6 +193,19 @@ def test_gradients_where_one_key_has_most_of_the_weight(name, dtype):
     found = native(case, t, grads)[2]["q"]
     assert found[:, :, ~others].isnan().all()
     close(found[:, :, others], expected[2]["q"][:, :, others], 4e-3 if dtype == BF16 else 1e-3, "dq beside NaN")
+
+
+@pytest.mark.parametrize("gain", [1, 8])  # of queries: 8 is repaired tile by tile, 1 not
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_sinks_of_gradients_across_the_output(dtype, gain):
+    """Their gradient is the sum of weights times delta, which is near 0 here: rounded outputs put it off by all of it."""
+    case = Case(mask=masks.causal, shape=(1, 2, 2, 150, 150, 64, 64), dtype=dtype, sinks=True)
+    t, grads = inputs(case)
+    t["q"], grads["dlse"] = gain * t["q"], 0 * grads["dlse"]
+    out = oracle(case, t, grads)[0].detach()
+    dout = grads["dout"].double()
+    grads["dout"] = (dout - out * (dout * out).sum(-1, keepdim=True) / (out * out).sum(-1, keepdim=True)).to(dtype)
+    close(native(case, t, grads)[2]["sinks"], oracle(case, t, grads)[2]["sinks"], 1e-3, "dsinks")
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)

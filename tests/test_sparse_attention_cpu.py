@@ -46,6 +46,8 @@ CASES = {
     "window_bf16": Case(masks.window(9, 40), (2, 2, 2, 100, 75, 40, 24), torch.bfloat16, bias=(2, 2), sinks=True),
     "bias_f32_of_f16": Case(CAUSAL, (2, 2, 1, 65, 33, 8, 8), torch.float16, bias=(1, 2), bias_dtype=torch.float32),
     "sink_tokens": Case(CAUSAL & (masks.window(16, 0) | masks.sink(4)), (1, 1, 1, 300, 300, 32, 32), block=(128, 64)),
+    "splits_in_place": Case(  # tiles of keys that several splits see, one, none, and of that of one head alone
+        masks.per_head([CAUSAL & masks.window(70, 0), masks.sink(3)]), (1, 2, 2, 1100, 1200, 32, 64)),
     "many_splits": Case(CAUSAL & masks.window(70, 0), (1, 2, 1, 1100, 1100, 16, 16), bias=(1, 1), sinks=True),
     "per_head": Case(PER_HEAD, (2, 4, 1, 77, 90, 3, 1), layout="scattered", bias=(1, 4), block=(16, 32)),
     "segments": Case(masks.segments(ids(2, 90, 13), ids(2, 70, 11)), (2, 2, 2, 90, 70, 16, 20), sinks=True),
@@ -290,7 +292,7 @@ def test_a_nan_of_any_payload_stays_one(name, bits):
         assert nan.isnan().any() and torch.equal(nan.isnan(), found[1][2][n].isnan()), n
 
 
-REPEATED = ["many_splits", "full", "window_bf16", "shared_bias"]
+REPEATED = ["many_splits", "splits_in_place", "full", "window_bf16", "shared_bias"]
 REPEATED += ["tables", "tables_packed", "tables_splits", "tables_batch"]
 
 

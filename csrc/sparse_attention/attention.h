@@ -12,11 +12,12 @@ struct AttnTensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// A part of the query tiles and the keys that it may touch, [first, last).
-struct AttnSplit {
-  int64_t begin, end, first, last;
-  int64_t offset;  // of its partial sums among those of a (b, kv head), in rows
+struct AttnSplit {  // of the query tiles
+  int64_t begin, end;
 };
+// Where a split adds up the gradients of a tile of keys, if not in a slot of its own: where they belong, since it is
+// alone in adding to them, or nowhere, since it does not.
+constexpr int32_t kInPlace = -1, kNoSlot = -2;
 
 // Of few queries: query heads [h, h + heads) of one key head, which read its keys together, and a piece of these keys,
 // tiles[first] to tiles[first + count - 1] of 64, which one thread reads.
@@ -48,7 +49,8 @@ struct AttnArgs {
   void* dsinks;
   int64_t dsinks_stride;
   const AttnSplit* splits;
-  int64_t split_count, partial_rows;  // rows of all partials of one (b, kv head)
+  const int32_t* slots;  // [split][key tile]
+  int64_t split_count, slot_count;  // of one (b, kv head)
   // Items of the backward along B and Hkv: as many, or fewer where dbias or tables are summed. Summed over B by several
   // items, dbias has a partial sum for each.
   int64_t batch_groups, head_groups;

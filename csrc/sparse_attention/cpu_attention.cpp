@@ -147,17 +147,10 @@ void fold_heads(AttnArgs& a, QueryTile& tile) {
   }
 }
 
-void attention_fwd(
-    Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs,
-    int64_t block_q, int64_t block_k, OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table,
-    OptionalTensor q_pos, OptionalTensor k_pos, OptionalTensor time_table,
-    OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale, double softcap, bool silu,
-    double norm) {
-  AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
-  set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
+void run_fwd(AttnArgs& a, const Tensor& out, const Tensor& lse) {
   expect_writes(out);
   a.out = view(out), a.lse = view(lse);
-  if (ptr.has_value()) return SCALEKERN_CALL(attention_fwd, (a));
+  if (a.ptr) return SCALEKERN_CALL(attention_fwd, (a));
   const bool few = a.q_len <= few_queries(a) && !a.silu && !a.time;
   QueryTile tile(a.code, a.mask_depth, a.q_len, a.kv_len, few);
   if (!few) fold_heads(a, tile);
@@ -167,45 +160,77 @@ void attention_fwd(
   SCALEKERN_CALL(attention_few, (a));
 }
 
-// Query tiles [0, n) in parts of about equal work, each with the keys that its lists touch.
-std::vector<AttnSplit> make_splits(const AttnArgs& a, int64_t count) {
-  const int64_t n = ceil_div(a.q_len, a.block_q), lists = a.plan_heads * a.plan_batches;
-  std::vector<int64_t> before(n + 1, 0), first(n, a.kv_len), last(n, 0);  // before: tiles of all earlier lists
-  for (int64_t i = 0; i < n; ++i) {
-    int64_t tiles = 1;
-    for (int64_t list = 0; list < lists; ++list)
-      for (int32_t r = a.ptr[list * n + i]; r < a.ptr[list * n + i + 1]; ++r) {
-        const int32_t* run = a.runs + 3 * r;
-        tiles += run[1];
-        first[i] = std::min(first[i], run[0] * a.block_k);
-        last[i] = std::max(last[i], std::min(round_up(a.kv_len, 16), (run[0] + run[1]) * a.block_k));  // of whole tiles
-      }
-    before[i + 1] = before[i] + tiles;
-  }
-  std::vector<AttnSplit> splits;
-  int64_t begin = 0, offset = 0;
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t bound = before[n] * (s + 1) / count;
-    const int64_t end = std::upper_bound(before.begin(), before.end(), bound) - before.begin() - 1;
-    if (end <= begin) continue;
-    AttnSplit split{begin, end, a.kv_len, 0, offset};
-    for (int64_t i = begin; i < end; ++i)
-      split.first = std::min(split.first, first[i]), split.last = std::max(split.last, last[i]);
-    split.first = std::min(split.first, split.last);
-    offset += split.last - split.first;
-    splits.push_back(split);
-    begin = end;
-  }
-  return splits;
+void attention_fwd(
+    Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs,
+    int64_t block_q, int64_t block_k, OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table,
+    OptionalTensor q_pos, OptionalTensor k_pos, OptionalTensor time_table,
+    OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale, double softcap, bool silu,
+    double norm) {
+  AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
+  set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
+  run_fwd(a, out, lse);
 }
+
+// Without options, and with outputs that are made here: 15 more arguments take 5 us, two outputs made in Python 4.
+std::tuple<Tensor, Tensor> attention_plain(
+    Tensor q, Tensor k, Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs, int64_t block_q,
+    int64_t block_k, double scale) {
+  AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, {}, {}, scale, 0, false, 1);
+  Tensor out = torch::stable::new_empty(q, {a.batch, a.heads, a.q_len, a.value_dim});
+  Tensor lse = torch::stable::new_empty(
+      q, {a.batch, a.heads, a.q_len},
+      a.wide_lse ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
+  run_fwd(a, out, lse);
+  return {out, lse};
+}
+
+// Query tiles [0, n) in parts of about equal work, and where each adds up the gradients of the keys that it touches.
+struct Splits {
+  std::vector<AttnSplit> parts;
+  std::vector<int32_t> slots;
+  int64_t slot_count = 0;
+
+  // in_place: a tile of keys that one split alone touches needs no slot.
+  Splits(const AttnArgs& a, int64_t count, bool in_place) {
+    const int64_t n = ceil_div(a.q_len, a.block_q), lists = a.plan_heads * a.plan_batches;
+    const int64_t tiles = ceil_div(a.kv_len, a.block_k);
+    const auto runs = [&](int64_t i, const auto& body) {
+      for (int64_t list = 0; list < lists; ++list)
+        for (int32_t r = a.ptr[list * n + i]; r < a.ptr[list * n + i + 1]; ++r) body(a.runs[3 * r], a.runs[3 * r + 1]);
+    };
+    std::vector<int64_t> before(n + 1, 0);  // tiles of all earlier lists
+    for (int64_t i = 0; i < n; ++i) {
+      before[i + 1] = before[i] + 1;
+      runs(i, [&](int32_t, int32_t length) { before[i + 1] += length; });
+    }
+    int64_t begin = 0;
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t bound = before[n] * (s + 1) / count;
+      const int64_t end = std::upper_bound(before.begin(), before.end(), bound) - before.begin() - 1;
+      if (end > begin) parts.push_back({begin, end}), begin = end;
+    }
+    slots.assign(parts.size() * tiles, kNoSlot);
+    for (size_t s = 0; s < parts.size(); ++s)
+      for (int64_t i = parts[s].begin; i < parts[s].end; ++i)
+        runs(i, [&](int32_t first, int32_t length) { std::fill_n(&slots[s * tiles + first], length, kInPlace); });
+    for (int64_t t = 0; t < tiles; ++t) {
+      int64_t touching = 0;
+      for (size_t s = 0; s < parts.size(); ++s) touching += slots[s * tiles + t] == kInPlace;
+      if (touching == 0) slots[t] = kInPlace;  // split 0 clears it
+      if (touching <= 1 && in_place) continue;
+      for (size_t s = 0; s < parts.size(); ++s)
+        if (int32_t& slot = slots[s * tiles + t]; slot == kInPlace) slot = int32_t(slot_count++);
+    }
+  }
+};
 
 void attention_bwd(
     Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks, OptionalTensor dposition_table,
     OptionalTensor dtime_table, Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k,
     Tensor v, Tensor code, OptionalTensor ptr, OptionalTensor runs, int64_t block_q, int64_t block_k,
     OptionalTensor bias, OptionalTensor sinks, OptionalTensor position_table, OptionalTensor q_pos,
-    OptionalTensor k_pos, OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time, OptionalTensor edges, double scale,
-    double softcap, bool silu, double norm) {
+    OptionalTensor k_pos, OptionalTensor time_table, OptionalTensor q_time, OptionalTensor k_time,
+    OptionalTensor edges, double scale, double softcap, bool silu, double norm) {
   AttnArgs a = arguments(q, k, v, code, ptr, runs, block_q, block_k, bias, sinks, scale, softcap, silu, norm);
   set_tables(a, position_table, q_pos, k_pos, time_table, q_time, k_time, edges);
   std::optional<QueryTile> tile;
@@ -225,11 +250,15 @@ void attention_bwd(
   const int64_t tiles = ceil_div(a.q_len, block_q), real = a.wide_lse ? 8 : 4;
   int64_t count = std::max<int64_t>(
       1, std::min(ceil_div(kItems, a.batch_groups * a.head_groups), tiles / kSplitTiles));
-  std::vector<AttnSplit> splits = make_splits(a, count);
-  const int64_t row_bytes = a.batch * a.kv_heads * (round_up(a.dim, 64) + round_up(a.value_dim, 64)) * real;
-  const auto rows = [&] { return splits.back().offset + splits.back().last - splits.back().first; };
-  while (splits.size() > 1 && rows() * row_bytes > kPartialBytes) splits = make_splits(a, count /= 2);
-  const int64_t wanted = ceil_div(kItems, int64_t(splits.size()) * a.head_groups);
+  // Sums are floats (doubles), in rows of whole panels (of every level).
+  const bool in_place = q.element_size() == size_t(real) && a.dim % 32 == 0 && a.value_dim % 32 == 0 &&
+                        a.dk.s[3] == 1 && a.dv.s[3] == 1;
+  Splits splits(a, count, in_place);
+  const int64_t widths = round_up(a.dim, 64) + round_up(a.value_dim, 64);
+  const int64_t slot_bytes = a.batch * a.kv_heads * a.block_k * widths * real;
+  while (splits.parts.size() > 1 && splits.slot_count * slot_bytes > kPartialBytes)
+    splits = Splits(a, count /= 2, in_place);
+  const int64_t wanted = ceil_div(kItems, int64_t(splits.parts.size()) * a.head_groups);
   if (a.dposition || a.dtime) a.batch_groups = std::min(a.batch_groups, std::max<int64_t>(1, wanted));
   if (shared) {
     const int64_t most = kPartialBytes / 4 / (a.bias_heads * a.q_len * a.kv_len * real);
@@ -237,7 +266,8 @@ void attention_bwd(
     a.partial_dbias = a.batch_groups > 1;
   }
   if (dbias.has_value() && !a.partial_dbias) torch::stable::zero_(*dbias);
-  a.splits = splits.data(), a.split_count = splits.size(), a.partial_rows = rows();
+  a.splits = splits.parts.data(), a.slots = splits.slots.data();
+  a.split_count = int64_t(splits.parts.size()), a.slot_count = splits.slot_count;
   SCALEKERN_CALL(attention_bwd, (a));
 }
 
@@ -263,11 +293,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
       "Tensor? sinks, Tensor? position_table, "
       "Tensor? q_pos, Tensor? k_pos, Tensor? time_table, Tensor? q_time, Tensor? k_time, Tensor? edges, float scale, "
       "float softcap, bool silu, float norm) -> ()");
+  m.def(
+      "sparse_attention_plain_cpu(Tensor q, Tensor k, Tensor v, Tensor code, Tensor? ptr, Tensor? runs, int block_q, "
+      "int block_k, float scale) -> (Tensor, Tensor)");
   m.def("mask_bits_cpu(Tensor(a!) out, Tensor code) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CPU, m) {
   m.impl("sparse_attention_fwd_cpu", TORCH_BOX(&attention_fwd));
   m.impl("sparse_attention_bwd_cpu", TORCH_BOX(&attention_bwd));
+  m.impl("sparse_attention_plain_cpu", TORCH_BOX(&attention_plain));
   m.impl("mask_bits_cpu", TORCH_BOX(&mask_bits));
 }

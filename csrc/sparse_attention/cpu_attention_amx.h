@@ -10,9 +10,11 @@
 //   all of it, more than these since scores, weights, sums and operands (64 KB) do not fit in L1.
 //   B1 H4 N4096 P64, causal and window 256, two cores of a Sapphire Rapids, forward and backward in ms: 3.0 and 6.2 (by
 //   multiply-adds 6.7 and 16); causal 13 and 37 (38 and 91); torch's dense causal attention in bfloat16 17 and 80.
-// V^T (K^T, backward) is a copy, one a key head, whose tiles are made when a query tile first visits them. On small
-//   pages the faults of that memory made N = 65,536 take 23 times as long as 4,096, not 16. A block that is visited
-//   once, for one query tile of one head, is made in L1: 32 heads, 8,192 keys, 7 to 32 queries, 0.6 to 0.9 of the time.
+// V^T (K^T, backward) is a copy, whose tiles a thread makes when it visits a block, and keeps, 64 blocks and 512 KB of
+//   them at most: query tiles beside each other see the same. One copy a head for all threads, B Hkv Lk Pv of fresh
+//   memory, took 1.1 to 1.3 times as long forward for windows, 1.03 to 1.1 for causal masks, as long backward. A block
+//   that is visited once, for one query tile of one head, is made in L1: 32 heads, 8,192 keys, 7 to 32 queries, 0.6 to
+//   0.9 of the time.
 // Two panels take turns in scores, weights and sums: 4 % less time than one after the other, since a tile is then not
 //   loaded from what is still on its way to L1. Of other blocks than (64, 64), (64, 32) and (32, 64) lose 7 to 20 %,
 //   (128, 64) 2 %, and 16 in the backward of a window.
@@ -21,7 +23,6 @@
 #include "sparse_attention/cpu_attention_products.h"
 
 #if defined(__AVX512F__)
-#include "common/pages.h"
 #include "common/tile_gemm.h"
 
 namespace {
@@ -42,45 +43,41 @@ static Rows<bf16> half_rows(
   return {to, wide};
 }
 
-// Keys or values with channels as rows, an a: tiles [channel][32 keys] of a block of keys side by side.
+// Keys or values with channels as rows, an a: tiles [channel][32 keys] of a block of keys side by side. A thread's, who
+// keeps those of the last blocks.
 class Transposed {
+  static constexpr int64_t kMost = 64, kBytes = 512 << 10;
+  const AttnArgs& a;
+  const AttnTensor& t;
+  const int64_t columns, steps, size, count;
+  bf16* const data;
+  int64_t held[kMost];
+  bool all_of[kMost];  // of it are finite
+
  public:
-  Transposed(const AttnArgs& a, const AttnTensor& t, int64_t columns)
-      : a_(a), t_(t), columns_(columns), blocks_(ceil_div(a.kv_len, a.block_k)), steps_(ceil_div(a.block_k, 32)),
-        size_(steps_ * round_up(columns, 32) * 32),
-        kept_(a.q_len > a.block_q || a.heads > a.kv_heads ? a.batch * a.kv_heads * blocks_ : 0),
-        memory_(kept_ * (2 * size_ + 1) + 64),
-        data_(memory_.take<bf16>(kept_ * size_)), state_(memory_.take<uint8_t>(kept_)) {
-    scalekern::expect_writes(data_, kept_ * size_ * 2);
-    __builtin_memset(state_, 0, size_t(kept_));
+  Transposed(const AttnArgs& a, const AttnTensor& t, int64_t columns, Scratch& scratch)
+      : a(a), t(t), columns(columns), steps(ceil_div(a.block_k, 32)), size(steps * round_up(columns, 32) * 32),
+        count(a.q_len > a.block_q || a.heads > a.kv_heads ? most(1, least(kMost, kBytes / 2 / size)) : 1),
+        data(scratch.take<bf16>(count * size)) {
+    for (int64_t& index : held) index = -1;
   }
-  int64_t own() const { return kept_ ? 0 : size_; }  // numbers that a thread needs for a block of its own
 
-  // The block of keys from k0 on, and whether it is finite. Two threads may make the same block: of the same numbers.
-  TileOperand get(int64_t b, int64_t kv, int64_t k0, int64_t keys, bf16* space, bf16* own, bool& finite) const {
-    const int64_t index = (b * a_.kv_heads + kv) * blocks_ + k0 / a_.block_k;
-    bf16* to = kept_ ? data_ + index * size_ : own;
-    uint8_t state = kept_ ? __atomic_load_n(state_ + index, __ATOMIC_ACQUIRE) : 0;
-    if (!state) {
-      const Rows<bf16> rows = half_rows(t_, b, kv, k0, keys, columns_, space);
+  // The block of keys from k0 on, and whether it is finite.
+  TileOperand get(int64_t b, int64_t kv, int64_t k0, int64_t keys, bf16* space, bool& finite) {
+    const int64_t block = k0 / a.block_k, index = (b * a.kv_heads + kv) * ceil_div(a.kv_len, a.block_k) + block;
+    bf16* to = data + block % count * size;
+    if (held[block % count] != index) {
+      held[block % count] = index;
+      const Rows<bf16> rows = half_rows(t, b, kv, k0, keys, columns, space);
       for (int64_t s = 0; s * 32 < keys; ++s)
-        for (int64_t c = 0; c < columns_; c += 32)
-          transpose_numbers(rows.data + 32 * s * rows.stride + c, rows.stride, to + (c / 16 * steps_ + s) * 512,
-                            steps_ * 512);
-      state = all_finite(rows.data, rows.stride, round_up(keys, 32), round_up(columns_, 32)) ? 1 : 2;
-      if (kept_) __atomic_store_n(state_ + index, state, __ATOMIC_RELEASE);
+        for (int64_t c = 0; c < columns; c += 32)
+          transpose_numbers(rows.data + 32 * s * rows.stride + c, rows.stride, to + (c / 16 * steps + s) * 512,
+                            steps * 512);
+      all_of[block % count] = all_finite(rows.data, rows.stride, round_up(keys, 32), round_up(columns, 32));
     }
-    finite = state == 1;
-    return {to, 64, steps_ * 1024, 1024};
+    finite = all_of[block % count];
+    return {to, 64, steps * 1024, 1024};
   }
-
- private:
-  const AttnArgs& a_;
-  const AttnTensor& t_;
-  const int64_t columns_, blocks_, steps_, size_, kept_;
-  Scratch memory_;
-  bf16* const data_;
-  uint8_t* const state_;
 };
 
 struct TileProducts {
@@ -92,13 +89,11 @@ struct TileProducts {
   const AttnArgs& a;
   const bool train;
   const int64_t panels, group, ldk, ldv, ldp, key_rows;
-  const Transposed transposed;
 
   TileProducts(const AttnArgs& args, bool train)
       : a(args), train(train), panels(ceil_div(args.block_q, W)), group(args.heads / args.kv_heads),
         ldk(round_up(args.dim, W)), ldv(round_up(args.value_dim, W)), ldp(panels * W + V),
-        key_rows(round_up(args.block_k, 32)),
-        transposed(args, train ? args.k : args.v, train ? args.dim : args.value_dim) {}
+        key_rows(round_up(args.block_k, 32)) {}
   static int64_t padded(int64_t columns) { return round_up(columns, 16); }
 
   struct Memory {
@@ -106,13 +101,15 @@ struct TileProducts {
     uint32_t *q, *dout, *q_pairs, *do_pairs;  // [panel][pair of channels][W], [pair of queries][channel]
     uint32_t* pairs;                          // of P or dS, [panel][pair of keys][W]
     bf16 *p, *ds;                             // [key][query]
-    bf16 *k, *v, *space, *own;                // where they have to be copied
+    bf16 *k, *v, *space;                      // where they have to be copied
     F *q_rows, *do_rows, *rows;               // where care is needed
     Rows<bf16> keys, values;
     Rows<F> careful;
+    Transposed transposed;
     TileOperand turned;
     bool finite;
-    Memory(const TileProducts& x, Scratch& scratch) {
+    Memory(const TileProducts& x, Scratch& scratch)
+        : transposed(x.a, x.train ? x.a.k : x.a.v, x.train ? x.a.dim : x.a.value_dim, scratch) {
       const int64_t queries = x.panels * W, widest = most(x.ldk, x.ldv);
       const auto of_training = [&]<class N>(N*, int64_t count) -> N* {
         return x.train ? scratch.take<N>(count) : nullptr;
@@ -122,7 +119,7 @@ struct TileProducts {
       pairs = scratch.take<uint32_t>(x.key_rows * queries / 2);
       k = scratch.take<bf16>(x.key_rows * x.ldk), v = scratch.take<bf16>(x.key_rows * x.ldv);
       p = of_training(k, x.key_rows * queries), ds = of_training(k, x.key_rows * queries);
-      space = scratch.take<bf16>(most(x.key_rows, queries) * widest), own = scratch.take<bf16>(x.transposed.own());
+      space = scratch.take<bf16>(most(x.key_rows, queries) * widest);
       rows = scratch.take<F>(x.key_rows * widest);
       q_rows = of_training(rows, queries * x.ldk), do_rows = of_training(rows, queries * x.ldv);
     }
@@ -164,7 +161,7 @@ struct TileProducts {
     const int64_t kv = at.h / group;
     m.keys = half_rows(a.k, at.b, kv, k0, keys, a.dim, m.k);
     if (train) m.values = half_rows(a.v, at.b, kv, k0, keys, a.value_dim, m.v);
-    m.turned = transposed.get(at.b, kv, k0, keys, m.space, m.own, m.finite);
+    m.turned = m.transposed.get(at.b, kv, k0, keys, m.space, m.finite);
     m.finite |= !partial;
     if (m.finite) return;
     m.careful = tile_rows<T, F>(train ? a.k : a.v, at.b, kv, k0, keys, train ? a.dim : a.value_dim, m.rows);

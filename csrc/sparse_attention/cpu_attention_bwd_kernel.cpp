@@ -7,19 +7,19 @@
 //   Zen 3: 14.5 ms of products, 21 in all; the backward of torch's dense causal attention 190. Of a Sapphire Rapids: 14
 //   in all, dense 104.
 // Work: query tile by query tile, so queries are packed once and dq stays in L1; dk and dv are added to in memory.
-//   Items are (split of the query tiles, b, key head). A split's sums are its own, over the keys that it touches, and
-//   are added up in order afterwards: the result is the same bits for any number of threads. The alternative, one pass
-//   over query tiles for dq and another over key tiles for dk and dv, takes seven products instead of five.
+//   Items are (split of the query tiles, b, key head). A split's sums are its own, unless it alone adds to a tile of
+//   keys (cpu_attention_bwd_sums.h), and are added up in order afterwards: the result is the same bits for any number
+//   of threads. The alternative, one pass over query tiles for dq and another over key tiles for dk and dv, takes seven
+//   products instead of five.
 //   Where dbias is summed over batches or heads, an item walks these in order; it may hold a partial sum of its own.
-//   Partial sums are memory traffic: at N = 65,536, 138 MB of them, the time is 1.11 times 16 times that of 4,096.
 // A query tile's P^T and dS^T lie [key][query] in L1 or L2, so that they serve dV and dK as they are.
 // delta = dO . O, and O may be rounded to a half: where one key has most of a row's weight, dP - delta cancels and that
 //   error is all of dS (bfloat16, weights of 0.97 on average: dq off by 4 %, of 0.998 by 16 %, as in
 //   scaled_dot_product_attention). But sum_j dS_ij is known, 0 without sinks and dlse: what it is instead is the error
 //   of delta, and P times it repairs dS, in another visit to the tiles of a query tile that needs it, at 4 of 5
 //   products. Visiting all of them first for an exact delta would cost each call 2 products of 7.
-#include "common/pages.h"
 #include "sparse_attention/cpu_attention_amx.h"
+#include "sparse_attention/cpu_attention_bwd_sums.h"
 #include "sparse_attention/cpu_attention_scores.h"
 
 namespace {
@@ -34,23 +34,19 @@ struct Backward {
   const P products;
   const int64_t panels, group, ldk, ldv, ldp, dq_rows;
   const F scale;  // of plain scores, applied here
-  const int64_t item_heads;                   // of an item
-  const int64_t position_stride, time_stride; // between heads of tables' gradients; 0 where all share a table
-  const bool in_place;  // dk and dv are summed where they belong: nothing else adds to them, rows are whole panels
+  const Sums<T> all;
   explicit Backward(const AttnArgs& args)
       : a(args), logits(args), products(args, true), panels(products.panels), group(products.group), ldk(products.ldk),
         ldv(products.ldv), ldp(products.ldp), dq_rows(P::padded(args.dim)),
         scale(logits.plain && !args.silu ? F(logits.factor()) : F(1)),
-        item_heads(args.heads / args.head_groups), position_stride(args.position_heads == 1 ? 0 : args.positions),
-        time_stride(args.time_heads == 1 ? 0 : logits.tables.time_entries() * W),
-        in_place(sizeof(T) == sizeof(F) && args.split_count == 1 && args.dk.s[3] == 1 && args.dv.s[3] == 1 &&
-                 args.dim % W == 0 && args.value_dim % W == 0) {}
+        all(args, logits.tables, ldk, ldv) {}
 
   struct Buffers {
     typename P::Memory operands;
     F *dq, *lse, *delta, *p, *ds, *slopes;
     F *sums, *slope_squares, *weight_squares;  // of each query's dS and P, where delta may need repair
     KeyRange* ranges;  // of each panel
+    bool* begun;       // of a tile of keys, whether its sums have been cleared
     MaskWord *words, *stack;
     explicit Buffers(const Backward& f, Scratch& scratch) : operands(f.products, scratch) {
       const AttnArgs& a = f.a;
@@ -61,18 +57,10 @@ struct Backward {
       slopes = a.softcap ? scratch.take<F>(a.block_k * f.ldp) : nullptr;
       sums = scratch.take<F>(queries), slope_squares = scratch.take<F>(queries);
       weight_squares = scratch.take<F>(queries);
-      ranges = scratch.take<KeyRange>(f.panels);
+      ranges = scratch.take<KeyRange>(f.panels), begun = scratch.take<bool>(ceil_div(a.kv_len, a.block_k));
       words = scratch.take<MaskWord>(a.block_k * ceil_div(a.block_q, 64));
       stack = scratch.take<MaskWord>(a.mask_depth * kMaskBlock);
     }
-  };
-
-  // Where the gradients of a (b, kv head) are summed: key 0 of [key][stride].
-  struct Sums {
-    F *dk, *dv;
-    int64_t ldk, ldv;
-    AttnTensor dbias;
-    F *position, *time;  // of head 0: [entry], [entry][lane]
   };
 
   // Logits and dP become P and dS for one panel. Repairing, dP is left out and P, which has been used, becomes 0.
@@ -121,16 +109,16 @@ struct Backward {
     }
   }
 
-  void add_table_gradients(F* ds, const KeyRange* ranges, const Place& at, const Sums& sums, int64_t k0, int64_t keys,
-                           TimeSpan times) const {
+  void add_table_gradients(F* ds, const KeyRange* ranges, const Place& at, const ItemSums<F>& sums, int64_t k0,
+                           int64_t keys, TimeSpan times) const {
     for (int64_t k = 0; k < keys; ++k)
       for (int64_t i = at.rows; i < ldp; ++i) ds[k * ldp + i] = 0;
     if (sums.position)
-      logits.tables.sum_positions(ds, ldp, at.q0, at.rows, k0, keys, sums.position + at.h * position_stride);
+      logits.tables.sum_positions(ds, ldp, at.q0, at.rows, k0, keys, sums.position + at.h * all.position_stride);
     for (int64_t i = 0; sums.time && i < at.rows; i += W)
       if (ranges[i / W].first < ranges[i / W].last)
         logits.tables.sum_times(
-            ds + i, ldp, ranges[i / W], at.q0 + i, k0, times, sums.time + at.h * time_stride);
+            ds + i, ldp, ranges[i / W], at.q0 + i, k0, times, sums.time + at.h * all.time_stride);
   }
 
   // sums[key] += sum over queries of weights[key][query] rows[query], of visible pairs only, for keys [0, count).
@@ -156,8 +144,8 @@ struct Backward {
   }
 
   // Products become P and dS, of one panel.
-  void panel(const Buffers& m, const Place& at, const Sums& sums, const TileBits& bits, KeyRange range, int64_t i,
-             int64_t k0, TimeSpan times) const {
+  void panel(const Buffers& m, const Place& at, const ItemSums<F>& sums, const TileBits& bits, KeyRange range,
+             int64_t i, int64_t k0, TimeSpan times) const {
     F *p = m.p + i, *ds = m.ds + i, *slopes = m.slopes ? m.slopes + i : nullptr;
     if (!P::kScaled && (!logits.plain || a.silu)) logits.scale(p, ldp, range);
     if (!logits.plain)
@@ -172,7 +160,7 @@ struct Backward {
       }
   }
 
-  void tile(Buffers& m, const Place& at, const Sums& sums, int64_t k0, bool partial) const {
+  void tile(Buffers& m, const Place& at, const ItemSums<F>& sums, int64_t k0, bool partial) const {
     const int64_t keys = least(a.block_k, a.kv_len - k0);
     partial |= !P::kScaled && at.rows % W != 0;  // lanes past the end are multiplied too: they see nothing
     products.load_keys(m.operands, at, k0, keys, partial);
@@ -200,13 +188,22 @@ struct Backward {
     }
     if (sums.position || sums.time)
       add_table_gradients(m.slopes ? m.slopes : m.ds, m.ranges, at, sums, k0, keys, times);
-    F *dk = sums.dk + k0 * sums.ldk, *dv = sums.dv + k0 * sums.ldv;
+    const int64_t index = k0 / a.block_k, kv = at.h / group;
+    begin(m, sums, at.b, kv, index);
+    const auto dk = all.dk.at(sums.slots[index], at.b, kv, index), dv = all.dv.at(sums.slots[index], at.b, kv, index);
     if (at.careful) {
-      add_keys_carefully(m.p, m.operands.do_rows, ldv, a.value_dim, bits, keys, at.rows, dv, sums.ldv);
-      add_keys_carefully(m.ds, m.operands.q_rows, ldk, a.dim, bits, keys, at.rows, dk, sums.ldk);
+      add_keys_carefully(m.p, m.operands.do_rows, ldv, a.value_dim, bits, keys, at.rows, dv.data, dv.stride);
+      add_keys_carefully(m.ds, m.operands.q_rows, ldk, a.dim, bits, keys, at.rows, dk.data, dk.stride);
     } else {
-      products.add_queries(m.operands, at, m.ranges, keys, m.p, m.ds, dv, sums.ldv, dk, sums.ldk);
+      products.add_queries(m.operands, at, m.ranges, keys, m.p, m.ds, dv.data, dv.stride, dk.data, dk.stride);
     }
+  }
+
+  // Before an item adds to the gradients of a tile of keys.
+  void begin(const Buffers& m, const ItemSums<F>& sums, int64_t b, int64_t kv, int64_t tile) const {
+    if (m.begun[tile]) return;
+    m.begun[tile] = true;
+    all.dk.clear(sums.slots[tile], b, kv, tile), all.dv.clear(sums.slots[tile], b, kv, tile);
   }
 
   F number(const AttnTensor& t, const Place& at, int64_t r) const {  // of lse or dlse
@@ -245,24 +242,23 @@ struct Backward {
 
   // delta becomes the error that the sums of dS show; whether that is worth another visit. 3e-3 of dS, beside the
   // 2.4e-3 that rounding P, dS and gradients to bfloat16 costs, is met where a row's largest weight is a half on
-  // average; float16 has three more digits.
+  // average; float16 has three more digits. The sink's gradient, the sum of its weights times delta, is put right anyway:
+  // where the rows' deltas cancel in it, it would be off by as much as there is.
   bool find_errors(const Buffers& m, const Place& at, F* dsink) const {
-    F errors = 0, all = 0, sinks = 0;
+    F errors = 0, all = 0;
     for (int64_t r = 0; r < at.rows; ++r) {
       const F weight = sink_weight(at, number(a.lse, at, r));
       const F error = m.sums[r] - m.delta[r] * weight - (a.dlse ? number(a.dlse, at, r) : F(0));
       const F square = error * error * m.weight_squares[r], slopes = m.slope_squares[r];
       const bool finite = F(0) * square == 0 && F(0) * slopes == 0;  // another's NaN leaves a row its repair
       m.delta[r] = finite ? error : F(0);
-      if (finite) errors += square, all += slopes, sinks += error * weight;
+      if (finite) errors += square, all += slopes, *dsink -= error * weight;
     }
     constexpr F kMost = __is_same(T, bf16) ? F(3e-3) : F(3e-3) / 8;
-    if (errors <= kMost * kMost * all) return false;
-    *dsink -= sinks;
-    return true;
+    return errors > kMost * kMost * all;
   }
 
-  void query_tile(Buffers& m, Place at, const Sums& sums, F* dsink) const {
+  void query_tile(Buffers& m, Place at, const ItemSums<F>& sums, F* dsink) const {
     at.careful = !products.load_gradients(m.operands, at, F(logits.factor()));
     row_terms(m, at, dsink);
     for (int64_t j = 0; j < round_up(at.rows, W) * dq_rows; ++j) m.dq[j] = 0;
@@ -286,145 +282,30 @@ struct Backward {
   }
 
   // One split of one (b, kv head), all of its query heads.
-  void part(Buffers& m, int64_t index, int64_t b, int64_t kv, F* dk, F* dv, Sums sums, F* dsinks) const {
-    const scalekern::AttnSplit& split = a.splits[index];
-    sums.ldk = in_place ? a.dk.s[2] : ldk, sums.ldv = in_place ? a.dv.s[2] : ldv;
-    sums.dk = in_place ? ::at<F>(a.dk, b, kv) : dk - split.first * ldk;
-    sums.dv = in_place ? ::at<F>(a.dv, b, kv) : dv - split.first * ldv;
-    for (int64_t k = in_place ? 0 : split.first; k < (in_place ? a.kv_len : split.last); ++k) {
-      __builtin_memset(sums.dk + k * sums.ldk, 0, size_t(ldk) * sizeof(F));
-      __builtin_memset(sums.dv + k * sums.ldv, 0, size_t(ldv) * sizeof(F));
-    }
+  void part(Buffers& m, const ItemSums<F>& sums, int64_t b, int64_t kv) const {
+    const scalekern::AttnSplit& split = a.splits[sums.split];
+    const int64_t tiles = ceil_div(a.kv_len, a.block_k);
+    for (int64_t t = 0; t < tiles; ++t) m.begun[t] = sums.slots[t] == kNoSlot;
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
       F dsink = 0;
       for (int64_t i = split.begin; i < split.end; ++i) {
         const int64_t q0 = i * a.block_q;
         query_tile(m, {b, h, q0, least(a.block_q, a.q_len - q0), false, false}, sums, &dsink);
       }
-      dsinks[(index * a.batch + b) * a.heads + h] = dsink;
+      all.dsinks.data[(sums.split * a.batch + b) * a.heads + h] = dsink;
     }
-  }
-
-  // Keys [first, first + rows) of one (b, kv head): the splits' sums in order.
-  void reduce(const F* partial, int64_t ld, const AttnTensor& t, int64_t b, int64_t kv, int64_t first, int64_t rows,
-              int64_t columns, F scale, F* sums) const {
-    for (int64_t i = 0; i < rows * ld; ++i) sums[i] = 0;
-    for (int64_t s = 0; s < a.split_count; ++s) {
-      const scalekern::AttnSplit& split = a.splits[s];
-      const int64_t begin = most(first, split.first), end = least(first + rows, split.last);
-      const F* from = partial + ((b * a.kv_heads + kv) * a.partial_rows + split.offset - split.first) * ld;
-      for (int64_t i = begin * ld; i < end * ld; ++i) sums[i - first * ld] += from[i];
-    }
-    if (scale != 1)
-      for (int64_t i = 0; i < rows * ld; ++i) sums[i] *= scale;
-    for (int64_t r = 0; r < rows; ++r) store_line(at<T>(t, b, kv, first + r), t.s[3], columns, sums + r * ld);
-  }
-
-  int64_t table_heads(int64_t heads) const { return heads == 1 ? 1 : item_heads; }  // of an item's table gradients
-  static F* zeroed(F* p, int64_t count) {
-    __builtin_memset(p, 0, size_t(count) * sizeof(F));
-    return p;
-  }
-
-  // Sum over the items of head h's table, in order, of get(an item's sums of that head); a shared table is all items'.
-  template <class Get>
-  F sum_items(const F* partial, int64_t size, int64_t stride, int64_t h, const Get& get) const {
-    F sum = 0;
-    for (int64_t i = 0; i < a.batch_groups; ++i)
-      for (int64_t j = stride ? h / item_heads : 0; j < (stride ? h / item_heads + 1 : a.head_groups); ++j)
-        for (int64_t s = 0; s < a.split_count; ++s)
-          sum += get(partial + ((i * a.head_groups + j) * a.split_count + s) * size + h % item_heads * stride);
-    return sum;
-  }
-
-  void reduce_positions(const F* partial, int64_t size) const {
-    constexpr int64_t kEntries = 1024;
-    const int64_t chunks = ceil_div(a.positions, kEntries);
-    for_items(a.position_heads * chunks, 0, worth_threads(a), [&](int64_t index, Scratch&) {
-      const int64_t h = index / chunks, first = index % chunks * kEntries;
-      for (int64_t t = first; t < least(first + kEntries, a.positions); ++t)
-        *(::at<F>(a.dposition, h, 0) + t * a.dposition.s[1]) =
-            sum_items(partial, size, position_stride, h, [&](const F* of) { return of[t]; });
-    });
-  }
-
-  void reduce_times(const F* partial, int64_t size) const {
-    const auto& tables = logits.tables;
-    for (int64_t h = 0; h < a.time_heads; ++h) {
-      F* to = ::at<F>(a.dtime, h, 0);
-      for (int64_t t = 0; t <= a.edge_count; ++t) to[t * a.dtime.s[1]] = 0;
-      for (int64_t t = 0; t < tables.time_entries(); ++t)
-        to[tables.bucket(t) * a.dtime.s[1]] = sum_items(partial, size, time_stride, h, [&](const F* of) {
-          F sum = 0;
-          for (int i = 0; i < W; ++i) sum += of[t * W + i];
-          return sum;
-        });
-    }
+    for (int64_t t = 0; t < tiles; ++t) begin(m, sums, b, kv, t);  // where other heads or batches add, and these do not
   }
 
   void run() const {
-    Scratch measure(0);
-    Buffers unused(*this, measure);
-    const int64_t rows = in_place ? 0 : a.batch * a.kv_heads * a.partial_rows;
-    const int64_t bias_size = a.bias_heads * a.q_len * a.kv_len, biases = a.partial_dbias ? a.batch_groups : 0;
-    const int64_t sinks = a.split_count * a.batch * a.heads;
-    const int64_t items = a.split_count * a.batch_groups * a.head_groups;
-    const int64_t position_size = a.dposition ? table_heads(a.position_heads) * a.positions : 0;
-    const int64_t time_size = a.dtime ? table_heads(a.time_heads) * logits.tables.time_entries() * W : 0;
-    Scratch partials(
-        (rows * (ldk + ldv) + biases * bias_size + sinks + items * (position_size + time_size)) * int64_t(sizeof(F)) +
-        512);
-    F *dk = partials.take<F>(rows * ldk), *dv = partials.take<F>(rows * ldv), *dsinks = partials.take<F>(sinks);
-    F* dbias = partials.take<F>(biases * bias_size);
-    scalekern::expect_writes(dk, rows * (ldk + ldv) * int64_t(sizeof(F)));
-    F *dposition = partials.take<F>(items * position_size), *dtime = partials.take<F>(items * time_size);
-    for_items(biases, 0, biases > 1, [&](int64_t i, Scratch&) {
-      __builtin_memset(dbias + i * bias_size, 0, size_t(bias_size) * sizeof(F));
-    });
-    for_items(items, measure.taken(), worth_threads(a), [&](int64_t index, Scratch& scratch) {
-      Buffers m(*this, scratch);
-      const int64_t s = index % a.split_count, rest = index / a.split_count;
-      const int64_t i = rest / a.head_groups, j = rest % a.head_groups;
-      AttnTensor bias = a.dbias;
-      if (biases) bias = {dbias + i * bias_size, {0, a.bias_heads == 1 ? 0 : a.q_len * a.kv_len, a.kv_len, 1}};
-      Sums sums{nullptr, nullptr, 0, 0, bias, nullptr, nullptr};
-      const int64_t first = j * item_heads;
-      if (a.dposition)
-        sums.position = zeroed(dposition + index * position_size, position_size) - first * position_stride;
-      if (a.dtime) sums.time = zeroed(dtime + index * time_size, time_size) - first * time_stride;
-      const int64_t last_b = a.batch * (i + 1) / a.batch_groups, last_kv = a.kv_heads * (j + 1) / a.head_groups;
-      for (int64_t b = a.batch * i / a.batch_groups; b < last_b; ++b)
-        for (int64_t kv = a.kv_heads * j / a.head_groups; kv < last_kv; ++kv) {
-          const int64_t row = (b * a.kv_heads + kv) * a.partial_rows + a.splits[s].offset;
-          part(m, s, b, kv, dk + row * ldk, dv + row * ldv, sums, dsinks);
-        }
-    });
-    for_items(biases ? a.bias_heads * a.q_len : 0, a.kv_len * int64_t(sizeof(F)), true, [&](int64_t row, Scratch& mem) {
-      F* sums = mem.take<F>(a.kv_len);
-      for (int64_t k = 0; k < a.kv_len; ++k) sums[k] = 0;
-      for (int64_t i = 0; i < biases; ++i)
-        for (int64_t k = 0; k < a.kv_len; ++k) sums[k] += dbias[i * bias_size + row * a.kv_len + k];
-      F* to = ::at<F>(a.dbias, 0, row / a.q_len, row % a.q_len);
-      for (int64_t k = 0; k < a.kv_len; ++k) to[k * a.dbias.s[3]] = sums[k];
-    });
-    constexpr int64_t kChunk = 64;  // keys
-    const int64_t chunks = ceil_div(a.kv_len, kChunk);
-    const int64_t reductions = in_place ? 0 : a.batch * a.kv_heads * chunks, wide = kChunk * most(ldk, ldv);
-    for_items(reductions, wide * int64_t(sizeof(F)), worth_threads(a), [&](int64_t index, Scratch& scratch) {
-      F* sums = scratch.take<F>(wide);
-      const int64_t first = index % chunks * kChunk, count = least(kChunk, a.kv_len - first);
-      const int64_t b = index / chunks / a.kv_heads, kv = index / chunks % a.kv_heads;
-      reduce(dk, ldk, a.dk, b, kv, first, count, a.dim, P::kScaled ? F(1) : F(a.scale), sums);
-      reduce(dv, ldv, a.dv, b, kv, first, count, a.value_dim, F(1), sums);
-    });
-    if (a.dposition) reduce_positions(dposition, position_size);
-    if (a.dtime) reduce_times(dtime, time_size);
-    if (!a.dsinks) return;
-    for (int64_t h = 0; h < a.heads; ++h) {
-      F sum = 0;
-      for (int64_t i = 0; i < a.split_count * a.batch; ++i) sum += dsinks[i * a.heads + h];
-      static_cast<F*>(a.dsinks)[h * a.dsinks_stride] = sum;
-    }
+    for_items(
+        all.items, worth_threads(a), [&](Scratch& scratch) { return Buffers(*this, scratch); },
+        [&](int64_t index, Buffers& m) {
+          const ItemSums<F> sums = all.item(index);
+          for (int64_t b = sums.first_b; b < sums.last_b; ++b)
+            for (int64_t kv = sums.first_kv; kv < sums.last_kv; ++kv) part(m, sums, b, kv);
+        });
+    all.join(P::kScaled ? F(1) : F(a.scale));
   }
 };
 

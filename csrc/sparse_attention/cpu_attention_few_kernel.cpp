@@ -30,14 +30,14 @@ class Few {
   }
 
   void run() const {
-    Scratch measure(0), partials(a_.partial_count * pitch() * int64_t(sizeof(F)) + 64);
-    Buffers unused(*this, measure);
+    Scratch partials(a_.partial_count * pitch() * int64_t(sizeof(F)) + 64);
     F* sums = partials.take<F>(a_.partial_count * pitch());
-    const int64_t elements = a_.piece_count * kPieceKeys * (dim_ + value_dim_) * ceil_div(rows_, R);
-    for_items(a_.piece_count, measure.taken(), elements > kWorthThreads, [&](int64_t i, Scratch& scratch) {
-      Buffers m(*this, scratch);
-      piece(m, a_.pieces[i], sums + a_.pieces[i].partial * pitch());
-    });
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < a_.piece_count; ++i) tiles += a_.pieces[i].count;
+    const int64_t elements = tiles * kKeys * (dim_ + value_dim_) * ceil_div(rows_, R);
+    for_items(
+        a_.piece_count, elements > kWorthThreads, [&](Scratch& scratch) { return Buffers(*this, scratch); },
+        [&](int64_t i, Buffers& m) { piece(m, a_.pieces[i], sums + a_.pieces[i].partial * pitch()); });
     for (int64_t i = 0; i < a_.group_count; ++i) merge(a_.groups[i], sums);
   }
 

@@ -3,11 +3,11 @@
 // Scores are computed transposed, S^T = K Q^T: a panel holds W = kPanel queries as lanes, so that maxima, sums and
 // corrections are vectors too, nothing is summed across lanes, and keys and values are used as they lie in memory.
 #pragma once
-#include "common/parallel.h"
+#include "common/micro_gemm.h"
+#include "common/stretches.h"
+#include "common/tile.h"
 #include "sparse_attention/attention.h"
 #include "sparse_attention/mask.h"
-#include "common/micro_gemm.h"
-#include "common/tile.h"
 
 namespace {
 
@@ -36,7 +36,6 @@ class Scratch {
     return reinterpret_cast<T*>(here);
   }
   int64_t taken() const { return taken_; }  // of Scratch(0): the bytes that the same calls need
-  void reset() { taken_ = 0; }
 
  private:
   void* raw_;
@@ -227,21 +226,19 @@ static void add_rows(Rows<F> rows, KeyRange range, int64_t columns, const F* p, 
 
 // --- work ---
 
-// Items in any order over the threads, the next one to whoever is free; body(item, scratch).
-template <class Body>
-static void for_items(int64_t items, int64_t scratch_bytes, bool threads, const Body& body) {
-  int64_t next = 0;
-  const auto work = [&](int64_t, int64_t) {
-    Scratch scratch(scratch_bytes);
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
-      scratch.reset();
-      body(item, scratch);
-    }
-  };
-  if (threads) scalekern::parallel(least(items, scalekern::num_threads()), work);
-  else work(0, 1);
+// body(item, buffers) of each item once: a thread walks a stretch of its own, then what others have left of theirs.
+// Its buffers are what make(scratch) returns.
+template <class Make, class Body>
+static void for_items(int64_t items, bool threads, const Make& make, const Body& body) {
+  Scratch measure(0);
+  make(measure);
+  parallel_stretches(threads, items, 1, [&](const auto& take) {
+    Scratch scratch(measure.taken());
+    auto buffers = make(scratch);
+    take([&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) body(item, buffers);
+    });
+  });
 }
 
 // Under 2^20 multiply-adds (20 us), waking the other threads may take longer.
