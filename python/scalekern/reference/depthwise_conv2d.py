@@ -97,20 +97,7 @@ def depthwise_conv_transpose2d_bwd(dout, x, w, bias, stride, padding, output_pad
 
 
 def merge_dilated_branches(weights, dilations, size):
-    """The one filter that equals a sum of parallel dilated depthwise convolutions, all with padding "same".
-
-    Args:
-        weights: (..., I, J) filters of the same leading axes, (C, I, J) or (C, 1, I, J); batch norms folded in.
-        dilations: an integer or a pair for each.   size: the merged filter's, an integer or a pair.
-
-    Returns:
-        (..., *size): every filter with its dilation's zeros put in, centred, summed. Differentiable.
-
-    Raises:
-        ValueError: a dilated filter that is larger than size, or that has no centre in it (one odd, one even).
-
-    Source: Ding et al., UniRepLKNet, 2024, section 3: the dilated reparam block.
-    """
+    """The one filter that equals a sum of parallel dilated depthwise convolutions: see the op."""
     size, total = pair(size), 0
     for weight, dilation in zip(weights, dilations, strict=True):
         dilation = pair(dilation)
