@@ -290,7 +290,8 @@ def _timings(case, work, device, backend, samples, rivals, absent) -> dict:
     median = statistics.median(samples[backend])
     rows = [
         {"name": n, "version": r["version"], "median_us": _us(statistics.median(samples[n]) * r["scale"]),
-         "ratio": _round(statistics.median(samples[n]) * r["scale"] / median), "error_vs_oracle": _round(r["error"])}
+         "ratio": _round(statistics.median(samples[n]) * r["scale"] / median), "error_vs_oracle": _round(r["error"]),
+         "first_s": _round(r["first"])}
         for n, r in rivals.items() if samples[n]
     ]  # fmt: skip
     rows += [{"name": n, "absent": reason} for n, reason in absent.items()]

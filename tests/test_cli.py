@@ -170,7 +170,9 @@ def save_record(folder, **changes):
         "shape": {"B": 1, "dtype": "fp32"}, "targets": {"F.conv1d + silu": 3, "gone": 2}, "priority": 1,
         "median_us": 1234.5, "p20_us": 1, "p80_us": 2, "limit_us": 100.0, "limit_by": "memory",
         "fraction_of_limit": 0.081, "error_vs_oracle": 1.2e-7,
-        "peers": [{"name": "F.conv1d + silu", "ratio": 4.56}, {"name": "gone", "absent": "no"}],
+        "peers": [{"name": "F.conv1d + silu", "ratio": 4.56, "median_us": 5600.0, "first_s": 0.006},
+                  {"name": "compiled", "ratio": 1.5, "median_us": 1850.0, "first_s": 18.21},
+                  {"name": "gone", "absent": "no"}],
         "digests": {"causal_conv1d_fwd/cpu": records.digest("causal_conv1d_fwd", "cpu")}, "versions": {"torch": "2.13"},
         "device": "A processor", "device_kind": "cpu", "threads": 2, "date": "2026-01-01T00:00Z",
     }  # fmt: skip
@@ -195,7 +197,7 @@ def test_report_is_written_from_the_records_and_nothing_else(readme, tmp_path):
     save_record(tmp_path / "r")
     text = write(readme, tmp_path / "r")
     assert text.startswith("# Title\n") and text.endswith("end\n") and "old" not in text and "| support |" in text
-    assert "1.23 ms" in text and "8.1 % (memory)" in text and "4.56x F.conv1d + silu" in text and "1.2e-07" in text
+    assert "1.23 ms" in text and "8.1 % (memory)" in text and "4.56x F.conv1d + silu, 1.5x compiled (its first call 18.2 s)" in text and "1.2e-07" in text
     assert "3x F.conv1d + silu: yes" in text and "2x gone: not measured" in text
     assert "(r/cpu-x-2t/README.md)" in text and "(r/cpu-x-2t/selective_scan.png)" in text
     assert "never measured on a GPU" in text and "causal_conv1d_fwd (triton)" in text

@@ -162,11 +162,17 @@ def table(rows: list[dict]) -> str:
         if r["status"] != "ok":
             lines.append(f"| {name} | {r['backend']} | **failed**: {cell(r['error'])} | | | | |")
             continue
-        ratios = [f"{number(p['ratio'])}x {p['name']}" for p in r["peers"] if "ratio" in p]
+        ratios = [f"{number(p['ratio'])}x {p['name']}{compiled(p)}" for p in r["peers"] if "ratio" in p]
         if r["case"] in plain and "median_us" in r:
             ratios.append(f"{number(plain[r['case']]['median_us'] / r['median_us'])}x the reference")
         lines.append(line(name, backend_name(r), amount(r), fraction(r), ", ".join(ratios), goals(r), error(r)))
     return "\n".join(lines)
+
+
+def compiled(peer: dict) -> str:
+    """What a rival's first call took, where it was no call like the others."""
+    first = peer.get("first_s") or 0
+    return f" (its first call {number(first)} s)" if first > max(1, 20e-6 * peer["median_us"]) else ""
 
 
 def header(*names: str) -> list[str]:
