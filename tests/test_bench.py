@@ -63,7 +63,8 @@ def test_a_record_holds_what_a_claim_needs():
     assert record["fraction_of_limit"] == pytest.approx(0.8 / record["median_us"], rel=1e-2)
     slow, gone, broken = (next(p for p in record["peers"] if p["name"] == n) for n in rivals)
     assert slow["ratio"] == pytest.approx(slow["median_us"] / record["median_us"], rel=1e-2) and slow["ratio"] > 1
-    assert slow["first_s"] > 0 and slow["error_vs_oracle"] == float("inf")  # a rival that computes something else is seen
+    assert slow["error_vs_oracle"] == float("inf")  # a rival that computes something else is seen
+    assert slow["first_s"] > 0
     assert gone["absent"] == "not installed" and "ZeroDivisionError" in broken["absent"]
     for name in ("case", "ops", "direction", "backend", "shape", "versions", "device", "threads", "date", "digests"):
         assert name in record
