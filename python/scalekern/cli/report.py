@@ -172,7 +172,7 @@ def table(rows: list[dict]) -> str:
 def compiled(peer: dict) -> str:
     """What a rival's first call took, where it was no call like the others."""
     first = peer.get("first_s") or 0
-    return f" (its first call {number(first)} s)" if first > max(1, 20e-6 * peer["median_us"]) else ""
+    return f" (its first call {number(first)} s)" if first > max(1, 20e-6 * peer.get("median_us", 0)) else ""
 
 
 def header(*names: str) -> list[str]:
