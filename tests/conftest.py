@@ -6,6 +6,10 @@ import os
 import re
 import warnings
 
+# Inductor's kernels around the ops are scalar: what they do is torch's to test, and trying which vector instructions
+# this machine's compiler knows takes 20 CPU seconds, a kernel with them twice as long. Read when torch is imported.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 import pytest
 import torch
 from contract import has_backend
@@ -20,7 +24,7 @@ LEVELS = ("baseline", "avx2", "avx512", "vnni", "amx")
 def pytest_configure(config):
     # torch.empty and its kin return NaN (floats) or the largest integer, so that an element that no kernel wrote
     # shows up in every comparison. warn_only: ops without a deterministic form are not what is tested here.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import inductor, 3 s a process
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(2)
     torch.backends.cudnn.allow_tf32 = False  # eager float32 is what kernels are measured against

@@ -122,11 +122,16 @@ def test_products_of_the_backward_run_on_wgmma(name):
 
 @pytest.mark.parametrize("dtype, half", ((torch.bfloat16, 0), (torch.float32, 1)), ids=("bfloat16", "float32"))
 def test_the_longest_fused_transform_of_tensor_memory(dtype, half, monkeypatch):
-    """On sm_100 it compiles to products, twice its length to a trap: which is what the limit is for."""
+    """On sm_100 it compiles to products, twice its length to a trap: which is what the limit is for.
+
+    Twice float32's is left out, 5 of 14 s: a limit that is too low costs speed alone.
+    """
     device, points = torch.device("cuda", 0), fft_device.TENSOR_MEMORY_LIMIT[half]
     target = GPUTarget("cuda", 100, 32)
     made = lambda length: fft_conv._specs(dtype, str(length))["fwd"].compile(target).asm["ptx"]  # noqa: E731
-    assert "tcgen05.mma" in made(points) and "trap;" not in made(points) and "trap;" in made(2 * points)
+    ptx = made(points)
+    assert "tcgen05.mma" in ptx and "trap;" not in ptx
+    assert half or "trap;" in made(2 * points)
     properties = types.SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))

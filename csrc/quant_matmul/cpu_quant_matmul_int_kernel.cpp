@@ -9,8 +9,7 @@
 //   order is scale (sum code x - middle sum x), added over groups, then what zeros and offsets differ from that, times
 //   the token's scale, plus bias; in a long group zeros are subtracted exactly.
 // All of that is for AVX2; VNNI and AMX have their own (cpu_quant_int_lanes.h, or for short groups the digits of
-//   cpu_quant_digit_product.h, which are one here; cpu_quant_int_tiles.h), whose sums of a group are the same integers.
-#include "quant_matmul/cpu_quant_digit_product.h"
+//   cpu_quant_matmul_digits_kernel.cpp, one here; cpu_quant_int_tiles.h), whose sums of a group are the same integers.
 #include "quant_matmul/cpu_quant_int_lanes.h"
 #include "quant_matmul/cpu_quant_int_tiles.h"
 
@@ -287,7 +286,8 @@ namespace scalekern::SCALEKERN_ISA {
 void quant_matmul_integer(const QuantMatmulArgs& a) {
 #if defined(__AVX512F__)
   if (sums_fit(a.w) && scalekern::has_amx() && a.tokens > kFewLaneTokens) return tile_product(a);
-  if (a.tokens <= kFewLaneTokens && scalekern::has_vnni() && whole_in_digits(a)) return;
+  int digits[kFewLaneTokens];
+  if (a.tokens <= kFewLaneTokens && quant_matmul_digits(a, digits)) return;
   if (sums_fit(a.w) && scalekern::has_vnni()) return lane_product(a);
 #endif
   const Layout layout(a.w);

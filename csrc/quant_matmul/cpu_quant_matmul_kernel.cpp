@@ -1,14 +1,13 @@
 // Products of float activations with a low-bit weight.
 //
 // A few tokens (kFewTokens): bound by the weight's bytes, so the weight is read once and stays in registers. Integer
-//   codes where there is VNNI: cpu_quant_digits.h, but rows of up to kShort columns, and where there is none:
-//   cpu_quant_words.h; tables, and other widths of code: cpu_quant_few_tokens.h.
+//   codes where there is VNNI: cpu_quant_matmul_digits_kernel.cpp, but rows of up to kShort columns, and where there is
+//   none: cpu_quant_words.h; tables, and other widths of code: cpu_quant_few_tokens.h.
 // More tokens, where there are tile registers: integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what it
 //   leaves, in cpu_quant_tiles.h, as bfloat16.
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
-#include "quant_matmul/cpu_quant_digit_product.h"
 #include "quant_matmul/cpu_quant_digit_tiles.h"
 #include "quant_matmul/cpu_quant_few_tokens.h"
 #include "quant_matmul/cpu_quant_tiles.h"
@@ -160,11 +159,16 @@ static bool in_registers(const QuantMatmulArgs& a, const Tokens& tokens) {
 #if defined(__AVX512F__)
 static bool few_tokens(const QuantMatmulArgs& a);
 
+static QuantMatmulArgs token_of(const QuantMatmulArgs& a, int64_t t) {
+  QuantMatmulArgs own = a;
+  own.tokens = 1, own.x = a.x.from(t), own.out = a.out.from(t);
+  return own;
+}
+
 // Each of several tokens by itself: it is the same in any company.
 static bool one_by_one(const QuantMatmulArgs& a) {
   for (int64_t t = 0; t < a.tokens; ++t) {
-    QuantMatmulArgs own = a;
-    own.tokens = 1, own.x = a.x.from(t), own.out = a.out.from(t);
+    const QuantMatmulArgs own = token_of(a, t);
     if (!few_tokens(own)) by_blocks(own);
   }
   return true;
@@ -173,21 +177,26 @@ static bool one_by_one(const QuantMatmulArgs& a) {
 
 static bool few_tokens(const QuantMatmulArgs& a) {
   if (a.tokens > kFewTokens) return false;
-  const Tokens tokens(a, 1);
 #if defined(__AVX512F__)
   if (a.w.columns <= kShort) {
+    const Tokens tokens(a, 1);
     if (all_finite(a, tokens)) {
       if (in_words(a, tokens)) return true;
     } else if (a.tokens > 1) {
       return one_by_one(a);
     }
   }
-  const auto by_itself = [](const QuantMatmulArgs& own) {
-    if (!in_registers(own, Tokens(own, 1))) by_blocks(own);
-  };
-  if (in_digits(a, tokens, by_itself)) return true;
+  int digits[kFewTokens];
+  if (scalekern::SCALEKERN_ISA::quant_matmul_digits(a, digits)) {
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      if (digits[t]) continue;
+      const QuantMatmulArgs own = token_of(a, t);
+      if (!in_registers(own, Tokens(own, 1))) by_blocks(own);
+    }
+    return true;
+  }
 #endif
-  return in_registers(a, tokens);
+  return in_registers(a, Tokens(a, 1));
 }
 
 #if defined(__AVX512F__)

@@ -77,4 +77,7 @@ struct QuantMatmulBwdArgs {
 
 SCALEKERN_DECLARE(void, quant_matmul_float, (const scalekern::QuantMatmulArgs&))
 SCALEKERN_DECLARE(void, quant_matmul_integer, (const scalekern::QuantMatmulArgs&))
+// In fixed point, of up to 4 tokens: those that it holds get digits[t], the others 0; false where the codes do not fit.
+// On avx512 alone.
+SCALEKERN_DECLARE(bool, quant_matmul_digits, (const scalekern::QuantMatmulArgs&, int* digits))
 SCALEKERN_DECLARE(void, quant_matmul_bwd, (const scalekern::QuantMatmulBwdArgs&))

@@ -133,7 +133,7 @@ SPECS = {
             Sample("packed_reverse", _scan(1, 4, 81, 16, cu=[0, 70, 81], reverse=True)),
             Sample("large_state", _scan(1, 3, 66, 37, state=True)),
             Sample("image", _scan(2, 5, (7, 11), 4, state=True)),
-            Sample("columns", _scan(2, 18, (21, 9), 16, G=2, columns=True)),
+            Sample("columns", _scan(2, 18, (11, 7), 16, G=2, columns=True)),
             Sample("complex", _scan(2, 5, 70, 4, complex_A=True, state=True)),
             Sample("complex_constant", _scan(1, 4, 9, 3, complex_A=True, constant="B", reverse=True)),
         )

@@ -13,7 +13,6 @@
 //   a stretch each they find some of their rows in their own L2 again); the upper codes by vgf2p8affineqb (one operation
 //   of 13, no faster); sums of both planes in one from bytes as they lie (4 bits of precision, so a digit more); 16 rows
 //   as a tile of AMX, whose columns are the digits of four groups (320 us for 195: a product and two loads of tiles wait).
-#pragma once
 #include <optional>
 
 #include "quant_matmul/cpu_quant_digits.h"
@@ -178,7 +177,7 @@ class DigitProduct {
       if (s.spread) memory.spreading->codes.unpack(first, count, 0, s.lines, memory.codes, code_pitch());
       for (int64_t m = 0; m < a.tokens;) {
         const int digits = tokens.digits[m];
-        const bool two = digits && m + 1 < a.tokens && tokens.digits[m + 1] == digits;
+        const bool two = digits % 4 && m + 1 < a.tokens && tokens.digits[m + 1] == digits;  // four are rare
         float* to = results + m * kRows;
         if (digits == 1 && two) strips<1, 4, 2>(first, count, m, memory, to);
         else if (digits == 1) strips<1, 4, 1>(first, count, m, memory, to);
@@ -186,7 +185,6 @@ class DigitProduct {
         else if (digits == 2) strips<2, 4, 1>(first, count, m, memory, to);
         else if (digits == 3 && two) strips<3, 2, 2>(first, count, m, memory, to);
         else if (digits == 3) strips<3, 4, 1>(first, count, m, memory, to);
-        else if (digits == 4 && two) strips<4, 2, 2>(first, count, m, memory, to);
         else if (digits == 4) strips<4, 4, 1>(first, count, m, memory, to);
         m += 1 + two;
       }
@@ -235,9 +233,14 @@ class DigitProduct {
         }
       }
       float own[T][R];
-      if (s.shared) tile<D, R, T, kShared>(strip, m, own);
-      else if (s.each == 1) tile<D, R, T, kOne>(strip, m, own);
-      else tile<D, R, T, kLong>(strip, m, own);
+      // One digit comes here for shared lines alone; four are rare, and take the loop for any number of lines.
+      if constexpr (D == 1) {
+        tile<D, R, T, kShared>(strip, m, own);
+      } else {
+        if (s.shared) tile<D, R, T, kShared>(strip, m, own);
+        else if (D < 4 && s.each == 1) tile<D, R, T, kOne>(strip, m, own);
+        else tile<D, R, T, kLong>(strip, m, own);
+      }
       for (int t = 0; t < T; ++t)
         for (int r = 0; r < least(R, count - begin); ++r) results[t * kRows + begin + r] = own[t][r];
     }
@@ -253,34 +256,23 @@ static void multiply_digits(const QuantMatmulArgs& a, const Sections& s, const D
   }
 }
 
-// Activations rounded to bytes, where groups are so short that several share a line; false elsewhere. For
-// cpu_quant_int_lanes.h each would be padded to a line of its own: 4096 x 4096, one token, int4 in groups of 64 0.73 ms
-// to 0.26 to 0.36, of 32 0.96 to 0.27 to 0.37, of 16 2 to 0.45, int8 of 32 1.4 to 0.6; four tokens 1.0 to 0.6 of 64.
-static bool whole_in_digits(const QuantMatmulArgs& a) {
-  const Sections s(a.w);
-  if (!s.fits || !s.shared) return false;
-  const Buffer<float> scale(a.tokens);
-  const Tokens tokens(a, 1, scale);
-  multiply_digits(a, s, DigitTokens(a, s, tokens, scale));
-  return true;
-}
-
-// The tokens that fixed point holds; `otherwise` gets each of the others by itself. False where the codes do not fit.
-template <class Otherwise>
-static bool in_digits(const QuantMatmulArgs& a, const Tokens& tokens, const Otherwise& otherwise) {
-  if (!scalekern::has_vnni() || a.w.table) return false;
-  const Sections s(a.w);
-  if (!s.fits) return false;
-  const DigitTokens digits(a, s, tokens);
-  multiply_digits(a, s, digits);
-  for (int64_t m = 0; m < a.tokens; ++m)
-    if (!digits.digits[m]) {
-      QuantMatmulArgs own = a;
-      own.tokens = 1, own.x = a.x.from(m), own.out = a.out.from(m);
-      otherwise(own);
-    }
-  return true;
-}
-
 }  // namespace
+
+namespace scalekern::SCALEKERN_ISA {
+
+// Activations rounded to bytes only where groups are so short that several share a line. For cpu_quant_int_lanes.h each
+// would be padded to a line of its own: 4096 x 4096, one token, int4 in groups of 64 0.73 ms to 0.26 to 0.36, of 32 0.96
+// to 0.27 to 0.37, of 16 2 to 0.45, int8 of 32 1.4 to 0.6; four tokens 1.0 to 0.6 of 64.
+bool quant_matmul_digits(const QuantMatmulArgs& a, int* digits) {
+  const Sections s(a.w);
+  if (!has_vnni() || a.w.table || !s.fits || (a.integer() && !s.shared)) return false;
+  const Buffer<float> scale(a.integer() ? a.tokens : 0);
+  const Tokens tokens(a, 1, a.integer() ? +scale : nullptr);
+  const DigitTokens held(a, s, tokens, a.integer() ? +scale : nullptr);
+  multiply_digits(a, s, held);
+  for (int64_t t = 0; t < a.tokens; ++t) digits[t] = held.digits[t];
+  return true;
+}
+
+}  // namespace scalekern::SCALEKERN_ISA
 #endif
