@@ -184,3 +184,11 @@ def test_a_token_is_the_same_in_any_company():
     whole = scalekern.quant_matmul(x, w)
     for some in (slice(0, 5), slice(250, 290), slice(17, 34)):
         assert torch.equal(scalekern.quant_matmul(x[some], w), whole[some])
+
+
+def test_groups_that_begin_between_64_columns():
+    """Floats of 8 bits come 64 at a time: two groups in one, a row that ends in its first half, blocks of columns."""
+    for format, group in (("fp8_e4m3", 96), ("fp8_e5m2", 160), ("mxfp8_e4m3", 32)):
+        for K in (800, 2144):
+            w, x = weight(18, K, format, group), randn(20, K, seed=1).bfloat16()
+            assert error(scalekern.quant_matmul(x, w), exact_product(x, w)) <= FLOOR[torch.bfloat16], (format, K)

@@ -2,7 +2,8 @@
 // compiled anew for them. SCALEKERN_CPU_ISA=avx512 hides both, vnni the second.
 //
 //   vnni  sums of products of bytes (Ice Lake, Zen 4)
-//   amx   bfloat16, and tile registers (Sapphire Rapids): eight of 16 rows of 64 bytes, a product of two in 16 cycles
+//   amx   bfloat16, permutations of bytes, and tile registers (Sapphire Rapids): eight of 16 rows of 64 bytes, a
+//         product of two in 16 cycles
 //     add_products<C, A, B>     c[i][j] += sum over k < 64 of a[i][k] b[k / 4][4 j + k % 4]   int8, int32: exact
 //     add_bf16_products<...>    c[i][j] += sum over k < 32 of a[i][k] b[k / 2][2 j + k % 2]   bfloat16, float
 //   So a is read as it lies, rows along K, and b in fours (pairs) of numbers of a column. bfloat16 products round to
@@ -72,6 +73,17 @@ static inline __m512i to_bf16(__m512 low, __m512 high) {
   __m512i both;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
   return both;
+}
+
+// Bytes of v, or of 128 in a and b, at the places in `order`.
+static inline __m512i permute_bytes(__m512i order, __m512i v) {
+  __m512i bytes;
+  asm("vpermb %1, %2, %0" : "=v"(bytes) : "vm"(v), "v"(order));
+  return bytes;
+}
+static inline __m512i from_bytes(__m512i order, __m512i a, __m512i b) {
+  asm("vpermi2b %2, %1, %0" : "+v"(order) : "v"(a), "v"(b));
+  return order;
 }
 
 // sums[i] += sum over 4 bytes of unsigned a times signed b.

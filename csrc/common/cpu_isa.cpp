@@ -30,10 +30,10 @@ struct Features {
 
 bool finds_vnni() { return Features(0).c >> 11 & 1; }
 
-// amx-bf16, amx-tile, amx-int8, avx512-bf16; and the system gives this process the registers, which it does on request.
+// amx-bf16, amx-tile, amx-int8, avx512-bf16, avx512-vbmi; and the system gives this process the registers on request.
 bool finds_amx() {
   constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;
-  if ((Features(0).d & kTiles) != kTiles || !(Features(1).a >> 5 & 1)) return false;
+  if ((Features(0).d & kTiles) != kTiles || !(Features(0).c >> 1 & 1) || !(Features(1).a >> 5 & 1)) return false;
 #if defined(__linux__)
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;

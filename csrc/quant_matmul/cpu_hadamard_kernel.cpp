@@ -7,7 +7,8 @@
 //   row there is 0.85), where a copy of 24 MB by two threads allows 2.6 us. fp16 has 4 conversions more, 11.5 clocks or
 //   2.1 us, of 1.3 us that a copy takes: half a copy's rate would have to hide all of its memory. bf16 without tiles
 //   (cpu_hadamard_tiles.h) has 6 more, 2.8 us. H_m is bound by loads: an output of two vectors reads an offset, a sign
-//   and two sums for each of its m / 4 terms; that is 14 loads a vector and 3 ns for m = 28, 1.4 ns for m = 12.
+//   and two sums for each of its m / 4 terms; that is 14 loads a vector and 3 ns for m = 28, 1.4 ns for m = 12. Where
+//   its signs are known at compile time (known_pass), by additions: 5 a vector for m = 12, 9 for 28.
 // Split: rows over threads, a share at a time to whichever is free: halves ended with the slower core, floats of 24 MB
 //   10 to 25 % later, both by turns in one process.
 // Passes: the first reads x, the last writes the output, those between run over a row in L1, three stages each (four

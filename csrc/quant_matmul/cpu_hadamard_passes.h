@@ -233,11 +233,88 @@ static void base_pass(
   }
 }
 
+// "fast_hadamard_transform"'s H_m: bit l of word i is set where H_m[i, l] is -1; of H_40 its first 20 rows and columns.
+template <int m>
+constexpr uint32_t kBase[] = {};
+template <>
+constexpr uint32_t kBase<12>[] = {
+    0x2, 0xaab, 0x3c8, 0x96e, 0xf20, 0x5ba, 0xc8c, 0x6e6, 0x23c, 0xb96, 0x8f0, 0xe5a};
+template <>
+constexpr uint32_t kBase<28>[] = {
+    0xcd69e7e, 0x9ad7c7d, 0x37ab8fb, 0x6d571f7, 0xd8ae3ef, 0xb3587df, 0x66b4f3f, 0xb467f43, 0x6acbe87, 0xd593d8e,
+    0xab27b9c, 0x564f7b8, 0xac9aff0, 0x5b31fe1, 0x87fb325, 0xff66ca, 0x1decd95, 0x39ddb2a, 0x71bf654, 0xe17eca9,
+    0xc2fd9d2, 0xfcf1299, 0xfbe2532, 0xf7c4ae4, 0xef8d549, 0xdf1ea13, 0xbe3d4a6, 0x7e7a94c};
+template <>
+constexpr uint32_t kBase<40>[] = {
+    0xffffe, 0x615e4, 0xc2bc8, 0x85792, 0xaf26, 0x15e4c, 0x2bc98, 0x57930, 0xaf260, 0x5e4c2, 0xbc984, 0x7930a,
+    0xf2614, 0xe4c2a, 0xc9856, 0x930ae, 0x2615e, 0x4c2bc, 0x98578, 0x30af2};
+
+static bool known_signs(const int64_t* signs, int64_t m) {
+  if (m != 12 && m != 28 && m != 40) return false;
+  const uint32_t* const known = m == 12 ? kBase<12> : m == 28 ? kBase<28> : kBase<40>;
+  const int64_t rows = m == 40 ? 20 : m, mask = (int64_t(1) << rows) - 1;
+  for (int64_t i = 0; i < rows; ++i)
+    if ((signs[i] & mask) != known[i]) return false;
+  return true;
+}
+
+// The same as base_pass, bit for bit, where the signs are known: additions alone, no sign or place of a sum is read.
+// Sums of H_12 stay in registers. Two cores of a Sapphire Rapids, 24 MB in turns, of a copy's rate: bfloat16 of 3,072
+// points 0.46 to 0.65, 5,120 0.35 to 0.50, 896 0.50 to 0.60; float16 0.51 to 0.60, 0.39 to 0.49, 0.41 to 0.56.
+template <class F, int m, class S>
+static void known_pass(F* to, int64_t pitch, const S* from, int64_t from_pitch, int64_t apart) {
+  constexpr int W = kLanes<F>, halves = m == 40 ? 2 : 1, rows = m / halves, fours = rows / 4;
+  for (int64_t j = 0; j < apart; j += kVectors<S> * W)
+#pragma GCC unroll 1
+    for (int odd = 0; odd < kVectors<S>; ++odd) {
+      Vec<F> s[halves][8 * fours];
+      const S* x = from + j;
+#pragma GCC unroll 7
+      for (int g = 0; g < fours; ++g, x = opaque(x + 4 * from_pitch)) {
+        Vec<F> v[halves][4];
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l) {
+          v[0][l] = take<F>(x + l * from_pitch, odd);
+          if constexpr (halves == 2) {
+            const Vec<F> other = take<F>(x + (rows + l) * from_pitch, odd);
+            v[1][l] = v[0][l] - other, v[0][l] += other;
+          }
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < halves; ++h) {
+          const Vec<F> a = v[h][0], b = v[h][1], c = v[h][2], d = v[h][3];
+          const Vec<F> low[2] = {a + b, a - b}, high[2] = {c + d, d - c};
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            s[h][8 * g + i] = low[i] + high[0], s[h][8 * g + 2 + i] = low[i] + high[1];
+            s[h][8 * g + 4 + i] = low[i] - high[1], s[h][8 * g + 6 + i] = low[i] - high[0];
+          }
+        }
+      }
+      F* y = to + j + odd * W;
+#pragma GCC unroll 1
+      for (int h = 0; h < halves; ++h)
+#pragma GCC unroll 28
+        for (int i = 0; i < rows; ++i, y = i % 4 ? y + pitch : opaque(y + pitch)) {
+          const uint32_t word = kBase<m>[i];
+          const bool flip = word & 1;  // the first sum is taken as it is, so all others are
+          Vec<F> sum;
+#pragma GCC unroll 7
+          for (int g = 0; g < fours; ++g) {
+            const int four = int(word >> (4 * g) & 15);
+            const Vec<F> term = s[h][8 * g + (four & 1 ? four ^ 15 : four) / 2];
+            sum = g == 0 ? term : bool(four & 1) == flip ? sum + term : sum - term;
+          }
+          store(y, flip ? -sum : sum);
+        }
+    }
+}
+
 // H_m of m runs, m of 12, 20, 28 and 40, from its signs (hadamard.h). H_40 is H_2 (x) its first 20 rows and columns.
 template <class F>
 class BaseMatrix {
  public:
-  BaseMatrix(const int64_t* signs, int64_t m) : m_(m) {
+  BaseMatrix(const int64_t* signs, int64_t m) : m_(m), known_(known_signs(signs, m)) {
     const int64_t rows = m == 40 ? 20 : m;
     for (int64_t i = 0, term = 0; i < rows && m > 1; ++i)
       for (int64_t g = 0; g < rows / 4; ++g, ++term) {
@@ -249,6 +326,12 @@ class BaseMatrix {
 
   template <class T>
   void multiply(F* to, int64_t pitch, const T* from, int64_t from_pitch, int64_t apart) const {
+    constexpr bool worth_it = __is_same(F, float) && kLanes<F> == 16;  // elsewhere not tried: seconds of compilation
+    if constexpr (worth_it) if (known_ && apart % (kVectors<T> * kLanes<F>) == 0) {
+      if (m_ == 12) return known_pass<F, 12>(to, pitch, from, from_pitch, apart);
+      if (m_ == 28) return known_pass<F, 28>(to, pitch, from, from_pitch, apart);
+      return known_pass<F, 40>(to, pitch, from, from_pitch, apart);
+    }
     const auto by = [&]<int J>() {
       switch (m_) {
         case 12: return base_pass<F, 3, 1, J>(to, pitch, from, from_pitch, apart, offsets_, signs_);
@@ -263,6 +346,7 @@ class BaseMatrix {
 
  private:
   const int64_t m_;
+  const bool known_;
   int32_t offsets_[28 * 7];
   F signs_[28 * 7];
 };

@@ -9,9 +9,9 @@
 // Nanoseconds a vector of 16 and core, two such threads, 24 MB, by turns in one process with the code before (a copy
 //   2.4 to 3): bfloat16 12 points 10.2 to 3.2, 28 11.5 to 4.1, 56 10.8 to 4.8, 160 11.1 to 9.8, 192 9.3 to 5.4, 448
 //   12.4 to 7.3, 896 6.4 to 5.1, 7,168 8.4 to 6.9; float16 12 8.7 to 4.4, 28 9.0 to 4.9.
-// Below half of a copy's rate there: bfloat16 of 28 2^k and 40 2^k from 80 points on, where a row is n / 32 products a
-//   vector, or H_m's 2, their stores and four stages of lanes, 14 operations; float16 from 40 on but for a few of
-//   12 2^k, since its second number costs 6 operations and twice the products.
+// Longer runs of known signs (cpu_hadamard_passes.h) are faster after H_32: bfloat16 of 7,168 points 8.4 to 6.2, of
+//   1,792 4.6 to 4.0. Below half of a copy's rate: bfloat16 of 80 to 640 points of 28 2^k and 40 2^k, where a row is
+//   n / 32 products a vector, or H_m's 2, their stores and four stages of lanes, 14 operations; float16 of 40 to 160.
 // Tried and lost: float16 as whole rows of 40 points 8.6 to 6.9 ns, but 16 to 21 while products are slow, of 80 8.9 to
 //   10.4; runs of m = 12 from k = 6 on and of 40 from k = 5, 5.1 to 5.9 of 768 and 9.2 to 9.9 of 5,120; after H_32, H_m
 //   of the sums in two parts, any m and k, both types: 1.2 to 1.8 times longer, since tiles wait for what vectors have

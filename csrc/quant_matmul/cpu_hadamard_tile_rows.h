@@ -34,7 +34,7 @@ class TileRows {
     return __is_same(S, bf16) && a.out && a.n == a.m << a.k && a.k <= kMostBits && scalekern::has_amx();
   }
   bool takes_runs(const scalekern::HadamardArgs& a) const {
-    const int most = a.m == 12 ? 5 : a.m == 40 ? 4 : kMostBits;
+    const int most = a.m == 12 ? 5 : a.m == 40 || known_signs(a.signs, a.m) ? 4 : kMostBits;
     return takes(a) && !whole_ && a.m > 1 && a.k >= RunProduct::kLeast && a.k <= most;
   }
   static bool takes_blocks(const scalekern::HadamardArgs& a) {

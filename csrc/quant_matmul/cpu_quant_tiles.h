@@ -7,10 +7,10 @@
 //   float16   2            x_0 w_0, x_0 w_1, x_1 w_0      2^-17
 //   float32   3            x_i w_j with i + j < 3: six    2^-26
 //
-// Codes that are exact in bfloat16 (integers, small floats), in groups of 32 columns and more (128 for bfloat16, which
-//   has less to win: 1.2 times as long in groups of 64), are one part, and a group's sum is multiplied by its scale:
-//   1, 2 or 3 products. What zeros and offsets differ from the middle code meets the sums of the tokens' groups, as
-//   columns of their own.
+// Codes that are exact in bfloat16 (integers, small floats), in groups of 32 columns and more (for bfloat16 of 128,
+//   and 7 or 8 bits: int4 of 128 took 1.2 times as long, at 128 tokens 4.2 ms for 3.5), are one part, and a group's sum
+//   is multiplied by its scale: 1, 2 or 3 products. What zeros and offsets differ from the middle code meets the sums
+//   of the tokens' groups, as columns of their own.
 // Tables whose numbers times their scales are exact in bfloat16 (MX: a power of two; NVFP4: a float8) are one part
 //   again, and nothing is scaled but by `outer`, at the end.
 // Otherwise, in bfloat16, one part of scale and code where a row has several groups: as exact as what eager torch
@@ -36,6 +36,7 @@
 //   (512 tokens too: 1 to 3 % longer); 64 tokens or 128 columns in L1 at once (equal); 256 tokens a pass (8 % at 512);
 //   a group's sums added to the totals behind the next group's products, two and four groups at once too (no faster at
 //   16 and 128 tokens, though all stores and additions are 0.9 ms of 128's 3.9); blocks of 512 rows (4 %);
+//   tiles of zeros loaded instead of tilezero: equal, int4 at 16 tokens 1.3 times as long;
 // a table of scale and zero in three parts where codes are exact (float32 with zeros: 3 times as long at 16 tokens).
 // An output's additions have one order, whatever the number of threads.
 //
@@ -189,15 +190,17 @@ struct TileProduct {
   const float middle = a.w.table ? 0.0f : float(a.w.bits == 1 ? 0 : 1 << (a.w.bits - 1));
   const bool exact = exact_when_scaled(a.w);  // but for `outer`
   const bool scaled = !exact && exact_in_bf16(a.w) && (a.activation_max == 0 || !a.w.has_rest(middle)) &&
-      (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && a.w.group >= (out_parts == 1 ? 128 : 32)));
+      (a.w.groups == 1 || (a.w.group % kTileColumns == 0 && (out_parts > 1 || (a.w.bits > 6 && a.w.group >= 128))));
   const int w_parts = exact || scaled ? 1 : a.w.groups > 1 ? out_parts : int(most(2, out_parts));
   const bool rest = scaled && a.w.has_rest(middle);
   const int rest_parts = out_parts == 1 ? 2 : 3;
   const int x_parts = a.activation_max != 0 ? 1 : int(least(parts_of(a.x.dtype), out_parts + 1));
-  // Few tokens: a block that meets them once stays close to L1. Many: the more rows, the less often they come from L3.
+  // Few tokens: a block that meets them once stays in L2. Many: the more rows, the less often they come from L3.
   const int64_t block_rows =
       a.tokens <= 32 ? 64 : most(64, least(kMostRows, a.w.rows / (4 * scalekern::num_threads()) / 64 * 64));
-  const int64_t block_columns = 512 / w_parts / kTileColumns * kTileColumns;
+  // Few tokens: long pieces of a row. 16 tokens, 512 to 2,048 columns: mxfp8 2.26 to 2.00 ms, e4m3 in groups of 64 2.43
+  // to 2.07, nf4 2.13 to 1.68; 256 columns, which stay in L1, 5 to 20 % longer than 512.
+  const int64_t block_columns = (a.tokens <= 32 ? 2048 : 512) / w_parts / kTileColumns * kTileColumns;
   // Columns of a sum: 32 tokens of them stay in L1, and float32 keeps its digits.
   const int64_t depth = x_parts > 2 || w_parts > 2 ? 128 : x_parts > 1 || w_parts > 1 ? 256 : 512;
 
