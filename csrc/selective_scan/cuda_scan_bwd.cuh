@@ -32,9 +32,9 @@ struct BwdArgs {
   void *dD, *dbias;                      // (B, D), likewise
   void* partial;                         // (B, segments, slots, L, 2 padded): dB, dC summed over the channels of a slot
   int64_t slots, round;                  // slots a segment; this launch takes its blocks from round * slots on
-  // Plain rows only (cuda_scan_bwd_rows.cuh). Time is split of all but the first `whole` channel blocks: chunks, in scan
-  // order, of chunk_tiles tiles; of them the adjoint on entering each from its end (B, chunks, D, N), its sum of step
-  // sizes (B, chunks, D).
+  // Plain rows only (cuda_scan_bwd_rows.cuh). All channel blocks but the first `whole` are split over time: chunks, in
+  // scan order, of chunk_tiles tiles; the adjoint on entering each from its end (B, chunks, D, N), its sum of steps
+  // (B, chunks, D).
   int64_t whole, chunks, chunk_tiles;
   void *entry, *step_sum;
   int tokens, padded, pitch;             // tokens of a tile; states padded to whole threads; pitch of a tile's row

@@ -64,8 +64,8 @@ bool takes_rows(const BwdArgs& a) {
          packable<T>(a.ddelta) && packable<T>(a.dz);
 }
 
-// Plain rows. Time is split where blocks do not fill the places that the GPU has for them: where there are more, of those
-// that are left for the last wave, else of all. Every chunk but the first costs its adjoint twice.
+// Plain rows. Blocks that do not fill the places that the GPU has for them are split over time: those that are left for
+// the last wave. Every chunk but the first costs its adjoint twice.
 template <class T>
 void plan_rows(BwdArgs& a, int64_t processors) {
   using Kernel = ScanBwdRows<T, false>;

@@ -8,8 +8,8 @@
 // Split: two lanes a channel (l, l ^ 16), 8 states each; a warp 16 channels, a block 64; 128 threads. Tokens from the
 // last tile of 64 to the first: up the tile from its checkpoint, leaving the states on entering each group of 8 in
 // shared memory; then group by group back down, four tokens at a time, whose 4 x 8 states stay in registers.
-// Three blocks an SM hold 168 registers a thread and 60 KB each (68 in float; sm_80 has room for two such blocks). Where
-// blocks leave places of the GPU empty, those of the last wave are split over time (cuda_scan_bwd_chunks.cuh).
+// Three blocks an SM hold 168 registers a thread and 60 KB each (68 in float; sm_80 has room for two such blocks).
+// Where blocks leave places of the GPU empty, those of the last wave are split over time (cuda_scan_bwd_chunks.cuh).
 //
 // Loads: u, delta, dout and z of a group come by asynchronous copies one group ahead, across tiles too, each lane's one
 // or two of 16 bytes; each lane prepares four of the group's eight tokens (step size, d u, dy, gate) for both of its
