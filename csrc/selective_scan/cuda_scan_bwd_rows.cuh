@@ -11,21 +11,24 @@
 // Three blocks an SM hold 168 registers a thread and 60 KB each (68 in float; sm_80 has room for two such blocks).
 // Where blocks leave places of the GPU empty, those of the last wave are split over time (cuda_scan_bwd_chunks.cuh).
 //
-// Loads: u, delta, dout and z of a group come by asynchronous copies one group ahead, across tiles too, each lane's one
-// or two of 16 bytes; each lane prepares four of the group's eight tokens (step size, d u, dy, gate) for both of its
-// channel. dB and dC: cuda_scan_bwd_sums.cuh; the warps' sums take the place of saved states that are used up, and at
-// the end of the tile the block adds them and leaves them in its slot of the partial buffer (cuda_scan_reduce.cuh).
+// Loads: u, delta, dout and z of a group come by asynchronous copies one group ahead, across tiles too, one or two of
+// 16 bytes a lane, the first of a tile with the line around it. Each lane prepares four of a group's eight tokens (step
+// size, d u, dy, gate) for both of its channel. dB and dC: cuda_scan_bwd_sums.cuh; the warps' sums take the place of
+// saved states that are used up, and at the end of the tile the block adds them and leaves them in its slot of the
+// partial buffer (cuda_scan_reduce.cuh).
 //
-// Measured on an H200 in the form before this one: 6.84 ms at the shape above with the reductions, 1.33 times
-// mamba_ssm 2.3.2; at B1 D1536 L16384 1.34 ms (12.1 without a split of time, mamba_ssm 1.96). A replay of its
-// instructions with their stall counts and barriers, 500 cycles a global load, three warps a scheduler, then one (512
-// blocks have 396 places: a second wave of 116 took 2.5 of 6.0 ms), explains 6.1 of them, and these empty slots:
-// - a step size was one branch a token: eight chains of some 100 cycles in turn, twice a group; now four at once;
-// - a token's sums were stored before the next token's B and C were read, which waited for products and exchanges, some
+// Measured on an H200 in the form before this one (295 instructions): 6.84 ms at the shape above with the reductions,
+// 1.33 times mamba_ssm 2.3.2; at B1 D1536 L16384 1.34 ms (12.1 without a split of time, mamba_ssm 1.96). A replay of
+// its machine code on a model of one scheduler (stall counts, barriers, latencies of each pipe) takes 5.0 to 6.8 ms
+// with global loads of 40 to 800 cycles; at 500, 3.5 for the wave of 396 blocks that the GPU holds and 2.5 for the
+// other 116, one an SM. What stood still in it, and does no more:
+// - step sizes had a branch a token: eight chains of some 100 cycles in turn, twice a group; now four at once;
+// - a token's sums were stored before the next token's B and C were read: those waited for products and exchanges, some
 //   150 cycles a token; now four tokens' sums are stored together;
-// - loads were waited for at once, ten a group.
-// Predicted by the same replay, not measured: 2.6 ms a wave (3.5 before), 1.2 a wave of one block an SM (2.5), and with
-// the last wave split 3.7 ms, some 4.2 with the reductions and what the replay did not explain.
+// - twelve loads a group were waited for at once;
+// - the wave of 116 left most of the GPU idle.
+// Predicted by the same replay, not measured: 2.6 ms for the wave of 396, 0.9 for the rest and 0.2 for its adjoints, in
+// all some 4.2 with the reductions and a tenth for what the replay does not know.
 //
 // Tried before, in ms at the shape above: the general kernel 15.6; decays kept in registers beside the states, states
 // saved every four tokens, products chained 6.87; decays computed twice, products independent, four blocks an SM (the
@@ -94,13 +97,23 @@ struct ScanBwdRows : BwdLanes {
     return w;
   }
 
+  // copy_in_group that also brings the line around into L2: all of a tile's tokens of 2 bytes, or half of them.
+  static SK_DEVICE void copy_row(T* to, const T* from) {
+#if defined(__CUDA_ARCH__)
+    const unsigned address = unsigned(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+#else
+    copy_in_group(to, from);
+#endif
+  }
+
   // Begins to copy the rows of the group at token t.
   static SK_DEVICE void fetch(const Walk& w, int64_t t, int turn, bool down) {
     constexpr int kPack = Pack<T>::kSize;
 #pragma unroll
     for (int k = 0; k < kGroup; k += kPack) {
-      copy_in_group(raw(kU, turn) + w.half * kRows + k, w.both + t + k);
-      if (down && w.down) copy_in_group(raw(kDout, turn) + w.half * kRows + k, w.down + t + k);
+      copy_row(raw(kU, turn) + w.half * kRows + k, w.both + t + k);
+      if (down && w.down) copy_row(raw(kDout, turn) + w.half * kRows + k, w.down + t + k);
     }
   }
 
