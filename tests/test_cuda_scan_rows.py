@@ -77,6 +77,6 @@ def test_rows_fetched_ahead_end_where_the_tensors_do(shape, reverse, at_end):
     if child == 0:
         faulthandler.disable()
         for name, (outputs, inputs) in calls.items():
-            emulated.fill(name, outputs, inputs)
+            emulated.fill(name, outputs, inputs, "falling")  # copies happen at once, waited for or not
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
