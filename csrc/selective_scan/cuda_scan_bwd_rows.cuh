@@ -1,7 +1,7 @@
 // Backward selective scan of plain rows (cuda_scan_rows.cuh says when): the fast one.
 //
-// Bound, counted in the code for sm_90a, bf16, gated, with softplus: issue slots, 258 instructions a token and lane (46
-// up, 212 down), 2.1 ms at B8 D4096 N16 L4096 on an H200; the special-function unit close behind, 29 operations, 1.9 ms
+// Bound, counted in the code for sm_90a, bf16, gated, with softplus: issue slots, 268 instructions a token and lane (46
+// up, 222 down), 2.2 ms at B8 D4096 N16 L4096 on an H200; the special-function unit close behind, 29 operations, 1.9 ms
 // (3.4 x 8 exponentials: states up to the bounds of the groups, up to the middle of a group, within four tokens, and
 // decays on the way back; step sizes twice, gates once, both shared by a channel's two lanes); memory 0.5 ms.
 //
@@ -27,8 +27,8 @@
 //   150 cycles a token; now four tokens' sums are stored together;
 // - twelve loads a group were waited for at once;
 // - the wave of 116 left most of the GPU idle.
-// Predicted by the same replay, not measured: 2.6 ms for the wave of 396, 0.9 for the rest and 0.2 for its adjoints, in
-// all some 4.2 with the reductions and a tenth for what the replay does not know.
+// Predicted by the same replay, not measured: 2.7 ms for the wave of 396, 0.9 for the rest and 0.2 for its adjoints, in
+// all some 4.3 with the reductions and a tenth for what the replay does not know.
 //
 // Tried before, in ms at the shape above: the general kernel 15.6; decays kept in registers beside the states, states
 // saved every four tokens, products chained 6.87; decays computed twice, products independent, four blocks an SM (the

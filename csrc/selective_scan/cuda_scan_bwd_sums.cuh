@@ -1,10 +1,13 @@
 // Sums over the channels of a warp in the backward scan of plain rows: dB and dC of a token.
 //
 // A lane brings 16 terms, dB and dC of its 8 states; the 16 lanes of a half warp hold the same states of 16 channels.
-// Tensor cores do the first step: four products sum over the four lanes of a quad, and by ones in different columns
-// leave 4 of the 16 sums in each lane (the terms are cut to tf32 for 2-byte types, split in two for float). Three
-// exchanges do the rest. 16 instructions; 60 with shuffles alone, 28 with four independent products whose results are
-// selected, which saves no time once several tokens are under way at once.
+// Tensor cores do the first step: four products with ones sum over the four lanes of a quad, and each lane keeps 4 of
+// the 16 sums (the terms are cut to tf32 for 2-byte types, split in two for float). Three exchanges do the rest: 28
+// instructions, 60 with shuffles alone.
+//
+// A product takes two terms and zeros, so an infinite one makes NaN of its neighbour's sum too. Not taken for that: ones
+// and zeros that sort all sums into their lanes, which spread it to all 16 (16 instructions; 3 % of the kernel's time by
+// the replay that cuda_scan_bwd_rows.cuh speaks of). Free of it: eight products of 16 x 4 (32, but 280 bytes spilled).
 #pragma once
 #include "selective_scan/cuda_scan.cuh"
 #if !defined(__CUDACC__)
@@ -27,31 +30,26 @@ SK_DEVICE void tf32_product(float (&sum)[4], const float (&a)[4], float b0, floa
 }
 
 struct ChannelSums {
-  float column[8];  // one in column lane / 4 of the 8 of a product, else zero
+  float even;  // 1 in the lanes whose lane / 4 is even
 
-  static SK_DEVICE ChannelSums of_lane() {
-    ChannelSums s;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) s.column[i] = thread_index() % 32 / 4 == i ? 1.0f : 0.0f;
-    return s;
-  }
+  static SK_DEVICE ChannelSums of_lane() { return {thread_index() / 4 % 2 == 0 ? 1.0f : 0.0f}; }
 
-  // Lane q of every four gets the sums over the four of x[4 q .. 4 q + 3]: columns 2 q and 2 q + 1 are its own.
+  // Lane q of every four gets the sums over the four of x[4 q .. 4 q + 3].
   template <bool kExact>
   SK_DEVICE void quad_sums(const float (&x)[16], float (&sums)[4]) const {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) sums[k] = 0;
-#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float high[4], low[4];
+      float high[4], low[4], sum[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float term = x[4 * i + (k % 2 * 2 + k / 2)];  // rows l / 4 and l / 4 + 8, then the other half of the sum
         high[k] = kExact ? as_float(as_bits(term) & 0xffffe000u) : term;
         low[k] = term - high[k];
       }
-      tf32_product(sums, high, column[2 * i], column[2 * i + 1]);
-      if constexpr (kExact) tf32_product(sums, low, column[2 * i], column[2 * i + 1]);
+      tf32_product(sum, high, even, 1.0f - even);
+      if constexpr (kExact) tf32_product(sum, low, even, 1.0f - even);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[k] = i == 0 || thread_index() % 4 == i ? sum[k] : sums[k];
     }
   }
 
