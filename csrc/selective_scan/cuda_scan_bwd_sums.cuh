@@ -5,9 +5,9 @@
 // the 16 sums (the terms are cut to tf32 for 2-byte types, split in two for float). Three exchanges do the rest: 28
 // instructions, 60 with shuffles alone.
 //
-// A product takes two terms and zeros, so an infinite one makes NaN of its neighbour's sum too. Not taken for that: ones
-// and zeros that sort all sums into their lanes, which spread it to all 16 (16 instructions; 3 % of the kernel's time by
-// the replay that cuda_scan_bwd_rows.cuh speaks of). Free of it: eight products of 16 x 4 (32, but 280 bytes spilled).
+// A product takes two terms and zeros, so an infinite one makes NaN of its neighbour's sum too. Not taken for that:
+// ones and zeros that sort all sums into their lanes, which spread it to all 16 (16 instructions; 3 % of the kernel's
+// time by the replay of cuda_scan_bwd_rows.cuh). Free of it: eight products of 16 x 4 (32, but 280 bytes spilled).
 #pragma once
 #include "selective_scan/cuda_scan.cuh"
 #if !defined(__CUDACC__)
