@@ -38,16 +38,14 @@ struct ScanBwdChunks : BwdLanes {
       // The other buffer may still be read: the barrier of the next tile comes before it is written again.
       F* const C_tile = reinterpret_cast<F*>(shared_memory()) + (i & 1) * kMatrix;
       store_share(C_next, C_tile);
-      if (i > place.begin) load_share(a, place, a.p.C, BwdTile<kReverse>::of(a.p, i - 1).t0, C_next);
+      load_share(a, place, a.p.C, BwdTile<kReverse>::of(a.p, i - 1).t0, C_next);
       sync_threads();
 #pragma unroll 1
       for (int at = tile.groups - 1; at >= 0; --at) {
         Raw<T, kGroup> delta = delta_next, dout = dout_next, z = z_next;
-        if (at > 0 || i > place.begin) {
-          constexpr int kOnward = kReverse ? kGroup : -kGroup;
-          delta_at += kOnward, dout_at += kOnward, z_at += z_at ? kOnward : 0;
-          fetch();
-        }
+        constexpr int kOnward = kReverse ? kGroup : -kGroup;
+        delta_at += kOnward, dout_at += kOnward, z_at += z_at ? kOnward : 0;
+        fetch();  // the last time of the chunk before, which there always is
         sync_warp();  // or the compiler would move the loads down to where they are used
         if constexpr (kReverse) delta.turn(), dout.turn(), z.turn();
         F step[kGroup];
