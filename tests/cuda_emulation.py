@@ -30,11 +30,11 @@ def _run(name, outputs, tensors, flags, processors, order):
     return outputs
 
 
-def fill(name, outputs, args):
+def fill(name, outputs, args, order="rising"):
     """The kernels of scalekern_native::<name>_cuda on these outputs and arguments, whatever their strides."""
     flags = [a for a in args if isinstance(a, bool)]
     tensors = [a for a in args if not isinstance(a, bool)]
-    return _run(name, outputs, tensors, flags[:2] if name == "selective_scan_fwd" else flags, 1, "rising")
+    return _run(name, outputs, tensors, flags[:2] if name == "selective_scan_fwd" else flags, 1, order)
 
 
 def selective_scan_fwd(*args, processors=1, order="rising"):

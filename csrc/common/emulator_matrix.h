@@ -1,6 +1,7 @@
 // Operations of a whole warp on matrices for the emulator, written from the PTX ISA's description of which lane holds
-// what ("Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix"), in its terms and order, and from
-// nothing that a kernel says about its own layout: a kernel that packs its operands wrongly gets wrong numbers.
+// what ("Matrix Fragments for mma.m16n8k16 with floating point type", "... for mma.m16n8k8", "ldmatrix"), in its terms
+// and order, and from nothing that a kernel says about its own layout: a kernel that packs its operands wrongly gets
+// wrong numbers.
 #pragma once
 #include <cstring>
 
@@ -31,6 +32,31 @@ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   for (int i = 0; i < 4; ++i) {
     const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
     for (int k = 0; k < 16; ++k) d[i] += all.a[row][k] * all.b[k][column];
+  }
+  block().warp_barrier();
+}
+
+// d = a b + d of m16n8k8 in tf32: the 13 low bits of an operand do not count.
+inline void multiply_accumulate_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  struct Operands {
+    float a[16][8], b[8][8];
+  };
+  static thread_local Operands of_warp[32];
+  const int lane = block().thread % 32, group = lane >> 2, in_group = lane % 4;
+  Operands& all = of_warp[block().thread / 32];
+  const auto cut = [](float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits &= 0xffffe000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  };
+  for (int i = 0; i < 4; ++i) all.a[i % 2 == 0 ? group : group + 8][i < 2 ? in_group : in_group + 4] = cut(a[i]);
+  all.b[in_group][group] = cut(b0), all.b[in_group + 4][group] = cut(b1);
+  block().warp_barrier();
+  for (int i = 0; i < 4; ++i) {
+    const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+    for (int k = 0; k < 8; ++k) d[i] += all.a[row][k] * all.b[k][column];
   }
   block().warp_barrier();
 }

@@ -32,9 +32,10 @@ struct BwdArgs {
   void *dD, *dbias;                      // (B, D), likewise
   void* partial;                         // (B, segments, slots, L, 2 padded): dB, dC summed over the channels of a slot
   int64_t slots, round;                  // slots a segment; this launch takes its blocks from round * slots on
-  // Plain rows only (cuda_scan_bwd_rows.cuh). chunks of time, in scan order, of chunk_tiles tiles; where there are two
-  // or more: the adjoint on entering each from its end (B, chunks, D, N), its sum of step sizes (B, chunks, D).
-  int64_t chunks, chunk_tiles;
+  // Plain rows only (cuda_scan_bwd_rows.cuh). All channel blocks but the first `whole` are split over time: chunks, in
+  // scan order, of chunk_tiles tiles; the adjoint on entering each from its end (B, chunks, D, N), its sum of steps
+  // (B, chunks, D).
+  int64_t whole, chunks, chunk_tiles;
   void *entry, *step_sum;
   int tokens, padded, pitch;             // tokens of a tile; states padded to whole threads; pitch of a tile's row
   int delta_at, dy_at, B_at, C_at, saved_at, sums_at, shared_bytes;  // u's tile is at 0

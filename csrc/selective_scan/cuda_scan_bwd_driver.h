@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "selective_scan/cuda_scan_bwd.cuh"
+#include "selective_scan/cuda_scan_bwd_chunks.cuh"
 #include "selective_scan/cuda_scan_bwd_rows.cuh"
 #include "selective_scan/cuda_scan_fwd.cuh"
 #include "selective_scan/cuda_scan_problem.h"
@@ -63,30 +64,35 @@ bool takes_rows(const BwdArgs& a) {
          packable<T>(a.ddelta) && packable<T>(a.dz);
 }
 
-// Plain rows. Time is split when half of the places for blocks would stay empty: every chunk but the first costs its
-// adjoint twice.
+// Plain rows. Blocks that do not fill the places that the GPU has for them are split over time: those that are left for
+// the last wave. Every chunk but the first costs its adjoint twice.
 template <class T>
 void plan_rows(BwdArgs& a, int64_t processors) {
-  using Kernel = ScanBwdRows<T, false, false>;
+  using Kernel = ScanBwdRows<T, false>;
   Problem& p = a.p;
   p.lanes = 2, p.channels_per_block = Kernel::kChannels;
   p.blocks_per_segment = ceil_div(p.segment, p.channels_per_block);
   a.padded = kRowStates, a.shared_bytes = Kernel::kSharedBytes, a.slots = p.blocks_per_segment;
   const int64_t blocks = p.batch * p.channel_blocks(), tiles = ceil_div(p.length, kRowTokens);
-  const int64_t chunks = std::clamp<int64_t>(Kernel::kBlocks * processors / blocks, 1, tiles);
-  a.chunk_tiles = ceil_div(tiles, chunks), a.chunks = ceil_div(tiles, a.chunk_tiles);
+  const int64_t places = Kernel::kBlocks * processors, left = blocks % places;
+  const int64_t most = blocks < places ? tiles : std::min<int64_t>(tiles, 8);  // shorter ones save little of all waves
+  a.chunk_tiles = ceil_div(tiles, std::clamp<int64_t>(left ? places / left : 1, 1, most));
+  a.chunks = ceil_div(tiles, a.chunk_tiles);
+  a.whole = a.chunks > 1 ? blocks - left : blocks;
 }
 
 template <class T, bool kReverse, class Exec>
 void launch_rows(Exec& exec, BwdArgs& a) {
   const Problem& p = a.p;
-  const int64_t blocks = p.batch * p.channel_blocks(), rows = int64_t(sizeof(float)) * p.batch * p.channels;
-  if (a.chunks > 1) {
+  const int64_t rows = int64_t(sizeof(float)) * p.batch * p.channels;
+  const int64_t split = p.batch * p.channel_blocks() - a.whole;
+  if (split > 0) {
+    using Chunks = ScanBwdChunks<T, kReverse>;
     a.entry = exec.scratch(rows * a.chunks * p.states), a.step_sum = exec.scratch(rows * a.chunks);
-    exec.template launch<ScanBwdRows<T, kReverse, true>>(blocks * (a.chunks - 1), a.shared_bytes, a);
-    exec.template launch<JoinAdjoints>(ceil_div(p.batch * p.channels * p.states, JoinAdjoints::kThreads), 0, a);
+    exec.template launch<Chunks>(split * (a.chunks - 1), Chunks::kSharedBytes, a);
+    exec.template launch<JoinAdjoints>(split * JoinAdjoints::kRow / JoinAdjoints::kThreads, 0, a);
   }
-  exec.template launch<ScanBwdRows<T, kReverse, false>>(blocks * a.chunks, a.shared_bytes, a);
+  exec.template launch<ScanBwdRows<T, kReverse>>(a.whole + split * a.chunks, a.shared_bytes, a);
 }
 
 template <class T, class Exec>

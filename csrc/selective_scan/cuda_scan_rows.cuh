@@ -13,32 +13,6 @@ namespace scalekern::scan {
 constexpr int kRowStates = 16;  // of a channel, padded
 constexpr int kRowTokens = 64;  // of a tile of B and C; the least checkpoint stride
 
-// Eight tokens of a row between global memory and registers, in scan order.
-template <class T, class F>
-SK_DEVICE void load_row(const T* row, bool reverse, F (&x)[kGroup]) {
-  constexpr int kPack = Pack<T>::kSize;
-#pragma unroll
-  for (int k = 0; k < kGroup; k += kPack) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(row + k);
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) x[k + e] = widen(pack.v[e]);
-  }
-  if (reverse) swap_ends(x);
-}
-
-template <class T, class F>
-SK_DEVICE void store_row(T* row, bool reverse, F (&x)[kGroup]) {
-  constexpr int kPack = Pack<T>::kSize;
-  if (reverse) swap_ends(x);
-#pragma unroll
-  for (int k = 0; k < kGroup; k += kPack) {
-    Pack<T> pack;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) pack.v[e] = narrow<T>(x[k + e]);
-    *reinterpret_cast<Pack<T>*>(row + k) = pack;
-  }
-}
-
 // Tokens of a row as they lie in memory: in words, because the compiler keeps elements of 16 bits apart.
 template <class T, int kCount>
 struct Raw {
@@ -75,31 +49,6 @@ struct Raw {
       word(i) = kPer == 1 ? high : high >> 16 | high << 16;
       word(kWords - 1 - i) = kPer == 1 ? low : low >> 16 | low << 16;
     }
-  }
-};
-
-// One of 128 threads' share of a tile of B or C: 8 tokens of one state, fetched a tile ahead.
-template <class T>
-struct MatrixShare {
-  static constexpr int kPacks = kGroup / Pack<T>::kSize;
-  Pack<T> packs[kPacks];
-
-  SK_DEVICE void fetch(const Problem& p, const Matrix& m, int64_t batch, int64_t channel, int64_t t0) {
-    const int n = thread_index() / kGroup;
-    const int64_t t = t0 + thread_index() % kGroup * kGroup;
-    const bool inside = n < p.states && t < p.length;
-    const T* from = static_cast<const T*>(m.p) + m.offset(batch, channel) + n * m.n + t;
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k)
-      packs[k] = inside ? reinterpret_cast<const Pack<T>*>(from)[k] : Pack<T>{};
-  }
-
-  // To a tile of (kRowTokens, kRowStates).
-  template <class F>
-  SK_DEVICE void store(F* tile) const {
-    F* to = tile + thread_index() % kGroup * kGroup * kRowStates + thread_index() / kGroup;
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) to[j * kRowStates] = widen(packs[j / Pack<T>::kSize].v[j % Pack<T>::kSize]);
   }
 };
 
