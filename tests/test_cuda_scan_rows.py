@@ -76,7 +76,11 @@ def test_rows_fetched_ahead_end_where_the_tensors_do(shape, reverse, at_end):
     child = os.fork()
     if child == 0:
         faulthandler.disable()
-        for name, (outputs, inputs) in calls.items():
-            emulated.fill(name, outputs, inputs, "falling")  # copies happen at once, waited for or not
-        os._exit(0)
+        failed = 1  # an error must not go on with the other tests in here
+        try:
+            for name, (outputs, inputs) in calls.items():
+                emulated.fill(name, outputs, inputs, "falling")  # copies happen at once, waited for or not
+            failed = 0
+        finally:
+            os._exit(failed)
     assert os.waitpid(child, 0)[1] == 0
