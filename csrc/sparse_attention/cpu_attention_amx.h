@@ -257,7 +257,7 @@ struct TileProducts {
 
 // Blocks of keys of whole tiles: gradients of keys are added to 16 at a time, and a block is one thread's.
 static inline bool in_tiles(const AttnArgs& a) {
-  return a.dtype == kBf16 && a.block_k % 16 == 0 && scalekern::has_amx();
+  return a.dtype == kBf16 && a.block_k % 16 == 0 && scalekern::has_bf16();
 }
 
 }  // namespace
