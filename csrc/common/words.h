@@ -14,30 +14,48 @@ namespace {
 struct ByteWords {  // a unsigned, b signed; exact
   using Sum = __m512i;
   static Sum add(Sum sum, __m512i a, __m512i b) { return add_byte_products(sum, a, b); }
+  static Sum join(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
 };
 struct Bf16Words {
   using Sum = __m512;
   static Sum add(Sum sum, __m512i a, __m512i b) { return add_bf16_pairs(sum, a, b); }
+  static Sum join(Sum a, Sum b) { return _mm512_add_ps(a, b); }
 };
 
-// Rows of a are `pitch` bytes apart, words of b `step`, its vectors `next`.
+// Some words. Rows of a are `pitch` bytes apart, words of b `step`, its vectors `next`.
+template <class Words, int R, int C>
+static inline __attribute__((always_inline)) void add_word(
+    const char* a, int64_t pitch, const char* b, int64_t next, typename Words::Sum (&sums)[R][C]) {
+  __m512i lanes[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) lanes[c] = _mm512_loadu_si512(b + c * next);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    int32_t number;
+    __builtin_memcpy(&number, a + r * pitch, 4);
+    const __m512i all = _mm512_set1_epi32(number);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sums[r][c] = Words::add(sums[r][c], all, lanes[c]);
+  }
+}
+// `words` of them, an even number: eight sums would wait for themselves, so there are two of each.
 template <class Words, int R, int C>
 static inline __attribute__((always_inline)) void add_words(
     const void* a, int64_t pitch, const void* b, int64_t step, int64_t next, int64_t words,
     typename Words::Sum (&sums)[R][C]) {
   const char *word = static_cast<const char*>(a), *row = static_cast<const char*>(b);
-  for (int64_t i = 0; i < words; ++i, word += 4, row += step) {
-    __m512i lanes[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) lanes[c] = _mm512_loadu_si512(row + c * next);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      int32_t number;
-      __builtin_memcpy(&number, word + r * pitch, 4);
-      const __m512i all = _mm512_set1_epi32(number);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sums[r][c] = Words::add(sums[r][c], all, lanes[c]);
+  if constexpr (R * C > 8) {
+    for (int64_t i = 0; i < words; ++i, word += 4, row += step) add_word<Words>(word, pitch, row, next, sums);
+  } else {
+    typename Words::Sum odd[R][C] = {};
+    for (int64_t i = 0; i < words; i += 2, word += 8, row += 2 * step) {
+      add_word<Words>(word, pitch, row, next, sums);
+      add_word<Words>(word + 4, pitch, row + step, next, odd);
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sums[r][c] = Words::join(sums[r][c], odd[r][c]);
   }
 }
 

@@ -125,41 +125,47 @@ struct RowTiles : RowBlock {
   void brief_groups(int64_t first, int64_t end) const {
     for (int64_t tile = 0; in_registers && tile < tokens.tiles; ++tile) brief_groups<kRest>(first, end, tile);
     for (int64_t tile = 0; !in_registers && tile < tokens.tiles; tile += 2)
-      if (tile + 1 < tokens.tiles) brief_groups_in_words<kRest, 2>(first, end, tile);
-      else brief_groups_in_words<kRest, 1>(first, end, tile);
+      if (tile + 1 < tokens.tiles) brief_groups_in_words<kRest, 8, 2>(first, end, tile);
+      else brief_groups_in_words<kRest, 8, 1>(first, end, tile);
   }
 
-  // The same without tile registers, T tiles of tokens and R rows at a time. Codes are unsigned.
-  template <bool kRest, int T>
+  // The same without tile registers: R rows by T tiles of tokens, their totals in registers. Codes are unsigned: sums
+  // start with minus the middle one times a group's.
+  template <bool kRest, int R, int T>
   __attribute__((noinline)) void brief_groups_in_words(int64_t first, int64_t end, int64_t tile) const {
-    constexpr int R = kWordRows;
-    for (int64_t g = first; g < end; ++g) {
-      const int64_t words = (layout.begin[g + 1] - layout.begin[g]) * 16, next = tokens.lines * kTileSize;
-      const uint8_t* code = codes + (layout.code_line(g) - layout.code_line(first)) * kTileBytes;
-      const int8_t* x = token(tile, layout.begin[g]);
-      __m512i start[T];
-      starts(x, next, words, start);
-      for (int64_t r = 0; r < count * kTileRows; r += R) {
-        __m512i acc[R][T];
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i)
+    const int64_t rows = count * kTileRows, next = tokens.lines * kTileSize;
+    for (int64_t r = 0; r < rows; r += R) {
+      float* to = totals + (tile * rows + r) * kTileLanes;
+      VecF total[R][T];
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-          for (int t = 0; t < T; ++t) acc[i][t] = start[t];
-        add_words<ByteWords>(code + r * pitch, pitch, x, kTileBytes, next, words, acc);
-        const float *s = scale + g * count * kTileRows + r, *o = rest + g * count * kTileRows + r;
+        for (int t = 0; t < T; ++t) total[i][t] = load(to + (t * rows + i) * kTileLanes);
+      for (int64_t g = first; g < end; ++g) {
+        const uint8_t* code = codes + (layout.code_line(g) - layout.code_line(first)) * kTileBytes + r * pitch;
+        const float *s = scale + g * rows + r, *o = rest + g * rows + r;
+        VecF sum[T];
+        __m512i acc[R][T];
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) {
-          const VecF sum = kRest ? load(tokens.sum + ((tile + t) * tokens.groups + g) * kTileLanes) : VecF{};
-          float* to = totals + ((tile + t) * count * kTileRows + r) * kTileLanes;
-#pragma GCC unroll 16
-          for (int i = 0; i < R; ++i) {
-            VecF total = load(to + i * kTileLanes);
-            total += s[i] * (VecF)_mm512_cvtepi32_ps(acc[i][t]);
-            if (kRest) total += o[i] * sum;
-            store(to + i * kTileLanes, total);
-          }
+          sum[t] = load(tokens.sum + ((tile + t) * tokens.groups + g) * kTileLanes);
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) acc[i][t] = _mm512_cvtps_epi32((__m512)(sum[t] * -128.0f));
         }
+        add_words<ByteWords>(code, pitch, token(tile, layout.begin[g]), kTileBytes, next,
+                             (layout.begin[g + 1] - layout.begin[g]) * 16, acc);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+          for (int t = 0; t < T; ++t) {
+            total[i][t] += s[i] * (VecF)_mm512_cvtepi32_ps(acc[i][t]);
+            if (kRest) total[i][t] += o[i] * sum[t];
+          }
       }
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) store(to + (t * rows + i) * kTileLanes, total[i][t]);
     }
   }
 
