@@ -218,7 +218,7 @@ static bool worth_digits(const QuantMatmulArgs& a) {
   const bool half_tiles = a.w.groups > 1 && a.w.group == kTileColumns;  // of bytes
   if (half_tiles && (a.tokens > 32 || a.x.dtype == QuantDtype::bf16)) return false;
   if (8 % a.w.bits != 0) return a.x.dtype == QuantDtype::f32 && a.tokens > 32;
-  return a.x.dtype != QuantDtype::bf16 || a.tokens <= DigitTiles::kMost;
+  return a.x.dtype != QuantDtype::bf16 || a.tokens <= (scalekern::has_amx() ? DigitTiles::kMost : 16);
 }
 #endif
 
