@@ -1,5 +1,5 @@
-// Many float tokens with integer codes on AMX's byte products: tokens as fixed point in digits of a byte, as in
-// cpu_quant_digits.h, codes as bytes, sums of a part (a group, as a rule) exact in int32.
+// Many float tokens with integer codes on AMX's byte products, or VNNI's (common/words.h): tokens as fixed point in
+// digits of a byte, as in cpu_quant_digits.h, codes as bytes, sums of a part (a group, as a rule) exact in int32.
 //
 // 16-bit results take two digits, float32 three, which is 1.5 of bfloat16's products where its parts are three; a part
 //   of a token that needs more takes up to four, by itself: what it leaves is 0 beside others, and no bit differs.
@@ -230,19 +230,19 @@ struct DigitRows : RowBlock {
 
   // totals += a part of one tile of tokens, R rows at a time, without tile registers. Codes are unsigned.
   template <int D, bool kRest>
-  __attribute__((noinline)) void multiply_words(const uint8_t* code, const int8_t* x, int64_t lines, const Pending& p) {
+  __attribute__((noinline)) void multiply_words(const uint8_t* code, const int8_t* x, int64_t part, const Pending& p) {
     constexpr int R = D < 4 ? kWordRows : kWordRows / 2;
-    const int64_t next = lines * kTileSize, words = lines * 16;
+    const int64_t lines = layout.begin[part + 1] - layout.begin[part], next = lines * kTileSize;
     const VecF unit = load(p.unit), sum = kRest ? load(p.sum) : VecF{};
     __m512i start[D];
-    starts(x, next, words, start);
+    starts(x, next, lines * 16, start);
     for (int64_t r = 0; r < count * kTileRows; r += R) {
       __m512i acc[R][D];
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int d = 0; d < D; ++d) acc[i][d] = start[d];
-      add_words<ByteWords>(code + r * pitch, pitch, x, kTileBytes, next, words, acc);
+      add_group(code + r * pitch, x, next, part, acc);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         VecF v = (VecF)_mm512_cvtepi32_ps(acc[i][D - 1]);
@@ -268,9 +268,9 @@ struct DigitRows : RowBlock {
       if (!in_registers) {
         const Pending part_of{digits, nullptr, tokens.unit + own, tokens.sum + own, scale + g * count * kTileRows,
                               rest + g * count * kTileRows, totals + tile * count * kTileSums};
-        if (digits == 2) multiply_words<2, kRest>(code, x, lines, part_of);
-        else if (digits == 3) multiply_words<3, kRest>(code, x, lines, part_of);
-        else multiply_words<4, kRest>(code, x, lines, part_of);
+        if (digits == 2) multiply_words<2, kRest>(code, x, part, part_of);
+        else if (digits == 3) multiply_words<3, kRest>(code, x, part, part_of);
+        else multiply_words<4, kRest>(code, x, part, part_of);
         continue;
       }
       if (pending.digits != digits) finish<kRest>();

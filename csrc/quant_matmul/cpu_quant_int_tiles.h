@@ -1,5 +1,5 @@
 // Integer products on AMX: 16 rows of the weight by 16 tokens by 64 columns an instruction, int32, exact within a
-// group.
+// group. Without tile registers, in words (common/words.h), which has those figures.
 //
 // Rows of C are rows of the weight, so that a scale is one number beside a vector of 16 tokens. A block of 64 rows is
 //   unpacked a few lines at a time, stays in L1 and meets all tokens; tokens are laid for it once a call.
@@ -152,8 +152,7 @@ struct RowTiles : RowBlock {
 #pragma GCC unroll 8
           for (int i = 0; i < R; ++i) acc[i][t] = _mm512_cvtps_epi32((__m512)(sum[t] * -128.0f));
         }
-        add_words<ByteWords>(code, pitch, token(tile, layout.begin[g]), kTileBytes, next,
-                             (layout.begin[g + 1] - layout.begin[g]) * 16, acc);
+        add_group(code, token(tile, layout.begin[g]), next, g, acc);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2

@@ -39,6 +39,21 @@ struct RowBlock {
     }
   }
 
+  // sums[r][c] += codes of R rows of a group times C vectors of numbers, `next` bytes apart. Of a line that others
+  // share, the group's words alone: in order, or of halves two runs.
+  template <int R, int C>
+  inline __attribute__((always_inline)) void add_group(
+      const uint8_t* code, const int8_t* x, int64_t next, int64_t g, __m512i (&sums)[R][C]) const {
+    const int64_t lines = layout.begin[g + 1] - layout.begin[g], start = g * layout.group % kLine;
+    const int64_t columns = least(layout.group, w.columns - g * layout.group), runs = layout.halves ? 2 : 1;
+    if (lines > 1 || (start | columns) % (4 * runs) != 0)
+      return add_words<ByteWords>(code, pitch, x, kTileBytes, next, lines * 16, sums);
+    for (int64_t i = 0; i < runs; ++i) {
+      const int64_t from = i * kLine / 2 + start / runs;
+      add_words<ByteWords>(code + from, pitch, x + from * 16, kTileBytes, next, columns / 4 / runs, sums);
+    }
+  }
+
   // Rows past the end repeat the last; `tiles` of them at once. `memory`: of kTileRows rows, and a vector.
   void load_parts(int64_t first, int64_t rows, float middle, float* memory, int64_t tiles = 1) {
     count = round_up(pieces(rows, kTileRows), tiles);

@@ -1,5 +1,6 @@
-// The products of forward and backward of bfloat16 in tile registers (common/tile_gemm.h), added up in float: what
-// cpu_attention_products.h does with multiply-adds. P and dS are rounded to bfloat16 for theirs, as in FlashAttention.
+// The products of forward and backward of bfloat16 in tile registers or words (common/tile_gemm.h), added up in float:
+// what cpu_attention_products.h does with multiply-adds. P and dS are rounded to bfloat16 for theirs, as in
+// FlashAttention.
 //
 //   S^T = K Q^T, dP^T = V dO^T          a: keys as they lie            b: words of queries, turned once a query tile
 //   dV += P^T dO, dK += dS^T Q          a: P^T, dS^T, rounded          b: pairs of rows of queries, once a query tile
