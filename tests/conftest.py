@@ -18,7 +18,7 @@ import scalekern
 from scalekern import _dispatch, _env, _native
 
 INTERPRET = _env.triton_interpret()
-LEVELS = ("baseline", "avx2", "avx512", "vnni", "amx")
+LEVELS = ("baseline", "avx2", "avx512", "vnni", "bf16", "amx")
 
 
 def pytest_configure(config):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(bool(_native.load("cpu")), reason="the CPU libra
 
 
 @pytest.mark.parametrize("bits", BITS)
-@at_levels("avx512", "vnni")
+@at_levels("avx512", "vnni", "bf16")
 def test_whole_numbers_are_exact(bits):
     """Groups share lines, fill one, several, or make pieces; rows end inside a line and a pair of tiles, tokens inside
     a tile and the second block of them. Numbers of two digits and more."""
@@ -119,7 +119,7 @@ def test_a_scale_that_is_no_number_stays_in_its_row(bad):
         assert error(out[:, others], clean[:, others].double()) <= 1e-6
 
 
-@at_levels("avx512", "vnni")
+@at_levels("avx512", "vnni", "bf16")
 def test_strides_and_parts():
     w = weight(40, 512, "int4", 64, symmetric=False)
     w = w.replace(scales=w.scales.half(), zeros=w.zeros.mT.contiguous().mT, offsets=(randn(40, 16) / 9)[:, ::2],

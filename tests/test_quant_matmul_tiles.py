@@ -35,7 +35,7 @@ def exact_product(x, w):
 
 
 @pytest.mark.parametrize("format, symmetric", VARIANTS, ids=lambda v: {True: "", False: "zeros"}.get(v, v))
-@at_levels("avx512")
+@at_levels("avx512", "vnni", "bf16")
 def test_every_format(format, symmetric):
     for (M, N, K), group, dtype in zip(SHAPES * 3, GROUPS * 4, itertools.chain(*([d] * 7 for d in FLOOR))):
         w, x = spoiled(weight(N, K, format, group, symmetric)), randn(M, K, seed=1).to(dtype)
@@ -161,7 +161,7 @@ def test_the_dtype_of_the_result_decides(dtype, out_dtype):
         assert error(out, exact_product(x, w) + bias.double()) <= FLOOR.get(out_dtype, 1e-6)
 
 
-@at_levels("avx512")
+@at_levels("avx512", "vnni", "bf16")
 def test_strides_and_parts():
     w = weight(40, 192, "int4", 64, symmetric=False)
     w = w.replace(scales=w.scales.half(), zeros=w.zeros.mT.contiguous().mT, offsets=(randn(40, 6) / 9)[:, ::2],

@@ -48,6 +48,7 @@ def check(case, actual, expected, what=""):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@at_levels("bf16")
 def test_head_dims_and_lengths(shape):
     Lq, Lk = SHAPES[shape][3:5]
     for name, mask in {"everything": masks.everything, "causal": CAUSAL.shift(max(Lk - Lq, 0), 0),

@@ -18,8 +18,8 @@ namespace scalekern {
 
 namespace {
 
-enum class Level { baseline, avx2, avx512, vnni, amx };
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "vnni", "amx"};
+enum class Level { baseline, avx2, avx512, vnni, bf16, amx };
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "vnni", "bf16", "amx"};
 
 #if defined(__x86_64__)
 // Read from cpuid: compilers of 2020 do not know the names.
@@ -30,10 +30,12 @@ struct Features {
 
 bool finds_vnni() { return Features(0).c >> 11 & 1; }
 
-// amx-bf16, amx-tile, amx-int8, avx512-bf16, avx512-vbmi; and the system gives this process the registers on request.
+bool finds_bf16() { return (Features(0).c >> 1 & 1) && (Features(1).a >> 5 & 1); }  // avx512-vbmi, avx512-bf16
+
+// amx-bf16, amx-tile, amx-int8; and the system gives this process the registers on request.
 bool finds_amx() {
   constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;
-  if ((Features(0).d & kTiles) != kTiles || !(Features(0).c >> 1 & 1) || !(Features(1).a >> 5 & 1)) return false;
+  if ((Features(0).d & kTiles) != kTiles) return false;
 #if defined(__linux__)
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
@@ -50,7 +52,8 @@ Level detect() {
   if (__builtin_cpu_supports("x86-64-v3")) found = Level::avx2;
   if (__builtin_cpu_supports("x86-64-v4")) found = Level::avx512;
   if (found == Level::avx512 && finds_vnni()) found = Level::vnni;
-  if (found == Level::vnni && finds_amx()) found = Level::amx;
+  if (found == Level::vnni && finds_bf16()) found = Level::bf16;
+  if (found == Level::bf16 && finds_amx()) found = Level::amx;
 #endif
   return found;
 }
@@ -74,6 +77,7 @@ Level level() { return in_use().load(std::memory_order_relaxed); }
 
 Isa isa() { return level() >= Level::avx512 ? Isa::avx512 : level() == Level::avx2 ? Isa::avx2 : Isa::baseline; }
 bool has_vnni() { return level() >= Level::vnni; }
+bool has_bf16() { return level() >= Level::bf16; }
 bool has_amx() { return level() >= Level::amx; }
 const char* isa_name() { return kNames[int(level())]; }
 

@@ -17,7 +17,8 @@ namespace scalekern {
 enum class Isa { baseline, avx2, avx512 };
 
 // The level in use: what the machine has, capped by SCALEKERN_CPU_ISA or _native.cpu_isa. Its name is that of the
-// further instructions in use (vnni, amx: common/amx.h), where there are some: their records are others than avx512's.
+// further instructions in use (vnni, bf16, amx: common/amx.h), where there are some: their records are others than
+// avx512's.
 Isa isa();
 const char* isa_name();
 

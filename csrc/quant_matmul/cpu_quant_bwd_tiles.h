@@ -23,13 +23,14 @@ using scalekern::QuantMatmulBwdArgs;
 class BackwardTiles {
  public:
   explicit BackwardTiles(const QuantMatmulBwdArgs& a)
-      : a_(a), w_parts_(parts_of_weight(a)), dout_parts_(int(least(parts_of(a.dout.dtype), parts_of(a.dx.dtype) + 1))),
+      : a_(a), w_parts_(parts_of_weight(a)), dout_parts_(dout_parts(a)),
         steps_(pieces(a.w.rows, kTileColumns)), strips_(round_up(pieces(a.tokens, 16), 2)),
         dout_(strips_ * steps_ * dout_parts_ * kTile), held_(strips_ * 16) {}
 
   // As floats the others take as long or less.
   static bool is_faster(const QuantMatmulBwdArgs& a) {
     const int parts = parts_of_weight(a);
+    if (!scalekern::has_amx()) return scalekern::has_bf16() && parts == 1 && dout_parts(a) == 1;
     return parts == 1 || (parts == 2 && a.tokens >= 16);
   }
 
@@ -77,6 +78,9 @@ class BackwardTiles {
     if (exact_when_scaled(a.w) && !a.w.outer.data) return 1;
     const int parts = parts_of(a.dx.dtype);
     return parts == 1 && a.w.groups == 1 && a.w.scales.row == 0 ? 2 : parts;
+  }
+  static int dout_parts(const QuantMatmulBwdArgs& a) {
+    return int(least(parts_of(a.dout.dtype), parts_of(a.dx.dtype) + 1));
   }
   bool worth_it() const { return a_.tokens * a_.w.rows * a_.w.columns >= kParallelWork; }
   int64_t most_groups() const { return a_.w.groups == 1 ? 1 : least(a_.w.groups, kColumns / a_.w.group + 2); }

@@ -1,5 +1,5 @@
-// Many float tokens with integer codes on AMX's byte products: tokens as fixed point in digits of a byte, as in
-// cpu_quant_digits.h, codes as bytes, sums of a part (a group, as a rule) exact in int32.
+// Many float tokens with integer codes on AMX's byte products, or VNNI's (common/words.h): tokens as fixed point in
+// digits of a byte, as in cpu_quant_digits.h, codes as bytes, sums of a part (a group, as a rule) exact in int32.
 //
 // 16-bit results take two digits, float32 three, which is 1.5 of bfloat16's products where its parts are three; a part
 //   of a token that needs more takes up to four, by itself: what it leaves is 0 beside others, and no bit differs.
@@ -228,6 +228,34 @@ struct DigitRows : RowBlock {
     else multiply<D, 0, kRest>(code, x, lines, to);
   }
 
+  // totals += a part of one tile of tokens, R rows at a time, without tile registers. Codes are unsigned.
+  template <int D, bool kRest>
+  __attribute__((noinline)) void multiply_words(const uint8_t* code, const int8_t* x, int64_t part, const Pending& p) {
+    constexpr int R = D < 4 ? kWordRows : kWordRows / 2;
+    const int64_t lines = layout.begin[part + 1] - layout.begin[part], next = lines * kTileSize;
+    const VecF unit = load(p.unit), sum = kRest ? load(p.sum) : VecF{};
+    __m512i start[D];
+    starts(x, next, lines * 16, start);
+    for (int64_t r = 0; r < count * kTileRows; r += R) {
+      __m512i acc[R][D];
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int d = 0; d < D; ++d) acc[i][d] = start[d];
+      add_group(code + r * pitch, x, next, part, acc);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        VecF v = (VecF)_mm512_cvtepi32_ps(acc[i][D - 1]);
+#pragma GCC unroll 4
+        for (int d = D - 2; d >= 0; --d) v = v * 0x1p-8f + (VecF)_mm512_cvtepi32_ps(acc[i][d]);
+        float* to = p.totals + (r + i) * kTileLanes;
+        VecF total = load(to) + p.scale[r + i] * (v * unit);
+        if (kRest) total += p.rest[r + i] * sum;
+        store(to, total);
+      }
+    }
+  }
+
   // Parts first .. end, which `codes` begins with.
   template <bool kRest>
   void add_parts(int64_t first, int64_t end, int64_t each, int64_t tile) {
@@ -237,6 +265,14 @@ struct DigitRows : RowBlock {
       const int8_t* x = tokens.at(tile, part);
       const int digits = tokens.digits[tile * tokens.parts + part];
       const int64_t own = (tile * tokens.parts + part) * kTileLanes;
+      if (!in_registers) {
+        const Pending part_of{digits, nullptr, tokens.unit + own, tokens.sum + own, scale + g * count * kTileRows,
+                              rest + g * count * kTileRows, totals + tile * count * kTileSums};
+        if (digits == 2) multiply_words<2, kRest>(code, x, part, part_of);
+        else if (digits == 3) multiply_words<3, kRest>(code, x, part, part_of);
+        else multiply_words<4, kRest>(code, x, part, part_of);
+        continue;
+      }
       if (pending.digits != digits) finish<kRest>();
       for (int64_t r = 0; r < count; r += 2, ++step) {
         int32_t* to = sums + step % 2 * kStep;
@@ -252,6 +288,7 @@ struct DigitRows : RowBlock {
   }
   template <bool kRest>
   void finish() {
+    if (!in_registers) return;
     store_tile<1>(late, kTileBytes);
     late = sums;
     if (pending.digits == 2) join<2, kRest>(pending, 0, 32);
@@ -267,7 +304,7 @@ template <class Redo, class Otherwise>
 static bool in_digit_tiles(const QuantMatmulArgs& all, const Redo& redo, const Otherwise& otherwise) {
   constexpr int64_t kBlock = 128;  // columns of codes in L1
   const TileParts parts(all.w);
-  if (!parts.fits || all.w.table || all.activation_max != 0 || !scalekern::has_amx()) return false;
+  if (!parts.fits || all.w.table || all.activation_max != 0) return false;
   const QuantWeight& w = all.w;
   const LineLayout layout(parts.cut);
   const float middle = float(1 << w.bits >> 1);
@@ -282,7 +319,7 @@ static bool in_digit_tiles(const QuantMatmulArgs& all, const Redo& redo, const O
     parallel_stretches(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks, 1, [&](const auto& take) {
       const Tiles registers;
       DigitRows rows(w, layout, tokens, lines);
-      const CodeLines codes(parts.cut, layout, uint8_t(0x80));
+      const CodeLines codes(parts.cut, layout, rows.flip());
       const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes);
       const Buffer<float> results(kTileLanes * RowBlock::kRows);
       float bias[RowBlock::kRows];

@@ -1,5 +1,4 @@
-// Integer products of a few tokens on AVX-512 VNNI, of any number where there is no AMX: 64 codes by 64 activations an
-// instruction, straight to int32.
+// Integer products of a few tokens on AVX-512 VNNI: 64 codes by 64 activations an instruction, straight to int32.
 //
 // Bound by the weight's bytes: 4096 x 4096 of 4 bits are 8.9 MB with their scales. 128 codes of a row take a load, two
 //   shifts or masks, two products, a conversion and a multiply-add (AVX2: 4 loads' worth of bytes, twice the

@@ -1,5 +1,5 @@
 // Integer products on AMX: 16 rows of the weight by 16 tokens by 64 columns an instruction, int32, exact within a
-// group.
+// group. Without tile registers, in words (common/words.h), which has those figures.
 //
 // Rows of C are rows of the weight, so that a scale is one number beside a vector of 16 tokens. A block of 64 rows is
 //   unpacked a few lines at a time, stays in L1 and meets all tokens; tokens are laid for it once a call.
@@ -19,6 +19,7 @@
 // Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1, not L2;
 //   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).
 #pragma once
+#include "common/words.h"
 #include "quant_matmul/cpu_quant_row_block.h"
 
 #if defined(__AVX512F__)
@@ -120,6 +121,76 @@ struct RowTiles : RowBlock {
     add(sums + (n + 1) % 2 * kTileSums);
   }
 
+  template <bool kRest>
+  void brief_groups(int64_t first, int64_t end) const {
+    for (int64_t tile = 0; in_registers && tile < tokens.tiles; ++tile) brief_groups<kRest>(first, end, tile);
+    for (int64_t tile = 0; !in_registers && tile < tokens.tiles; tile += 2)
+      if (tile + 1 < tokens.tiles) brief_groups_in_words<kRest, 8, 2>(first, end, tile);
+      else brief_groups_in_words<kRest, 8, 1>(first, end, tile);
+  }
+
+  // The same without tile registers: R rows by T tiles of tokens, their totals in registers. Codes are unsigned: sums
+  // start with minus the middle one times a group's.
+  template <bool kRest, int R, int T>
+  __attribute__((noinline)) void brief_groups_in_words(int64_t first, int64_t end, int64_t tile) const {
+    const int64_t rows = count * kTileRows, next = tokens.lines * kTileSize;
+    for (int64_t r = 0; r < rows; r += R) {
+      float* to = totals + (tile * rows + r) * kTileLanes;
+      VecF total[R][T];
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) total[i][t] = load(to + (t * rows + i) * kTileLanes);
+      for (int64_t g = first; g < end; ++g) {
+        const uint8_t* code = codes + (layout.code_line(g) - layout.code_line(first)) * kTileBytes + r * pitch;
+        const float *s = scale + g * rows + r, *o = rest + g * rows + r;
+        VecF sum[T];
+        __m512i acc[R][T];
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) {
+          sum[t] = load(tokens.sum + ((tile + t) * tokens.groups + g) * kTileLanes);
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) acc[i][t] = _mm512_cvtps_epi32((__m512)(sum[t] * -128.0f));
+        }
+        add_group(code, token(tile, layout.begin[g]), next, g, acc);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+          for (int t = 0; t < T; ++t) {
+            total[i][t] += s[i] * (VecF)_mm512_cvtepi32_ps(acc[i][t]);
+            if (kRest) total[i][t] += o[i] * sum[t];
+          }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) store(to + (t * rows + i) * kTileLanes, total[i][t]);
+    }
+  }
+
+  template <int T>
+  __attribute__((noinline)) void add_lines_in_words(int64_t line, int64_t lines, bool fresh, int64_t tile) const {
+    constexpr int R = kWordRows;
+    const int64_t next = tokens.lines * kTileSize, rows = count * kTileRows;
+    const int8_t* x = token(tile, line);
+    __m512i start[T];
+    starts(x, next, lines * 16, start);
+    for (int64_t r = 0; r < rows; r += R) {
+      const auto own = [&](int i, int t) { return sums + ((tile + t) * rows + r + i) * kTileLanes; };
+      __m512i acc[R][T];
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t)
+          acc[i][t] = fresh ? start[t] : _mm512_add_epi32(start[t], _mm512_load_si512(own(i, t)));
+      add_words<ByteWords>(codes + r * pitch, pitch, x, kTileBytes, next, lines * 16, acc);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) _mm512_store_si512(own(i, t), acc[i][t]);
+    }
+  }
+
   // sums (+)= R tiles of rows from `row` on by T of tokens, some lines of a long group.
   template <int R, int T>
   __attribute__((noinline)) void add_lines(int64_t line, int64_t lines, bool fresh, int64_t row, int64_t tile) const {
@@ -147,7 +218,10 @@ struct RowTiles : RowBlock {
     if (R > 1 && T > 1) store_tile<3>(c1 + kTileSums, kTileBytes);
   }
   void add_lines(int64_t line, int64_t lines, bool fresh) const {
-    for (int64_t tile = 0; tile < tokens.tiles; tile += 2)
+    for (int64_t tile = 0; !in_registers && tile < tokens.tiles; tile += 2)
+      if (tile + 1 < tokens.tiles) add_lines_in_words<2>(line, lines, fresh, tile);
+      else add_lines_in_words<1>(line, lines, fresh, tile);
+    for (int64_t tile = 0; in_registers && tile < tokens.tiles; tile += 2)
       for (int64_t row = 0; row < count; row += 2) {
         const bool two_rows = row + 1 < count, two = tile + 1 < tokens.tiles;
         if (two_rows && two) add_lines<2, 2>(line, lines, fresh, row, tile);
@@ -191,7 +265,7 @@ static void tile_product(const QuantMatmulArgs& a) {
   parallel_stretches(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), 1, [&](const auto& take) {
     const Tiles registers;
     RowTiles rows(w, layout, tokens, lines);
-    const CodeLines codes(w, layout, uint8_t(0x80));
+    const CodeLines codes(w, layout, rows.flip());
     const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes), results(kTileLanes * kRows);
     float bias[kRows];
     take([&](int64_t piece, int64_t) {
@@ -203,9 +277,8 @@ static void tile_product(const QuantMatmulArgs& a) {
         if (brief) {
           const int64_t line = layout.code_line(g), end = pieces(least(stop * layout.group, w.columns), kLine);
           codes.unpack(first, count, line, end - line, rows.codes, rows.pitch);
-          for (int64_t tile = 0; tile < tokens.tiles; ++tile)
-            if (more) rows.brief_groups<true>(g, stop, tile);
-            else rows.brief_groups<false>(g, stop, tile);
+          if (more) rows.brief_groups<true>(g, stop);
+          else rows.brief_groups<false>(g, stop);
         } else {
           const int64_t start = layout.begin[g], all = layout.begin[g + 1] - start;
           for (int64_t line = 0; line < all; line += kPartLines) {

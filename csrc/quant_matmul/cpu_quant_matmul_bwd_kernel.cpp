@@ -59,7 +59,7 @@ namespace scalekern::SCALEKERN_ISA {
 
 void quant_matmul_bwd(const QuantMatmulBwdArgs& a) {
 #if defined(__AVX512F__)
-  if (has_amx() && BackwardTiles::is_faster(a)) return BackwardTiles(a).run(as_floats);
+  if (BackwardTiles::is_faster(a)) return BackwardTiles(a).run(as_floats);
 #endif
   as_floats(a);
 }

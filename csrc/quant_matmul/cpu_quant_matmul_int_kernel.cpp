@@ -285,7 +285,7 @@ namespace scalekern::SCALEKERN_ISA {
 
 void quant_matmul_integer(const QuantMatmulArgs& a) {
 #if defined(__AVX512F__)
-  if (sums_fit(a.w) && scalekern::has_amx() && a.tokens > kFewLaneTokens) return tile_product(a);
+  if (sums_fit(a.w) && scalekern::has_vnni() && a.tokens > kFewLaneTokens) return tile_product(a);
   int digits[kFewLaneTokens];
   if (a.tokens <= kFewLaneTokens && quant_matmul_digits(a, digits)) return;
   if (sums_fit(a.w) && scalekern::has_vnni()) return lane_product(a);

@@ -3,8 +3,8 @@
 // A few tokens (kFewTokens): bound by the weight's bytes, so the weight is read once and stays in registers. Integer
 //   codes where there is VNNI: cpu_quant_matmul_digits_kernel.cpp, but rows of up to kShort columns, and where there is
 //   none: cpu_quant_words.h; tables, and other widths of code: cpu_quant_few_tokens.h.
-// More tokens, where there are tile registers: integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what it
-//   leaves, in cpu_quant_tiles.h, as bfloat16.
+// More tokens: where there is VNNI, integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what it leaves, in
+//   cpu_quant_tiles.h, as bfloat16, where that is faster than floats.
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
 // An output's additions have one order, whatever the number of threads and its place among the others.
@@ -24,11 +24,12 @@ constexpr int64_t kDepth = 1024, kBlockRows = 24, kFewDepth = 512, kFewRows = 12
 
 // --- decoded blocks ---
 
-// c[t ldc + r] += w_r . x_t for R rows and T tokens; count is a multiple of 2 vectors.
-template <int R, int T>
+// c[t ldc + r] += w_r . x_t for R rows and T tokens; count is a multiple of 2 vectors. U: of one or two tokens sums
+// would wait for each other; their additions have another order then than among many.
+template <int R, int T, int U>
 static __attribute__((noinline)) void dot_tile(
     const float* w, int64_t ldw, const float* x, int64_t ldx, int64_t count, float* c, int64_t ldc) {
-  constexpr int W = kLanes<float>, U = T <= 2 ? 2 : 1, kSums = (R * T + W - 1) / W * W;  // U: sums do not wait
+  constexpr int W = kLanes<float>, kSums = (R * T + W - 1) / W * W;
   VecF acc[U][kSums] = {};
   for (int64_t k = 0; k < count; k += U * W)
 #pragma GCC unroll 2
@@ -54,14 +55,15 @@ static __attribute__((noinline)) void dot_tile(
     for (int t = 0; t < T; ++t) c[t * ldc + r] += sums[r * T + t];
 }
 
-template <int R, int T>
+template <int R, int T, int U = 1>
 static void dot_rows(
     int64_t rows, const float* w, int64_t ldw, const float* x, int64_t ldx, int64_t count, float* c, int64_t ldc) {
   int64_t r = 0;
-  for (; r + R <= rows; r += R) dot_tile<R, T>(w + r * ldw, ldw, x, ldx, count, c + r, ldc);
-  for (; r < rows; ++r) dot_tile<1, T>(w + r * ldw, ldw, x, ldx, count, c + r, ldc);
+  for (; r + R <= rows; r += R) dot_tile<R, T, U>(w + r * ldw, ldw, x, ldx, count, c + r, ldc);
+  for (; r < rows; ++r) dot_tile<1, T, U>(w + r * ldw, ldw, x, ldx, count, c + r, ldc);
 }
 
+template <int U>
 static void dot_block(
     int64_t rows, int64_t tokens, const float* w, int64_t ldw, const float* x, int64_t ldx, int64_t count, float* c,
     int64_t ldc) {
@@ -69,17 +71,16 @@ static void dot_block(
   for (; t + 4 <= tokens; t += 4) dot_rows<3, 4>(rows, w, ldw, x + t * ldx, ldx, count, c + t * ldc, ldc);
   x += t * ldx, c += t * ldc;
   switch (tokens - t) {
-    case 1: return dot_rows<4, 1>(rows, w, ldw, x, ldx, count, c, ldc);
-    case 2: return dot_rows<4, 2>(rows, w, ldw, x, ldx, count, c, ldc);
+    case 1: return dot_rows<4, 1, U>(rows, w, ldw, x, ldx, count, c, ldc);
+    case 2: return dot_rows<4, 2, U>(rows, w, ldw, x, ldx, count, c, ldc);
     case 3: return dot_rows<4, 3>(rows, w, ldw, x, ldx, count, c, ldc);
   }
 }
 
-static void by_blocks(const QuantMatmulArgs& a) {
+static void by_blocks(const QuantMatmulArgs& a, bool few) {
   constexpr int64_t kStep = 2 * kLanes<float>;
   const QuantWeight& w = a.w;
   const Tokens x(a, kStep);
-  const bool few = a.tokens <= kFewTokens;
   const int64_t depth = least(few ? kFewDepth : kDepth, round_up(w.columns, kStep));
   const int64_t block_rows = few ? kFewRows : kBlockRows;
   const int64_t ld = depth + kStep;  // rows a power of two apart would share the sets of L1
@@ -98,13 +99,16 @@ static void by_blocks(const QuantMatmulArgs& a) {
           decode(w, first + r, parts_of(r), k, count, block + r * ld);
           zero(block + r * ld + count, padded - count);
         }
-        dot_block(rows, a.tokens, block, ld, x[0] + k, x.pitch(), padded, c, block_rows);
+        if (few) dot_block<2>(rows, a.tokens, block, ld, x[0] + k, x.pitch(), padded, c, block_rows);
+        else dot_block<1>(rows, a.tokens, block, ld, x[0] + k, x.pitch(), padded, c, block_rows);
       }
       load_bias(a, first, rows, bias);
       for (int64_t m = 0; m < a.tokens; ++m) store_results(a, m, first, rows, c + m * block_rows, 1, bias);
     }
   });
 }
+
+static void by_blocks(const QuantMatmulArgs& a) { by_blocks(a, a.tokens <= kFewTokens); }
 
 // --- a few tokens ---
 
@@ -200,9 +204,13 @@ static bool few_tokens(const QuantMatmulArgs& a) {
 }
 
 #if defined(__AVX512F__)
+// Of some of many tokens: each is the same in any company.
+static void by_blocks_of_many(const QuantMatmulArgs& a) { by_blocks(a, false); }
+
 // Digits take half a bfloat16 product each: one for the two of a 16-bit result, as tiles need for bfloat16 tokens; they
 // win there where unpacking is what counts, and codes part with a shift.
 static bool worth_digits(const QuantMatmulArgs& a) {
+  if (!TileProduct{a}.is_faster_than_floats()) return true;
   // Shorter groups leave most of a tile empty: 4 bits in groups of 16, 16 and 64 bfloat16 tokens, 2.8 and 10 ms for 2.2
   // and 3.6 in pairs; groups of 8 7 and 21 for 14 and 15, of which decoding is 13.
   if (a.w.groups > 1 && a.w.group < kTileColumns)
@@ -210,15 +218,19 @@ static bool worth_digits(const QuantMatmulArgs& a) {
   const bool half_tiles = a.w.groups > 1 && a.w.group == kTileColumns;  // of bytes
   if (half_tiles && (a.tokens > 32 || a.x.dtype == QuantDtype::bf16)) return false;
   if (8 % a.w.bits != 0) return a.x.dtype == QuantDtype::f32 && a.tokens > 32;
-  return a.x.dtype != QuantDtype::bf16 || a.tokens <= DigitTiles::kMost;
+  return a.x.dtype != QuantDtype::bf16 || a.tokens <= (scalekern::has_amx() ? DigitTiles::kMost : 16);
 }
 #endif
 
 static bool in_tiles(const QuantMatmulArgs& a) {
 #if defined(__AVX512F__)
-  if (a.tokens <= kFewTokens || !scalekern::has_amx()) return false;
-  const auto in_floats = [](const QuantMatmulArgs& own) { TileProduct{own}.run(by_blocks); };
-  if (!worth_digits(a) || !in_digit_tiles(a, by_blocks, in_floats)) in_floats(a);
+  if (a.tokens <= kFewTokens || !scalekern::has_vnni()) return false;
+  const auto in_floats = [](const QuantMatmulArgs& own) {
+    const TileProduct product{own};
+    if (product.is_faster_than_floats()) product.run(by_blocks_of_many);
+    else by_blocks_of_many(own);
+  };
+  if (!worth_digits(a) || !in_digit_tiles(a, by_blocks_of_many, in_floats)) in_floats(a);
   return true;
 #else
   return false;

@@ -2,6 +2,7 @@
 #pragma once
 #include "common/amx.h"
 #include "common/tile.h"
+#include "common/words.h"
 #include "quant_matmul/cpu_quant_lines.h"
 
 #if defined(__AVX512F__)
@@ -11,6 +12,8 @@ constexpr int64_t kTileSize = kTileRows * kTileBytes, kTileSums = kTileRows * kT
 
 struct RowBlock {
   static constexpr int64_t kMost = 4, kRows = kMost * kTileRows;
+  static constexpr int kWordRows = 8;  // at once, where there are no tile registers
+  const bool in_registers = scalekern::has_amx();
   const QuantWeight& w;
   const LineLayout& layout;
   int64_t count, pitch;  // tiles of rows; bytes from row to row of codes
@@ -20,6 +23,36 @@ struct RowBlock {
   RowBlock(const QuantWeight& w, const LineLayout& layout, int64_t lines)
       : w(w), layout(layout), count(kMost), pitch((lines | 1) * kTileBytes), codes(kRows * pitch),
         scale(kRows * w.groups), zero(kRows * w.groups), offset(kRows * w.groups), rest(kRows * w.groups) {}
+
+  // What the top bits of codes meet: signed in tile registers, in words unsigned.
+  uint8_t flip() const { return in_registers ? 0x80 : 0; }
+
+  // What sums of unsigned codes start with: minus the middle one times C vectors of the numbers that they will meet.
+  template <int C>
+  static inline void starts(const int8_t* x, int64_t next, int64_t words, __m512i (&start)[C]) {
+    const __m512i middle = _mm512_set1_epi8(char(0x80));
+    for (int c = 0; c < C; ++c) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t i = 0; i < words; ++i)
+        sum = add_byte_products(sum, middle, _mm512_load_si512(x + c * next + i * kTileBytes));
+      start[c] = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+    }
+  }
+
+  // sums[r][c] += codes of R rows of a group times C vectors of numbers, `next` bytes apart. Of a line that others
+  // share, the group's words alone: in order, or of halves two runs.
+  template <int R, int C>
+  inline __attribute__((always_inline)) void add_group(
+      const uint8_t* code, const int8_t* x, int64_t next, int64_t g, __m512i (&sums)[R][C]) const {
+    const int64_t lines = layout.begin[g + 1] - layout.begin[g], start = g * layout.group % kLine;
+    const int64_t columns = least(layout.group, w.columns - g * layout.group), runs = layout.halves ? 2 : 1;
+    if (lines > 1 || (start | columns) % (4 * runs) != 0)
+      return add_words<ByteWords>(code, pitch, x, kTileBytes, next, lines * 16, sums);
+    for (int64_t i = 0; i < runs; ++i) {
+      const int64_t from = i * kLine / 2 + start / runs;
+      add_words<ByteWords>(code + from, pitch, x + from * 16, kTileBytes, next, columns / 4 / runs, sums);
+    }
+  }
 
   // Rows past the end repeat the last; `tiles` of them at once. `memory`: of kTileRows rows, and a vector.
   void load_parts(int64_t first, int64_t rows, float middle, float* memory, int64_t tiles = 1) {

@@ -44,6 +44,7 @@
 // of codes would leave bfloat16's range (its subnormals are 0 here), and rows of which another's result is not finite,
 // because a weight or a scale is not: the parts of Inf are Inf and NaN.
 #pragma once
+#include "common/words.h"
 #include "quant_matmul/cpu_quant_tile_rows.h"
 #include "quant_matmul/cpu_quant_tokens.h"
 
@@ -61,11 +62,41 @@ struct Side {
   int parts;
 };
 
+// Eight rows of a strip of a by C strips of b without tile registers; products of parts in the same order.
+template <int C>
+static __attribute__((noinline)) void multiply_words(
+    const Side& a, const Side& b, int64_t steps, const float* scale, float* totals, int64_t next) {
+  constexpr int R = 8;
+  const int limit = a.parts > b.parts ? a.parts : b.parts;
+  __m512 sums[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < steps; ++s)
+    for (int j = 0; j < b.parts; ++j)
+      for (int i = 0; i < a.parts && i + j < limit; ++i)
+        add_words<Bf16Words>(a.tiles + (s * a.parts + i) * kTile, kTileBytes, b.tiles + (s * b.parts + j) * kTile,
+                             kTileBytes, b.pitch, 16, sums);
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c, totals += next)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      store(totals + r * 16, load(totals + r * 16) + scale[r] * (VecF)sums[r][c]);
+}
+
 // totals[r][t] += scale_r (sum over steps of a_r b_t): R strips of a, T of b, totals of 16 x 16, [t][r] a `next` apart.
 template <int R, int T>
 static __attribute__((noinline)) void multiply_tiles(
     const Side& a, const Side& b, int64_t steps, const float* scale, int64_t scale_pitch, float* totals, int64_t next) {
   static_assert((R == 2 && T == 2) || (R == 4 && T == 1));
+  if (!scalekern::has_amx()) {
+    for (int r = 0; r < R; ++r)
+      for (int half = 0; half < 16; half += 8)
+        multiply_words<T>({a.tiles + r * a.pitch + half * kTileBytes, a.pitch, a.parts}, b, steps,
+                          scale + r * scale_pitch + half, totals + r * 256 + half * 16, next);
+    return;
+  }
   const int limit = a.parts > b.parts ? a.parts : b.parts;
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   for (int64_t s = 0; s < steps; ++s)
@@ -203,6 +234,11 @@ struct TileProduct {
   const int64_t block_columns = (a.tokens <= 32 ? 2048 : 512) / w_parts / kTileColumns * kTileColumns;
   // Columns of a sum: 32 tokens of them stay in L1, and float32 keeps its digits.
   const int64_t depth = x_parts > 2 || w_parts > 2 ? 128 : x_parts > 1 || w_parts > 1 ? 256 : 512;
+
+  // Without tile registers a bfloat16 product takes half of a float32 one.
+  bool is_faster_than_floats() const {
+    return scalekern::has_amx() || (scalekern::has_bf16() && x_parts == 1 && w_parts == 1);
+  }
 
   // Columns [k, k + count) of a block's rows as tiles.
   void decode_block(int64_t first, int64_t rows, int64_t k, int64_t count, const float* memory, float* line,

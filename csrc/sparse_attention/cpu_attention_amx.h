@@ -1,5 +1,6 @@
-// The products of forward and backward of bfloat16 in tile registers (common/tile_gemm.h), added up in float: what
-// cpu_attention_products.h does with multiply-adds. P and dS are rounded to bfloat16 for theirs, as in FlashAttention.
+// The products of forward and backward of bfloat16 in tile registers or words (common/tile_gemm.h), added up in float:
+// what cpu_attention_products.h does with multiply-adds. P and dS are rounded to bfloat16 for theirs, as in
+// FlashAttention.
 //
 //   S^T = K Q^T, dP^T = V dO^T          a: keys as they lie            b: words of queries, turned once a query tile
 //   dV += P^T dO, dK += dS^T Q          a: P^T, dS^T, rounded          b: pairs of rows of queries, once a query tile
@@ -257,7 +258,7 @@ struct TileProducts {
 
 // Blocks of keys of whole tiles: gradients of keys are added to 16 at a time, and a block is one thread's.
 static inline bool in_tiles(const AttnArgs& a) {
-  return a.dtype == kBf16 && a.block_k % 16 == 0 && scalekern::has_amx();
+  return a.dtype == kBf16 && a.block_k % 16 == 0 && scalekern::has_bf16();
 }
 
 }  // namespace

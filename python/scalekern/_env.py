@@ -33,7 +33,7 @@ def triton_interpret() -> bool:
 
 
 def cpu_isa() -> str | None:
-    """SCALEKERN_CPU_ISA: cap on the instruction set of the CPU kernels (baseline, avx2, avx512, vnni, amx).
+    """SCALEKERN_CPU_ISA: cap on the instruction set of the CPU kernels (baseline, avx2, avx512, vnni, bf16, amx).
 
     The native library reads it once, when it is loaded.
     """

@@ -28,7 +28,7 @@ def load(kind: str) -> str | None:
 
 
 def cpu_isa(level: str | None = None) -> str | None:
-    """The level of instructions that the CPU library's kernels use: baseline, avx2, avx512, vnni or amx.
+    """The level of instructions that the CPU library's kernels use: baseline, avx2, avx512, vnni, bf16 or amx.
 
     None without the library. `level`: the one to use from now on, or the machine's where that is lower (for tests).
     """

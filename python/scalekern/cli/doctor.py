@@ -70,7 +70,7 @@ def unoptimized() -> str | None:
     """The level of this process's CPU kernels, if it was only built to be tested (SCALEKERN_BUILD_FOR_THIS_CPU)."""
     built = build()
     isa = built["cpu_isa_in_use"]
-    level = "avx512" if isa in ("vnni", "amx") else isa  # those are instructions inside that level's kernels
+    level = "avx512" if isa in ("vnni", "bf16", "amx") else isa  # those are instructions inside that level's kernels
     return level if level in built.get("cpu", {}).get("unoptimized", ()) else None
 
 
