@@ -27,16 +27,19 @@ ROOT = pathlib.Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"  # 10.0 without the a: its PTX is the one that later chips take, compiled once
 ISA_FLAGS = {
-    # x86 without AVX2, in a third of -O3's time; other machines have no other level, and take -O3. At -O1 gcc does not
-    # see that a loop over all lanes writes all of a vector.
+    # x86 without AVX2, in a third of -O3's time; other machines have no other level, and take -O3.
     "baseline": "-O1 -Wno-maybe-uninitialized",
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
 }
 # What kernels gain from -O3 over -O2: all of it takes twice as long to compile (attention's backward 22 s for 10), with
 # 0.99 of the time to run, the geometric mean of 28 kernels. Unpacking gains from all of it (int1, one token: 1.4), and
-# FFTs may (0.91 beside their rivals; 25 s for 12).
-OPTIMIZE = {"": "-O2 -fpeel-loops -fvect-cost-model=dynamic", "quant_matmul": "-O3", "fft_conv": "-O3"}
+# FFTs may (0.91 beside their rivals; 25 s for 12). Below -O3 gcc does not see that a loop over all lanes writes a vector.
+OPTIMIZE = {
+    "": "-O2 -fpeel-loops -fvect-cost-model=dynamic -Wno-maybe-uninitialized",
+    "quant_matmul": "-O3",
+    "fft_conv": "-O3",
+}
 CXX_FLAGS = (
     "-fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math "
     "-Wall -Wno-unknown-pragmas"

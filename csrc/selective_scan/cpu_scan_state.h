@@ -73,7 +73,7 @@ static inline bool all_true(VecInt<F> mask) {
 
 template <class F>
 static inline VecInt<F> first_lanes(int count) {
-  VecInt<F> mask = {};
+  VecInt<F> mask;
   for (int i = 0; i < kLanes<F>; ++i) mask[i] = i < count ? -1 : 0;
   return mask;
 }
