@@ -65,18 +65,62 @@ struct Complex {
 };
 
 SK_DEVICE Complex complex_of(uint32_t word) {
+#if defined(__CUDA_ARCH__)  // two conversions; with shifts of the word it would be four instructions
+  Complex z;
+  asm("{.reg .b16 re, im; mov.b32 {re, im}, %2; cvt.f32.f16 %0, re; cvt.f32.f16 %1, im;}"
+      : "=f"(z.re), "=f"(z.im) : "r"(word));
+  return z;
+#else
   return {widen(f16{uint16_t(word)}), widen(f16{uint16_t(word >> 16)})};
+#endif
 }
 SK_DEVICE Complex times(Complex a, Complex b) {
   return {fused(a.re, b.re, -(a.im * b.im)), fused(a.re, b.im, a.im * b.re)};
 }
-SK_DEVICE Complex times_conjugate(Complex a, Complex b) {
-  return {fused(a.re, b.re, a.im * b.im), fused(a.im, b.re, -(a.re * b.im))};
+
+// Two complex numbers in float16: their real parts, their imaginary parts.
+struct Pair {
+  uint32_t re, im;
+};
+
+SK_DEVICE Pair pair_of(float re0, float re1, float im0, float im1) {
+  return {narrow_pair<f16>(re0, re1), narrow_pair<f16>(im0, im1)};
+}
+
+// z w, with kConjugate z times the conjugate of w, in float16: 4 instructions, where float32 took 12 with the conversion
+// of w, and a rounding more of each part.
+template <bool kConjugate>
+SK_DEVICE Pair times(Pair z, Pair w) {
+#if defined(__CUDA_ARCH__)
+  Pair result;
+  if constexpr (kConjugate) {
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.re) : "r"(z.im), "r"(w.im), "r"(z.re), "r"(w.re));
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; neg.f16x2 t, t; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.im) : "r"(z.re), "r"(w.im), "r"(z.im), "r"(w.re));
+  } else {
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; neg.f16x2 t, t; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.re) : "r"(z.im), "r"(w.im), "r"(z.re), "r"(w.re));
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.im) : "r"(z.im), "r"(w.re), "r"(z.re), "r"(w.im));
+  }
+  return result;
+#else
+  float re[2], im[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [&](uint32_t word) { return widen(f16{uint16_t(word >> 16 * i)}); };
+    const auto rounded = [](float x) { return widen(narrow<f16>(x)); };
+    const float z_re = half(z.re), z_im = half(z.im), w_re = half(w.re), w_im = half(w.im);
+    re[i] = fused(z_re, w_re, kConjugate ? rounded(z_im * w_im) : -rounded(z_im * w_im));
+    im[i] = kConjugate ? fused(z_im, w_re, -rounded(z_re * w_im)) : fused(z_re, w_im, rounded(z_im * w_re));
+  }
+  return pair_of(re[0], re[1], im[0], im[1]);
+#endif
 }
 
 // The low halves of two words, and their high halves.
-SK_DEVICE uint32_t lows(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
-SK_DEVICE uint32_t highs(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+SK_DEVICE uint32_t lows(uint32_t a, uint32_t b) { return permute(a, b, 0x5410); }
+SK_DEVICE uint32_t highs(uint32_t a, uint32_t b) { return permute(a, b, 0x7632); }
 
 constexpr uint32_t kSigns = 0x80008000u;
 
@@ -188,22 +232,22 @@ struct FusedConv {
 
   // --- the exchange ---
 
-  // Where piece i of row rho lies, in words.
-  static SK_DEVICE int place(int rho, int i) {
-    return rho * 16 + ((i / 2) ^ (rho / 2 % 4)) * 4 + i % 2 * 2;
+  // Where piece i of row rho lies, in words; 512 further for rho + 32, 256 for rho + 16.
+  static SK_DEVICE int place(int rho, int i) { return rho * 16 + ((i / 2) ^ (rho / 2 % 4)) * 4 + i % 2 * 2; }
+  SK_DEVICE const uint32_t* outer() const { return reinterpret_cast<const uint32_t*>(shared + Layout::kOuter); }
+  // Where T2 of row rho is for n3 = 2 i and 2 i + 1, in words; as far for rho + 16 and rho + 32.
+  static SK_DEVICE int outer_place(int rho, int i) { return rho * 16 + (i ^ (rho / 2 % 8)) * 2; }
+  static SK_DEVICE Pair get(const uint32_t* from) {
+    const auto two = Group<uint32_t, 2>::load(from);
+    return {two.words[0], two.words[1]};
   }
-  // T2 of row rho at n3 = 2 i and 2 i + 1.
-  SK_DEVICE void outer(Complex (&w)[2], int rho, int i) const {
-    const auto two = reinterpret_cast<const Group<uint32_t, 2>*>(shared + Layout::kOuter)[rho * 8 + (i ^ (rho / 2 % 8))];
-    w[0] = complex_of(two.words[0]), w[1] = complex_of(two.words[1]);
-  }
-  SK_DEVICE void put(int rho, int i, Complex first, Complex second) const {
+  SK_DEVICE void put(int at, Pair pair) const {
     Group<uint32_t, 2> two;
-    two.words[0] = narrow_pair<f16>(first.re, second.re), two.words[1] = narrow_pair<f16>(first.im, second.im);
-    two.store(work() + place(rho, i));
+    two.words[0] = pair.re, two.words[1] = pair.im;
+    two.store(work() + at);
   }
-  // Of tile k1 / 16, half r of it, half c of the k2, odd or even k2.
-  SK_DEVICE int row_of(int tile, int r, int c, int e) const { return (((tile * 2 + r) * 2 + c) * 2 + e) * 32 + lane; }
+  // From row `lane` to this lane's row of a tile of 16 k1, half r of it, half c of the k2, odd or even k2: in words.
+  static SK_DEVICE int row_of(int tile, int r, int c, int e) { return (((tile * 2 + r) * 2 + c) * 2 + e) * 512; }
 
   // From `work` as `bring` left it: first and second factor of n3 = 2 warp + s. Two barriers.
   SK_DEVICE void forward() const {
@@ -220,6 +264,8 @@ struct FusedConv {
         }
     sync_threads();
     const Word4 re = fragment(0), im = fragment(1);  // F2: [8 k2][half of the n2]
+    const int mine = place(lane, warp);
+    const uint32_t* twiddles = outer() + outer_place(lane, warp);
 #pragma unroll 1
     for (int tile = 0; tile < kTiles; ++tile) {
       float y_re[2][2][4] = {}, y_im[2][2][4] = {};  // [s][8 n2]
@@ -241,12 +287,12 @@ struct FusedConv {
         const Word4 twiddles = table(Layout::kInner, (tile * 32 + lane) * 2 + r);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const Complex w0 = complex_of(twiddles.v[2 * c]), w1 = complex_of(twiddles.v[2 * c + 1]);
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
-            const Complex z0 = times({y_re[s][c][2 * r], y_im[s][c][2 * r]}, w0);
-            const Complex z1 = times({y_re[s][c][2 * r + 1], y_im[s][c][2 * r + 1]}, w1);
-            a_re[s][2 * c + r] = narrow_pair<f16>(z0.re, z1.re), a_im[s][2 * c + r] = narrow_pair<f16>(z0.im, z1.im);
+            const float(&re)[4] = y_re[s][c], (&im)[4] = y_im[s][c];
+            const Pair z = times<false>(pair_of(re[2 * r], re[2 * r + 1], im[2 * r], im[2 * r + 1]),
+                                        {twiddles.v[2 * c], twiddles.v[2 * c + 1]});
+            a_re[s][2 * c + r] = z.re, a_im[s][2 * c + r] = z.im;
           }
         }
       }
@@ -264,10 +310,8 @@ struct FusedConv {
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int rho = row_of(tile, r, c, e), i = 2 * r + e;
-            Complex w[2];
-            outer(w, rho, warp);
-            put(rho, warp, times({z_re[0][i], z_im[0][i]}, w[0]), times({z_re[1][i], z_im[1][i]}, w[1]));
+            const int row = row_of(tile, r, c, e), i = 2 * r + e;
+            put(mine + row, times<false>(pair_of(z_re[0][i], z_re[1][i], z_im[0][i], z_im[1][i]), get(twiddles + row)));
           }
       }
     }
@@ -284,8 +328,7 @@ struct FusedConv {
       uint32_t x[2][4];
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
-        const int rho = 16 * m + lane / 8 % 2 * 8 + lane % 8;
-        load_matrices(x[block], work() + place(rho, 2 * (2 * block + lane / 16)));
+        load_matrices(x[block], work() + 256 * m + place(lane % 16, 2 * (2 * block + lane / 16)));
       }
       float y[4][4] = {};  // re and im of k3 = 2 q and the next, then of 8 + those
 #pragma unroll
@@ -319,12 +362,11 @@ struct FusedConv {
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int rho = 16 * m + 8 * r + g;
-          Complex w[2];
-          outer(w, rho, 4 * half + q);
+          const int row = 8 * r + g, piece = 4 * half + q;
           const float(&re)[4] = v[2 * half], (&im)[4] = v[2 * half + 1];
-          put(rho, 4 * half + q, times_conjugate({re[2 * r], im[2 * r]}, w[0]),
-              times_conjugate({re[2 * r + 1], im[2 * r + 1]}, w[1]));
+          put(256 * m + place(row, piece),
+              times<true>(pair_of(re[2 * r], re[2 * r + 1], im[2 * r], im[2 * r + 1]),
+                          get(outer() + 256 * m + outer_place(row, piece))));
         }
     }
     sync_threads();
@@ -336,6 +378,8 @@ struct FusedConv {
     uint32_t minus[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) minus[i] = im.v[i] ^ kSigns;
+    const uint32_t* mine = work() + place(lane, warp);
+    const uint32_t* inner = reinterpret_cast<const uint32_t*>(shared + Layout::kInnerBack) + lane * 8;
     float y[2][2 * kTiles][4] = {};  // [s][8 n1]; rows n2
 #pragma unroll 1
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -345,10 +389,9 @@ struct FusedConv {
         uint32_t x_re[2][2], x_im[2][2];  // [s][half of the k2]
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const auto even = Group<uint32_t, 2>::load(work() + place(row_of(tile, r, c, 0), warp));
-          const auto odd = Group<uint32_t, 2>::load(work() + place(row_of(tile, r, c, 1), warp));
-          x_re[0][c] = lows(even.words[0], odd.words[0]), x_re[1][c] = highs(even.words[0], odd.words[0]);
-          x_im[0][c] = lows(even.words[1], odd.words[1]), x_im[1][c] = highs(even.words[1], odd.words[1]);
+          const Pair even = get(mine + row_of(tile, r, c, 0)), odd = get(mine + row_of(tile, r, c, 1));
+          x_re[0][c] = lows(even.re, odd.re), x_re[1][c] = highs(even.re, odd.re);
+          x_im[0][c] = lows(even.im, odd.im), x_im[1][c] = highs(even.im, odd.im);
         }
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -359,13 +402,10 @@ struct FusedConv {
           multiply<f16>(z_im, im.v, x_re[s][0], x_re[s][1]);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const auto w = Group<uint32_t, 2>::load(
-                reinterpret_cast<const uint32_t*>(shared + Layout::kInnerBack) +
-                (((tile * 32 + lane) * 2 + half) * 2 + r) * 2);
-            const Complex z0 = times_conjugate({z_re[2 * half], z_im[2 * half]}, complex_of(w.words[0]));
-            const Complex z1 = times_conjugate({z_re[2 * half + 1], z_im[2 * half + 1]}, complex_of(w.words[1]));
-            a_re[s][2 * r + half] = narrow_pair<f16>(z0.re, z1.re);
-            a_im[s][2 * r + half] = narrow_pair<f16>(z0.im, z1.im);
+            const Pair z = times<true>(
+                pair_of(z_re[2 * half], z_re[2 * half + 1], z_im[2 * half], z_im[2 * half + 1]),
+                get(inner + ((tile * 32 * 2 + half) * 2 + r) * 2));
+            a_re[s][2 * r + half] = z.re, a_im[s][2 * r + half] = z.im;
           }
         }
       }

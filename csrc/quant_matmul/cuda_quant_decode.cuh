@@ -66,18 +66,6 @@ SK_FN uint32_t masked_into(uint32_t a) {
 #endif
 }
 
-// Four bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `which`.
-SK_FN uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(a, b, which);
-#else
-  const uint64_t bytes = uint64_t(b) << 32 | a;
-  uint32_t word = 0;
-  for (int i = 0; i < 4; ++i) word |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
-  return word;
-#endif
-}
-
 // T: the operands' type. kCentre: the code of 0, or kTable.
 template <class T, int kBits, int kCentre>
 struct Codes {

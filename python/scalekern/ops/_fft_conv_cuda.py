@@ -107,6 +107,7 @@ def tables(n1: int, device: torch.device) -> torch.Tensor:
     # words of a lane, four at a time
     fragments = torch.cat([t.reshape(-1, 4, 32, 2) for t in (second, second_back, third, third_back)])
     fragments = fragments.transpose(1, 2)
+    inner, inner_back, outer = (t.transpose(-1, -2) for t in (inner, inner_back, outer))  # two real parts, two imaginary
     every = (first, last, inner, inner_back, outer, fragments)
     return torch.cat([t.reshape(-1) for t in every]).half().to(device)
 
