@@ -10,12 +10,14 @@
 //
 // and back with the conjugates in the other order. Python makes the tables (python/scalekern/ops/_fft_conv_cuda.py).
 //
-// Never measured. What bounds it, counted for B64 D768 L8,192, gates in both ends, 403 M points: 8 bytes a point, 0.67
+// Never measured. What bounds it, counted for B64 D768 L8,192, gates at both ends, 403 M points: 8 bytes a point, 0.67
 // ms at 4.8 TB/s; products, 8 N1 + 16 16 + 16 16 = 768 flops a point (two factors: 2,048), 0.50 ms of mma.sync's some
-// 620 TFLOP/s; shared memory, some 38 bytes a point, 0.3 clocks of an SM or 0.54 ms at 1.7 GHz; instructions, some 57
-// of a lane a point (products 6, the five products with twiddles and spectrum 37, loads, gates and packing 14), of 128
-// that an SM begins in a clock: 0.45 clocks, 0.8 ms. So instructions come first, at 0.83 of the byte floor, and what two
-// blocks of an SM do not hide of each other comes on top.
+// 620 TFLOP/s; shared memory, some 38 bytes a point, 0.3 clocks of an SM or 0.54 ms at 1.7 GHz; instructions: in the
+// loops of sm_90a's code a lane has 1,156 for the 32 points that it has of a row, reading, gating, packing and writing
+// are some 560 more: 54 a point of the 128 that an SM begins in a clock, 0.42 clocks or 0.76 ms. So instructions come
+// first, at 0.88 of the byte floor, and what two blocks of an SM do not hide of each other comes on top: 0.6 of the
+// floor is 1.12 ms. Tried, as code: twiddles times float32 numbers, 14 instructions a point more and spills, 5.8e-4 of
+// error for 6.8e-4 in float16.
 //
 // Split: a block has a channel and some of its rows, one row at a time, 8 warps. On side I of an exchange a warp has all
 // k1 and k2 (n1 and n2) of two n3: results of the first factor are the left operand of the second as they lie in

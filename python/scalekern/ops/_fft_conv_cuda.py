@@ -154,7 +154,7 @@ def arguments(out, u, k, k_reverse, skip, bias, pregate, postgate, mode) -> tupl
     """Those of scalekern_native::fft_conv_cuda."""
     points = next(n for n in POINTS if n >= out.shape[2])
     values, scale = spectrum(k, k_reverse, skip, mode, u.shape[2], out.shape[2], points)
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else bias.contiguous()
     return out, u, pregate, postgate, bias, scale, values, tables(points // 256, u.device)
 
 
