@@ -51,7 +51,10 @@ def test_lengths(L, dtype):
 @pytest.mark.parametrize("L, K", [(4096, 4096), (4000, 97), (2200, 6000), (3001, 1)])
 def test_modes_and_taps(mode, L, K):
     K = min(K, 8192 - L + 1) if mode == "full" else K
-    check(*inputs(L, K)[:2], mode=mode)
+    outputs = L + K - 1 if mode == "full" else L
+    u, k, rest = inputs(L, K, postgate=(2, 2, outputs))
+    check(u, k, mode=mode)
+    check(u, k, mode=mode, **rest)
 
 
 @pytest.mark.parametrize("order", emulated.ORDERS)
@@ -105,9 +108,11 @@ def test_strides_and_alignment():
     for name in ("u", "pregate", "postgate"):
         moved = {**{"u": u, **rest}, name: odd({"u": u, **rest}[name])}
         assert torch.equal(emulated.fft_conv(moved.pop("u"), k, **moved), plain), name
-    wide = torch.full((2, 2, L + 9), 7.0, dtype=F16)
-    out = emulated.fft_conv(u, k, **rest, out=wide[..., 4 : 4 + L])
-    assert torch.equal(out, plain) and (wide[..., :4] == 7).all() and (wide[..., 4 + L :] == 7).all()
+    plain, u = emulated.fft_conv(u, k), torch.zeros(2, 2, L + 20, dtype=F16)[..., :L].copy_(u)
+    for first in (4, 8):  # rows of 4,120 at addresses that are no multiples of 16 bytes, and that are
+        wide = torch.full((2, 2, L + 20), 7.0, dtype=F16)
+        out = emulated.fft_conv(u, k, out=wide[..., first : first + L])
+        assert torch.equal(out, plain) and (wide[..., :first] == 7).all() and (wide[..., first + L :] == 7).all()
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 6e4])

@@ -1,6 +1,6 @@
 // Long convolution in 16 bits by one fused transform of three factors on the tensor cores, forward.
 //
-// Shape letters: B batch, D channels, N = N1 16 16 points (N1 is 16 or 32), t = 256 n1 + 16 n2 + n3 a sample's place and
+// Shape letters: B batch, D channels, N = N1 16 16 points (N1 is 16 or 32), t = 256 n1 + 16 n2 + n3 a sample's place,
 // k = k1 + N1 (k2 + 16 k3) a frequency's. The right-angle transform (triton_kernels/fft_conv.py) sums
 // x[t] w^(t (k + 1/4)): N points hold a convolution of N samples, rows are real on the way in and on the way out.
 //
@@ -19,7 +19,7 @@
 // floor is 1.12 ms. Tried, as code: twiddles times float32 numbers, 14 instructions a point more and spills, 5.8e-4 of
 // error for 6.8e-4 in float16.
 //
-// Split: a block has a channel and some of its rows, one row at a time, 8 warps. On side I of an exchange a warp has all
+// Split: a block has a channel and some of its rows, one at a time, 8 warps. On side I of an exchange a warp has all
 // k1 and k2 (n1 and n2) of two n3: results of the first factor are the left operand of the second as they lie in
 // registers. On side II it has all n3 (k3) of some (k1, k2), and goes there and back: third factor, spectrum, inverse
 // third factor, in registers again. So a row is exchanged twice through shared memory, 4 bytes a point, and once on the
@@ -28,10 +28,10 @@
 // In shared memory: factors and twiddles (46 KB for N1 = 32), the channel's spectrum (32), and 37 KB that are in turn
 // the row (float16, scaled by its largest sample), the exchange and the result (float32): 112.6 KB, twice in an SM.
 //
-// Rows of an exchange are numbered by who has them on side I: rho = 32 j + lane, j = ((k1 / 16 2 + k1 / 8 % 2) 2 + k2 / 8)
-// 2 + k2 % 2, lane = 4 (k1 % 8) + k2 % 8 / 2. A row has 8 pieces of 8 bytes: float16 real parts of n3 = 2 i, 2 i + 1,
-// then imaginary ones. As a left operand, 4 neighbouring numbers are re, im, re, im of two n3 each, and the third factor
-// is a real matrix of 32 x 32 in that order. Pieces lie where conflicts of banks are few: `place`.
+// Rows of an exchange are numbered by who has them on side I: rho = 32 j + lane, j = 8 (k1 / 16) + 4 (k1 / 8 % 2) +
+// 2 (k2 / 8) + k2 % 2, lane = 4 (k1 % 8) + k2 % 8 / 2. A row has 8 pieces of 8 bytes: float16 real parts of n3 = 2 i
+// and 2 i + 1, then imaginary ones. As a left operand 8 neighbouring numbers are re, im, re, im of two n3 each, and the
+// third factor is a real matrix of 32 x 32 in that order. Pieces lie where conflicts of banks are few: `place`.
 #pragma once
 #include <cmath>
 
@@ -89,8 +89,8 @@ SK_DEVICE Pair pair_of(float re0, float re1, float im0, float im1) {
   return {narrow_pair<f16>(re0, re1), narrow_pair<f16>(im0, im1)};
 }
 
-// z w, with kConjugate z times the conjugate of w, in float16: 4 instructions, where float32 took 12 with the conversion
-// of w, and a rounding more of each part.
+// z w, with kConjugate z times the conjugate of w, in float16: 4 instructions, where float32 took 12 with w's
+// conversion, and a rounding more of each part.
 template <bool kConjugate>
 SK_DEVICE Pair times(Pair z, Pair w) {
 #if defined(__CUDA_ARCH__)
@@ -359,7 +359,7 @@ struct FusedConv {
           const Word4& f = back[2 * j + n / 2];
           multiply<f16>(v[n], z[j], f.v[n % 2 * 2], f.v[n % 2 * 2 + 1]);
         }
-      sync_warp();  // all lanes have read what is written now
+      // All lanes have read what is written now: results of a product need the operands of all.
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll

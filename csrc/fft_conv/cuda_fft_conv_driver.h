@@ -33,7 +33,7 @@ void fft_conv(
   if (a.batch == 0 || a.channels == 0) return;
   a.aligned = true;
   for (const View* v : {&out, &u, &pregate, &postgate})
-    if (*v) a.aligned &= reinterpret_cast<uintptr_t>(v->data) % 16 == 0 && v->stride[0] % 8 == 0 && v->stride[1] % 8 == 0;
+    if (*v) a.aligned &= (reinterpret_cast<uintptr_t>(v->data) / 2 | v->stride[0] | v->stride[1]) % 8 == 0;
   const int64_t points = spectrum.size[1];
   if (std::max(a.length_in, a.length_out) > points) throw std::invalid_argument("fft_conv: more samples than points");
   if (points != 4096 && points != 8192) throw std::invalid_argument("fft_conv: 4,096 or 8,192 points");

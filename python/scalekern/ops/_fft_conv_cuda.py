@@ -1,8 +1,8 @@
-"""fft_conv in 16 bits by the fused CUDA C++ kernel (csrc/fft_conv/cuda_fft_conv.cuh): which calls are its own, the tables
-that it reads, the spectrum as it reads it. Forward only: the backward is the other kernels'.
+"""fft_conv in 16 bits by the fused CUDA C++ kernel (csrc/fft_conv/cuda_fft_conv.cuh): which calls are its own, the
+tables that it reads, the spectrum as it reads it. Forward only: the backward is the other kernels'.
 
-Shape letters: B batch, D channels, L length, M output length, N = N1 16 16 points. The kernel's comment says what k1, k2,
-k3, n1, n2, n3, rho and the fragments of a lane 4 g + q are.
+Shape letters: B batch, D channels, L length, M output length, N = N1 16 16 points. The kernel's comment says what k1,
+k2, k3, n1, n2, n3, rho and the fragments of a lane 4 g + q are.
 """
 
 import functools
@@ -107,7 +107,8 @@ def tables(n1: int, device: torch.device) -> torch.Tensor:
     # words of a lane, four at a time
     fragments = torch.cat([t.reshape(-1, 4, 32, 2) for t in (second, second_back, third, third_back)])
     fragments = fragments.transpose(1, 2)
-    inner, inner_back, outer = (t.transpose(-1, -2) for t in (inner, inner_back, outer))  # two real parts, two imaginary
+    # two real parts, then two imaginary ones
+    inner, inner_back, outer = (t.transpose(-1, -2) for t in (inner, inner_back, outer))
     every = (first, last, inner, inner_back, outer, fragments)
     return torch.cat([t.reshape(-1) for t in every]).half().to(device)
 
@@ -121,8 +122,8 @@ def _frequencies(n1: int, device: torch.device) -> torch.Tensor:
     return (k1[rho] + n1 * (k2[rho] + 16 * (8 * j + lane % 4 * 2 + e))).reshape(-1).to(device)
 
 
-def spectrum(k, k_reverse, skip, mode: str, length: int, outputs: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the right-angle spectrum of the filters and of skip, (D, N, 2) float16; what results are multiplied by, (D,))."""
+def spectrum(k, k_reverse, skip, mode, length, outputs, points) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the right-angle spectrum of filters and skip, (D, N, 2) float16; what results are multiplied by, (D,))."""
     # A lag j stands at j, one below zero at j + 2 N, the second half of which is the imaginary part.
     lags = k.new_zeros(k.shape[0], 2 * points, dtype=torch.float32)
     if mode == "circular":
