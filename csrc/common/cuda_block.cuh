@@ -106,18 +106,6 @@ SK_FN void loads_begin_above() {
 #endif
 }
 
-// Four bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `which`.
-SK_FN uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(a, b, which);
-#else
-  const uint64_t bytes = uint64_t(b) << 32 | a;
-  uint32_t word = 0;
-  for (int i = 0; i < 4; ++i) word |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
-  return word;
-#endif
-}
-
 template <class T>
 SK_FN bool aligned16(const T* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;

@@ -56,6 +56,18 @@ SK_DEVICE void load_matrices(uint32_t (&words)[kCount], const void* row) {
 #endif
 }
 
+// Four bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `which`.
+SK_FN uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, which);
+#else
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return word;
+#endif
+}
+
 // acc (16 x 8) += a (16 x 16) b (16 x 8), in float32. Lane 4 g + t: a of rows g, g + 8, g, g + 8 in its words, of
 // inner indices 2 t and 2 t + 1, in the latter two 8 more; b likewise for column g; acc of rows g, g, g + 8, g + 8 and
 // columns 2 t, 2 t + 1.
