@@ -5,6 +5,7 @@
 
 #include "common/bind_device_math.h"
 #include "common/bind_emulator_faults.h"
+#include "fft_conv/bind_cuda_emulator.h"
 #include "quant_matmul/bind_cuda_emulator.h"
 #include "selective_scan/bind_cuda_emulator.h"
 
@@ -15,5 +16,6 @@ PYBIND11_MODULE(_C, m) {
   scalekern::bind_device_math(m);
   scalekern::bind_cuda_emulator(m);
   scalekern::bind_quant_emulator(m);
+  scalekern::bind_fft_emulator(m);
   scalekern::bind_emulator_faults(m);
 }

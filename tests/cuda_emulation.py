@@ -2,6 +2,7 @@
 
 import torch
 
+from scalekern.ops import _fft_conv_cuda as fft
 from scalekern.ops import _quant_matmul_cuda as gemv
 from scalekern.ops import _quant_matmul_tiles as tiles
 from scalekern.ops import causal_conv1d as conv
@@ -111,3 +112,13 @@ def quant_matmul_tiles(x, w, bias=None, out_dtype=None, order="rising", processo
     out, args = _product(tiles.arguments, x, w, bias, out_dtype)
     _C.emulate_quant_matmul_tiles(_kinds(args[:7]), *args[7:], processors, ORDERS[order])
     return out
+
+
+def fft_conv(
+    u, k, *, mode="causal", k_reverse=None, skip=None, bias=None, pregate=None, postgate=None, out=None, order="rising",
+    processors=1,
+):  # fmt: skip
+    if out is None:
+        out = u.new_empty(*u.shape[:2], fft.count(u, k, mode))
+    arguments = fft.arguments(*_poisoned(out), u, k, k_reverse, skip, bias, pregate, postgate, mode)
+    return _run("fft_conv", arguments[:1], arguments[1:], (), processors, order)[0]

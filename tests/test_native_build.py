@@ -157,7 +157,9 @@ def test_every_source_is_compiled_once(tmp_path, monkeypatch, jobs):
     found = [c for c in compiled(native) if c[0].startswith(("obj/cpu/", "obj/cuda/"))]
     sources = sorted(sum((sources for _, sources, _ in found), []))
     assert sources == sorted(str(p.relative_to(csrc)) for p in ops if not p.stem.endswith("_kernel"))
-    assert len([c for c in found if c[0].startswith("obj/cuda/")]) == (2 if jobs == 2 else len([*csrc.glob("*/*.cu")]))
+    sources = [*csrc.glob("*/*.cu")]
+    units = len({source.parent for source in sources}) if jobs == 2 else len(sources)
+    assert len([c for c in found if c[0].startswith("obj/cuda/")]) == units
 
 
 def test_architecture_flags():
@@ -207,7 +209,8 @@ def test_cuda_library_registers_its_ops_without_a_gpu():
         schema = getattr(torch.ops.scalekern_native, f"{op}_cuda").default._schema
         public = getattr(torch.ops.scalekern, op).default._schema
         assert [a.name for a in schema.arguments][-len(public.arguments) :] == [a.name for a in public.arguments]
-    for op in (*CUDA_OPS, "quant_matmul_gemv", "quant_matmul_tiles"):  # the last two: parts of quant_matmul_fwd
+    # The last three: parts of quant_matmul_fwd and fft_conv_fwd.
+    for op in (*CUDA_OPS, "quant_matmul_gemv", "quant_matmul_tiles", "fft_conv"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"scalekern_native::{op}_cuda", "CUDA")
 
 

@@ -56,4 +56,37 @@ SK_DEVICE void load_matrices(uint32_t (&words)[kCount], const void* row) {
 #endif
 }
 
+// Four bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `which`.
+SK_FN uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, which);
+#else
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return word;
+#endif
+}
+
+// acc (16 x 8) += a (16 x 16) b (16 x 8), in float32. Lane 4 g + t: a of rows g, g + 8, g, g + 8 in its words, of
+// inner indices 2 t and 2 t + 1, in the latter two 8 more; b likewise for column g; acc of rows g, g, g + 8, g + 8 and
+// columns 2 t, 2 t + 1.
+template <class T>
+SK_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#elif !defined(__CUDACC__)
+  const uint32_t b[2] = {b0, b1};
+  emulator::multiply_accumulate(acc, a, b, [](uint16_t bits) { return widen(T{bits}); });
+#endif
+}
+
 }  // namespace scalekern::device

@@ -160,26 +160,36 @@ class Block {
     std::vector<int> sequence(threads);
     for (int i = 0; i < threads; ++i) sequence[i] = order == Order::falling ? threads - 1 - i : i;
     if (order == Order::shuffled) std::shuffle(sequence.begin(), sequence.end(), random_);
-    uint32_t behind = 0;  // warps that do not move this time
-    if (order == Order::shuffled && threads > 32) behind = random_() & random_();
-    bool waits = false;
+    if (random_() % 64 == 0) fall_behind(threads);
+    bool waits = false, moved = false;
     for (int i : sequence) {
       if (fibers_[i]->state != State::ready) continue;
-      if (behind >> i / 32 & 1) {
+      if (behind_ >> i / 32 & 1) {
         waits = true;
         continue;
       }
+      moved = true;
       thread = i;
       resume(*fibers_[i]);
     }
+    if (waits && !moved) behind_ = 0;
     bool opened = waits;
     for (int w = 0; w < threads; w += 32) opened |= open(w, w + 32 < threads ? w + 32 : threads, State::warp);
     if (opened) return true;
-    if (open(0, threads, State::block)) return true;
+    if (open(0, threads, State::block)) {
+      fall_behind(threads);
+      return true;
+    }
     for (int i = 0; i < threads; ++i)
       if (fibers_[i]->state != State::done)
         throw std::runtime_error("a barrier or shuffle that not every thread reaches");
     return false;
+  }
+
+  // Warps that do not move for tens of the others' own barriers: what only a barrier of the block would keep the others
+  // from doing meanwhile, they do.
+  void fall_behind(int threads) {
+    if (order == Order::shuffled && threads > 32) behind_ = random_() & random_();
   }
 
   bool open(int begin, int end, State kind) {
@@ -196,6 +206,7 @@ class Block {
   void (*body_)(const void*) = nullptr;
   const void* args_ = nullptr;
   const char* error_ = nullptr;
+  uint32_t behind_ = 0;
   std::mt19937 random_{20240607};
 };
 

@@ -293,17 +293,17 @@ def asked(op, backend, selfcheck, testing) -> tuple[list[str], bool, str]:
     from scalekern.benchmarks import sources
 
     @functools.cache
-    def kernel(name):
-        entry = next((b for b in _library.OPS[name].backends if b.name == backend), None)
-        return entry if entry and (sources.files(entry) or not sources.CSRC.exists()) else None
+    def kernels(name):
+        entries = [b for b in _library.OPS[name].backends if b.name == backend]
+        return [b for b in entries if sources.files(b) or not sources.CSRC.exists()]
 
     served, gradient, refused = [], False, {}
     for dtype in selfcheck.DTYPES:
         reasons = []
         for sample in testing.samples(op):
             for name, args in selfcheck.captured(op, sample, dtype):
-                entry = kernel(name)
-                reason = entry.supports(*args) if entry else "no kernel yet"
+                answers = [entry.supports(*args) for entry in kernels(name)]
+                reason = None if None in answers else next(iter(answers), "no kernel yet")
                 reasons.append(reason)
                 gradient = gradient or (name.endswith("_bwd") and reason is None)
         if None in reasons:

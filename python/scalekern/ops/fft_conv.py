@@ -9,6 +9,7 @@ from scalekern import _checks, _dispatch, _library
 from scalekern._dispatch import Backend, filling, triton
 from scalekern.ops import _fft_conv as blocks
 from scalekern.ops import _fft_conv_cpu as kernels
+from scalekern.ops import _fft_conv_cuda as fused
 from scalekern.reference.fft_conv import MODES, FFTConvSpectrum
 from scalekern.reference.fft_conv import fft_conv_bwd as reference_bwd
 from scalekern.reference.fft_conv import fft_conv_fwd as reference_fwd
@@ -323,6 +324,7 @@ fft_conv_fwd = _library.define(
     f"fft_conv_fwd({_TENSORS}) -> Tensor",
     backends=(
         Backend("triton", filling(_allocate_fwd, _triton("fft_conv_fwd")), _triton_supports),
+        Backend("cuda", filling(_allocate_fwd, fused.forward), fused.supports),
         Backend("cuda", filling(_allocate_fwd, blocks.forward), composed=True),
         Backend("cpu", filling(_allocate_fwd, kernels.forward), kernels.supports_fwd),
         Backend("cpu", filling(_allocate_fwd, blocks.forward), composed=True),

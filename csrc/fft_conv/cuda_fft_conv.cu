@@ -1,0 +1,25 @@
+// scalekern_native::fft_conv_cuda
+#include "common/cuda_launch.h"
+#include "fft_conv/cuda_fft_conv_driver.h"
+
+namespace {
+
+using namespace scalekern;
+
+void fft_conv(
+    Tensor out, Tensor u, OptionalTensor pregate, OptionalTensor postgate, OptionalTensor bias, Tensor scale,
+    Tensor spectrum, Tensor tables) {
+  Exec exec(u);
+  fft::fft_conv(exec, view(out), view(u), view(pregate), view(postgate), view(bias), view(scale), view(spectrum),
+                view(tables));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
+  m.def(
+      "fft_conv_cuda(Tensor(a!) out, Tensor u, Tensor? pregate, Tensor? postgate, Tensor? bias, Tensor scale, "
+      "Tensor spectrum, Tensor tables) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CUDA, m) { m.impl("fft_conv_cuda", TORCH_BOX(&fft_conv)); }

@@ -1,0 +1,459 @@
+// Long convolution in 16 bits by one fused transform of three factors on the tensor cores, forward.
+//
+// Shape letters: B batch, D channels, N = N1 16 16 points (N1 is 16 or 32), t = 256 n1 + 16 n2 + n3 a sample's place,
+// k = k1 + N1 (k2 + 16 k3) a frequency's. The right-angle transform (triton_kernels/fft_conv.py) sums
+// x[t] w^(t (k + 1/4)): N points hold a convolution of N samples, rows are real on the way in and on the way out.
+//
+//     X1[k1]         = sum over n1 of F1 x                  F1 = exp(-2 pi i n1 (k1 + 1/4) / N1)
+//     X2[k1, k2]     = sum over n2 of F2 (X1 T1)            T1 = exp(-2 pi i n2 (k1 + 1/4) / (16 N1))
+//     X3[k1, k2, k3] = sum over n3 of F3 (X2 T2)            T2 = exp(-2 pi i n3 (k1 + 1/4 + N1 k2) / N)
+//
+// and back with the conjugates in the other order. Python makes the tables (python/scalekern/ops/_fft_conv_cuda.py).
+//
+// Never measured. What bounds it, counted for B64 D768 L8,192, gates at both ends, 403 M points: 8 bytes a point, 0.67
+// ms at 4.8 TB/s; products, 8 N1 + 16 16 + 16 16 = 768 flops a point (two factors: 2,048), 0.50 ms of mma.sync's some
+// 620 TFLOP/s; shared memory, some 38 bytes a point, 0.3 clocks of an SM or 0.54 ms at 1.7 GHz; instructions: in the
+// loops of sm_90a's code a lane has 1,156 for the 32 points that it has of a row, reading, gating, packing and writing
+// are some 560 more: 54 a point of the 128 that an SM begins in a clock, 0.42 clocks or 0.76 ms. So instructions come
+// first, at 0.88 of the byte floor, and what two blocks of an SM do not hide of each other comes on top: 0.6 of the
+// floor is 1.12 ms. Tried, as code: twiddles times float32 numbers, 14 instructions a point more and spills, 5.8e-4 of
+// error for 6.8e-4 in float16.
+//
+// Split: a block has a channel and some of its rows, one at a time, 8 warps. On side I of an exchange a warp has all
+// k1 and k2 (n1 and n2) of two n3: results of the first factor are the left operand of the second as they lie in
+// registers. On side II it has all n3 (k3) of some (k1, k2), and goes there and back: third factor, spectrum, inverse
+// third factor, in registers again. So a row is exchanged twice through shared memory, 4 bytes a point, and once on the
+// way in and out, where rows are read and written 16 bytes a thread.
+//
+// In shared memory: factors and twiddles (46 KB for N1 = 32), the channel's spectrum (32), and 37 KB that are in turn
+// the row (float16, scaled by its largest sample), the exchange and the result (float32): 112.6 KB, twice in an SM.
+//
+// Rows of an exchange are numbered by who has them on side I: rho = 32 j + lane, j = 8 (k1 / 16) + 4 (k1 / 8 % 2) +
+// 2 (k2 / 8) + k2 % 2, lane = 4 (k1 % 8) + k2 % 8 / 2. A row has 8 pieces of 8 bytes: float16 real parts of n3 = 2 i
+// and 2 i + 1, then imaginary ones. As a left operand 8 neighbouring numbers are re, im, re, im of two n3 each, and the
+// third factor is a real matrix of 32 x 32 in that order. Pieces lie where conflicts of banks are few: `place`.
+#pragma once
+#include <cmath>
+
+#include "common/cuda_pipeline.cuh"
+
+namespace scalekern::fft {
+
+using namespace scalekern::device;
+
+constexpr int kWarps = 8;
+
+struct Args {
+  const void *x, *gate, *post;  // (B, D, L); gates may be absent
+  void* out;
+  int64_t x_b, x_d, gate_b, gate_d, post_b, post_d, out_b, out_d;
+  const float *bias, *scale;  // (D,): what is added (may be absent), what a result of the transform is multiplied by
+  const uint16_t *spectrum, *tables;  // (D, N, 2) in the order of side II; see Tables
+  int length_in, length_out, batch, channels, turns;
+  bool aligned;  // rows begin at multiples of 16 bytes
+};
+
+// Bytes of what Python lays out; all of it but the fragments is copied to shared memory.
+template <int kN1>
+struct Tables {
+  static constexpr int kFactor = kN1 * kN1 * 4, kTwiddle1 = kN1 * 16 * 4, kTwiddle2 = kN1 * 256 * 4;
+  static constexpr int kFirst = 0, kLast = kFirst + kFactor, kInner = kLast + kFactor;
+  static constexpr int kInnerBack = kInner + kTwiddle1, kOuter = kInnerBack + kTwiddle1;
+  static constexpr int kFragments = kOuter + kTwiddle2;  // 12 x 32 lanes x 16 bytes
+};
+
+struct Complex {
+  float re, im;
+};
+
+SK_DEVICE Complex complex_of(uint32_t word) {
+#if defined(__CUDA_ARCH__)  // two conversions; with shifts of the word it would be four instructions
+  Complex z;
+  asm("{.reg .b16 re, im; mov.b32 {re, im}, %2; cvt.f32.f16 %0, re; cvt.f32.f16 %1, im;}"
+      : "=f"(z.re), "=f"(z.im) : "r"(word));
+  return z;
+#else
+  return {widen(f16{uint16_t(word)}), widen(f16{uint16_t(word >> 16)})};
+#endif
+}
+SK_DEVICE Complex times(Complex a, Complex b) {
+  return {fused(a.re, b.re, -(a.im * b.im)), fused(a.re, b.im, a.im * b.re)};
+}
+
+// Two complex numbers in float16: their real parts, their imaginary parts.
+struct Pair {
+  uint32_t re, im;
+};
+
+SK_DEVICE Pair pair_of(float re0, float re1, float im0, float im1) {
+  return {narrow_pair<f16>(re0, re1), narrow_pair<f16>(im0, im1)};
+}
+
+// z w, with kConjugate z times the conjugate of w, in float16: 4 instructions, where float32 took 12 with w's
+// conversion, and a rounding more of each part.
+template <bool kConjugate>
+SK_DEVICE Pair times(Pair z, Pair w) {
+#if defined(__CUDA_ARCH__)
+  Pair result;
+  if constexpr (kConjugate) {
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.re) : "r"(z.im), "r"(w.im), "r"(z.re), "r"(w.re));
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; neg.f16x2 t, t; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.im) : "r"(z.re), "r"(w.im), "r"(z.im), "r"(w.re));
+  } else {
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; neg.f16x2 t, t; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.re) : "r"(z.im), "r"(w.im), "r"(z.re), "r"(w.re));
+    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, %3, %4, t;}"
+        : "=r"(result.im) : "r"(z.im), "r"(w.re), "r"(z.re), "r"(w.im));
+  }
+  return result;
+#else
+  float re[2], im[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [&](uint32_t word) { return widen(f16{uint16_t(word >> 16 * i)}); };
+    const auto rounded = [](float x) { return widen(narrow<f16>(x)); };
+    const float z_re = half(z.re), z_im = half(z.im), w_re = half(w.re), w_im = half(w.im);
+    re[i] = fused(z_re, w_re, kConjugate ? rounded(z_im * w_im) : -rounded(z_im * w_im));
+    im[i] = kConjugate ? fused(z_im, w_re, -rounded(z_re * w_im)) : fused(z_re, w_im, rounded(z_im * w_re));
+  }
+  return pair_of(re[0], re[1], im[0], im[1]);
+#endif
+}
+
+// The low halves of two words, and their high halves.
+SK_DEVICE uint32_t lows(uint32_t a, uint32_t b) { return permute(a, b, 0x5410); }
+SK_DEVICE uint32_t highs(uint32_t a, uint32_t b) { return permute(a, b, 0x7632); }
+
+constexpr uint32_t kSigns = 0x80008000u;
+
+template <class T, int kN1>
+struct FusedConv {
+  using Args = fft::Args;
+  using Layout = Tables<kN1>;
+  using Word4 = Pack<uint32_t>;
+  static constexpr int kThreads = 32 * kWarps, kBlocks = 2;
+  static constexpr int kN = kN1 * 256, kPacks = kN / 8 / kThreads, kTiles = kN1 / 16;
+  // Words of 4 bytes between rows of the row as it comes (n1; n2), and of the result.
+  static constexpr int kIn1 = 168, kIn2 = 9, kOut1 = 292, kOut2 = 18;
+  static constexpr int kSpectrum = Layout::kFragments, kWork = kSpectrum + kN * 4, kMaxima = kWork + kN1 * kOut1 * 4;
+  static constexpr int kShared = kMaxima + kWarps * 4;
+  static_assert(kN1 * kIn1 <= kN1 * kOut1 && kN * 4 <= kN1 * kOut1 * 4 && kShared <= 113 * 1024);
+
+  const Args& a;
+  const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, q = lane % 4;
+  unsigned char* const shared = shared_memory();
+
+  SK_DEVICE uint32_t* work() const { return reinterpret_cast<uint32_t*>(shared + kWork); }
+  SK_DEVICE const Word4& table(int offset, int i) const {
+    return reinterpret_cast<const Word4*>(shared + offset)[i];
+  }
+  // Four words of the fragments that stay the same: read again each time, 48 registers otherwise.
+  SK_DEVICE const Word4& fragment(int i) const {
+    return reinterpret_cast<const Word4*>(reinterpret_cast<const unsigned char*>(a.tables) + Layout::kFragments)
+        [i * 32 + lane];
+  }
+
+  // --- a row between global memory and `work` ---
+
+  SK_DEVICE void read(float (&v)[8], const T* row, int t, int length) const {
+    if (a.aligned && t + 8 <= length) {
+      const auto eight = *reinterpret_cast<const Pack<T>*>(row + t);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = widen(eight.v[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = t + i < length ? widen(row[t + i]) : 0.f;
+    }
+  }
+
+  // Writes x gate / scale as float16 to `work`; returns the scale, the largest magnitude. Three barriers.
+  SK_DEVICE float bring(int64_t b, int64_t d) const {
+    const T* x = static_cast<const T*>(a.x) + b * a.x_b + d * a.x_d;
+    const T* gate = static_cast<const T*>(a.gate) + (a.gate ? b * a.gate_b + d * a.gate_d : 0);
+    float v[kPacks][8], largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int t = 8 * (thread_index() + i * kThreads);
+      read(v[i], x, t, a.length_in);
+      if (a.gate) {
+        float by[8];
+        read(by, gate, t, a.length_in);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[i][j] *= by[j];
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[i][j]));
+    }
+    float* maxima = reinterpret_cast<float*>(shared + kMaxima);
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+    if (lane == 0) maxima[warp] = largest;
+    sync_threads();
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, maxima[i]);
+    const float scale = largest < 1e-30f ? 1.f : largest, inverse = 1 / scale;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int piece = thread_index() + i * kThreads;
+      uint32_t* to = work() + piece / 32 * kIn1 + piece / 2 % 16 * kIn2 + piece % 2 * 4;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[j] = narrow_pair<f16>(v[i][2 * j] * inverse, v[i][2 * j + 1] * inverse);
+    }
+    sync_threads();
+    return scale;
+  }
+
+  SK_DEVICE void take_away(int64_t b, int64_t d, float scale) const {
+    T* out = static_cast<T*>(a.out) + b * a.out_b + d * a.out_d;
+    const T* post = static_cast<const T*>(a.post) + (a.post ? b * a.post_b + d * a.post_d : 0);
+    const float bias = a.bias ? a.bias[d] : 0.f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int piece = thread_index() + i * kThreads, t = 8 * piece;
+      if (t >= a.length_out) break;
+      const float* from =
+          reinterpret_cast<const float*>(work()) + piece / 32 * kOut1 + piece / 2 % 16 * kOut2 + piece % 2 * 8;
+      float y[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) y[j] = fused(from[j], scale, bias);
+      if (a.post) {
+        float by[8];
+        read(by, post, t, a.length_out);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) y[j] *= by[j];
+      }
+      if (a.aligned && t + 8 <= a.length_out) {
+        Group<T, 8>::of(y).store(out + t);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          if (t + j < a.length_out) out[t + j] = narrow<T>(y[j]);
+      }
+    }
+  }
+
+  // --- the exchange ---
+
+  // Where piece i of row rho lies, in words; 512 further for rho + 32, 256 for rho + 16.
+  static SK_DEVICE int place(int rho, int i) { return rho * 16 + ((i / 2) ^ (rho / 2 % 4)) * 4 + i % 2 * 2; }
+  SK_DEVICE const uint32_t* outer() const { return reinterpret_cast<const uint32_t*>(shared + Layout::kOuter); }
+  // Where T2 of row rho is for n3 = 2 i and 2 i + 1, in words; as far for rho + 16 and rho + 32.
+  static SK_DEVICE int outer_place(int rho, int i) { return rho * 16 + (i ^ (rho / 2 % 8)) * 2; }
+  static SK_DEVICE Pair get(const uint32_t* from) {
+    const auto two = Group<uint32_t, 2>::load(from);
+    return {two.words[0], two.words[1]};
+  }
+  SK_DEVICE void put(int at, Pair pair) const {
+    Group<uint32_t, 2> two;
+    two.words[0] = pair.re, two.words[1] = pair.im;
+    two.store(work() + at);
+  }
+  // From row `lane` to this lane's row of a tile of 16 k1, half r of it, half c of the k2, odd or even k2: in words.
+  static SK_DEVICE int row_of(int tile, int r, int c, int e) { return (((tile * 2 + r) * 2 + c) * 2 + e) * 512; }
+
+  // From `work` as `bring` left it: first and second factor of n3 = 2 warp + s. Two barriers.
+  SK_DEVICE void forward() const {
+    uint32_t x[2][kTiles][2][2];  // [s][16 n1][8 n2]; of a lane n1 = q, q + 4 and q + 8, q + 12
+#pragma unroll
+    for (int block = 0; block < kTiles; ++block)
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t* from = work() + (16 * block + 8 * half + q) * kIn1 + (8 * c + g) * kIn2 + warp;
+          const uint32_t low = from[0], high = from[4 * kIn1];
+          x[0][block][c][half] = lows(low, high), x[1][block][c][half] = highs(low, high);
+        }
+    sync_threads();
+    const Word4 re = fragment(0), im = fragment(1);  // F2: [8 k2][half of the n2]
+    const int mine = place(lane, warp);
+    const uint32_t* twiddles = outer() + outer_place(lane, warp);
+#pragma unroll 1
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float y_re[2][2][4] = {}, y_im[2][2][4] = {};  // [s][8 n2]
+#pragma unroll
+      for (int block = 0; block < kTiles; ++block) {
+        const Word4 f_re = table(Layout::kFirst, ((tile * kTiles + block) * 2) * 32 + lane);
+        const Word4 f_im = table(Layout::kFirst, ((tile * kTiles + block) * 2 + 1) * 32 + lane);
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            multiply<f16>(y_re[s][c], f_re.v, x[s][block][c][0], x[s][block][c][1]);
+            multiply<f16>(y_im[s][c], f_im.v, x[s][block][c][0], x[s][block][c][1]);
+          }
+      }
+      uint32_t a_re[2][4], a_im[2][4];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Word4 twiddles = table(Layout::kInner, (tile * 32 + lane) * 2 + r);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            const float(&re)[4] = y_re[s][c], (&im)[4] = y_im[s][c];
+            const Pair z = times<false>(pair_of(re[2 * r], re[2 * r + 1], im[2 * r], im[2 * r + 1]),
+                                        {twiddles.v[2 * c], twiddles.v[2 * c + 1]});
+            a_re[s][2 * c + r] = z.re, a_im[s][2 * c + r] = z.im;
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float z_re[2][4] = {}, z_im[2][4] = {};
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          multiply<f16>(z_re[s], a_im[s], im.v[2 * c] ^ kSigns, im.v[2 * c + 1] ^ kSigns);
+          multiply<f16>(z_re[s], a_re[s], re.v[2 * c], re.v[2 * c + 1]);
+          multiply<f16>(z_im[s], a_re[s], im.v[2 * c], im.v[2 * c + 1]);
+          multiply<f16>(z_im[s], a_im[s], re.v[2 * c], re.v[2 * c + 1]);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int row = row_of(tile, r, c, e), i = 2 * r + e;
+            put(mine + row, times<false>(pair_of(z_re[0][i], z_re[1][i], z_im[0][i], z_im[1][i]), get(twiddles + row)));
+          }
+      }
+    }
+    sync_threads();
+  }
+
+  // Third factor, spectrum and inverse third factor of a warp's rows of the exchange, in place. A barrier.
+  SK_DEVICE void turn() const {
+    Word4 there[4], back[4];  // [16 numbers of a row][two tiles of 8 columns], of a tile two words
+#pragma unroll
+    for (int i = 0; i < 4; ++i) there[i] = fragment(4 + i), back[i] = fragment(8 + i);
+#pragma unroll 1
+    for (int m = warp * (kN1 / kWarps), end = m + kN1 / kWarps; m < end; ++m) {
+      uint32_t x[2][4];
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        load_matrices(x[block], work() + 256 * m + place(lane % 16, 2 * (2 * block + lane / 16)));
+      }
+      float y[4][4] = {};  // re and im of k3 = 2 q and the next, then of 8 + those
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          const Word4& f = there[2 * block + n / 2];
+          multiply<f16>(y[n], x[block], f.v[n % 2 * 2], f.v[n % 2 * 2 + 1]);
+        }
+      uint32_t z[2][4];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Word4 spectrum = table(kSpectrum, (2 * m + r) * 32 + lane);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const Complex z0 = times({y[2 * j][2 * r], y[2 * j + 1][2 * r]}, complex_of(spectrum.v[2 * j]));
+          const Complex z1 = times({y[2 * j][2 * r + 1], y[2 * j + 1][2 * r + 1]}, complex_of(spectrum.v[2 * j + 1]));
+          z[j][r] = narrow_pair<f16>(z0.re, z1.re), z[j][2 + r] = narrow_pair<f16>(z0.im, z1.im);
+        }
+      }
+      float v[4][4] = {};
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const Word4& f = back[2 * j + n / 2];
+          multiply<f16>(v[n], z[j], f.v[n % 2 * 2], f.v[n % 2 * 2 + 1]);
+        }
+      // All lanes have read what is written now: results of a product need the operands of all.
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = 8 * r + g, piece = 4 * half + q;
+          const float(&re)[4] = v[2 * half], (&im)[4] = v[2 * half + 1];
+          put(256 * m + place(row, piece),
+              times<true>(pair_of(re[2 * r], re[2 * r + 1], im[2 * r], im[2 * r + 1]),
+                          get(outer() + 256 * m + outer_place(row, piece))));
+        }
+    }
+    sync_threads();
+  }
+
+  // Inverse second and first factor, to `work` as `take_away` wants it. Two barriers.
+  SK_DEVICE void inverse() const {
+    const Word4 re = fragment(2), im = fragment(3);  // F2 conjugate, as a left operand
+    uint32_t minus[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) minus[i] = im.v[i] ^ kSigns;
+    const uint32_t* mine = work() + place(lane, warp);
+    const uint32_t* inner = reinterpret_cast<const uint32_t*>(shared + Layout::kInnerBack) + lane * 8;
+    float y[2][2 * kTiles][4] = {};  // [s][8 n1]; rows n2
+#pragma unroll 1
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t a_re[2][4], a_im[2][4];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t x_re[2][2], x_im[2][2];  // [s][half of the k2]
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const Pair even = get(mine + row_of(tile, r, c, 0)), odd = get(mine + row_of(tile, r, c, 1));
+          x_re[0][c] = lows(even.re, odd.re), x_re[1][c] = highs(even.re, odd.re);
+          x_im[0][c] = lows(even.im, odd.im), x_im[1][c] = highs(even.im, odd.im);
+        }
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          float z_re[4] = {}, z_im[4] = {};
+          multiply<f16>(z_re, minus, x_im[s][0], x_im[s][1]);
+          multiply<f16>(z_re, re.v, x_re[s][0], x_re[s][1]);
+          multiply<f16>(z_im, re.v, x_im[s][0], x_im[s][1]);
+          multiply<f16>(z_im, im.v, x_re[s][0], x_re[s][1]);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const Pair z = times<true>(
+                pair_of(z_re[2 * half], z_re[2 * half + 1], z_im[2 * half], z_im[2 * half + 1]),
+                get(inner + ((tile * 32 * 2 + half) * 2 + r) * 2));
+            a_re[s][2 * r + half] = z.re, a_im[s][2 * r + half] = z.im;
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2 * kTiles; ++n) {
+        const Word4 f = table(Layout::kLast, (tile * 2 * kTiles + n) * 32 + lane);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          multiply<f16>(y[s][n], a_re[s], f.v[0], f.v[1]);
+          multiply<f16>(y[s][n], a_im[s], f.v[2], f.v[3]);
+        }
+      }
+    }
+    sync_threads();
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Group<float, 2> two;
+        two.words[0] = y[0][n][i], two.words[1] = y[1][n][i];
+        const int n1 = 8 * n + 2 * q + i % 2, n2 = g + i / 2 * 8;
+        two.store(reinterpret_cast<float*>(work()) + n1 * kOut1 + n2 * kOut2 + 2 * warp);
+      }
+    sync_threads();
+  }
+
+  SK_DEVICE void rows() const {
+    const int part = int(block_index() / a.channels);
+    const int64_t d = block_index() - int64_t(part) * a.channels;
+    for (int i = thread_index() * 16; i < Layout::kFragments; i += kThreads * 16)
+      copy_async(shared + i, reinterpret_cast<const unsigned char*>(a.tables) + i);
+    for (int i = thread_index() * 16; i < kN * 4; i += kThreads * 16)
+      copy_async(shared + kSpectrum + i, reinterpret_cast<const unsigned char*>(a.spectrum + d * (2 * kN)) + i);
+    copy_commit();
+    copy_wait();
+    const int first = part * a.turns, end = first + a.turns < a.batch ? first + a.turns : a.batch;
+    for (int b = first; b < end; ++b) {
+      const float scale = bring(b, d);  // its barriers are behind the copies as well
+      forward();
+      turn();
+      inverse();
+      take_away(b, d, scale * a.scale[d]);
+    }
+  }
+
+  static SK_DEVICE void run(const Args& a) { FusedConv{a}.rows(); }
+};
+
+}  // namespace scalekern::fft

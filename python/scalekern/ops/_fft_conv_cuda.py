@@ -1,0 +1,169 @@
+"""fft_conv in 16 bits by the fused CUDA C++ kernel (csrc/fft_conv/cuda_fft_conv.cuh): which calls are its own, the
+tables that it reads, the spectrum as it reads it. Forward only: the backward is the other kernels'.
+
+Shape letters: B batch, D channels, L length, M output length, N = N1 16 16 points. The kernel's comment says what k1,
+k2, k3, n1, n2, n3, rho and the fragments of a lane 4 g + q are.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from scalekern._dispatch import native
+from scalekern.ops._fft_conv import Ring
+
+FULL = 32768.0  # a spectrum's largest product with a row, so that float16's range is filled from the top
+POINTS = (4096, 8192)
+LEAST = 2048  # up to it two factors are bound by bytes, and this kernel's N is twice too long
+_fft_conv = native("fft_conv", "cuda")
+
+
+def supports(
+    u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision, spectrum
+) -> str | None:  # fmt: skip
+    """None, or why the kernel does not compute the call."""
+    if method in ("direct", "toeplitz"):
+        return f"method {method!r} was asked for"
+    if precision not in (None, "tf32"):
+        return f"precision {precision!r} was asked for"
+    if u.dtype not in (torch.float16, torch.bfloat16):
+        return f"u is {str(u.dtype)[6:]}, not float16 or bfloat16"
+    if k.dim() != 2 or k_reverse is not None and k_reverse.dim() != 2:
+        return "a filter for every sample"
+    if mask is not None:
+        return "a mask"
+    if any(t is not None and t.stride(-1) != 1 for t in (u, pregate, postgate)):
+        return "samples of a row are not next to each other"
+    points = count(u, k, mode)
+    if not LEAST < points <= POINTS[-1]:
+        return f"the output has {points} samples, not {LEAST + 1} to {POINTS[-1]}"
+    return None
+
+
+def count(u, k, mode) -> int:
+    """M"""
+    return u.shape[2] + k.shape[-1] - 1 if mode == "full" else u.shape[2]
+
+
+def _unit(numerator, denominator):
+    """exp(-2 pi i numerator / denominator), (..., 2): real, imaginary. Exact in integers, then float64."""
+    angle = (numerator % denominator).double() * (-2 * torch.pi / denominator)
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def _axes(*sizes):
+    """Index tensors over a grid of these sizes."""
+    return torch.meshgrid(*[torch.arange(n) for n in sizes], indexing="ij")
+
+
+def _rows(n1):
+    """(k1, k2) of each row of the exchange."""
+    rho = torch.arange(16 * n1)
+    j, lane = rho // 32, rho % 32
+    return j // 8 * 16 + j // 4 % 2 * 8 + lane // 4, j // 2 % 2 * 8 + lane % 4 * 2 + j % 2
+
+
+def _complex_matrix(value, part_in, part_out):
+    """Of the complex number value (..., 2), the entry of its real 2 x 2 matrix, from part_in to part_out."""
+    re, im = value.unbind(-1)
+    return torch.where(part_in == part_out, re, torch.where(part_in == 0, im, -im))
+
+
+@functools.lru_cache(maxsize=16)
+def tables(n1: int, device: torch.device) -> torch.Tensor:
+    """The tables one after the other, float16, as the kernel's struct Tables counts their bytes."""
+    points, tiles = 256 * n1, n1 // 16
+    g, q = (lambda lane: lane // 4), (lambda lane: lane % 4)
+    conjugate = torch.tensor([1.0, -1.0], dtype=torch.float64)
+
+    tile, block, part, lane, word, e = _axes(tiles, tiles, 2, 32, 4, 2)
+    row, column = 16 * tile + g(lane) + 8 * (word % 2), 16 * block + q(lane) + 4 * e + 8 * (word // 2)
+    first = _unit(column * (4 * row + 1), 4 * n1).gather(-1, part[..., None])
+
+    tile, n, lane, word, e = _axes(tiles, 2 * tiles, 32, 4, 2)
+    row, column = 16 * tile + 2 * q(lane) + e + 8 * (word % 2), 8 * n + g(lane)
+    last = _unit(column * (4 * row + 1), 4 * n1).gather(-1, (word // 2)[..., None])
+
+    tile, lane, r, c, e = _axes(tiles, 32, 2, 2, 2)
+    inner = _unit((8 * c + 2 * q(lane) + e) * (4 * (16 * tile + 8 * r + g(lane)) + 1), 64 * n1)
+    tile, lane, half, r, e = _axes(tiles, 32, 2, 2, 2)
+    inner_back = _unit((8 * half + g(lane)) * (4 * (16 * tile + 8 * r + 2 * q(lane) + e) + 1), 64 * n1)
+
+    rho, at, e = _axes(16 * n1, 8, 2)
+    k1, k2 = _rows(n1)
+    outer = _unit((2 * (at ^ (rho // 2 % 8)) + e) * (4 * (k1 + n1 * k2)[rho] + 1), 4 * points)
+
+    part, c, half, lane, e = _axes(2, 2, 2, 32, 2)
+    second = _unit((2 * q(lane) + e + 8 * half) * (8 * c + g(lane)), 16).gather(-1, part[..., None])
+    part, word, lane, e = _axes(2, 4, 32, 2)
+    second_back = _unit((8 * (word % 2) + g(lane)) * (2 * q(lane) + e + 8 * (word // 2)), 16) * conjugate / 16
+    second_back = second_back.gather(-1, part[..., None])
+    block, n, half, lane, e = _axes(2, 4, 2, 32, 2)
+    third = _unit((4 * (2 * block + half) + q(lane) // 2 * 2 + e) * (8 * (n // 2) + g(lane)), 16)
+    third = _complex_matrix(third, q(lane) % 2, n % 2)
+    third_back = _unit((8 * block + 2 * q(lane) + e) * (8 * (n // 2) + g(lane)), 16) * conjugate / 16
+    third_back = _complex_matrix(third_back, half, n % 2)
+    # words of a lane, four at a time
+    fragments = torch.cat([t.reshape(-1, 4, 32, 2) for t in (second, second_back, third, third_back)])
+    fragments = fragments.transpose(1, 2)
+    # two real parts, then two imaginary ones
+    inner, inner_back, outer = (t.transpose(-1, -2) for t in (inner, inner_back, outer))
+    every = (first, last, inner, inner_back, outer, fragments)
+    return torch.cat([t.reshape(-1) for t in every]).half().to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _frequencies(n1: int, device: torch.device) -> torch.Tensor:
+    """k in the order in which side II of the exchange reads the spectrum, (N,)."""
+    m, r, lane, j, e = _axes(n1, 2, 32, 2, 2)
+    k1, k2 = _rows(n1)
+    rho = 16 * m + 8 * r + lane // 4
+    return (k1[rho] + n1 * (k2[rho] + 16 * (8 * j + lane % 4 * 2 + e))).reshape(-1).to(device)
+
+
+def spectrum(k, k_reverse, skip, mode, length, outputs, points) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the right-angle spectrum of filters and skip, (D, N, 2) float16; what results are multiplied by, (D,))."""
+    # A lag j stands at j, one below zero at j + 2 N, the second half of which is the imaginary part.
+    lags = k.new_zeros(k.shape[0], 2 * points, dtype=torch.float32)
+    if mode == "circular":
+        ring = Ring(length, 0, length, length - 1, length - 1).filter(k, k_reverse).float()
+        ring = F.pad(ring, (0, length - ring.shape[1]))
+        lags[:, :length] = ring
+        lags[:, 2 * points - length + 1 :] = ring[:, 1:]
+    else:
+        offset = (k.shape[1] - 1) // 2 if mode == "same" else 0
+        ring = Ring(2 * points, offset, None, outputs - 1, length - 1).filter(k, k_reverse)
+        lags[:, : ring.shape[1]] = ring
+    if skip is not None:
+        lags[:, 0] += skip
+    quarter = torch.view_as_complex(_turns(points, k.device))
+    values = torch.fft.fft(torch.complex(lags[:, :points], lags[:, points:]) * quarter)
+    values = torch.view_as_real(values)[:, _frequencies(points // 256, k.device)]
+    largest = values.abs().amax((1, 2))
+    largest = torch.where(largest < 1e-30, 1.0, largest)
+    return (values * (FULL / points / largest)[:, None, None]).half(), largest * (256 / FULL)
+
+
+@functools.lru_cache(maxsize=16)
+def _turns(points: int, device: torch.device) -> torch.Tensor:
+    """exp(-2 pi i n / (4 N)), (N, 2)"""
+    return _unit(torch.arange(points), 4 * points).float().to(device)
+
+
+def arguments(out, u, k, k_reverse, skip, bias, pregate, postgate, mode) -> tuple:
+    """Those of scalekern_native::fft_conv_cuda."""
+    points = next(n for n in POINTS if n >= out.shape[2])
+    values, scale = spectrum(k, k_reverse, skip, mode, u.shape[2], out.shape[2], points)
+    bias = None if bias is None else bias.contiguous()
+    return out, u, pregate, postgate, bias, scale, values, tables(points // 256, u.device)
+
+
+def forward(
+    out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision=None, spectrum=None
+):  # fmt: skip
+    """Fill out (B, D, M). A given spectrum is another kernel's: the filters are transformed anew."""
+    _fft_conv(*arguments(out, u, k, k_reverse, skip, bias, pregate, postgate, mode))
+
+
+forward.native_op = _fft_conv.native_op

@@ -1,0 +1,195 @@
+"""fft_conv in CUDA C++, one fused transform of three factors, without a GPU: run by the host emulator. And on one.
+
+Shape letters: B batch, D channels, L length, K taps, N points of the transform.
+"""
+
+import cuda_emulation as emulated
+import pytest
+import torch
+
+from scalekern import _dispatch, _library, fft_conv, fft_conv_spectrum, reference
+from scalekern.ops import _fft_conv_cuda as cuda
+from scalekern.testing import error, upcast
+
+_C = pytest.importorskip("scalekern._C", reason="the pybind11 module was not built (setup.py says why)")
+
+F16, BF16 = torch.float16, torch.bfloat16
+# Rounding an output alone is 2e-4 in float16 and 1.7e-3 in bfloat16; operands and twiddles have 11 bits, some 25
+# roundings of 1.4e-4 one after the other. Where much of the product wraps and is thrown away (filters beyond a row), it
+# is measured against what is kept: 1.1e-3 instead of 7e-4.
+BOUND = {F16: 1.5e-3, BF16: 2.5e-3}
+
+
+def inputs(L, K=None, dtype=F16, B=2, D=2, seed=0, **shapes):
+    """(u, k, further arguments by name); rows and channels of their own sizes, so that swapped ones are seen."""
+    generator = torch.Generator().manual_seed(seed)
+    K = L if K is None else K
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    u = randn(B, D, L) * (1 + torch.arange(B * D)).view(B, D, 1)
+    k = randn(D, K) * torch.exp(-torch.arange(K) * 8 / K) * (1 + torch.arange(D))[:, None]
+    rest = {name: randn(*shape) for name, shape in shapes.items()}
+    return u.to(dtype), k, {n: t.to(dtype) if n.endswith("gate") else t for n, t in rest.items()}
+
+
+def check(u, k, order="rising", processors=1, **options):
+    exact = reference.fft_conv(u.double(), k.double(), **{n: upcast(t) for n, t in options.items()})
+    out = emulated.fft_conv(u, k, order=order, processors=processors, **options)
+    for b in range(u.shape[0]):  # a row that is wrong and small is seen as well
+        found = error(out[b], exact[b])
+        assert found < BOUND[u.dtype], f"row {b}: {found:.2e}"
+    return out
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("L", [2049, 2500, 4095, 4096, 4097, 6000, 8184, 8192])
+def test_lengths(L, dtype):
+    """Both transforms, full or nearly, rows that are no multiple of a thread's 8 samples."""
+    check(*inputs(L, dtype=dtype)[:2])
+
+
+@pytest.mark.parametrize("mode", ["causal", "circular", "same", "full"])
+@pytest.mark.parametrize("L, K", [(4096, 4096), (4000, 97), (2200, 6000), (3001, 1)])
+def test_modes_and_taps(mode, L, K):
+    K = min(K, 8192 - L + 1) if mode == "full" else K
+    outputs = L + K - 1 if mode == "full" else L
+    u, k, rest = inputs(L, K, postgate=(2, 2, outputs))
+    check(u, k, mode=mode)
+    check(u, k, mode=mode, **rest)
+
+
+@pytest.mark.parametrize("order", emulated.ORDERS)
+@pytest.mark.parametrize("dtype, L", [(F16, 4096), (BF16, 8192)], ids=str)
+def test_gates_skip_bias_and_both_filters(dtype, L, order):
+    shapes = {"pregate": (3, 2, L), "postgate": (3, 2, L), "skip": (2,), "bias": (2,), "k_reverse": (2, 300)}
+    u, k, rest = inputs(L, 1000, dtype, B=3, **shapes)
+    check(u, k, order=order, **rest)
+    check(u, k, order=order, postgate=rest["postgate"])
+    check(u, k, order=order, pregate=rest["pregate"], bias=rest["bias"])
+    check(u, k, order=order, mode="circular", k_reverse=rest["k_reverse"], skip=rest["skip"])
+
+
+def test_every_tap_and_every_sample_counts():
+    """One tap at each place of a lane, a warp, a tile: the shifted row itself."""
+    L = 4096
+    u, _, _ = inputs(L, B=1, D=1)
+    for lag in (0, 1, 2, 7, 15, 16, 17, 255, 256, 257, 1000, 2047, 2048, 4095):
+        k = torch.zeros(1, L)
+        k[0, lag] = 3
+        found = emulated.fft_conv(u, k).double()
+        found[..., lag:] -= 3 * u.double()[..., : L - lag]
+        assert found.norm() < BOUND[F16] * 3 * u.double().norm()  # of what the transform holds, kept or not
+
+
+def test_rows_shared_by_blocks():
+    """5 rows of 3 channels on 1 to 8 processors: rows of a channel one after the other, and in blocks of their own."""
+    u, k, _ = inputs(4096, B=5, D=3, dtype=BF16)
+    outs = []
+    for processors in (1, 3, 4, 8):
+        _C.emulated_kernels()
+        outs.append(check(u, k, processors=processors))
+        (name,) = _C.emulated_kernels()
+        assert "FusedConv" in name and name.endswith(", 16>")
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_strides_and_alignment():
+    """Rows anywhere in memory; at odd addresses sample by sample, with the same results."""
+    L = 4100
+    u, k, rest = inputs(L, pregate=(2, 2, L), postgate=(2, 2, L))
+    plain = check(u, k, **rest)
+    swapped = {n: t.transpose(0, 1).contiguous().transpose(0, 1) for n, t in {"u": u, **rest}.items()}
+    out = torch.empty(2, 2, 2 * L, dtype=F16)
+    assert torch.equal(emulated.fft_conv(swapped.pop("u"), k, **swapped, out=out[..., L:]), plain)
+
+    def odd(t):
+        shifted = torch.empty(*t.shape[:-1], t.shape[-1] + 3, dtype=t.dtype)[..., 3:]
+        return shifted.copy_(t)
+
+    for name in ("u", "pregate", "postgate"):
+        moved = {**{"u": u, **rest}, name: odd({"u": u, **rest}[name])}
+        assert torch.equal(emulated.fft_conv(moved.pop("u"), k, **moved), plain), name
+    plain, u = emulated.fft_conv(u, k), torch.zeros(2, 2, L + 20, dtype=F16)[..., :L].copy_(u)
+    for first in (4, 8):  # rows of 4,120 at addresses that are no multiples of 16 bytes, and that are
+        wide = torch.full((2, 2, L + 20), 7.0, dtype=F16)
+        out = emulated.fft_conv(u, k, out=wide[..., first : first + L])
+        assert torch.equal(out, plain) and (wide[..., :first] == 7).all() and (wide[..., first + L :] == 7).all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 6e4])
+def test_rows_of_any_size(size):
+    """A row's own scale: rows at both ends of float16, beside a row of zeros."""
+    u, k, _ = inputs(4096, B=3, dtype=torch.float32)
+    u = (u / u.abs().amax(-1, keepdim=True) * size).to(F16)
+    u[1] = 0
+    k = k / k.abs().sum(1, keepdim=True)
+    out = emulated.fft_conv(u, k)
+    exact = reference.fft_conv(u.double(), k.double())
+    # Subnormal results: of half a place at 6e-8.
+    allowed = BOUND[F16] * exact.norm(dim=-1) + 3e-8 * 64
+    assert ((out.double() - exact).norm(dim=-1) <= allowed).all() and (out[1] == 0).all()
+
+
+def test_filters_of_any_size():
+    """A spectrum's own scale: of taps whose sum is far from 1, and of no taps at all."""
+    u, k, _ = inputs(4096, B=1, D=4, dtype=BF16)
+    k = k * torch.tensor([1e-12, 1e4, 0, 1.0])[:, None]
+    out, exact = emulated.fft_conv(u, k), reference.fft_conv(u.double(), k.double())
+    for d in (0, 1, 3):
+        assert error(out[:, d], exact[:, d]) < BOUND[BF16]
+    assert (out[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(value):
+    u, k, _ = inputs(4096, B=3)
+    plain = emulated.fft_conv(u, k)
+    u[1, 0, 4000] = value
+    out = emulated.fft_conv(u, k)
+    assert not out[1, 0, 4000:].isfinite().any()
+    out[1, 0] = plain[1, 0] = 0
+    assert torch.equal(out, plain)
+
+
+def arguments(L=4096, **changes):
+    u, k, _ = inputs(L, dtype=changes.pop("dtype", F16))
+    names = ("u", "k", "k_reverse", "skip", "bias", "pregate", "postgate", "mask", "mode", "method", "precision")
+    given = {"u": u, "k": k, "mode": "causal", "method": "auto", **changes}
+    return (*[given.get(name) for name in names], None)
+
+
+def test_what_it_declines():
+    u, k = arguments()[:2]
+    assert cuda.supports(*arguments()) is None and cuda.supports(*arguments(precision="tf32")) is None
+    for call, words in [
+        (arguments(dtype=torch.float32), "float32"), (arguments(method="direct"), "direct"),
+        (arguments(precision="ieee"), "ieee"), (arguments(precision="bf16"), "bf16"),
+        (arguments(k=k.expand(2, 2, -1)), "every sample"), (arguments(k_reverse=k.expand(2, 2, -1)), "every sample"),
+        (arguments(mask=u[:, 0] > 0), "mask"), (arguments(L=2048), "2048 samples"), (arguments(L=8193), "8193"),
+        (arguments(L=4097, mode="full"), "8193"), (arguments(postgate=u.mT.contiguous().mT), "next to each other"),
+    ]:  # fmt: skip
+        assert words in cuda.supports(*call)
+    with pytest.raises(ValueError, match="more samples than points"):
+        _run_with_points(4096, 5000)
+
+
+def _run_with_points(points, L):
+    u, k, _ = inputs(L)
+    values, scale = cuda.spectrum(k[:, :100], None, None, "causal", 4096, 4096, points)
+    tensors = (torch.empty_like(u), u, None, None, None, scale, values, cuda.tables(points // 256, u.device))
+    emulated._run("fft_conv", tensors[:1], tensors[1:], (), 1, "rising")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("L", [2500, 4096, 8191, 8192])
+def test_on_a_gpu(L, dtype):
+    u, k, rest = inputs(L, dtype=dtype, B=9, D=40, pregate=(9, 40, L), postgate=(9, 40, L), skip=(40,), bias=(40,))
+    exact = reference.fft_conv(u.double(), k.double(), **{n: upcast(t) for n, t in rest.items()})
+    u, k, rest = u.cuda(), k.cuda(), {n: t.cuda() for n, t in rest.items()}
+    op = _library.OPS["fft_conv_fwd"]
+    call = arguments(L, u=u, k=k, **rest)
+    with _dispatch.backend("cuda"):
+        assert _dispatch.select(op.public, op.backends, "cuda", call).run.native_op is not None
+        assert error(fft_conv(u, k, **rest).cpu(), exact) < BOUND[dtype]
+        spectrum = fft_conv_spectrum(k, L, dtype=dtype)
+        assert error(fft_conv(u, spectrum, **rest).cpu(), exact) < BOUND[dtype]
