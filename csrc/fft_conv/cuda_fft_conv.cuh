@@ -35,11 +35,9 @@
 #pragma once
 #include <cmath>
 
-#include "common/cuda_pipeline.cuh"
+#include "fft_conv/cuda_fft_numbers.cuh"
 
 namespace scalekern::fft {
-
-using namespace scalekern::device;
 
 constexpr int kWarps = 8;
 
@@ -61,70 +59,6 @@ struct Tables {
   static constexpr int kInnerBack = kInner + kTwiddle1, kOuter = kInnerBack + kTwiddle1;
   static constexpr int kFragments = kOuter + kTwiddle2;  // 12 x 32 lanes x 16 bytes
 };
-
-struct Complex {
-  float re, im;
-};
-
-SK_DEVICE Complex complex_of(uint32_t word) {
-#if defined(__CUDA_ARCH__)  // two conversions; with shifts of the word it would be four instructions
-  Complex z;
-  asm("{.reg .b16 re, im; mov.b32 {re, im}, %2; cvt.f32.f16 %0, re; cvt.f32.f16 %1, im;}"
-      : "=f"(z.re), "=f"(z.im) : "r"(word));
-  return z;
-#else
-  return {widen(f16{uint16_t(word)}), widen(f16{uint16_t(word >> 16)})};
-#endif
-}
-SK_DEVICE Complex times(Complex a, Complex b) {
-  return {fused(a.re, b.re, -(a.im * b.im)), fused(a.re, b.im, a.im * b.re)};
-}
-
-// Two complex numbers in float16: their real parts, their imaginary parts.
-struct Pair {
-  uint32_t re, im;
-};
-
-SK_DEVICE Pair pair_of(float re0, float re1, float im0, float im1) {
-  return {narrow_pair<f16>(re0, re1), narrow_pair<f16>(im0, im1)};
-}
-
-// z w, with kConjugate z times the conjugate of w, in float16: 4 instructions, where float32 took 12 with w's
-// conversion, and a rounding more of each part.
-template <bool kConjugate>
-SK_DEVICE Pair times(Pair z, Pair w) {
-#if defined(__CUDA_ARCH__)
-  Pair result;
-  if constexpr (kConjugate) {
-    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, %3, %4, t;}"
-        : "=r"(result.re) : "r"(z.im), "r"(w.im), "r"(z.re), "r"(w.re));
-    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; neg.f16x2 t, t; fma.rn.f16x2 %0, %3, %4, t;}"
-        : "=r"(result.im) : "r"(z.re), "r"(w.im), "r"(z.im), "r"(w.re));
-  } else {
-    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; neg.f16x2 t, t; fma.rn.f16x2 %0, %3, %4, t;}"
-        : "=r"(result.re) : "r"(z.im), "r"(w.im), "r"(z.re), "r"(w.re));
-    asm("{.reg .b32 t; mul.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, %3, %4, t;}"
-        : "=r"(result.im) : "r"(z.im), "r"(w.re), "r"(z.re), "r"(w.im));
-  }
-  return result;
-#else
-  float re[2], im[2];
-  for (int i = 0; i < 2; ++i) {
-    const auto half = [&](uint32_t word) { return widen(f16{uint16_t(word >> 16 * i)}); };
-    const auto rounded = [](float x) { return widen(narrow<f16>(x)); };
-    const float z_re = half(z.re), z_im = half(z.im), w_re = half(w.re), w_im = half(w.im);
-    re[i] = fused(z_re, w_re, kConjugate ? rounded(z_im * w_im) : -rounded(z_im * w_im));
-    im[i] = kConjugate ? fused(z_im, w_re, -rounded(z_re * w_im)) : fused(z_re, w_im, rounded(z_im * w_re));
-  }
-  return pair_of(re[0], re[1], im[0], im[1]);
-#endif
-}
-
-// The low halves of two words, and their high halves.
-SK_DEVICE uint32_t lows(uint32_t a, uint32_t b) { return permute(a, b, 0x5410); }
-SK_DEVICE uint32_t highs(uint32_t a, uint32_t b) { return permute(a, b, 0x7632); }
-
-constexpr uint32_t kSigns = 0x80008000u;
 
 template <class T, int kN1>
 struct FusedConv {
@@ -320,26 +254,30 @@ struct FusedConv {
     sync_threads();
   }
 
+  // sums += x (16 x 32) times a third factor (32 x 32), whose fragments are [16 numbers of a row][two tiles of 8 columns].
+  static SK_DEVICE void times_factor(float (&sums)[4][4], const uint32_t (&x)[2][4], const Word4 (&factor)[4]) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        const Word4& f = factor[2 * block + n / 2];
+        multiply<f16>(sums[n], x[block], f.v[n % 2 * 2], f.v[n % 2 * 2 + 1]);
+      }
+  }
+
   // Third factor, spectrum and inverse third factor of a warp's rows of the exchange, in place. A barrier.
   SK_DEVICE void turn() const {
-    Word4 there[4], back[4];  // [16 numbers of a row][two tiles of 8 columns], of a tile two words
+    Word4 there[4], back[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) there[i] = fragment(4 + i), back[i] = fragment(8 + i);
 #pragma unroll 1
     for (int m = warp * (kN1 / kWarps), end = m + kN1 / kWarps; m < end; ++m) {
       uint32_t x[2][4];
 #pragma unroll
-      for (int block = 0; block < 2; ++block) {
+      for (int block = 0; block < 2; ++block)
         load_matrices(x[block], work() + 256 * m + place(lane % 16, 2 * (2 * block + lane / 16)));
-      }
       float y[4][4] = {};  // re and im of k3 = 2 q and the next, then of 8 + those
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          const Word4& f = there[2 * block + n / 2];
-          multiply<f16>(y[n], x[block], f.v[n % 2 * 2], f.v[n % 2 * 2 + 1]);
-        }
+      times_factor(y, x, there);
       uint32_t z[2][4];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -352,13 +290,7 @@ struct FusedConv {
         }
       }
       float v[4][4] = {};
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const Word4& f = back[2 * j + n / 2];
-          multiply<f16>(v[n], z[j], f.v[n % 2 * 2], f.v[n % 2 * 2 + 1]);
-        }
+      times_factor(v, z, back);
       // All lanes have read what is written now: results of a product need the operands of all.
 #pragma unroll
       for (int half = 0; half < 2; ++half)
