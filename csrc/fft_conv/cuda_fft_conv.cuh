@@ -254,7 +254,7 @@ struct FusedConv {
     sync_threads();
   }
 
-  // sums += x (16 x 32) times a third factor (32 x 32), whose fragments are [16 numbers of a row][two tiles of 8 columns].
+  // sums += x (16 x 32) times a third factor (32 x 32), in fragments: [16 numbers of a row][two tiles of 8].
   static SK_DEVICE void times_factor(float (&sums)[4][4], const uint32_t (&x)[2][4], const Word4 (&factor)[4]) {
 #pragma unroll
     for (int n = 0; n < 4; ++n)
