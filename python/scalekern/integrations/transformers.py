@@ -13,6 +13,7 @@ import torch
 
 from scalekern.compat import _shims  # upstream's signatures on the ops, counted
 from scalekern.integrations.attention import register  # noqa: F401
+from scalekern.ops._linear import linear, project
 from scalekern.ops.causal_conv1d import ACTIVATIONS
 
 # Mixer class -> its module. Their checkpoints, caches and masks stay transformers' own.
@@ -162,7 +163,7 @@ def mixer_forward(self, hidden_states, cache=None, attention_mask=None, *, cache
         if attention_mask is None and _is_plain(self, hidden_states):
             return _fused_step(self, hidden_states, layer)
         return _step(self, hidden_states, layer, attention_mask)
-    xz = self.in_proj(hidden_states).transpose(1, 2)
+    xz = project(self.in_proj, hidden_states).transpose(1, 2)
     if cache is None and attention_mask is None and _fuses(self) and kwargs.get("seq_idx") is None:
         return _shims.mamba_inner_fn(
             xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight,
@@ -182,7 +183,7 @@ def mixer_forward(self, hidden_states, cache=None, attention_mask=None, *, cache
     )  # fmt: skip
     if cache is not None:
         cache.update_recurrent_state(state, self.layer_idx)
-    return self.out_proj(y.transpose(1, 2))
+    return project(self.out_proj, y.transpose(1, 2))
 
 
 def mixer_class_forward(original):
@@ -279,12 +280,12 @@ def _step(self, hidden_states, layer, attention_mask):
 
 def _projections(self, x):
     """(..., D) -> the raw step sizes (..., D), B and C (..., N), each normalized where the mixer does."""
-    dt, B, C = self.x_proj(x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+    dt, B, C = project(self.x_proj, x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
     if hasattr(self, "dt_layernorm"):
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
     if hasattr(self.config, "_is_quantized"):  # the weight is packed then, and only the layer can read it
         return self.dt_proj(dt) - self.dt_proj.bias, B, C
-    return torch.nn.functional.linear(dt, self.dt_proj.weight), B, C
+    return linear(dt, self.dt_proj.weight), B, C
 
 
 def _A(self):

@@ -15,6 +15,7 @@ from torch import nn
 from scalekern import _checks
 from scalekern.nn._cached import CachedStates, pair
 from scalekern.nn._quantized_step import quantized_step
+from scalekern.ops._linear import linear, project
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
@@ -145,7 +146,7 @@ class Mamba(CachedStates, nn.Module):
         if not (self.use_fast_path and self._plain_projections()):
             return self._forward_states(hidden_states, None, None, None)[0]
         return mamba_inner(
-            self.in_proj(hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
+            project(self.in_proj, hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
             self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(), D=self.D,
             delta_bias=self.dt_proj.bias,
         )  # fmt: skip
@@ -161,21 +162,21 @@ class Mamba(CachedStates, nn.Module):
         # A negative seq_idx is padding: the convolution gives zero there and does not look back into it. A zero
         # input then leaves the scan's state at zero up to the first real token.
         seq_idx = None if mask is None else (mask != 0).to(torch.int32) - 1
-        xz = self.in_proj(hidden_states).transpose(1, 2)
+        xz = project(self.in_proj, hidden_states).transpose(1, 2)
         x, z = xz.chunk(2, dim=1)  # [B, D, L] each, channels-last
         x, conv_state = causal_conv1d(
             self._before_conv(x), self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
             initial_states=None if conv_state is None else conv_state[..., 1:].to(x.dtype),
             return_final_states=True, activation=self.activation, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        dt, B, C = self.x_proj(x.transpose(1, 2)).transpose(1, 2).split([self.dt_rank, self.d_state, self.d_state], 1)
-        dt = F.linear(dt.transpose(1, 2), self.dt_proj.weight).transpose(1, 2)  # its bias is the scan's delta_bias
+        dt, B, C = project(self.x_proj, x.transpose(1, 2)).transpose(1, 2).split([self.dt_rank, self.d_state, self.d_state], 1)
+        dt = linear(dt.transpose(1, 2), self.dt_proj.weight).transpose(1, 2)  # its bias is the scan's delta_bias
         y, ssm_state = self._scan(
             x, dt, self._A(), B, C, self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True,
             return_last_state=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         # The state holds W tokens as upstream's does; the oldest of them is no longer read by anything.
-        return self.out_proj(y.transpose(1, 2)), (F.pad(conv_state, (1, 0)), ssm_state)
+        return project(self.out_proj, y.transpose(1, 2)), (F.pad(conv_state, (1, 0)), ssm_state)
 
     def _plain_projections(self):
         """Whether the fused ops may read the projections' weights: none is quantized, adapted or watched by a hook."""

@@ -16,6 +16,7 @@ import torch
 from scalekern import _checks, _library
 from scalekern._dispatch import Backend
 from scalekern._packing import checkpoint_count
+from scalekern.ops._linear import product
 from scalekern.ops.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd
 from scalekern.ops.selective_scan import COMPLEX, selective_scan_bwd, selective_scan_fwd
 from scalekern.reference.mamba_inner import KEEP_ALL, KEEP_NOTHING, RECOMPUTE
@@ -183,9 +184,11 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-_fwd = functools.partial(composed_fwd, conv=causal_conv1d_fwd, scan=selective_scan_fwd)
+_fwd = functools.partial(composed_fwd, conv=causal_conv1d_fwd, scan=selective_scan_fwd, linear=product)
 _bwd = _library.without_autocast(
-    functools.partial(composed_bwd, conv=causal_conv1d_fwd, conv_bwd=causal_conv1d_bwd, scan_bwd=selective_scan_bwd)
+    functools.partial(
+        composed_bwd, conv=causal_conv1d_fwd, conv_bwd=causal_conv1d_bwd, scan_bwd=selective_scan_bwd, linear=product
+    )
 )
 _TENSORS = (
     "Tensor xz, Tensor conv1d_weight, Tensor? conv1d_bias, Tensor x_proj_weight, Tensor delta_proj_weight, "

@@ -90,7 +90,7 @@ def _projected_bwd(dmatrix, rows, bias, rms_weight, eps):
 
 def _front(
     xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, B, C, A, B_proj_bias, C_proj_bias,
-    b_rms_weight, c_rms_weight, dt_rms_weight, eps, conv, kept=None,
+    b_rms_weight, c_rms_weight, dt_rms_weight, eps, conv, kept=None, linear=F.linear,
 ):  # fmt: skip
     """Everything before the scan: (x, projected, raw step sizes (B, L, D), delta (B, D, L), B, C).
 
@@ -102,8 +102,8 @@ def _front(
         x, _ = conv(xz[:, :channels], conv1d_weight, conv1d_bias, None, None, None, True)
     else:
         x = kept[0]
-    projected = x.transpose(1, 2) @ x_proj_weight.T
-    steps = projected[..., :rank] @ delta_proj_weight.T if kept is None else kept[1]
+    projected = linear(x.transpose(1, 2), x_proj_weight)
+    steps = linear(projected[..., :rank], delta_proj_weight) if kept is None else kept[1]
     delta = steps if dt_rms_weight is None else rms_norm(steps, dt_rms_weight, eps)
     if B is None:
         B = _projected(projected[..., rank : rank + width], B_proj_bias, b_rms_weight, eps, A)
@@ -115,16 +115,16 @@ def _front(
 def mamba_inner_fwd(
     xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
     delta_bias, B_proj_bias, C_proj_bias, b_rms_weight, c_rms_weight, dt_rms_weight, eps, delta_softplus, keep,
-    *, conv=causal_conv1d_fwd, scan=selective_scan_fwd,
+    *, conv=causal_conv1d_fwd, scan=selective_scan_fwd, linear=F.linear,
 ):  # fmt: skip
     """(out, y, checkpoints, x, raw step sizes); what `keep` does not ask for is empty (0,)."""
     x, _, steps, delta, B, C = _front(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, B, C, A, B_proj_bias, C_proj_bias,
-        b_rms_weight, c_rms_weight, dt_rms_weight, eps, conv,
+        b_rms_weight, c_rms_weight, dt_rms_weight, eps, conv, linear=linear,
     )  # fmt: skip
     z = xz[:, x.shape[1] :]
     y, _, checkpoints = scan(x, delta, A, B, C, D, z, delta_bias, None, None, delta_softplus, False, keep >= 0)
-    out = F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    out = linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
     empty = xz.new_empty
     if keep == KEEP_NOTHING:
         return out, empty(0), A.new_empty(0), empty(0), empty(0)
@@ -135,15 +135,15 @@ def mamba_inner_bwd(
     dout, y, checkpoints, x, steps, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
     out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, b_rms_weight, c_rms_weight, dt_rms_weight, eps,
     delta_softplus,
-    *, conv=causal_conv1d_fwd, conv_bwd=causal_conv1d_bwd,
-    scan_bwd=selective_scan_bwd,
+    *, conv=causal_conv1d_fwd, conv_bwd=causal_conv1d_bwd, scan_bwd=selective_scan_bwd, linear=F.linear,
 ):  # fmt: skip
     """The gradient of every tensor from xz to dt_rms_weight, in that order; an absent one's is empty (0,)."""
     channels, rank = delta_proj_weight.shape
     width = A.shape[1] * (2 if A.is_complex() else 1)
     x, projected, steps, delta, B_, C_ = _front(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, B, C, A, B_proj_bias, C_proj_bias,
-        b_rms_weight, c_rms_weight, dt_rms_weight, eps, conv, kept=(x, steps) if x.numel() else None,
+        b_rms_weight, c_rms_weight, dt_rms_weight, eps, conv,
+        kept=(x, steps) if x.numel() else None, linear=linear,
     )  # fmt: skip
     z = xz[:, channels:]
     # out = out_proj y
