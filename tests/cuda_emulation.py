@@ -120,5 +120,5 @@ def fft_conv(
 ):  # fmt: skip
     if out is None:
         out = u.new_empty(*u.shape[:2], fft.count(u, k, mode))
-    arguments = fft.arguments(*_poisoned(out), u, k, k_reverse, skip, bias, pregate, postgate, mode)
-    return _run("fft_conv", arguments[:1], arguments[1:], (), processors, order)[0]
+    out, *tensors, points = fft.arguments(*_poisoned(out), u, k, k_reverse, skip, bias, pregate, postgate, mode)
+    return _run("fft_conv", (out,), tensors, (points,), processors, order)[0]

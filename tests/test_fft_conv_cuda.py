@@ -41,14 +41,57 @@ def check(u, k, order="rising", processors=1, **options):
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize("L", [2049, 2500, 4095, 4096, 4097, 6000, 8184, 8192])
+@pytest.mark.parametrize("L", [513, 1023, 1024, 1025, 2048, 2049, 2500, 4095, 4096, 4097, 6000, 8184, 8192])
 def test_lengths(L, dtype):
-    """Both transforms, full or nearly, rows that are no multiple of a thread's 8 samples."""
+    """All transforms, full or nearly, rows that are no multiple of a thread's 8 samples."""
     check(*inputs(L, dtype=dtype)[:2])
 
 
+@pytest.mark.parametrize("B", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("L", [1000, 2000])
+def test_rows_that_are_transformed_together(L, B):
+    """Four or two at once, each by its own size; the last of them may be alone."""
+    u, k, rest = inputs(L, dtype=BF16, B=B, pregate=(B, 2, L), postgate=(B, 2, L), bias=(2,))
+    u = (u.float() * 10.0 ** torch.arange(B)[:, None, None]).to(BF16)
+    wide = torch.full((B + 1, 2, L), 7.0, dtype=BF16)
+    plain = check(u, k, **rest)
+    assert torch.equal(emulated.fft_conv(u, k, **rest, out=wide[:B]), plain) and (wide[B] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("L, K", [(8193, 8193), (16384, 16384), (16385, 100), (24000, 30000), (32768, 32768)])
+def test_rows_in_parts(L, K, dtype):
+    """Two to four parts of 8,192 samples, from every one to every one behind it."""
+    u, k, rest = inputs(L, K, dtype, B=2, D=1, postgate=(2, 1, L), skip=(1,), bias=(1,))
+    k = torch.randn(k.shape, generator=torch.Generator().manual_seed(1))  # no decay: far lags count as much
+    check(u, k)
+    if L % 8192 != 0:
+        check(u, k, order="shuffled", **rest)
+
+
+def test_parts_of_any_size():
+    """Parts were scaled by their own samples: the sum is by the largest so far, and zeros have no size."""
+    L = 32000
+    u, k, _ = inputs(L, 2000, B=4, D=1, dtype=torch.float32)
+    u = u / u.abs().amax()
+    sizes = torch.tensor([[1e-3, 1, 1e3, 1], [1e4, 1e-2, 1, 1], [0, 0, 1e-4, 0], [1e-5, 1, 0, 1e-3]])
+    u = (u * sizes.repeat_interleave(8192, 1)[:, None, :L]).to(BF16)
+    out, exact = emulated.fft_conv(u, k), reference.fft_conv(u.double(), k.double())
+    for b in range(4):
+        assert error(out[b], exact[b]) < BOUND[BF16]
+    first = slice(0, 8192)  # before the larger samples came
+    assert error(out[0][:, first], exact[0][:, first]) < BOUND[BF16] and (out[2][:, first] == 0).all()
+
+
+def test_full_mode_in_parts():
+    """Outputs behind the input: parts without a sample."""
+    u, k, _ = inputs(5000, 20000, B=1, D=2)
+    check(u, k, mode="full")
+    check(*inputs(9000, 300, B=1, D=2)[:2], mode="full")
+
+
 @pytest.mark.parametrize("mode", ["causal", "circular", "same", "full"])
-@pytest.mark.parametrize("L, K", [(4096, 4096), (4000, 97), (2200, 6000), (3001, 1)])
+@pytest.mark.parametrize("L, K", [(4096, 4096), (4000, 97), (2200, 6000), (3001, 1), (700, 200), (1100, 5000)])
 def test_modes_and_taps(mode, L, K):
     K = min(K, 8192 - L + 1) if mode == "full" else K
     outputs = L + K - 1 if mode == "full" else L
@@ -69,10 +112,16 @@ def test_gates_skip_bias_and_both_filters(dtype, L, order):
 
 
 def test_every_tap_and_every_sample_counts():
-    """One tap at each place of a lane, a warp, a tile: the shifted row itself."""
-    L = 4096
+    """One tap at each place of a lane, a warp, a tile, a part: the shifted row itself."""
+    for L in (1024, 2048, 4096, 16384):
+        every_tap(L)
+
+
+def every_tap(L):
     u, _, _ = inputs(L, B=1, D=1)
-    for lag in (0, 1, 2, 7, 15, 16, 17, 255, 256, 257, 1000, 2047, 2048, 4095):
+    for lag in (0, 1, 2, 7, 15, 16, 17, 255, 256, 257, 1000, 2047, 2048, 4095, 8191, 8192, 8193, 12000, 16383):
+        if lag >= L:
+            break
         k = torch.zeros(1, L)
         k[0, lag] = 3
         found = emulated.fft_conv(u, k).double()
@@ -88,7 +137,7 @@ def test_rows_shared_by_blocks():
         _C.emulated_kernels()
         outs.append(check(u, k, processors=processors))
         (name,) = _C.emulated_kernels()
-        assert "FusedConv" in name and name.endswith(", 16>")
+        assert "FusedConv" in name and name.endswith(", 16, 1, 1>")
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
@@ -140,12 +189,13 @@ def test_filters_of_any_size():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(value):
-    u, k, _ = inputs(4096, B=3)
+@pytest.mark.parametrize("L, place", [(1024, 900), (4096, 4000), (16384, 7000)])
+def test_what_is_not_finite_stays_in_its_row(L, place, value):
+    u, k, _ = inputs(L, B=3)
     plain = emulated.fft_conv(u, k)
-    u[1, 0, 4000] = value
+    u[1, 0, place] = value
     out = emulated.fft_conv(u, k)
-    assert not out[1, 0, 4000:].isfinite().any()
+    assert not out[1, 0, place:].isfinite().any()
     out[1, 0] = plain[1, 0] = 0
     assert torch.equal(out, plain)
 
@@ -164,24 +214,37 @@ def test_what_it_declines():
         (arguments(dtype=torch.float32), "float32"), (arguments(method="direct"), "direct"),
         (arguments(precision="ieee"), "ieee"), (arguments(precision="bf16"), "bf16"),
         (arguments(k=k.expand(2, 2, -1)), "every sample"), (arguments(k_reverse=k.expand(2, 2, -1)), "every sample"),
-        (arguments(mask=u[:, 0] > 0), "mask"), (arguments(L=2048), "2048 samples"), (arguments(L=8193), "8193"),
-        (arguments(L=4097, mode="full"), "8193"), (arguments(postgate=u.mT.contiguous().mT), "next to each other"),
+        (arguments(mask=u[:, 0] > 0), "mask"), (arguments(L=512), "512 samples"), (arguments(L=32769), "32769"),
+        (arguments(L=16385, mode="full"), "32769"), (arguments(L=8193, mode="circular"), "looks ahead"),
+        (arguments(L=8193, k_reverse=k), "looks ahead"), (arguments(postgate=u.mT.contiguous().mT), "next to each other"),
     ]:  # fmt: skip
         assert words in cuda.supports(*call)
     with pytest.raises(ValueError, match="more samples than points"):
-        _run_with_points(4096, 5000)
+        _run_with(4096, 5000)
+    with pytest.raises(ValueError, match="another number of points"):
+        _run_with(8192, 5000, spectrum_of=4096)
+    with pytest.raises(ValueError, match="8,192 points in 1 to 4 parts"):
+        _run_with(512, 500, spectrum_of=4096)
 
 
-def _run_with_points(points, L):
+def _run_with(points, L, spectrum_of=None):
     u, k, _ = inputs(L)
-    values, scale = cuda.spectrum(k[:, :100], None, None, "causal", 4096, 4096, points)
-    tensors = (torch.empty_like(u), u, None, None, None, scale, values, cuda.tables(points // 256, u.device))
-    emulated._run("fft_conv", tensors[:1], tensors[1:], (), 1, "rising")
+    spectrum_of = spectrum_of or points
+    values, scale = cuda.spectrum(k[:, :100], None, None, "causal", 4096, 4096, spectrum_of)
+    tensors = (torch.empty_like(u), u, None, None, None, scale, values, cuda.tables(spectrum_of // 256, u.device))
+    emulated._run("fft_conv", tensors[:1], tensors[1:], (points,), 1, "rising")
+
+
+def test_shared_memory():
+    """What supports asks of a GPU is what the drivers ask for."""
+    for L in (1000, 2000, 4000, 8000, 16000, 24000, 32000):
+        emulated.fft_conv(*inputs(L, B=1, D=1)[:2])
+        assert 0 <= cuda._shared_bytes(L) - _C.emulated_shared_bytes() <= 32
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize("L", [2500, 4096, 8191, 8192])
+@pytest.mark.parametrize("L", [1000, 1024, 2047, 2500, 4096, 8191, 8192, 16384, 20000, 32768])
 def test_on_a_gpu(L, dtype):
     u, k, rest = inputs(L, dtype=dtype, B=9, D=40, pregate=(9, 40, L), postgate=(9, 40, L), skip=(40,), bias=(40,))
     exact = reference.fft_conv(u.double(), k.double(), **{n: upcast(t) for n, t in rest.items()})

@@ -35,6 +35,12 @@ inline std::vector<std::string>& launched() {
   return names;
 }
 
+// Dynamic shared memory of the kernel that was launched last.
+inline int64_t& shared_of_last() {
+  static int64_t bytes = 0;
+  return bytes;
+}
+
 class HostExec {
  public:
   HostExec(int processors, int order) : processors_(processors) { block().order = Order(order); }
@@ -49,7 +55,10 @@ class HostExec {
 
   template <class Kernel>
   void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Args& args) {
-    if (shared_bytes > 163 * 1024) throw std::runtime_error("more shared memory than a block has on sm_80");
+    int64_t most = 163;  // of a block on sm_80
+    if constexpr (requires { Kernel::kMostShared; }) most = Kernel::kMostShared;
+    if (shared_bytes > most * 1024) throw std::runtime_error("more shared memory than a block has on the GPU");
+    shared_of_last() = shared_bytes;
     launched().push_back(pybind11::type_id<Kernel>());
     block().template launch<Kernel>(blocks, shared_bytes, args);
   }

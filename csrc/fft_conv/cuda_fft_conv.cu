@@ -8,10 +8,10 @@ using namespace scalekern;
 
 void fft_conv(
     Tensor out, Tensor u, OptionalTensor pregate, OptionalTensor postgate, OptionalTensor bias, Tensor scale,
-    Tensor spectrum, Tensor tables) {
+    Tensor spectrum, Tensor tables, int64_t points) {
   Exec exec(u);
   fft::fft_conv(exec, view(out), view(u), view(pregate), view(postgate), view(bias), view(scale), view(spectrum),
-                view(tables));
+                view(tables), points);
 }
 
 }  // namespace
@@ -19,7 +19,7 @@ void fft_conv(
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "fft_conv_cuda(Tensor(a!) out, Tensor u, Tensor? pregate, Tensor? postgate, Tensor? bias, Tensor scale, "
-      "Tensor spectrum, Tensor tables) -> ()");
+      "Tensor spectrum, Tensor tables, int points) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CUDA, m) { m.impl("fft_conv_cuda", TORCH_BOX(&fft_conv)); }

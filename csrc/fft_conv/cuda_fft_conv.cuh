@@ -33,51 +33,22 @@
 // and 2 i + 1, then imaginary ones. As a left operand 8 neighbouring numbers are re, im, re, im of two n3 each, and the
 // third factor is a real matrix of 32 x 32 in that order. Pieces lie where conflicts of banks are few: `place`.
 #pragma once
-#include <cmath>
-
-#include "fft_conv/cuda_fft_numbers.cuh"
+#include "fft_conv/cuda_fft_rows.cuh"
 
 namespace scalekern::fft {
 
-constexpr int kWarps = 8;
-
-struct Args {
-  const void *x, *gate, *post;  // (B, D, L); gates may be absent
-  void* out;
-  int64_t x_b, x_d, gate_b, gate_d, post_b, post_d, out_b, out_d;
-  const float *bias, *scale;  // (D,): what is added (may be absent), what a result of the transform is multiplied by
-  const uint16_t *spectrum, *tables;  // (D, N, 2) in the order of side II; see Tables
-  int length_in, length_out, batch, channels, turns;
-  bool aligned;  // rows begin at multiples of 16 bytes
-};
-
-// Bytes of what Python lays out; all of it but the fragments is copied to shared memory.
-template <int kN1>
-struct Tables {
-  static constexpr int kFactor = kN1 * kN1 * 4, kTwiddle1 = kN1 * 16 * 4, kTwiddle2 = kN1 * 256 * 4;
-  static constexpr int kFirst = 0, kLast = kFirst + kFactor, kInner = kLast + kFactor;
-  static constexpr int kInnerBack = kInner + kTwiddle1, kOuter = kInnerBack + kTwiddle1;
-  static constexpr int kFragments = kOuter + kTwiddle2;  // 12 x 32 lanes x 16 bytes
-};
-
-template <class T, int kN1>
-struct FusedConv {
+template <class T, int kN1, int kTogether, int kParts>
+struct FusedConv : Rows<T, kN1, kTogether, kParts> {
+  using Base = Rows<T, kN1, kTogether, kParts>;
   using Args = fft::Args;
   using Layout = Tables<kN1>;
   using Word4 = Pack<uint32_t>;
-  static constexpr int kThreads = 32 * kWarps, kBlocks = 2;
-  static constexpr int kN = kN1 * 256, kPacks = kN / 8 / kThreads, kTiles = kN1 / 16;
-  // Words of 4 bytes between rows of the row as it comes (n1; n2), and of the result.
-  static constexpr int kIn1 = 168, kIn2 = 9, kOut1 = 292, kOut2 = 18;
-  static constexpr int kSpectrum = Layout::kFragments, kWork = kSpectrum + kN * 4, kMaxima = kWork + kN1 * kOut1 * 4;
-  static constexpr int kShared = kMaxima + kWarps * 4;
-  static_assert(kN1 * kIn1 <= kN1 * kOut1 && kN * 4 <= kN1 * kOut1 * 4 && kShared <= 113 * 1024);
+  using Base::a, Base::kN, Base::kThreads, Base::kIn1, Base::kIn2, Base::kOut1, Base::kOut2, Base::kStore;
+  using Base::bring, Base::lane, Base::shared, Base::size, Base::take_away, Base::warp, Base::work;
+  static constexpr int kBlocks = kParts > 2 ? 1 : 2, kTiles = kN1 / 16;
 
-  const Args& a;
-  const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, q = lane % 4;
-  unsigned char* const shared = shared_memory();
+  const int g = lane / 4, q = lane % 4;
 
-  SK_DEVICE uint32_t* work() const { return reinterpret_cast<uint32_t*>(shared + kWork); }
   SK_DEVICE const Word4& table(int offset, int i) const {
     return reinterpret_cast<const Word4*>(shared + offset)[i];
   }
@@ -85,85 +56,6 @@ struct FusedConv {
   SK_DEVICE const Word4& fragment(int i) const {
     return reinterpret_cast<const Word4*>(reinterpret_cast<const unsigned char*>(a.tables) + Layout::kFragments)
         [i * 32 + lane];
-  }
-
-  // --- a row between global memory and `work` ---
-
-  SK_DEVICE void read(float (&v)[8], const T* row, int t, int length) const {
-    if (a.aligned && t + 8 <= length) {
-      const auto eight = *reinterpret_cast<const Pack<T>*>(row + t);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = widen(eight.v[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = t + i < length ? widen(row[t + i]) : 0.f;
-    }
-  }
-
-  // Writes x gate / scale as float16 to `work`; returns the scale, the largest magnitude. Three barriers.
-  SK_DEVICE float bring(int64_t b, int64_t d) const {
-    const T* x = static_cast<const T*>(a.x) + b * a.x_b + d * a.x_d;
-    const T* gate = static_cast<const T*>(a.gate) + (a.gate ? b * a.gate_b + d * a.gate_d : 0);
-    float v[kPacks][8], largest = 0;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int t = 8 * (thread_index() + i * kThreads);
-      read(v[i], x, t, a.length_in);
-      if (a.gate) {
-        float by[8];
-        read(by, gate, t, a.length_in);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v[i][j] *= by[j];
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[i][j]));
-    }
-    float* maxima = reinterpret_cast<float*>(shared + kMaxima);
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-    if (lane == 0) maxima[warp] = largest;
-    sync_threads();
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, maxima[i]);
-    const float scale = largest < 1e-30f ? 1.f : largest, inverse = 1 / scale;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int piece = thread_index() + i * kThreads;
-      uint32_t* to = work() + piece / 32 * kIn1 + piece / 2 % 16 * kIn2 + piece % 2 * 4;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) to[j] = narrow_pair<f16>(v[i][2 * j] * inverse, v[i][2 * j + 1] * inverse);
-    }
-    sync_threads();
-    return scale;
-  }
-
-  SK_DEVICE void take_away(int64_t b, int64_t d, float scale) const {
-    T* out = static_cast<T*>(a.out) + b * a.out_b + d * a.out_d;
-    const T* post = static_cast<const T*>(a.post) + (a.post ? b * a.post_b + d * a.post_d : 0);
-    const float bias = a.bias ? a.bias[d] : 0.f;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int piece = thread_index() + i * kThreads, t = 8 * piece;
-      if (t >= a.length_out) break;
-      const float* from =
-          reinterpret_cast<const float*>(work()) + piece / 32 * kOut1 + piece / 2 % 16 * kOut2 + piece % 2 * 8;
-      float y[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) y[j] = fused(from[j], scale, bias);
-      if (a.post) {
-        float by[8];
-        read(by, post, t, a.length_out);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) y[j] *= by[j];
-      }
-      if (a.aligned && t + 8 <= a.length_out) {
-        Group<T, 8>::of(y).store(out + t);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          if (t + j < a.length_out) out[t + j] = narrow<T>(y[j]);
-      }
-    }
   }
 
   // --- the exchange ---
@@ -265,13 +157,31 @@ struct FusedConv {
       }
   }
 
-  // Third factor, spectrum and inverse third factor of a warp's rows of the exchange, in place. A barrier.
-  SK_DEVICE void turn() const {
+  // The channel's spectrum from `part` to `part` + lag, 8 rows of the exchange: two places of k3, two of 8 + those.
+  SK_DEVICE const Word4& spectrum(int64_t d, int lag, int m, int r) const {
+    if constexpr (kParts == 1) return table(kStore, (2 * m + r) * 32 + lane);
+    return reinterpret_cast<const Word4*>(a.spectrum)[(d * a.parts + lag) * (kN / 4) + (2 * m + r) * 32 + lane];
+  }
+
+  // Third factor, spectrum and inverse third factor of a warp's rows of the exchange, in place. Gives what results are
+  // multiplied by. A barrier.
+  SK_DEVICE float turn(int64_t d, int part) const {
+    // Parts were divided by their own largest samples: their sum is by the largest of those up to this one.
+    float largest = 0;
+    for (int i = 0; kParts > 1 && i <= part; ++i) largest = fmaxf(largest, size(i));
+    largest = largest == 0 ? 1.f : largest;
+    const float inverse = 1 / largest;
     Word4 there[4], back[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) there[i] = fragment(4 + i), back[i] = fragment(8 + i);
 #pragma unroll 1
     for (int m = warp * (kN1 / kWarps), end = m + kN1 / kWarps; m < end; ++m) {
+      Word4 by[kParts][2];  // of a part behind others on its way from memory while the third factor is multiplied
+#pragma unroll
+      for (int lag = 0; lag < kParts; ++lag)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if (kParts > 1 && lag <= part) by[lag][r] = spectrum(d, lag, m, r);
       uint32_t x[2][4];
 #pragma unroll
       for (int block = 0; block < 2; ++block)
@@ -281,12 +191,26 @@ struct FusedConv {
       uint32_t z[2][4];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const Word4 spectrum = table(kSpectrum, (2 * m + r) * 32 + lane);
+        if constexpr (kParts == 1) by[0][r] = spectrum(d, 0, m, r);
+        Complex product[2][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            product[j][e] =
+                times({y[2 * j][2 * r + e], y[2 * j + 1][2 * r + e]}, complex_of(by[0][r].v[2 * j + e]));
+        if constexpr (kParts > 1) add_parts(product, part, inverse, by, m, r);
+        if (kParts > 1 && part + 1 < a.parts) {
+          Word4 kept;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            kept.v[i] = narrow_pair<f16>(y[i / 2 * 2][2 * r + i % 2], y[i / 2 * 2 + 1][2 * r + i % 2]);
+          store(part, m, r) = kept;
+        }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const Complex z0 = times({y[2 * j][2 * r], y[2 * j + 1][2 * r]}, complex_of(spectrum.v[2 * j]));
-          const Complex z1 = times({y[2 * j][2 * r + 1], y[2 * j + 1][2 * r + 1]}, complex_of(spectrum.v[2 * j + 1]));
-          z[j][r] = narrow_pair<f16>(z0.re, z1.re), z[j][2 + r] = narrow_pair<f16>(z0.im, z1.im);
+          z[j][r] = narrow_pair<f16>(product[j][0].re, product[j][1].re);
+          z[j][2 + r] = narrow_pair<f16>(product[j][0].im, product[j][1].im);
         }
       }
       float v[4][4] = {};
@@ -304,6 +228,31 @@ struct FusedConv {
         }
     }
     sync_threads();
+    return largest;
+  }
+
+  // What a lane keeps of a part's transform; nobody else reads it.
+  SK_DEVICE Word4& store(int part, int m, int r) const {
+    return reinterpret_cast<Word4*>(shared + kStore)[part * (kN / 4) + (2 * m + r) * 32 + lane];
+  }
+
+  // product += the products of the parts before this one, each by the size of its own part's samples.
+  SK_DEVICE void add_parts(
+      Complex (&product)[2][2], int part, float inverse, const Word4 (&by)[kParts][2], int m, int r) const {
+    const float own = size(part) * inverse;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product[i / 2][i % 2] = scaled(product[i / 2][i % 2], own);
+#pragma unroll
+    for (int lag = 1; lag < kParts; ++lag)
+      if (lag <= part) {
+        const float size_before = size(part - lag) * inverse;
+        const Word4 before = store(part - lag, m, r);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Complex x = scaled(complex_of(before.v[i]), size_before);
+          product[i / 2][i % 2] = plus_product(product[i / 2][i % 2], x, complex_of(by[lag][r].v[i]));
+        }
+      }
   }
 
   // Inverse second and first factor, to `work` as `take_away` wants it. Two barriers.
@@ -367,25 +316,30 @@ struct FusedConv {
   }
 
   SK_DEVICE void rows() const {
-    const int part = int(block_index() / a.channels);
-    const int64_t d = block_index() - int64_t(part) * a.channels;
+    const int share = int(block_index() / a.channels);
+    const int64_t d = block_index() - int64_t(share) * a.channels;
     for (int i = thread_index() * 16; i < Layout::kFragments; i += kThreads * 16)
       copy_async(shared + i, reinterpret_cast<const unsigned char*>(a.tables) + i);
-    for (int i = thread_index() * 16; i < kN * 4; i += kThreads * 16)
-      copy_async(shared + kSpectrum + i, reinterpret_cast<const unsigned char*>(a.spectrum + d * (2 * kN)) + i);
+    for (int i = thread_index() * 16; kParts == 1 && i < kN * 4; i += kThreads * 16)
+      copy_async(shared + kStore + i, reinterpret_cast<const unsigned char*>(a.spectrum + d * (2 * kN)) + i);
     copy_commit();
     copy_wait();
-    const int first = part * a.turns, end = first + a.turns < a.batch ? first + a.turns : a.batch;
-    for (int b = first; b < end; ++b) {
-      const float scale = bring(b, d);  // its barriers are behind the copies as well
-      forward();
-      turn();
-      inverse();
-      take_away(b, d, scale * a.scale[d]);
-    }
+    const int first = share * a.turns * kTogether, end = first + a.turns * kTogether;
+    for (int b = first; b < end && b < a.batch; b += kTogether)
+#pragma unroll 1
+      for (int part = 0; part < (kParts == 1 ? 1 : a.parts); ++part) {
+        float scale[Base::kScales];
+        bring(b, d, part, scale);  // its barriers are behind the copies as well
+        forward();
+        const float largest = turn(d, part);
+        inverse();
+#pragma unroll
+        for (float& s : scale) s = (kParts == 1 ? s : largest) * a.scale[d];
+        take_away(b, d, part, scale);
+      }
   }
 
-  static SK_DEVICE void run(const Args& a) { FusedConv{a}.rows(); }
+  static SK_DEVICE void run(const Args& a) { FusedConv{{a}}.rows(); }
 };
 
 }  // namespace scalekern::fft

@@ -8,21 +8,31 @@
 
 namespace scalekern::fft {
 
-template <class T, int kN1, class Exec>
+template <class T, int kN1, int kTogether, int kParts, class Exec>
 void launch(Exec& exec, Args& a) {
-  using Kernel = FusedConv<T, kN1>;
+  using Kernel = FusedConv<T, kN1, kTogether, kParts>;
   // A block begins with copying tables and spectrum, some two rows' worth: no more blocks than the GPU has room for.
+  const int64_t groups = ceil_div(a.batch, kTogether);
   const int64_t room = std::max<int64_t>(1, int64_t(exec.processors()) * Kernel::kBlocks / a.channels);
-  a.turns = int(ceil_div(a.batch, std::min<int64_t>(room, a.batch)));
-  exec.template launch<Kernel>(ceil_div(a.batch, a.turns) * a.channels, Kernel::kShared, a);
+  a.turns = int(ceil_div(groups, std::min(room, groups)));
+  exec.template launch<Kernel>(ceil_div(groups, a.turns) * a.channels, Kernel::shared_bytes(a.parts), a);
+}
+
+template <class T, class Exec>
+void launch(Exec& exec, Args& a, int64_t points) {
+  if (points == 1024) return launch<T, 16, 4, 1>(exec, a);
+  if (points == 2048) return launch<T, 16, 2, 1>(exec, a);
+  if (points == 4096) return launch<T, 16, 1, 1>(exec, a);
+  if (a.parts == 1) return launch<T, 32, 1, 1>(exec, a);
+  a.parts == 2 ? launch<T, 32, 1, 2>(exec, a) : launch<T, 32, 1, 4>(exec, a);
 }
 
 // out (B, D, M), u and gates (B, D, L) and (B, D, M), samples next to each other; bias, scale (D,) float32; spectrum
-// (D, N, 2) and tables float16.
+// (D, parts, N, 2) of N points and tables float16. N: of the rows that are transformed together.
 template <class Exec>
 void fft_conv(
     Exec& exec, const View& out, const View& u, const View& pregate, const View& postgate, const View& bias,
-    const View& scale, const View& spectrum, const View& tables) {
+    const View& scale, const View& spectrum, const View& tables, int64_t points) {
   Args a{};
   a.x = u.data, a.gate = pregate.data, a.post = postgate.data, a.out = out.data;
   a.x_b = u.stride[0], a.x_d = u.stride[1], a.gate_b = pregate.stride[0], a.gate_d = pregate.stride[1];
@@ -34,12 +44,15 @@ void fft_conv(
   a.aligned = true;
   for (const View* v : {&out, &u, &pregate, &postgate})
     if (*v) a.aligned &= (reinterpret_cast<uintptr_t>(v->data) / 2 | v->stride[0] | v->stride[1]) % 8 == 0;
-  const int64_t points = spectrum.size[1];
-  if (std::max(a.length_in, a.length_out) > points) throw std::invalid_argument("fft_conv: more samples than points");
-  if (points != 4096 && points != 8192) throw std::invalid_argument("fft_conv: 4,096 or 8,192 points");
-  const bool half = u.dtype == 2;  // enum Dtype: f16, else bf16
-  if (points == 4096) half ? launch<f16, 16>(exec, a) : launch<bf16, 16>(exec, a);
-  else half ? launch<f16, 32>(exec, a) : launch<bf16, 32>(exec, a);
+  a.parts = int(spectrum.size[1]);
+  const int64_t together = a.parts == 1 && points < 4096 ? 4096 / points : 1;
+  if ((points != 1024 && points != 2048 && points != 4096 && points != 8192) || a.parts < 1 || a.parts > 4)
+    throw std::invalid_argument("fft_conv: 1,024, 2,048, 4,096 or 8,192 points in 1 to 4 parts");
+  if ((a.parts > 1 && points != 8192) || spectrum.size[2] != points * together)
+    throw std::invalid_argument("fft_conv: a spectrum of another number of points");
+  if (std::max(a.length_in, a.length_out) > points * a.parts)
+    throw std::invalid_argument("fft_conv: more samples than points");
+  u.dtype == 2 ? launch<f16>(exec, a, points) : launch<bf16>(exec, a, points);  // enum Dtype: f16, else bf16
 }
 
 }  // namespace scalekern::fft

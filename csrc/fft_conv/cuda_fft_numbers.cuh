@@ -23,6 +23,11 @@ SK_DEVICE Complex complex_of(uint32_t word) {
 SK_DEVICE Complex times(Complex a, Complex b) {
   return {fused(a.re, b.re, -(a.im * b.im)), fused(a.re, b.im, a.im * b.re)};
 }
+SK_DEVICE Complex scaled(Complex z, float by) { return {z.re * by, z.im * by}; }
+// z + a b
+SK_DEVICE Complex plus_product(Complex z, Complex a, Complex b) {
+  return {fused(a.re, b.re, fused(-a.im, b.im, z.re)), fused(a.re, b.im, fused(a.im, b.re, z.im))};
+}
 
 // Two complex numbers in float16: their real parts, their imaginary parts.
 struct Pair {

@@ -2,7 +2,7 @@
 //
 // A tensor is a tuple (address, dtype code, sizes, strides); None stands for an absent one. `processors` is the number
 // of SMs that the driver believes in (it decides how time is split); `order` is the order in which fibers run.
-// emulated_kernels: which kernels that launched.
+// emulated_kernels: which kernels that launched; emulated_shared_bytes: of the last of them.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -74,6 +74,7 @@ void causal_conv1d_update(const Tensors& t, bool silu, int processors, int order
 
 inline void bind_cuda_emulator(py::module_& m) {
   m.def("emulated_kernels", &emulated_kernels);
+  m.def("emulated_shared_bytes", [] { return emulator::shared_of_last(); });
   m.def("emulate_selective_scan_fwd", &selective_scan_fwd);
   m.def("emulate_selective_scan_bwd", &selective_scan_bwd);
   m.def("emulate_selective_state_update", &selective_state_update);

@@ -1,8 +1,9 @@
 """fft_conv in 16 bits by the fused CUDA C++ kernel (csrc/fft_conv/cuda_fft_conv.cuh): which calls are its own, the
 tables that it reads, the spectrum as it reads it. Forward only: the backward is the other kernels'.
 
-Shape letters: B batch, D channels, L length, M output length, N = N1 16 16 points. The kernel's comment says what k1,
-k2, k3, n1, n2, n3, rho and the fragments of a lane 4 g + q are.
+Shape letters: B batch, D channels, L length, M output length, N = N1 16 16 points, P parts of a row. Up to N1 = 8
+rows are transformed 16 / N1 at a time. The kernel's comment says what k1, k2, k3, n1, n2, n3, rho and the fragments of
+a lane 4 g + q are.
 """
 
 import functools
@@ -14,8 +15,9 @@ from scalekern._dispatch import native
 from scalekern.ops._fft_conv import Ring
 
 FULL = 32768.0  # a spectrum's largest product with a row, so that float16's range is filled from the top
-POINTS = (4096, 8192)
-LEAST = 2048  # up to it two factors are bound by bytes, and this kernel's N is twice too long
+POINTS = (1024, 2048, 4096, 8192)
+LEAST = 512
+PARTS = 4  # of 8,192 samples
 _fft_conv = native("fft_conv", "cuda")
 
 
@@ -35,10 +37,27 @@ def supports(
         return "a mask"
     if any(t is not None and t.stride(-1) != 1 for t in (u, pregate, postgate)):
         return "samples of a row are not next to each other"
-    points = count(u, k, mode)
-    if not LEAST < points <= POINTS[-1]:
-        return f"the output has {points} samples, not {LEAST + 1} to {POINTS[-1]}"
+    outputs = count(u, k, mode)
+    if not LEAST < outputs <= PARTS * POINTS[-1]:
+        return f"the output has {outputs} samples, not {LEAST + 1} to {PARTS * POINTS[-1]}"
+    if outputs > POINTS[-1] and (mode not in ("causal", "full") or k_reverse is not None):
+        return f"the filter looks ahead, and the output has more than {POINTS[-1]} samples"
+    shared = _shared_bytes(outputs)
+    if u.device.type == "cuda" and shared > (most := _shared_memory(u.device)):
+        return f"a block needs {shared} bytes of shared memory, and this GPU has {most}"
     return None
+
+
+def _shared_bytes(outputs) -> int:
+    """What a block takes: tables, a row on its way, the spectrum or the transforms of the parts before."""
+    if outputs <= 4096:
+        return 2048 + 2048 + 16384 + 18688 + 80 + 16384
+    return 8192 + 4096 + 32768 + 37376 + 48 + 32768 * max(1, -(-outputs // POINTS[-1]) - 1)
+
+
+@functools.cache
+def _shared_memory(device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def count(u, k, mode) -> int:
@@ -59,9 +78,9 @@ def _axes(*sizes):
 
 def _rows(n1):
     """(k1, k2) of each row of the exchange."""
-    rho = torch.arange(16 * n1)
+    rho = torch.arange(16 * max(n1, 16))
     j, lane = rho // 32, rho % 32
-    return j // 8 * 16 + j // 4 % 2 * 8 + lane // 4, j // 2 % 2 * 8 + lane % 4 * 2 + j % 2
+    return (j // 8 * 16 + j // 4 % 2 * 8 + lane // 4) % n1, j // 2 % 2 * 8 + lane % 4 * 2 + j % 2
 
 
 def _complex_matrix(value, part_in, part_out):
@@ -70,27 +89,35 @@ def _complex_matrix(value, part_in, part_out):
     return torch.where(part_in == part_out, re, torch.where(part_in == 0, im, -im))
 
 
+def _of_its_row(values, row, column, n1):
+    """Zero where k1 and n1 belong to different rows of those that are transformed together."""
+    return values * (row // n1 == column // n1)[..., None]
+
+
 @functools.lru_cache(maxsize=16)
 def tables(n1: int, device: torch.device) -> torch.Tensor:
     """The tables one after the other, float16, as the kernel's struct Tables counts their bytes."""
-    points, tiles = 256 * n1, n1 // 16
+    points, rows = 256 * n1, max(n1, 16)  # k1 and n1 of all rows that are transformed together
+    tiles = rows // 16
     g, q = (lambda lane: lane // 4), (lambda lane: lane % 4)
     conjugate = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
     tile, block, part, lane, word, e = _axes(tiles, tiles, 2, 32, 4, 2)
     row, column = 16 * tile + g(lane) + 8 * (word % 2), 16 * block + q(lane) + 4 * e + 8 * (word // 2)
-    first = _unit(column * (4 * row + 1), 4 * n1).gather(-1, part[..., None])
+    first = _unit(column % n1 * (4 * (row % n1) + 1), 4 * n1)
+    first = _of_its_row(first, row, column, n1).gather(-1, part[..., None])
 
     tile, n, lane, word, e = _axes(tiles, 2 * tiles, 32, 4, 2)
     row, column = 16 * tile + 2 * q(lane) + e + 8 * (word % 2), 8 * n + g(lane)
-    last = _unit(column * (4 * row + 1), 4 * n1).gather(-1, (word // 2)[..., None])
+    last = _unit(column % n1 * (4 * (row % n1) + 1), 4 * n1)
+    last = _of_its_row(last, row, column, n1).gather(-1, (word // 2)[..., None])
 
     tile, lane, r, c, e = _axes(tiles, 32, 2, 2, 2)
-    inner = _unit((8 * c + 2 * q(lane) + e) * (4 * (16 * tile + 8 * r + g(lane)) + 1), 64 * n1)
+    inner = _unit((8 * c + 2 * q(lane) + e) * (4 * ((16 * tile + 8 * r + g(lane)) % n1) + 1), 64 * n1)
     tile, lane, half, r, e = _axes(tiles, 32, 2, 2, 2)
-    inner_back = _unit((8 * half + g(lane)) * (4 * (16 * tile + 8 * r + 2 * q(lane) + e) + 1), 64 * n1)
+    inner_back = _unit((8 * half + g(lane)) * (4 * ((16 * tile + 8 * r + 2 * q(lane) + e) % n1) + 1), 64 * n1)
 
-    rho, at, e = _axes(16 * n1, 8, 2)
+    rho, at, e = _axes(16 * rows, 8, 2)
     k1, k2 = _rows(n1)
     outer = _unit((2 * (at ^ (rho // 2 % 8)) + e) * (4 * (k1 + n1 * k2)[rho] + 1), 4 * points)
 
@@ -115,17 +142,17 @@ def tables(n1: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _frequencies(n1: int, device: torch.device) -> torch.Tensor:
-    """k in the order in which side II of the exchange reads the spectrum, (N,)."""
-    m, r, lane, j, e = _axes(n1, 2, 32, 2, 2)
+    """k in the order in which side II of the exchange reads the spectrum, (N,), or one after the other of all rows."""
+    m, r, lane, j, e = _axes(max(n1, 16), 2, 32, 2, 2)
     k1, k2 = _rows(n1)
     rho = 16 * m + 8 * r + lane // 4
     return (k1[rho] + n1 * (k2[rho] + 16 * (8 * j + lane % 4 * 2 + e))).reshape(-1).to(device)
 
 
-def spectrum(k, k_reverse, skip, mode, length, outputs, points) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the right-angle spectrum of filters and skip, (D, N, 2) float16; what results are multiplied by, (D,))."""
+def spectrum(k, k_reverse, skip, mode, length, outputs, points, parts=1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the right-angle spectra of filters and skip, (D, P, N, 2) float16; what results are multiplied by, (D,))."""
     # A lag j stands at j, one below zero at j + 2 N, the second half of which is the imaginary part.
-    lags = k.new_zeros(k.shape[0], 2 * points, dtype=torch.float32)
+    lags = k.new_zeros(k.shape[0], 2 * points if parts == 1 else parts * points, dtype=torch.float32)
     if mode == "circular":
         ring = Ring(length, 0, length, length - 1, length - 1).filter(k, k_reverse).float()
         ring = F.pad(ring, (0, length - ring.shape[1]))
@@ -133,16 +160,19 @@ def spectrum(k, k_reverse, skip, mode, length, outputs, points) -> tuple[torch.T
         lags[:, 2 * points - length + 1 :] = ring[:, 1:]
     else:
         offset = (k.shape[1] - 1) // 2 if mode == "same" else 0
-        ring = Ring(2 * points, offset, None, outputs - 1, length - 1).filter(k, k_reverse)
+        ring = Ring(lags.shape[1], offset, None, outputs - 1, length - 1).filter(k, k_reverse)
         lags[:, : ring.shape[1]] = ring
     if skip is not None:
         lags[:, 0] += skip
+    lags = lags.unflatten(1, (-1, points))  # [D, P, N], or [D, 2, N] of one part
+    # From a part to the p-th after it: the lags from p N on, and those from (p - 1) N on as lags below zero.
+    real, imaginary = (lags[:, :1], lags[:, 1:]) if parts == 1 else (lags, F.pad(lags[:, :-1], (0, 0, 1, 0)))
     quarter = torch.view_as_complex(_turns(points, k.device))
-    values = torch.fft.fft(torch.complex(lags[:, :points], lags[:, points:]) * quarter)
-    values = torch.view_as_real(values)[:, _frequencies(points // 256, k.device)]
-    largest = values.abs().amax((1, 2))
+    values = torch.fft.fft(torch.complex(real, imaginary) * quarter)
+    values = torch.view_as_real(values)[:, :, _frequencies(points // 256, k.device)]
+    largest = values.abs().amax((1, 2, 3)) * parts  # as many products are summed
     largest = torch.where(largest < 1e-30, 1.0, largest)
-    return (values * (FULL / points / largest)[:, None, None]).half(), largest * (256 / FULL)
+    return (values * (FULL / points / largest)[:, None, None, None]).half(), largest * (256 / FULL)
 
 
 @functools.lru_cache(maxsize=16)
@@ -153,10 +183,12 @@ def _turns(points: int, device: torch.device) -> torch.Tensor:
 
 def arguments(out, u, k, k_reverse, skip, bias, pregate, postgate, mode) -> tuple:
     """Those of scalekern_native::fft_conv_cuda."""
-    points = next(n for n in POINTS if n >= out.shape[2])
-    values, scale = spectrum(k, k_reverse, skip, mode, u.shape[2], out.shape[2], points)
+    outputs = out.shape[2]
+    points = next((n for n in POINTS if n >= outputs), POINTS[-1])
+    parts = -(-outputs // points)
+    values, scale = spectrum(k, k_reverse, skip, mode, u.shape[2], outputs, points, parts)
     bias = None if bias is None else bias.contiguous()
-    return out, u, pregate, postgate, bias, scale, values, tables(points // 256, u.device)
+    return out, u, pregate, postgate, bias, scale, values, tables(points // 256, u.device), points
 
 
 def forward(
