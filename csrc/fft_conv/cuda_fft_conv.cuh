@@ -170,7 +170,12 @@ struct FusedConv : Rows<T, kN1, kTogether, kParts> {
     float largest = 0;
     for (int i = 0; kParts > 1 && i <= part; ++i) largest = fmaxf(largest, size(i));
     largest = largest == 0 ? 1.f : largest;
-    const float inverse = 1 / largest;
+    uint32_t weights[kParts];
+#pragma unroll
+    for (int lag = 0; lag < kParts; ++lag) {
+      const float weight = lag <= part && kParts > 1 ? size(part - lag) / largest : 1.f;
+      weights[lag] = narrow_pair<f16>(weight, weight);
+    }
     Word4 there[4], back[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) there[i] = fragment(4 + i), back[i] = fragment(8 + i);
@@ -192,25 +197,21 @@ struct FusedConv : Rows<T, kN1, kTogether, kParts> {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if constexpr (kParts == 1) by[0][r] = spectrum(d, 0, m, r);
-        Complex product[2][2];
+        Word4 mine;  // two of k3 and two of 8 + those: real parts, imaginary parts
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            product[j][e] =
-                times({y[2 * j][2 * r + e], y[2 * j + 1][2 * r + e]}, complex_of(by[0][r].v[2 * j + e]));
-        if constexpr (kParts > 1) add_parts(product, part, inverse, by, m, r);
-        if (kParts > 1 && part + 1 < a.parts) {
-          Word4 kept;
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            kept.v[i] = narrow_pair<f16>(y[i / 2 * 2][2 * r + i % 2], y[i / 2 * 2 + 1][2 * r + i % 2]);
-          store(part, m, r) = kept;
-        }
+        for (int i = 0; i < 4; ++i) mine.v[i] = narrow_pair<f16>(y[i][2 * r], y[i][2 * r + 1]);
+        if (kParts > 1 && part + 1 < a.parts) store(part, m, r) = mine;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          z[j][r] = narrow_pair<f16>(product[j][0].re, product[j][1].re);
-          z[j][2 + r] = narrow_pair<f16>(product[j][0].im, product[j][1].im);
+          const Pair own = pair_of(mine, j);
+          Pair sum = times<false>(kParts > 1 ? weighed(own, weights[0]) : own, pair_of(by[0][r], j));
+#pragma unroll
+          for (int lag = 1; lag < kParts; ++lag)
+            if (lag <= part) {
+              const Pair before = weighed(pair_of(store(part - lag, m, r), j), weights[lag]);
+              sum = plus_product(sum, before, pair_of(by[lag][r], j));
+            }
+          z[j][r] = sum.re, z[j][2 + r] = sum.im;
         }
       }
       float v[4][4] = {};
@@ -234,25 +235,6 @@ struct FusedConv : Rows<T, kN1, kTogether, kParts> {
   // What a lane keeps of a part's transform; nobody else reads it.
   SK_DEVICE Word4& store(int part, int m, int r) const {
     return reinterpret_cast<Word4*>(shared + kStore)[part * (kN / 4) + (2 * m + r) * 32 + lane];
-  }
-
-  // product += the products of the parts before this one, each by the size of its own part's samples.
-  SK_DEVICE void add_parts(
-      Complex (&product)[2][2], int part, float inverse, const Word4 (&by)[kParts][2], int m, int r) const {
-    const float own = size(part) * inverse;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) product[i / 2][i % 2] = scaled(product[i / 2][i % 2], own);
-#pragma unroll
-    for (int lag = 1; lag < kParts; ++lag)
-      if (lag <= part) {
-        const float size_before = size(part - lag) * inverse;
-        const Word4 before = store(part - lag, m, r);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Complex x = scaled(complex_of(before.v[i]), size_before);
-          product[i / 2][i % 2] = plus_product(product[i / 2][i % 2], x, complex_of(by[lag][r].v[i]));
-        }
-      }
   }
 
   // Inverse second and first factor, to `work` as `take_away` wants it. Two barriers.

@@ -172,6 +172,7 @@ def spectrum(k, k_reverse, skip, mode, length, outputs, points, parts=1) -> tupl
     values = torch.view_as_real(values)[:, :, _frequencies(points // 256, k.device)]
     largest = values.abs().amax((1, 2, 3)) * parts  # as many products are summed
     largest = torch.where(largest < 1e-30, 1.0, largest)
+    values = values.unflatten(2, (-1, 2)).transpose(-1, -2).reshape(values.shape)  # two real parts, two imaginary ones
     return (values * (FULL / points / largest)[:, None, None, None]).half(), largest * (256 / FULL)
 
 
