@@ -1,8 +1,8 @@
 // Long convolution in 16 bits by one fused transform of three factors on the tensor cores, forward.
 //
-// Shape letters: B batch, D channels, N = N1 16 16 points (N1 is 16 or 32), t = 256 n1 + 16 n2 + n3 a sample's place,
-// k = k1 + N1 (k2 + 16 k3) a frequency's. The right-angle transform (triton_kernels/fft_conv.py) sums
-// x[t] w^(t (k + 1/4)): N points hold a convolution of N samples, rows are real on the way in and on the way out.
+// Shape letters: B batch, D channels, N = N1 16 16 points, t = 256 n1 + 16 n2 + n3 a sample's place, k = k1 + N1 (k2 +
+// 16 k3) a frequency's. The right-angle transform (triton_kernels/fft_conv.py) sums x[t] w^(t (k + 1/4)): N points hold
+// a convolution of N samples, rows are real on the way in and on the way out.
 //
 //     X1[k1]         = sum over n1 of F1 x                  F1 = exp(-2 pi i n1 (k1 + 1/4) / N1)
 //     X2[k1, k2]     = sum over n2 of F2 (X1 T1)            T1 = exp(-2 pi i n2 (k1 + 1/4) / (16 N1))
@@ -10,14 +10,25 @@
 //
 // and back with the conjugates in the other order. Python makes the tables (python/scalekern/ops/_fft_conv_cuda.py).
 //
+// N is 4,096 or 8,192 (N1 = 16, 32). Two rows of 2,048 and four of 1,024 are transformed together: F1 and its
+// conjugate are then block diagonal. A longer row is cut into parts of 8,192: what a part sends to the p-th after it is
+// a product with another spectrum of the filters, G_p, whose real lags begin at p N and whose imaginary ones, the lags
+// below zero, at (p - 1) N. So part j costs one transform there and one back whatever j is, and j + 1 products:
+// y_j = sum over i of G_(j - i) x_i. Only filters that do not look ahead.
+//
 // Never measured. What bounds it, counted for B64 D768 L8,192, gates at both ends, 403 M points: 8 bytes a point, 0.67
 // ms at 4.8 TB/s; products, 8 N1 + 16 16 + 16 16 = 768 flops a point (two factors: 2,048), 0.50 ms of mma.sync's some
 // 620 TFLOP/s; shared memory, some 38 bytes a point, 0.3 clocks of an SM or 0.54 ms at 1.7 GHz; instructions: in the
-// loops of sm_90a's code a lane has 1,156 for the 32 points that it has of a row, reading, gating, packing and writing
-// are some 560 more: 54 a point of the 128 that an SM begins in a clock, 0.42 clocks or 0.76 ms. So instructions come
-// first, at 0.88 of the byte floor, and what two blocks of an SM do not hide of each other comes on top: 0.6 of the
-// floor is 1.12 ms. Tried, as code: twiddles times float32 numbers, 14 instructions a point more and spills, 5.8e-4 of
-// error for 6.8e-4 in float16.
+// loops of sm_90a's code a lane has 1,032 for the 32 points that it has of a row, reading, gating, packing and writing
+// are some 560 more: 50 a point of the 128 that an SM begins in a clock, 0.39 clocks or 0.70 ms. So instructions come
+// first, at 0.96 of the byte floor, and what two blocks of an SM do not hide of each other comes on top: 0.6 of the
+// floor is 1.12 ms. As much a point at L 1,024 to 4,096. In parts: at 16,384 55 instructions a point and 6 bytes of
+// spectra from L2, 1.5 ms (0.4 of the byte floor: 3.4 ms); at 32,768 62 and 10 bytes, 3.5 ms (6.7), by 8 warps of an SM
+// where the others have 16.
+//
+// Tried, as code: twiddles times float32 numbers, 14 instructions a point more and spills, 5.8e-4 of error for 6.8e-4
+// in float16; spectra times float32 numbers, 4 instructions a point more in one part and 10 in four (7.1e-4 for 6.8e-4
+// at 8,192, 9e-4 for 8.3e-4 in parts).
 //
 // Split: a block has a channel and some of its rows, one at a time, 8 warps. On side I of an exchange a warp has all
 // k1 and k2 (n1 and n2) of two n3: results of the first factor are the left operand of the second as they lie in
@@ -25,8 +36,9 @@
 // third factor, in registers again. So a row is exchanged twice through shared memory, 4 bytes a point, and once on the
 // way in and out, where rows are read and written 16 bytes a thread.
 //
-// In shared memory: factors and twiddles (46 KB for N1 = 32), the channel's spectrum (32), and 37 KB that are in turn
-// the row (float16, scaled by its largest sample), the exchange and the result (float32): 112.6 KB, twice in an SM.
+// In shared memory: factors and twiddles (45 KB for N1 = 32), the channel's spectrum (32), and 37 KB that are in turn
+// the row (float16, scaled by its largest sample), the exchange and the result (float32): 114 KB, twice in an SM. Of a
+// row in parts the spectra come from L2, and the transforms of its parts stay here, 32 KB each but the last.
 //
 // Rows of an exchange are numbered by who has them on side I: rho = 32 j + lane, j = 8 (k1 / 16) + 4 (k1 / 8 % 2) +
 // 2 (k2 / 8) + k2 % 2, lane = 4 (k1 % 8) + k2 % 8 / 2. A row has 8 pieces of 8 bytes: float16 real parts of n3 = 2 i
