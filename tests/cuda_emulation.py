@@ -120,5 +120,7 @@ def fft_conv(
 ):  # fmt: skip
     if out is None:
         out = u.new_empty(*u.shape[:2], fft.count(u, k, mode))
-    out, *tensors, points = fft.arguments(*_poisoned(out), u, k, k_reverse, skip, bias, pregate, postgate, mode)
+    spectrum, scale, *rest = prepared = fft.filters(u, k, k_reverse, skip, mode, out.shape[2])
+    _run("fft_filters", _poisoned((spectrum, scale)), rest[:3], rest[3:], processors, order)
+    out, *tensors, points = fft.arguments(*_poisoned(out), u, spectrum, scale, bias, pregate, postgate, prepared[-1])
     return _run("fft_conv", (out,), tensors, (points,), processors, order)[0]

@@ -136,8 +136,8 @@ def test_rows_shared_by_blocks():
     for processors in (1, 3, 4, 8):
         _C.emulated_kernels()
         outs.append(check(u, k, processors=processors))
-        (name,) = _C.emulated_kernels()
-        assert "FusedConv" in name and name.endswith(", 16, 1, 1>")
+        filters, name = _C.emulated_kernels()
+        assert "Filters<16>" in filters and "FusedConv" in name and name.endswith(", 16, 1, 1>")
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
@@ -216,23 +216,52 @@ def test_what_it_declines():
         (arguments(k=k.expand(2, 2, -1)), "every sample"), (arguments(k_reverse=k.expand(2, 2, -1)), "every sample"),
         (arguments(mask=u[:, 0] > 0), "mask"), (arguments(L=512), "512 samples"), (arguments(L=32769), "32769"),
         (arguments(L=16385, mode="full"), "32769"), (arguments(L=8193, mode="circular"), "looks ahead"),
-        (arguments(L=8193, k_reverse=k), "looks ahead"), (arguments(postgate=u.mT.contiguous().mT), "next to each other"),
+        (arguments(L=8193, k_reverse=k), "looks ahead"), (arguments(postgate=u.mT.contiguous().mT), "each other"),
     ]:  # fmt: skip
         assert words in cuda.supports(*call)
     with pytest.raises(ValueError, match="more samples than points"):
         _run_with(4096, 5000)
     with pytest.raises(ValueError, match="another number of points"):
-        _run_with(8192, 5000, spectrum_of=4096)
-    with pytest.raises(ValueError, match="8,192 points in 1 to 4 parts"):
-        _run_with(512, 500, spectrum_of=4096)
+        _run_with(8192, 5000, filters_of=4096)
+    with pytest.raises(ValueError, match="4,096 or 8,192 points"):
+        _run_with(512, 500, filters_of=4096)
 
 
-def _run_with(points, L, spectrum_of=None):
+def _run_with(points, L, filters_of=None):
     u, k, _ = inputs(L)
-    spectrum_of = spectrum_of or points
-    values, scale = cuda.spectrum(k[:, :100], None, None, "causal", 4096, 4096, spectrum_of)
-    tensors = (torch.empty_like(u), u, None, None, None, scale, values, cuda.tables(spectrum_of // 256, u.device))
-    emulated._run("fft_conv", tensors[:1], tensors[1:], (points,), 1, "rising")
+    filters_of = filters_of or points
+    values, scale, *_ = cuda.filters(u[..., :filters_of], k, None, None, "causal", filters_of)
+    _, *tensors, _ = cuda.arguments(None, u, values, scale, None, None, None, filters_of)
+    emulated._run("fft_conv", (torch.empty_like(u),), tensors, (points,), 1, "rising")
+
+
+@pytest.mark.parametrize("order", emulated.ORDERS)
+@pytest.mark.parametrize("L", [1024, 2048, 4096, 8192])
+def test_spectra_of_filters(L, order):
+    """Each row's numbers against torch's transform in float64: at their own rounding to float16, wherever they lie."""
+    _, k, rest = inputs(L, k_reverse=(2, 900), skip=(2,))
+    u = torch.empty(1, 2, L, dtype=F16)
+    values, scale, *arguments = cuda.filters(u, k, rest["k_reverse"], rest["skip"], "same", L)
+    values, scale = emulated._run("fft_filters", (values, scale), arguments[:3], arguments[3:], 1, order)
+    lags = torch.zeros(2, 4 * L, dtype=torch.float64)  # a lag below zero from the end
+    offset = (L - 1) // 2
+    lags[:, : L - offset] = k[:, offset:]
+    lags[:, -offset:] = k[:, :offset]
+    lags[:, 0] += rest["k_reverse"][:, 0] + rest["skip"]
+    lags[:, -899:] += rest["k_reverse"][:, 1:].flip(1)
+    exact = torch.fft.fft(lags)[:, 1::4]  # the frequencies k + 1/4 of L points
+    exact = exact.view(2, 1, L).expand(2, max(4096 // L, 1), L)
+    words = torch.complex(*values.double().view(2, -1, 2, 2).unbind(2)).flatten(1) * scale.double()[:, None] * L / 256
+    assert error(torch.view_as_real(words), torch.view_as_real(exact.flatten(1)[:, places_of(L)])) < 4e-4
+
+
+def places_of(L):
+    """k (of each row of those transformed together, one after the other) in the order of the words of a spectrum."""
+    n1 = L // 256
+    k1, k2 = cuda._rows(max(n1, 16))
+    rho, q, j, e = cuda._axes(len(k1), 4, 2, 2)
+    row, frequency = k1[rho] // n1, k1[rho] % n1 + n1 * (k2[rho] + 16 * (8 * j + 2 * q + e))
+    return (row * L + frequency).flatten()
 
 
 def test_shared_memory():

@@ -1,4 +1,4 @@
-// scalekern_native::fft_conv_cuda
+// scalekern_native::fft_conv_cuda, fft_filters_cuda
 #include "common/cuda_launch.h"
 #include "fft_conv/cuda_fft_conv_driver.h"
 
@@ -14,12 +14,26 @@ void fft_conv(
                 view(tables), points);
 }
 
+void fft_filters(
+    Tensor spectrum, Tensor scale, Tensor k, OptionalTensor k_reverse, OptionalTensor skip, int64_t offset,
+    int64_t period, int64_t behind, int64_t ahead, int64_t points) {
+  Exec exec(k);
+  fft::fft_filters(exec, view(spectrum), view(scale), view(k), view(k_reverse), view(skip), offset, period, behind,
+                   ahead, points);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
       "fft_conv_cuda(Tensor(a!) out, Tensor u, Tensor? pregate, Tensor? postgate, Tensor? bias, Tensor scale, "
       "Tensor spectrum, Tensor tables, int points) -> ()");
+  m.def(
+      "fft_filters_cuda(Tensor(a!) spectrum, Tensor(b!) scale, Tensor k, Tensor? k_reverse, Tensor? skip, int offset, "
+      "int period, int behind, int ahead, int points) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CUDA, m) { m.impl("fft_conv_cuda", TORCH_BOX(&fft_conv)); }
+STABLE_TORCH_LIBRARY_IMPL(scalekern_native, CUDA, m) {
+  m.impl("fft_conv_cuda", TORCH_BOX(&fft_conv));
+  m.impl("fft_filters_cuda", TORCH_BOX(&fft_filters));
+}

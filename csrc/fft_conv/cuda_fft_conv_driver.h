@@ -5,6 +5,7 @@
 
 #include "common/view.h"
 #include "fft_conv/cuda_fft_conv.cuh"
+#include "fft_conv/cuda_fft_filters.cuh"
 
 namespace scalekern::fft {
 
@@ -27,6 +28,35 @@ void launch(Exec& exec, Args& a, int64_t points) {
   a.parts == 2 ? launch<T, 32, 1, 2>(exec, a) : launch<T, 32, 1, 4>(exec, a);
 }
 
+// Rows of these points that are transformed together.
+inline int64_t together(int64_t points) {
+  if (points != 1024 && points != 2048 && points != 4096 && points != 8192)
+    throw std::invalid_argument("fft_conv: 1,024, 2,048, 4,096 or 8,192 points");
+  return points < 4096 ? 4096 / points : 1;
+}
+
+// spectrum (D, parts, N, 2) float16 and scale (D,), from k (D, K), k_reverse (D, K') and skip (D,), all float32, taps
+// next to each other. N: of the rows that are transformed together. The rest: see FilterArgs.
+template <class Exec>
+void fft_filters(
+    Exec& exec, const View& spectrum, const View& scale, const View& k, const View& k_reverse, const View& skip,
+    int64_t offset, int64_t period, int64_t behind, int64_t ahead, int64_t points) {
+  FilterArgs a{};
+  a.behind = int(behind), a.ahead = int(ahead);
+  a.k = static_cast<const float*>(k.data), a.k_reverse = static_cast<const float*>(k_reverse.data);
+  a.skip = static_cast<const float*>(skip.data), a.scale = static_cast<float*>(scale.data);
+  a.spectrum = static_cast<uint16_t*>(spectrum.data), a.parts = int(spectrum.size[1]);
+  a.k_d = k.stride[0], a.k_reverse_d = k_reverse.stride[0], a.taps = int(k.size[1]);
+  a.reverse_taps = k_reverse ? int(k_reverse.size[1]) : 0, a.offset = int(offset), a.period = int(period);
+  if (spectrum.size[2] != points * together(points))
+    throw std::invalid_argument("fft_conv: a spectrum of another number of points");
+  const int64_t blocks = k.size[0] * a.parts;
+  if (points == 1024) exec.template launch<Filters<4>>(blocks, Filters<4>::kShared, a);
+  if (points == 2048) exec.template launch<Filters<8>>(blocks, Filters<8>::kShared, a);
+  if (points == 4096) exec.template launch<Filters<16>>(blocks, Filters<16>::kShared, a);
+  if (points == 8192) exec.template launch<Filters<32>>(blocks, Filters<32>::kShared, a);
+}
+
 // out (B, D, M), u and gates (B, D, L) and (B, D, M), samples next to each other; bias, scale (D,) float32; spectrum
 // (D, parts, N, 2) of N points and tables float16. N: of the rows that are transformed together.
 template <class Exec>
@@ -45,11 +75,8 @@ void fft_conv(
   for (const View* v : {&out, &u, &pregate, &postgate})
     if (*v) a.aligned &= (reinterpret_cast<uintptr_t>(v->data) / 2 | v->stride[0] | v->stride[1]) % 8 == 0;
   a.parts = int(spectrum.size[1]);
-  const int64_t together = a.parts == 1 && points < 4096 ? 4096 / points : 1;
-  if ((points != 1024 && points != 2048 && points != 4096 && points != 8192) || a.parts < 1 || a.parts > 4)
-    throw std::invalid_argument("fft_conv: 1,024, 2,048, 4,096 or 8,192 points in 1 to 4 parts");
-  if ((a.parts > 1 && points != 8192) || spectrum.size[2] != points * together)
-    throw std::invalid_argument("fft_conv: a spectrum of another number of points");
+  if (a.parts < 1 || a.parts > 4 || (a.parts > 1 && points != 8192) || spectrum.size[2] != points * together(points))
+    throw std::invalid_argument("fft_conv: a spectrum of another number of points, or of more than 4 parts");
   if (std::max(a.length_in, a.length_out) > points * a.parts)
     throw std::invalid_argument("fft_conv: more samples than points");
   u.dtype == 2 ? launch<f16>(exec, a, points) : launch<bf16>(exec, a, points);  // enum Dtype: f16, else bf16

@@ -1,5 +1,5 @@
 """fft_conv in 16 bits by the fused CUDA C++ kernel (csrc/fft_conv/cuda_fft_conv.cuh): which calls are its own, the
-tables that it reads, the spectrum as it reads it. Forward only: the backward is the other kernels'.
+tables that it reads, what its two ops are given. Forward only: the backward is the other kernels'.
 
 Shape letters: B batch, D channels, L length, M output length, N = N1 16 16 points, P parts of a row. Up to N1 = 8
 rows are transformed 16 / N1 at a time. The kernel's comment says what k1, k2, k3, n1, n2, n3, rho and the fragments of
@@ -9,16 +9,13 @@ a lane 4 g + q are.
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from scalekern._dispatch import native
-from scalekern.ops._fft_conv import Ring
 
-FULL = 32768.0  # a spectrum's largest product with a row, so that float16's range is filled from the top
 POINTS = (1024, 2048, 4096, 8192)
 LEAST = 512
 PARTS = 4  # of 8,192 samples
-_fft_conv = native("fft_conv", "cuda")
+_fft_conv, _fft_filters = native("fft_conv", "cuda"), native("fft_filters", "cuda")
 
 
 def supports(
@@ -140,63 +137,31 @@ def tables(n1: int, device: torch.device) -> torch.Tensor:
     return torch.cat([t.reshape(-1) for t in every]).half().to(device)
 
 
-@functools.lru_cache(maxsize=16)
-def _frequencies(n1: int, device: torch.device) -> torch.Tensor:
-    """k in the order in which side II of the exchange reads the spectrum, (N,), or one after the other of all rows."""
-    m, r, lane, j, e = _axes(max(n1, 16), 2, 32, 2, 2)
-    k1, k2 = _rows(n1)
-    rho = 16 * m + 8 * r + lane // 4
-    return (k1[rho] + n1 * (k2[rho] + 16 * (8 * j + lane % 4 * 2 + e))).reshape(-1).to(device)
-
-
-def spectrum(k, k_reverse, skip, mode, length, outputs, points, parts=1) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the right-angle spectra of filters and skip, (D, P, N, 2) float16; what results are multiplied by, (D,))."""
-    # A lag j stands at j, one below zero at j + 2 N, the second half of which is the imaginary part.
-    lags = k.new_zeros(k.shape[0], 2 * points if parts == 1 else parts * points, dtype=torch.float32)
-    if mode == "circular":
-        ring = Ring(length, 0, length, length - 1, length - 1).filter(k, k_reverse).float()
-        ring = F.pad(ring, (0, length - ring.shape[1]))
-        lags[:, :length] = ring
-        lags[:, 2 * points - length + 1 :] = ring[:, 1:]
-    else:
-        offset = (k.shape[1] - 1) // 2 if mode == "same" else 0
-        ring = Ring(lags.shape[1], offset, None, outputs - 1, length - 1).filter(k, k_reverse)
-        lags[:, : ring.shape[1]] = ring
-    if skip is not None:
-        lags[:, 0] += skip
-    lags = lags.unflatten(1, (-1, points))  # [D, P, N], or [D, 2, N] of one part
-    # From a part to the p-th after it: the lags from p N on, and those from (p - 1) N on as lags below zero.
-    real, imaginary = (lags[:, :1], lags[:, 1:]) if parts == 1 else (lags, F.pad(lags[:, :-1], (0, 0, 1, 0)))
-    quarter = torch.view_as_complex(_turns(points, k.device))
-    values = torch.fft.fft(torch.complex(real, imaginary) * quarter)
-    values = torch.view_as_real(values)[:, :, _frequencies(points // 256, k.device)]
-    largest = values.abs().amax((1, 2, 3)) * parts  # as many products are summed
-    largest = torch.where(largest < 1e-30, 1.0, largest)
-    values = values.unflatten(2, (-1, 2)).transpose(-1, -2).reshape(values.shape)  # two real parts, two imaginary ones
-    return (values * (FULL / points / largest)[:, None, None, None]).half(), largest * (256 / FULL)
-
-
-@functools.lru_cache(maxsize=16)
-def _turns(points: int, device: torch.device) -> torch.Tensor:
-    """exp(-2 pi i n / (4 N)), (N, 2)"""
-    return _unit(torch.arange(points), 4 * points).float().to(device)
-
-
-def arguments(out, u, k, k_reverse, skip, bias, pregate, postgate, mode) -> tuple:
-    """Those of scalekern_native::fft_conv_cuda."""
-    outputs = out.shape[2]
+def filters(u, k, k_reverse, skip, mode, outputs):
+    """Those of scalekern_native::fft_filters_cuda, the first two empty: the right-angle spectra of filters and skip,
+    (D, P, N, 2) float16, and what results are multiplied by, (D,)."""
     points = next((n for n in POINTS if n >= outputs), POINTS[-1])
-    parts = -(-outputs // points)
-    values, scale = spectrum(k, k_reverse, skip, mode, u.shape[2], outputs, points, parts)
+    values = u.new_empty(k.shape[0], -(-outputs // points), max(points, 4096), 2, dtype=torch.float16)
+    scale = k.new_empty(k.shape[0], dtype=torch.float32)
+    k, k_reverse, skip = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (k, k_reverse, skip))
+    offset = (k.shape[1] - 1) // 2 if mode == "same" else 0
+    period = u.shape[2] if mode == "circular" else 0
+    return values, scale, k, k_reverse, skip, offset, period, u.shape[2] - 1, outputs - 1, points
+
+
+def arguments(out, u, spectrum, scale, bias, pregate, postgate, points):
+    """Those of scalekern_native::fft_conv_cuda."""
     bias = None if bias is None else bias.contiguous()
-    return out, u, pregate, postgate, bias, scale, values, tables(points // 256, u.device), points
+    return out, u, pregate, postgate, bias, scale, spectrum, tables(points // 256, u.device), points
 
 
 def forward(
     out, u, k, k_reverse, skip, bias, pregate, postgate, mask, mode, method, precision=None, spectrum=None
 ):  # fmt: skip
     """Fill out (B, D, M). A given spectrum is another kernel's: the filters are transformed anew."""
-    _fft_conv(*arguments(out, u, k, k_reverse, skip, bias, pregate, postgate, mode))
+    prepared = filters(u, k, k_reverse, skip, mode, out.shape[2])
+    _fft_filters(*prepared)
+    _fft_conv(*arguments(out, u, *prepared[:2], bias, pregate, postgate, prepared[-1]))
 
 
 forward.native_op = _fft_conv.native_op
