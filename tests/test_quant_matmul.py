@@ -97,6 +97,7 @@ def test_calls_that_cannot_be():
         ({"x": x.to_sparse()}, "x must be a dense tensor, got torch.sparse_coo"),
         ({"w": w.replace(perm=torch.arange(40) - 1)}, "perm must hold columns 0 to 39, got -1 to 38"),
         ({"w": w.replace(scales=None)}, "scales must be a torch.Tensor, got NoneType"),
+        ({"x": x[0, 0]}, r"x must have at least 1 dimension, got shape \(\)"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^quant_matmul: {message}"):
             scalekern.quant_matmul(**{"x": x, "w": w, "activation": "int8", **arguments})
