@@ -134,6 +134,8 @@ def _rows_an_expert(x, rows: int, offs) -> int:
         raise ValueError(
             f"{NAME}: offs must have as many elements as w has matrices, got {offs.shape[0]} for {rows} rows"
         )
+    if _checks.readable(offs) and not (x.numel() and rows):  # else the kernels look
+        _quant_matmul.check_ends(offs.tolist(), x.shape[0])
     return rows // offs.shape[0]
 
 
