@@ -58,6 +58,7 @@ def test_parts_that_do_not_fit_are_refused():
         ({"in_features": -1}, "in_features must be an integer of at least 0, got -1"),
         ({"out_features": 8.0}, "out_features must be an integer of at least 0, got 8.0"),
         ({"dtype": torch.int8}, "dtype must be one of float64, .*, got int8"),
+        ({"bias": torch.ones(8)}, "bias must be True or False .from_quantized takes a tensor., got a Tensor"),
         ({"activation": "int8", "activation_scale": "a"}, "activation_scale must be a number, got 'a'"),
         ({"activation": "int8", "activation_scale": 1e60}, "activation_scale must lie in float32's range, got 1e.60"),
     ):

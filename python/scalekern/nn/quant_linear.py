@@ -64,10 +64,14 @@ class QuantLinear(nn.Module):
             dense = torch.empty(out_features, in_features, device=device, dtype=dtype)
             nn.init.kaiming_uniform_(dense, a=math.sqrt(5)) if dense.numel() else None
             weight = quantize(dense, format, **options)
+        if isinstance(bias, torch.Tensor):
+            raise TypeError(f"{NAME}: bias must be True or False (from_quantized takes a tensor), got a Tensor")
         if bias:
             bound = in_features**-0.5 if in_features else 0.0
             bias = torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound)
-        self._set(weight, bias if bias is not False else None, activation, activation_scale, rotation, seed)
+        else:
+            bias = None
+        self._set(weight, bias, activation, activation_scale, rotation, seed)
         self.train_scales(train_scales)
 
     @classmethod
