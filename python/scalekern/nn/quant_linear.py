@@ -202,6 +202,10 @@ class QuantLinear(nn.Module):
             options = self.format, self.group_size, self.activation or "", self.activation_scale
             served = perm is None and parts[0].is_cpu
             found = kept_weight(self.in_features, *parts, own["bias"], *options) if served else None
+            if found:  # the native call goes by these sizes
+                self.quantized_weight.check(NAME)
+                if own["bias"] is not None:
+                    _checks.shape(NAME, "bias", own["bias"], parts[0].shape[:1])
             self._kept = found and (now, found)
         return self._kept and self._kept[1]
 

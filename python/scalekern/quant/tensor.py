@@ -59,7 +59,8 @@ class QuantizedTensor:
     def check(self, op: str = "QuantizedTensor") -> "QuantizedTensor":
         """Itself, if its parts fit each other; else a ValueError or TypeError that names the part."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and self.__dict__.get("_sound"):  # nothing of it changes: looked at once
+        known = None if compiling else self.__dict__.get("_sound")
+        if known is not None and known == self._sizes():  # looked at once; `part.data = ...` and resize_ change a part
             return self
         if not isinstance(self.format, str) or self.format not in FORMATS:
             raise ValueError(f"{op}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
@@ -93,8 +94,11 @@ class QuantizedTensor:
             if part.device != self.data.device:
                 raise ValueError(f"{op}: {name} must be on {self.data.device} like data, got {part.device}")
         if not compiling:
-            self.__dict__["_sound"] = True
+            self.__dict__["_sound"] = self._sizes()
         return self
+
+    def _sizes(self) -> list:
+        return [(t.dtype, t.shape) for t in self.tensors().values()]
 
     @property
     def bits(self) -> int:
