@@ -270,6 +270,13 @@ def test_writers_own_weights():
                     got = read_checkpoint(tensors, config=config)["a.weight"]
                     assert same(dequantize(got), dequantize(q)) and got.group_size == q.group_size
                     assert (got.zeros is None) == symmetric and (got.perm is None) == (size != 64)
+    many = {  # of two group sizes, of which either fits both, and of two widths
+        "a.weight": quantize(randn(8, 192), "int4"), "b.weight": quantize(randn(8, 192), "int4", group_size=96),
+        "c.weight": quantize(randn(8, 8), "int4"), "d.weight": quantize(randn(8, 8), "int3"),
+    }  # fmt: skip
+    tensors, config = compressed_tensors.write(many)
+    for name, got in read_checkpoint(tensors, config=config).items():
+        assert same(dequantize(got), dequantize(many[name])) and got.format == many[name].format
     q = quantize(w, "int4", symmetric=False, group_size=32, scale_dtype=torch.float16)
     for write, name, value, message in (
         (gptq.write, "a", q, "a must be a matrix whose name ends"),

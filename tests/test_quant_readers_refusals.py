@@ -15,7 +15,7 @@ RECORDED = quant_peers.load()
 def test_what_the_config_says_and_the_tensors_do_not():
     """Parts that would be taken for another, smaller layer: no zeros, fewer groups, no order of the columns."""
     tensors, config, _ = RECORDED["compressed_tensors"]["int4"]
-    with pytest.raises(ValueError, match="m.weight_scale must have groups of .16. of .* columns"):
+    with pytest.raises(ValueError, match="m.weight_scale must have 3 groups of 16 of 48 columns, got 2"):
         read_checkpoint({**tensors, "m.weight_scale": tensors["m.weight_scale"][:, :2]}, config=config)
     tensors, config, _ = RECORDED["compressed_tensors"]["int2"]
     with pytest.raises(ValueError, match="m.weight_zero_point is missing"):
@@ -28,6 +28,47 @@ def test_what_the_config_says_and_the_tensors_do_not():
     for size in (0, -5, "16"):
         with pytest.raises(ValueError, match="m.scales must come with a group_size of -1 or at least 1"):
             read_checkpoint(tensors, config={**config, "group_size": size})
+
+
+def compressed(weights, targets=None, *, tensors=None, **other):
+    """The recorded 4 bits under a config that says these of its weights."""
+    recorded, config, _ = RECORDED["compressed_tensors"]["int4"]
+    weights = {**config["config_groups"]["group_0"]["weights"], **weights} if isinstance(weights, dict) else weights
+    groups = {"group_0": {"weights": weights, **({} if targets is None else {"targets": targets})}, **other}
+    return read_checkpoint(recorded | (tensors or {}), config={**config, "config_groups": groups})["m.weight"]
+
+
+def test_groups_of_a_config_that_do_not_fit():
+    two = {"weights": {"num_bits": 2, "group_size": 16}}
+    for targets in (None, ["Linear"], ["m"], ["re:m$"], ["re:.*other", "m"]):
+        assert compressed({}, targets).format == "int4"
+    for targets, others in ((["m"], ["Linear"]), (["re:m"], ["Linear"]), (["m"], ["re:m"]), (["Linear"], ["head"])):
+        assert compressed({}, targets, group_1={**two, "targets": others}).format == "int4"
+    assert compressed({}, ["Linear"], group_1={"targets": ["Linear"], "weights": None}).format == "int4"
+    for targets, others in ((["Linear"], ["Linear"]), (["m"], ["m"]), (["a"], ["re:b"]), (None, None)):
+        with pytest.raises(ValueError, match="m.weight_packed must belong to one of config_groups, fits targets"):
+            compressed({}, targets, group_1={**two, "targets": others})
+    with pytest.raises(ValueError, match="m.weight_g_idx is missing"):
+        compressed({"actorder": "group"})
+    assert compressed({"actorder": "weight"}).perm is None
+    bad = {"m.weight_zero_point": torch.zeros(3, dtype=torch.int8)}
+    for weights, targets, tensors, message in (
+        ({"num_bits": 0}, None, None, "m.weight_packed must have 1 to 8 bits, the config says num_bits 0"),
+        ({"num_bits": 33}, None, None, "m.weight_packed must have 1 to 8 bits, the config says num_bits 33"),
+        ({"num_bits": "4"}, None, None, "m.weight_packed must have 1 to 8 bits, the config says num_bits '4'"),
+        ({"num_bits": [4]}, None, None, "m.weight_packed must have 1 to 8 bits"),
+        ({"group_size": "32"}, None, None, "m.weight_scale must come with a group_size of -1 or at least 1"),
+        ({"group_size": [32]}, None, None, "m.weight_scale must come with a group_size of -1 or at least 1"),
+        ({"group_size": 0}, None, None, "m.weight_scale must come with a group_size of -1 or at least 1"),
+        ([1], None, None, "group_0 of config_groups must have weights as a dict"),
+        ({}, "m", None, "group_0 of config_groups must have weights as a dict and targets as a list of strings"),
+        ({}, [3], None, "group_0 of config_groups must have weights as a dict and targets as a list of strings"),
+        ({}, ["re:("], None, r"m.weight_packed cannot be looked up: 're:\(' is no pattern"),
+        ({}, None, bad, r"m.weight_zero_point must have \d+ elements, got shape \(3,\)"),
+        ({}, None, {"m.weight_shape": torch.tensor([-1, -1])}, "m.weight_shape must hold sizes from 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compressed(weights, targets, tensors=tensors)
 
 
 def test_configs_of_other_types():
