@@ -277,6 +277,15 @@ def test_writers_own_weights():
     tensors, config = compressed_tensors.write(many)
     for name, got in read_checkpoint(tensors, config=config).items():
         assert same(dequantize(got), dequantize(many[name])) and got.format == many[name].format
+    for columns, config_size in (((256, 128, 96), 128), ((128, 96), -1), ((96,), 128), ((128,), -1)):
+        many = {f"{K}.weight": quantize(randn(32, K), "int4", scale_dtype=torch.float16) for K in columns}
+        tensors, config = gptq.write(many)  # one group of all columns fits any size
+        assert config["group_size"] == config_size
+        for name, got in read_checkpoint(tensors, config=config).items():
+            assert same(dequantize(got, torch.float32), dequantize(many[name]))
+    row = quantize(randn(32, 256), "int4", group_size=None, scale_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"the same bits and group_size, got \[\(4, -1\), \(4, 128\)\]"):
+        gptq.write({"a.weight": row, "b.weight": quantize(randn(32, 256), "int4", scale_dtype=torch.float16)})
     q = quantize(w, "int4", symmetric=False, group_size=32, scale_dtype=torch.float16)
     for write, name, value, message in (
         (gptq.write, "a", q, "a must be a matrix whose name ends"),
