@@ -71,6 +71,66 @@ def test_groups_of_a_config_that_do_not_fit():
             compressed(weights, targets, tensors=tensors)
 
 
+def test_hqq_numbers_that_disagree():
+    tensors, config, _ = RECORDED["hqq"]["4_1_16"]
+    read = lambda **changes: read_checkpoint(  # noqa: E731
+        {**tensors, **{f"m.{key}": torch.tensor(value) for key, value in changes.items()}}, config=config
+    )
+    assert read(nbits=4.0)["m.weight"].format == "int4"
+    for nbits in (0, -1, 1, 1.58, 2, 3, 5, 8, 9):
+        with pytest.raises(ValueError, match="m.nbits must be"):
+            read(nbits=nbits)
+    for shape in ([-8, -32], [0, 32], [8, 0]):
+        with pytest.raises(ValueError, match="m.shape must hold sizes from 1"):
+            read(shape=shape)
+    with pytest.raises(ValueError, match="m.packing .* in groups of -16 is unknown"):
+        read(group_size=-16)
+    words = torch.zeros(8, 3, dtype=torch.float16), torch.tensor(1.0)
+    three, _, _ = RECORDED["hqq"]["3_1_16"]
+    for given, message in zip(words, ("m.W_q must view as torch.int32", "m.W_q must have 2 dimensions")):
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint({**three, "m.W_q": given, "m.view_as_float": torch.tensor(1)}, config=config)
+
+
+def test_bitsandbytes_states_that_disagree():
+    tensors, config, _ = RECORDED["bitsandbytes"]["nf4_True_64"]
+    key = "m.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[key].tolist()))
+    for changes, message in (
+        ({"shape": [-5, -64]}, "m.weight.quant_state.bitsandbytes__nf4 must describe a matrix"),
+        ({"blocksize": float("inf")}, "m.weight.quant_state.bitsandbytes__nf4 must be JSON with"),
+        ({"nested_blocksize": "256"}, "m.weight.absmax is uint8, but .* got '256'"),
+        ({"nested_blocksize": -1}, "m.weight.absmax is uint8, but .* got -1"),
+        ({"nested_offset": None}, "m.weight.absmax is uint8, but .* and None"),
+    ):
+        raw = torch.tensor(list(json.dumps({**state, **changes}).encode()), dtype=torch.uint8)
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint({**tensors, key: raw}, config=config)
+    eight = {"l.weight": torch.ones(4, 8, dtype=torch.int8), "k.weight": torch.ones(4, 8, dtype=torch.int8)}
+    with pytest.raises(ValueError, match="bitsandbytes: l.SCB is missing"):
+        read_checkpoint({**eight, "k.SCB": torch.ones(4)})
+    got = read_checkpoint({"k.weight": eight["k.weight"], "k.SCB": torch.ones(4), "steps": torch.ones(2, 2).char()})
+    assert got["k.weight"].format == "int8" and got["steps"].dtype == torch.int8
+
+
+def test_gptq_and_awq_numbers_of_other_types():
+    tensors, config, _ = RECORDED["gptq"]["4_v2"]
+    for changes, message in (
+        ({"bits": 4.0}, "m.qweight must have 2, 3, 4 or 8 bits, the config says 4.0"),
+        ({"bits": [4]}, "m.qweight must have 2, 3, 4 or 8 bits, the config says .4."),
+        ({"dynamic": {"(": {}}}, "m.qweight cannot be looked up in the config's dynamic"),
+        ({"dynamic": [1]}, "m.qweight cannot be looked up in the config's dynamic"),
+        ({"dynamic": {".*": None}}, "m.qweight cannot be looked up in the config's dynamic"),
+    ):
+        for form in ("gptq_v2", "gptq_p"):
+            with pytest.raises(ValueError, match=message.replace("bits,", "bits.*,")):
+                read_checkpoint(tensors, config={**config, "checkpoint_format": form, **changes})
+    tensors, config, _ = RECORDED["awq"][next(iter(RECORDED["awq"]))]
+    for version in ("gemm", "gemv"):
+        with pytest.raises(ValueError, match="m.scales must come with a whole group_size, the config says '32'"):
+            read_checkpoint(tensors, config={**config, "version": version, "group_size": "32"})
+
+
 def test_configs_of_other_types():
     for config, message in (
         ({"quant_method": "compressed-tensors", "config_groups": 3}, "config_groups must be a dict of dicts, got 3"),
@@ -84,6 +144,7 @@ def test_configs_of_other_types():
 def test_folders_whose_json_is_none(tmp_path):
     index, config = tmp_path / "model.safetensors.index.json", tmp_path / "config.json"
     texts = ("{", "is no JSON"), ("[]", "must hold an object, got list"), ("{}", "must hold a weight_map")
+    texts += (('{"weight_map": {"a.weight": 3}}', "says 3"),)
     for text, message in texts:
         index.write_text(text)
         with pytest.raises(ValueError, match=f"index.json {message}"):
@@ -106,6 +167,8 @@ def test_a_header_with_one_offset_and_what_is_not_saved(tmp_path):
         ({"w": torch.ones(2).to_sparse()}, ValueError, "w must be dense and hold data, got torch.sparse_coo on cpu"),
         ([w], TypeError, "tensors must be a dict by name, got list"),
         ({3: w}, TypeError, "tensors must be a dict by name"),
+        ({"__metadata__": torch.ones(2)}, ValueError, "tensors must have other names than __metadata__"),
+        ({"w": w, "z": torch.ones(2).to(torch.complex128)}, ValueError, "z must have a dtype of .*, got .*complex128"),
     ):
         with pytest.raises(error, match=f"save_quantized: {message}"):
             save_quantized(path, tensors)
