@@ -248,6 +248,16 @@ def test_one_sided_ranges_use_all_codes():
     assert 0 <= offsets.zeros.min() and offsets.zeros.max() <= 7
 
 
+def test_a_transposed_weight_is_rounded_without_a_warning(recwarn):
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        quantize(randn(16, 32), "nf4", axis=-2, group_size=None)
+    finally:
+        torch.set_warn_always(always)
+    assert not recwarn.list
+
+
 def test_axis_and_bad_arguments():
     w = randn(20, 12)
     a, b = quantize(w, "int4", group_size=8, axis=-2), quantize(w.mT, "int4", group_size=8)

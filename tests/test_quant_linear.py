@@ -128,6 +128,31 @@ def test_what_is_kept_of_a_weight_follows_it(format):
 
 
 @torch.no_grad()
+def test_what_is_kept_of_a_weight_tells_its_layout():
+    """A part whose address stays and whose rows, strides or dtype change, as where a cast reuses what it freed."""
+    layer, x = QuantLinear(64, 48, group_size=32), torch.randn(2, 64)
+    exact = lambda: x.double() @ layer.weight.double().T + layer.bias
+    layer(x)
+    layer.weight_scales.data = layer.weight_scales.data[:1]
+    assert error(layer(x), exact()) < 1e-6
+    layer.weight_data.data = layer.weight_data.data.as_strided((48, 32), (1, 1))
+    assert error(layer(x), exact()) < 1e-6
+    layer.bias.data = torch.rand(48).half()
+    layer(x)
+    layer.bias.data = layer.bias.data.view(torch.bfloat16)
+    assert error(layer(x), exact()) < 1e-6
+    for part in layer.parameters():
+        part.data = part.data[:4]
+    assert layer(x).shape == (2, 4) and error(layer(x), exact()) < 1e-6
+    layer.bias.data = layer.bias.data[:3]
+    with pytest.raises(ValueError, match=r"nn.QuantLinear: bias must have shape \(4,\), got \(3,\)"):
+        layer(x)
+    layer.weight_data.data = layer.weight_data.data[:, :5]
+    with pytest.raises(ValueError, match=r"nn.QuantLinear: data must have shape \(4, 32\), got \(4, 5\)"):
+        layer(x)
+
+
+@torch.no_grad()
 def test_what_the_kept_weight_does_not_read():
     """After a first call, inputs that its one native call takes, and those that it leaves to the op."""
     layer = QuantLinear(64, 48, group_size=32)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalekern import quant
 from scalekern.nn import QuantLinear
+from scalekern.nn.quant_linear import products
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,7 @@ def test_parts_that_do_not_fit_are_refused():
         ({"in_features": -1}, "in_features must be an integer of at least 0, got -1"),
         ({"out_features": 8.0}, "out_features must be an integer of at least 0, got 8.0"),
         ({"dtype": torch.int8}, "dtype must be one of float64, .*, got int8"),
+        ({"bias": torch.ones(8)}, "bias must be True or False .from_quantized takes a tensor., got a Tensor"),
         ({"activation": "int8", "activation_scale": "a"}, "activation_scale must be a number, got 'a'"),
         ({"activation": "int8", "activation_scale": 1e60}, "activation_scale must lie in float32's range, got 1e.60"),
     ):
@@ -65,6 +67,10 @@ def test_parts_that_do_not_fit_are_refused():
             QuantLinear(**{"in_features": 40, "out_features": 8, **options})
     for rotation in (None, "hadamard", "random_hadamard"):
         layer = QuantLinear(40, 8, rotation=rotation)
-        for x in ([1.0], torch.randn(3, 48)):
-            with pytest.raises((TypeError, ValueError), match=": x must"):
-                layer(x)
+        layer(torch.randn(3, 40))
+        for x in ([1.0], torch.randn(3, 48), torch.randn(3, 40).to_sparse(), torch.randn(3, 40).to_mkldnn()):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad), pytest.raises((TypeError, ValueError), match=": x must"):
+                    layer(x)
+        with torch.no_grad(), pytest.raises(TypeError, match=": x must"):
+            products(torch.randn(3, 40).to_sparse(), layer, layer)

@@ -97,6 +97,7 @@ def test_calls_that_cannot_be():
         ({"x": x.to_sparse()}, "x must be a dense tensor, got torch.sparse_coo"),
         ({"w": w.replace(perm=torch.arange(40) - 1)}, "perm must hold columns 0 to 39, got -1 to 38"),
         ({"w": w.replace(scales=None)}, "scales must be a torch.Tensor, got NoneType"),
+        ({"x": x[0, 0]}, r"x must have at least 1 dimension, got shape \(\)"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^quant_matmul: {message}"):
             scalekern.quant_matmul(**{"x": x, "w": w, "activation": "int8", **arguments})
@@ -176,6 +177,17 @@ def test_a_weight_that_was_used_before(monkeypatch):
     w = copy.deepcopy(w)
     w.scales.div_(2)
     assert torch.equal(scalekern.quant_matmul(x, w), first)
+    for sparse in (x.to_sparse(), x.to_mkldnn()):
+        with pytest.raises(TypeError, match="quant_matmul: x must be a dense tensor, got"):
+            scalekern.quant_matmul(sparse, w)
+    changed = copy.deepcopy(w)
+    scalekern.quant_matmul(x, changed)
+    changed.scales.data = changed.scales.data[:1]  # the same address
+    assert_close(scalekern.quant_matmul(x, changed), x @ changed.dequantize().T, tolerance=1e-6)
+    changed.scales.resize_(2, 2)
+    for bias in (None, torch.zeros(9)):
+        with pytest.raises(ValueError, match=r"quant_matmul: scales must have shape \(9, 2\) or \(1, 2\), got"):
+            scalekern.quant_matmul(x, changed, bias=bias)
     for run in (scalekern.quant_matmul, torch.compile(scalekern.quant_matmul, fullgraph=True, backend="eager")):
         assert torch.equal(run(x, w), first)
     kernel = []

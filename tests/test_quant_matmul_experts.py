@@ -90,3 +90,6 @@ def test_what_is_wrong_is_named():
         call(4, 5, x=x[None])
     with pytest.raises(TypeError, match="offs must have dtype int32"):
         call(4, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="offs must rise from 0 to at most 0, the rows of x, got .0, 3."):
+        call(0, 3, x=x[:0])
+    assert call(0, 0, x=x[:0]).shape == (0, 6)

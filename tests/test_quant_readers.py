@@ -270,6 +270,22 @@ def test_writers_own_weights():
                     got = read_checkpoint(tensors, config=config)["a.weight"]
                     assert same(dequantize(got), dequantize(q)) and got.group_size == q.group_size
                     assert (got.zeros is None) == symmetric and (got.perm is None) == (size != 64)
+    many = {  # of two group sizes, of which either fits both, and of two widths
+        "a.weight": quantize(randn(8, 192), "int4"), "b.weight": quantize(randn(8, 192), "int4", group_size=96),
+        "c.weight": quantize(randn(8, 8), "int4"), "d.weight": quantize(randn(8, 8), "int3"),
+    }  # fmt: skip
+    tensors, config = compressed_tensors.write(many)
+    for name, got in read_checkpoint(tensors, config=config).items():
+        assert same(dequantize(got), dequantize(many[name])) and got.format == many[name].format
+    for columns, config_size in (((256, 128, 96), 128), ((128, 96), -1), ((96,), 128), ((128,), -1)):
+        many = {f"{K}.weight": quantize(randn(32, K), "int4", scale_dtype=torch.float16) for K in columns}
+        tensors, config = gptq.write(many)  # one group of all columns fits any size
+        assert config["group_size"] == config_size
+        for name, got in read_checkpoint(tensors, config=config).items():
+            assert same(dequantize(got, torch.float32), dequantize(many[name]))
+    row = quantize(randn(32, 256), "int4", group_size=None, scale_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"the same bits and group_size, got \[\(4, -1\), \(4, 128\)\]"):
+        gptq.write({"a.weight": row, "b.weight": quantize(randn(32, 256), "int4", scale_dtype=torch.float16)})
     q = quantize(w, "int4", symmetric=False, group_size=32, scale_dtype=torch.float16)
     for write, name, value, message in (
         (gptq.write, "a", q, "a must be a matrix whose name ends"),
@@ -351,8 +367,8 @@ def test_gguf_files(tmp_path, monkeypatch):
     tensors.append(types.SimpleNamespace(name="f", tensor_type=kind("F32"), shape=[4, 3], data=plain.numpy()))
     raw = half.view(torch.uint8).numpy()
     tensors.append(types.SimpleNamespace(name="b", tensor_type=kind("BF16"), shape=[4, 2], data=raw))
-    reader = types.SimpleNamespace(GGUFReader=lambda path: types.SimpleNamespace(tensors=tensors))
-    monkeypatch.setitem(sys.modules, "gguf", reader)
+    reader = type("GGUFReader", (), {"__init__": lambda self, path: setattr(self, "tensors", tensors)})
+    monkeypatch.setitem(sys.modules, "gguf", types.SimpleNamespace(GGUFReader=reader))
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF\3\0\0\0")
     got = read_checkpoint(path)
@@ -391,7 +407,7 @@ def test_gguf_files_of_the_package(tmp_path):
         value = got[name] if isinstance(got[name], torch.Tensor) else dequantize(got[name])
         assert same(value.float(), wanted)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="truncated or no GGUF file"):
+    with pytest.raises(ValueError, match="truncated or no GGUF file: Q8_0: "):
         read_checkpoint(path)
 
 

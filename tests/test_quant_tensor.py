@@ -44,6 +44,23 @@ def test_a_slice_of_the_packed_is_the_packed_slice(name, options):
     assert torch.equal(dequantize(stack[1, 0, 2:5]), whole[2:5]) and stack[1].shape == (2, 9, 75)
 
 
+def test_an_index_means_what_it_means_to_torch():
+    w = randn(3, 2, 16, 64)
+    q = quantize(w, "int4", group_size=16)
+    whole, rows = dequantize(q), slice(None, 8)
+    for index in (
+        (..., rows), (..., rows, slice(None)), (0, ..., slice(16, 32)), (slice(1), ...), ..., (1, 0, ..., rows),
+        None, (0, None), (0, 1, None), (None, 1, slice(None), slice(4)), (None, ..., rows), (torch.tensor([2, 0]),),
+    ):  # fmt: skip
+        assert torch.equal(dequantize(q[index].check()), whole[index]), index
+    for index in ((..., ...), (..., 3), (..., 0, slice(None)), (..., None), (0, 0, rows, None)):
+        with pytest.raises(IndexError):
+            q[index]
+    assert [torch.equal(dequantize(part), own) for part, own in zip(q, whole, strict=True)] == [True] * 3
+    with pytest.raises(TypeError, match="a matrix is not iterable"):
+        list(q[0, 0])
+
+
 def test_act_order():
     w, perm = randn(6, 40), torch.randperm(40, generator=torch.Generator().manual_seed(1))
     q = quantize(w[:, perm], "int4", group_size=8).replace(perm=perm)

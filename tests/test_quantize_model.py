@@ -236,7 +236,9 @@ def test_inputs_by_name_and_inputs_without_rows():
         def forward(self, x):
             return self.layer(input=x)
 
-    assert quantize_model(Named(), "int4", inputs=[torch.randn(3, 8)]).layers[0].measured_on == "outputs"
+    named = Named()
+    assert quantize_model(named, "int4", inputs=[torch.randn(3, 8)]).layers[0].measured_on == "outputs"
+    assert named(torch.randn(3, 8)).shape == (3, 4)
     (none,) = quantize_model(Named(), "int4", inputs=[torch.randn(0, 8)]).layers
     assert none.measured_on == "weight" and none.error > 0
 

@@ -25,8 +25,10 @@ def tensor(op: str, name: str, value, *, dims: int | Sequence[int], dtypes=None)
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     dims = (dims,) if isinstance(dims, int) else tuple(dims)
     if value.dim() not in dims:
-        expected = " or ".join(str(d) for d in dims)
-        raise ValueError(f"{op}: {name} must have {expected} dimensions, got shape {_shape(value.shape)}")
+        expected = f"{' or '.join(str(d) for d in dims)} dimensions"
+        if dims[-1] == 64:  # the most that torch has
+            expected = f"at least {dims[0]} dimension{'s' * (dims[0] != 1)}"
+        raise ValueError(f"{op}: {name} must have {expected}, got shape {_shape(value.shape)}")
     if dtypes is not None and value.dtype not in dtypes:
         expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")

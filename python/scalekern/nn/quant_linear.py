@@ -17,6 +17,7 @@ from scalekern.quant.tensor import PART_DTYPES, PARTS, check_dtype
 from scalekern.reference.quant_matmul import TRAINED
 
 NAME = "nn.QuantLinear"
+_STRIDED = torch.strided
 SIGN_DTYPES = (torch.int8, *_checks.FLOATING)
 
 
@@ -64,10 +65,14 @@ class QuantLinear(nn.Module):
             dense = torch.empty(out_features, in_features, device=device, dtype=dtype)
             nn.init.kaiming_uniform_(dense, a=math.sqrt(5)) if dense.numel() else None
             weight = quantize(dense, format, **options)
+        if isinstance(bias, torch.Tensor):
+            raise TypeError(f"{NAME}: bias must be True or False (from_quantized takes a tensor), got a Tensor")
         if bias:
             bound = in_features**-0.5 if in_features else 0.0
             bias = torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound)
-        self._set(weight, bias if bias is not False else None, activation, activation_scale, rotation, seed)
+        else:
+            bias = None
+        self._set(weight, bias, activation, activation_scale, rotation, seed)
         self.train_scales(train_scales)
 
     @classmethod
@@ -160,17 +165,20 @@ class QuantLinear(nn.Module):
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return unrotate(dequantize(self.quantized_weight, wide), self.rotation_signs).to(self.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Linear's name, by which models may pass it
+        x = input
+        dense = isinstance(x, torch.Tensor) and x.layout is _STRIDED
         if self.rotation is not None:
-            if not isinstance(x, torch.Tensor) or not x.dim() or x.shape[-1] != self.in_features:
+            if not dense or not x.dim() or x.shape[-1] != self.in_features:
                 _checks.tensor(NAME, "x", x, dims=range(1, 65), dtypes=_checks.FLOATING)
                 _checks.shape(NAME, "x", x, (*x.shape[:-1], self.in_features))
             x = rotate(x, self.rotation_signs)
-        if not torch.is_grad_enabled() and _library.is_plain((x,)) and (out := self._at_once(x)) is not None:
-            return out
+        if dense and not torch.is_grad_enabled() and _library.is_plain((x,)):
+            if (out := self._at_once(x)) is not None:
+                return out
         own = self._parameters
         data = own["weight_data"]
-        fits = isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == self.in_features
+        fits = dense and x.dim() > 1 and x.shape[-1] == self.in_features
         if fits and x.dtype in _checks.FLOATING and own["weight_perm"] is None and x.device == data.device:
             # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
@@ -198,6 +206,10 @@ class QuantLinear(nn.Module):
             options = self.format, self.group_size, self.activation or "", self.activation_scale
             served = perm is None and parts[0].is_cpu
             found = kept_weight(self.in_features, *parts, own["bias"], *options) if served else None
+            if found:  # the native call goes by these sizes
+                self.quantized_weight.check(NAME)
+                if own["bias"] is not None:
+                    _checks.shape(NAME, "bias", own["bias"], parts[0].shape[:1])
             self._kept = found and (now, found)
         return self._kept and self._kept[1]
 
@@ -247,7 +259,8 @@ def products(x, *layers) -> list:
     25 us in it, three calls 40."""
     if type(layers[0]) is QuantLinear and not torch.is_grad_enabled() and _library.is_plain((x,)):
         first = layers[0]
-        kept = x.is_cpu and _dispatch.allows("cpu") and all([_alike(first, layer) for layer in layers])
+        kept = x.is_cpu and x.layout is _STRIDED and _dispatch.allows("cpu")
+        kept = kept and all([_alike(first, layer) for layer in layers])
         kept = [layer._held() for layer in layers] if kept else [None]
         if None not in kept:
             turned = x if first.rotation is None else rotate(x, first.rotation_signs)

@@ -15,6 +15,7 @@ from scalekern.reference.quant_matmul import quant_matmul_fwd as reference_fwd
 
 NAME = "quant_matmul"
 ACTIVATIONS = (None, *ACTIVATION_MAX)
+_STRIDED = torch.strided
 SMALLEST, LARGEST = 2.0**-149, torch.finfo(torch.float32).max  # of a static scale, which kernels read as float32
 
 
@@ -116,11 +117,13 @@ def _at_once(x, w, activation):
     weight = kept and kept.get(activation)
     if weight is None or not _library.is_plain((x,)) or not isinstance(x, torch.Tensor) or not x.is_cpu:
         return None
-    if not _dispatch.allows("cpu"):
+    if x.layout is not _STRIDED or not _dispatch.allows("cpu"):
         return None
     grad = torch.is_grad_enabled()
-    for part, where in zip(weight.parts, weight.where):
-        if part.data_ptr() != where or grad and part.requires_grad:
+    for part, where, (dtype, shape, stride) in zip(weight.parts, weight.where, weight.laid_out):
+        if part.data_ptr() != where or part.dtype is not dtype or part.shape != shape or part.stride() != stride:
+            return None
+        if grad and part.requires_grad:
             return None
     return weight.product(x)
 
@@ -134,6 +137,8 @@ def _rows_an_expert(x, rows: int, offs) -> int:
         raise ValueError(
             f"{NAME}: offs must have as many elements as w has matrices, got {offs.shape[0]} for {rows} rows"
         )
+    if _checks.readable(offs) and not (x.numel() and rows):  # else the kernels look
+        _quant_matmul.check_ends(offs.tolist(), x.shape[0])
     return rows // offs.shape[0]
 
 
@@ -203,7 +208,24 @@ quant_matmul_bwd = _library.define(
 )
 
 
-def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _quant_matmul_cpu.KeptWeight | None:
+class _KeptWeight(_quant_matmul_cpu.KeptWeight):
+    """One that tells its parts by their layout too: a freed address comes back for a tensor of another dtype or shape.
+
+    The layout costs 0.2 us a part and call.
+    """
+
+    def __init__(self, columns: int, *given):
+        super().__init__(columns, *given)
+        self.laid_out = [(part.dtype, part.shape, part.stride()) for part in self.parts]
+
+    def is_where_it_was(self) -> bool:
+        for part, where, (dtype, shape, stride) in zip(self.parts, self.where, self.laid_out):
+            if part.data_ptr() != where or part.dtype is not dtype or part.shape != shape or part.stride() != stride:
+                return False
+        return True
+
+
+def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _KeptWeight | None:
     """What multiplies with these parts at once; None of tensors that the native call may not read, or without it.
     options: format, group_size, activation, activation_scale, as for the op."""
     parts = data, scales, zeros, offsets, outer, bias
@@ -211,4 +233,4 @@ def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _quan
         return None
     if _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
-    return _quant_matmul_cpu.KeptWeight(K, *parts, None, *options)
+    return _KeptWeight(K, *parts, None, *options)

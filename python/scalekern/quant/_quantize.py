@@ -272,6 +272,6 @@ def nearest_codes(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 def _nearest(x, rising):
     """The index of the nearest of rising values, between two the even one."""
     middles = (rising[1:] + rising[:-1]) / 2
-    below = torch.bucketize(x, middles)  # the number of middles that are less
+    below = torch.bucketize(x.contiguous(), middles)  # the number of middles that are less
     tie = x == torch.nn.functional.pad(middles, (0, 1), value=math.nan)[below]
     return below + (tie & (below % 2 == 1))

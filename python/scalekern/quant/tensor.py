@@ -59,7 +59,8 @@ class QuantizedTensor:
     def check(self, op: str = "QuantizedTensor") -> "QuantizedTensor":
         """Itself, if its parts fit each other; else a ValueError or TypeError that names the part."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and self.__dict__.get("_sound"):  # nothing of it changes: looked at once
+        known = None if compiling else self.__dict__.get("_sound")
+        if known is not None and known == self._sizes():  # looked at once; `part.data = ...` and resize_ change a part
             return self
         if not isinstance(self.format, str) or self.format not in FORMATS:
             raise ValueError(f"{op}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
@@ -93,8 +94,11 @@ class QuantizedTensor:
             if part.device != self.data.device:
                 raise ValueError(f"{op}: {name} must be on {self.data.device} like data, got {part.device}")
         if not compiling:
-            self.__dict__["_sound"] = True
+            self.__dict__["_sound"] = self._sizes()
         return self
+
+    def _sizes(self) -> list:
+        return [(t.dtype, t.shape) for t in self.tensors().values()]
 
     @property
     def bits(self) -> int:
@@ -164,12 +168,7 @@ class QuantizedTensor:
 
     def __getitem__(self, index) -> "QuantizedTensor":
         """w[rows, columns], or w[expert] of a stack: views. Columns are cut where a byte and a group begin."""
-        index = index if isinstance(index, tuple) else (index,)
-        lead = self.data.dim() - 2
-        if len(index) > self.data.dim():
-            raise IndexError(f"QuantizedTensor: too many indices for shape {tuple(self.shape)}")
-        rows, columns = (*index, slice(None), slice(None))[lead : lead + 2] if len(index) > lead else (slice(None),) * 2
-        front = index[:lead]
+        *front, rows, columns = _whole_index(index, self.data.dim(), self.shape)
         for i in (rows, columns):
             if not isinstance(i, slice) or i.step not in (None, 1):
                 raise IndexError(f"QuantizedTensor: rows and columns are cut by slices of step 1, got {i!r}")
@@ -188,8 +187,14 @@ class QuantizedTensor:
         bytes_ = slice(start * self.bits // 8, start * self.bits // 8 + row_bytes(stop - start, self.bits))
         cuts = {"data": bytes_, "scales": groups, "zeros": groups, "offsets": groups, "outer": slice(None)}
         # One group of a whole row stays one group of a shorter one; its size goes on being that of the full rows.
-        parts = {name: _cut(getattr(self, name), front, rows, cut) for name, cut in cuts.items()}
+        parts = {name: _cut(getattr(self, name), tuple(front), rows, cut) for name, cut in cuts.items()}
         return self.replace(**parts, columns=stop - start)
+
+    def __iter__(self):
+        """The matrices of a stack. Without it a loop over rows would end, without a word, at the first's IndexError."""
+        if self.data.dim() == 2:
+            raise TypeError("QuantizedTensor: a matrix is not iterable; rows are cut by slices")
+        return (self[i] for i in range(self.data.shape[0]))
 
     def __repr__(self) -> str:
         bits = 8 * self.nbytes / max(1, self.shape.numel())
@@ -205,6 +210,17 @@ def check_dtype(op: str, dtype) -> None:
     if dtype not in FLOATING:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
         raise TypeError(f"{op}: dtype must be one of {names}, got {str(dtype).removeprefix('torch.')}")
+
+
+def _whole_index(index, dims: int, shape) -> tuple:
+    """An index of every axis, as torch means it: the axes that it leaves out stand where its Ellipsis is, or behind."""
+    index = index if isinstance(index, tuple) else (index,)
+    places = [place for place, i in enumerate(index) if i is Ellipsis]
+    given = sum(i is not None and i is not Ellipsis for i in index)  # None is an axis of its own
+    if given > dims or len(places) > 1:
+        raise IndexError(f"QuantizedTensor: too many indices for shape {tuple(shape)}")
+    place = places[0] if places else len(index)
+    return *index[:place], *[slice(None)] * (dims - given), *index[place + 1 :]
 
 
 def _cut(part, front, rows, columns):

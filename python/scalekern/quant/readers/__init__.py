@@ -93,7 +93,7 @@ def save_quantized(path: str | os.PathLike, tensors: dict[str, QuantizedTensor |
 
     Raises:
         TypeError: a value that is no tensor.
-        ValueError: parts that do not fit each other, or two tensors of one name.
+        ValueError: parts that do not fit each other, two tensors of one name, a name or dtype that the format has not.
 
     Source: the safetensors format, its metadata holding format, columns, group size and dtype as JSON.
     """

@@ -80,6 +80,9 @@ def open_source(source):
         wanted = _json(index).get("weight_map")
         if not isinstance(wanted, dict):
             raise ValueError(f"read_checkpoint: {index} must hold a weight_map of names to files")
+        for name, file in wanted.items():
+            if not isinstance(file, str):
+                raise ValueError(f"read_checkpoint: {name} must be in a file by its name, {index.name} says {file!r}")
         files = Files([path / name for name in sorted(set(wanted.values()))])
         if missing := [name for name in wanted if name not in files]:
             raise ValueError(f"read_checkpoint: {missing[0]} is in {index.name}, not in {wanted[missing[0]]}")

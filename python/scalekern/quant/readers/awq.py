@@ -36,7 +36,7 @@ def _read_gemm(layer, prefix, config) -> QuantizedTensor:
     K, N = words.shape[0], words.shape[1] * 8
     scales = layer.get(f"{prefix}.scales", FLOATS, (None, N))
     G = scales.shape[0]
-    size = _group_size(config, K, K // max(1, G)) or K
+    size = _group_size(layer, prefix, config, K, K // max(1, G)) or K
     if G * size != K:
         layer.fail(f"{prefix}.scales", f"must have as many rows as groups of {size} fill {K} columns, got {G}")
     zeros = None
@@ -53,7 +53,7 @@ def _read_gemm(layer, prefix, config) -> QuantizedTensor:
 def _read_gemv(layer, prefix, config) -> QuantizedTensor:
     words = layer.get(f"{prefix}.qweight", torch.int32, (None, None))
     N, K = words.shape[0], words.shape[1] * 8
-    size = _group_size(config, K, None)
+    size = _group_size(layer, prefix, config, K, None)
     if size is None or size < 1 or K % size:
         layer.fail(f"{prefix}.qweight", f"has {K} columns, which the config's group_size {size} must divide")
     G, scales = K // size, layer.get(f"{prefix}.scales", FLOATS, (N, None))
@@ -67,8 +67,10 @@ def _read_gemv(layer, prefix, config) -> QuantizedTensor:
     ).check(f"awq: {prefix}")  # fmt: skip
 
 
-def _group_size(config, K, default):
+def _group_size(layer, prefix, config, K, default):
     size = config.get("group_size", config.get("q_group_size", default))
+    if size is not None and type(size) is not int:
+        layer.fail(f"{prefix}.scales", f"must come with a whole group_size, the config says {size!r}")
     return K if size == -1 else size
 
 

@@ -28,7 +28,11 @@ def read(tensors, config) -> dict:
             found[name] = _read_4bit(Layer(METHOD, tensors, taken), name, kind)
     for prefix in prefixes(tensors, ".SCB"):
         found[prefix + ".weight"] = _read_8bit(Layer(METHOD, tensors, taken), prefix)
-    return found | rest(tensors, taken, METHOD, (".absmax", ".quant_map", ".weight_format"))
+    others = rest(tensors, taken, METHOD, (".absmax", ".quant_map", ".weight_format"))
+    for name, t in others.items():
+        if name.endswith(".weight") and t.dtype == torch.int8 and t.dim() == 2:  # codes that would pass for numbers
+            raise ValueError(f"{METHOD}: {name.removesuffix('weight')}SCB is missing, the scales of the int8 {name}")
+    return found | others
 
 
 def _state(layer, key) -> dict:
@@ -38,9 +42,9 @@ def _state(layer, key) -> dict:
         shape = tuple(int(n) for n in state["shape"])
         fields = {"shape": shape, "blocksize": int(state["blocksize"]), "dtype": DTYPES[state["dtype"]]}
         nested = {k: state[k] for k in ("nested_blocksize", "nested_offset") if k in state}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         layer.fail(key, f"must be JSON with shape, blocksize and dtype: {error!r}")
-    if len(shape) != 2 or fields["blocksize"] < 1:
+    if len(shape) != 2 or min(shape) < 0 or fields["blocksize"] < 1:
         layer.fail(key, f"must describe a matrix in blocks, got shape {shape} and blocksize {fields['blocksize']}")
     return {**fields, **nested}
 
@@ -79,12 +83,13 @@ def by_blocks(codes, scales, zeros, block: int, format: str, dtype) -> Quantized
 
 
 def _nested(layer, name, state, absmax):
-    block = state.get("nested_blocksize")
-    if not block or "nested_offset" not in state:
-        layer.fail(name + ".absmax", "is uint8, but its quant_state has no nested_blocksize and nested_offset")
+    block, offset = state.get("nested_blocksize"), state.get("nested_offset")
+    if type(block) is not int or block < 1 or type(offset) not in (int, float):
+        why = "is uint8, but its quant_state has no nested_blocksize and nested_offset that are numbers"
+        layer.fail(name + ".absmax", f"{why}, got {block!r} and {offset!r}")
     table = layer.get(name + ".nested_quant_map", torch.float32, (256,))
     outer = layer.get(name + ".nested_absmax", torch.float32, (-(-len(absmax) // block),))
-    return table[absmax.long()] * outer.repeat_interleave(block)[: len(absmax)] + state["nested_offset"]
+    return table[absmax.long()] * outer.repeat_interleave(block)[: len(absmax)] + offset
 
 
 def _read_8bit(layer, prefix) -> QuantizedTensor:

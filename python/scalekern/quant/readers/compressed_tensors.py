@@ -3,6 +3,8 @@
 Source: the tensors weight_packed, weight_scale, weight_zero_point, weight_shape, weight_g_idx of compressed-tensors.
 """
 
+import re
+
 import torch
 
 from scalekern.quant._formats import FORMATS
@@ -19,18 +21,54 @@ def read(tensors, config) -> dict:
     groups = config.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
         raise ValueError(f"compressed-tensors: config_groups must be a dict of dicts, got {groups!r}")
+    for key, group in groups.items():
+        weights, targets = group.get("weights"), group.get("targets") or []
+        if not isinstance(weights or {}, dict) or not isinstance(targets, list) or not _all_text(targets):
+            raise ValueError(
+                f"compressed-tensors: {key} of config_groups must have weights as a dict and targets as a list of "
+                f"strings, got {weights!r} and {targets!r}"
+            )
     groups = list(groups.values())
     for format in (config.get("format"), *(g.get("format") for g in groups)):
         if format not in (None, FORMAT):
             raise ValueError(f"compressed-tensors: only the format {FORMAT} is read, the config says {format}")
-    widths = {(g.get("weights") or {}).get("num_bits") for g in groups} - {None} or set(range(1, 9))
-    sizes = {(g.get("weights") or {}).get("group_size") or -1 for g in groups}  # -1: a row, or all
-    signed = not groups or any((g.get("weights") or {}).get("symmetric", True) for g in groups)
-    taken, found = set(), {}
-    for prefix in prefixes(tensors, ".weight_packed"):
+    groups = [group for group in groups if group.get("weights")]  # others are of activations, or of a cache
+    taken, found, names = set(), {}, prefixes(tensors, ".weight_packed")
+    for prefix in names:
         layer = Layer(METHOD, tensors, taken)
-        found[prefix + ".weight"] = _read_layer(layer, prefix + ".weight", widths, sizes, signed)
+        weights = _weights_of(layer, prefix, groups, names) if groups else {}
+        found[prefix + ".weight"] = _read_layer(layer, prefix + ".weight", weights)
     return found | rest(tensors, taken, METHOD, (".weight_shape", ".weight_zero_point", ".weight_g_idx"))
+
+
+def _all_text(values) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _weights_of(layer, prefix: str, groups, names) -> dict:
+    """What the config says of a layer's weights: the group that names it, else one whose pattern fits, else one of a
+    class, which tensors do not tell: "Linear" is any. Targets that fit nothing may be names of another wrapping."""
+    ranks = {}
+    for group in groups:
+        for target in group.get("targets") or ["Linear"]:
+            if target == prefix:
+                rank = 0
+            elif target.startswith("re:"):
+                try:
+                    rank = 1 if re.match(target.removeprefix("re:"), prefix) else 3
+                except re.error as error:
+                    layer.fail(f"{prefix}.weight_packed", f"cannot be looked up: {target!r} is no pattern ({error})")
+            else:
+                rank = 2 if target[:1].isupper() and target.isidentifier() and target not in names else 3
+            ranks.setdefault(rank, []).append(group)
+    candidates, kinds = ranks[min(ranks)], []
+    for group in candidates:
+        kind = {key: group["weights"].get(key) for key in ("num_bits", "group_size", "symmetric", "actorder")}
+        kinds += [kind] if kind not in kinds else []
+    if len(kinds) > 1:
+        targets = [group.get("targets") for group in candidates]
+        layer.fail(f"{prefix}.weight_packed", f"must belong to one of config_groups, fits targets {targets}: {kinds}")
+    return candidates[0]["weights"]
 
 
 def _words(columns: int, bits: int) -> tuple[int, int]:
@@ -47,17 +85,25 @@ def _unpack(words, bits: int, columns: int):
     return codes.flatten(-2)[..., :columns].to(torch.uint8)
 
 
-def _read_layer(layer, name, widths, sizes, signed) -> QuantizedTensor:
+def _read_layer(layer, name, weights) -> QuantizedTensor:
+    bits, size = weights.get("num_bits"), weights.get("group_size")
+    if not (bits is None or type(bits) is int and 1 <= bits <= 8):
+        layer.fail(f"{name}_packed", f"must have 1 to 8 bits, the config says num_bits {bits!r}")
+    if not (size is None or type(size) is int and (size == -1 or size >= 1)):
+        layer.fail(f"{name}_scale", f"must come with a group_size of -1 or at least 1, the config says {size!r}")
+    widths = range(1, 9) if bits is None else [bits]
     packed = layer.get(f"{name}_packed", torch.int32, (None, None))
     shape = layer.get(f"{name}_shape", (torch.int64, torch.int32), (2,)).tolist()
     N, K = shape
+    if min(N, K) < 0:
+        layer.fail(f"{name}_shape", f"must hold sizes from 0, got {shape}")
     if packed.shape[0] != N:
         layer.fail(f"{name}_packed", f"must have {N} rows (weight_shape), got {packed.shape[0]}")
     # A width whose stream of bits fits is taken before one with unfilled words.
-    fitting = [[b for b in sorted(widths) if packed.shape[1] == _words(K, b)[old]] for old in (0, 1)]
+    fitting = [[b for b in widths if packed.shape[1] == _words(K, b)[old]] for old in (0, 1)]
     fitting = fitting[0] or fitting[1]
     if len(fitting) != 1:
-        wanted = f"one of {sorted(widths)} bits for shape {(N, K)}"
+        wanted = f"{' or '.join(map(str, widths))} bits for shape {(N, K)}"
         layer.fail(f"{name}_packed", f"must have as many words a row as {wanted}, got {packed.shape[1]}")
     bits = fitting[0]
     scales = layer.get(f"{name}_scale", FLOATS)
@@ -65,28 +111,32 @@ def _read_layer(layer, name, widths, sizes, signed) -> QuantizedTensor:
     if scales.dim() != 2 or scales.shape[0] not in (1, N):
         layer.fail(f"{name}_scale", f"must have shape (1,) or ({N}, groups), got {tuple(scales.shape)}")
     G = scales.shape[1]
-    fitting = sorted(s for s in sizes - {-1} if -(-K // s) == G)
-    if not fitting and sizes and (G != 1 or -1 not in sizes):
-        layer.fail(f"{name}_scale", f"must have groups of {sorted(sizes)} of {K} columns (-1: all), got {G} groups")
-    size = max(1, *fitting[:1] or [K if G == 1 else -(-K // G)])
+    if weights:
+        size = max(1, K) if size in (None, -1) else size
+    else:  # a config that says nothing
+        size = max(1, K if G == 1 else -(-K // max(1, G)))
     if -(-K // size) != G:
-        layer.fail(f"{name}_scale", f"must have {-(-K // size)} groups of {size} columns, got {G}")
-    zeros = layer.get(f"{name}_zero_point", **({"default": None} if signed else {}))
+        layer.fail(f"{name}_scale", f"must have {-(-K // size)} groups of {size} of {K} columns, got {G} groups")
+    zeros = layer.get(f"{name}_zero_point", **({"default": None} if weights.get("symmetric", True) else {}))
     if zeros is not None and zeros.dtype == torch.int32:
         words = layer.get(f"{name}_zero_point", torch.int32, (None, G))
         if words.shape[0] not in _words(N, bits):
             layer.fail(f"{name}_zero_point", f"must have {_words(N, bits)[0]} rows of words, got {words.shape[0]}")
         zeros = _unpack(words.mT, bits, N).mT.contiguous()
     elif zeros is not None:  # of a tensor: signed, one byte a zero
-        zeros = (layer.get(f"{name}_zero_point", torch.int8).reshape(scales.shape).int() + (1 << bits - 1)).to(
-            torch.uint8
-        )
+        zeros = layer.get(f"{name}_zero_point", torch.int8)
+        if zeros.numel() != scales.numel():
+            layer.fail(f"{name}_zero_point", f"must have {scales.numel()} elements, got shape {tuple(zeros.shape)}")
+        zeros = (zeros.reshape(scales.shape).int() + (1 << bits - 1)).to(torch.uint8)
     codes_of = lambda: _unpack(packed, bits, K)  # noqa: E731
     data = as_bytes(packed)[:, : row_bytes(K, bits)].contiguous()
     if packed.shape[1] != _words(K, bits)[0]:
         data = pack(codes_of(), bits)
     perm = None
-    g_idx = layer.get(f"{name}_g_idx", (torch.int32, torch.int64), (K,), default=None)
+    ordered = weights.get("actorder") in (True, "group", "dynamic") and G > 1  # "weight" leaves the columns in order
+    g_idx = layer.get(
+        f"{name}_g_idx", (torch.int32, torch.int64), (K,), **({} if ordered else {"default": None})
+    )
     if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(K) // size):
         perm = torch.argsort(g_idx.long(), stable=True)
         if not torch.equal(g_idx.long()[perm], torch.arange(K) // size):

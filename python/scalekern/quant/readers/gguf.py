@@ -24,7 +24,7 @@ def read(path) -> dict:
             "read_checkpoint: GGUF files need the package gguf (pip install 'scalekern[quant]')"
         ) from error
     try:
-        reader = gguf.GGUFReader(str(path))
+        reader = _reader(gguf)(str(path))
     except Exception as error:  # whatever parsing a broken header or a cut file runs into
         raise ValueError(f"gguf: {path} is truncated or no GGUF file: {error}") from error
     found = {}
@@ -39,6 +39,24 @@ def read(path) -> dict:
         else:
             raise ValueError(f"gguf: {t.name} has the type {kind}; read are {', '.join([*PLAIN, *BLOCKS])}")
     return found
+
+
+def _reader(gguf):
+    """The package's reader, which of a tensor that it cannot read says the name too."""
+
+    class Reader(gguf.GGUFReader):
+        def _build_tensors(self, start_offs, fields):
+            try:
+                super()._build_tensors(start_offs, fields)
+            except Exception:
+                for field in fields:
+                    try:
+                        super()._build_tensors(start_offs, [field])
+                    except Exception as error:
+                        raise ValueError(f"{field.name}: {error}") from error
+                raise
+
+    return Reader
 
 
 def from_blocks(name: str, kind: str, data: torch.Tensor, shape) -> QuantizedTensor:

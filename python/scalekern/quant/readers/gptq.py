@@ -34,9 +34,15 @@ def _override(config, prefix: str) -> dict:
     """The config with what its `dynamic` rules, regular expressions of names, say of this layer."""
     import re
 
-    for pattern, changes in (config.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), prefix):
-            return {**config, **changes}
+    try:
+        for pattern, changes in (config.get("dynamic") or {}).items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), prefix):
+                return {**config, **changes}
+    except (AttributeError, TypeError, re.error) as error:
+        raise ValueError(
+            f"gptq: {prefix}.qweight cannot be looked up in the config's dynamic, which must be a dict of dicts by "
+            f"regular expressions, got {config['dynamic']!r} ({error})"
+        ) from error
     return config
 
 
@@ -52,7 +58,7 @@ def _from_planes(words, bits):
 
 def _read_layer(layer, prefix, config, version) -> QuantizedTensor:
     config = _override(config, prefix)
-    bits = config["bits"]
+    bits = config["bits"] if type(config["bits"]) is int else repr(config["bits"])
     planar = version == "gptq_p" and bits in PLANES
     if bits not in BITS and not planar:
         others = " (3, 5, 6 and 7 in planes)" if version == "gptq_p" else ""
@@ -107,22 +113,26 @@ def write(tensors, *, version: int = 2) -> tuple[dict[str, torch.Tensor], dict]:
     Raises:
         ValueError: a tensor that the format cannot hold, by its name.
     """
-    out, found = {}, set()
+    out, found = {}, []
     for name, w in tensors.items():
         if not isinstance(w, QuantizedTensor):
             out[name] = w
             continue
         out |= _write_layer(name, w, version)
-        size = -1 if w.group_size == w.columns else w.group_size
-        found.add((w.bits, size, w.perm is not None, w.zeros is None))
-    if len({f[:2] for f in found}) > 1:
-        raise ValueError(
-            f"gptq: all matrices must have the same bits and group_size, got {sorted(f[:2] for f in found)}"
-        )
-    bits, size = next(iter(found))[:2] if found else (4, -1)
+        one = w.scales.shape[-1] == 1  # which is a group of any size from its columns on
+        found.append((w.bits, w.group_size, w.columns if one else None, w.perm is not None, w.zeros is None))
+    sizes = {size for _, size, one, *_ in found if one is None}
+    if not sizes:
+        sizes = {-1 if size == one else size for _, size, one, *_ in found}
+        sizes = sizes if len(sizes) == 1 else {-1}
+    size = min(sizes)
+    if len({f[0] for f in found}) > 1 or len(sizes) > 1 or any((f[2] or 0) > size > 0 for f in found):
+        got = sorted({(f[0], -1 if f[1] == f[2] else f[1]) for f in found})
+        raise ValueError(f"gptq: all matrices must have the same bits and group_size, got {got}")
+    bits = found[0][0] if found else 4
     return out, {
-        "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": any(f[2] for f in found),
-        "sym": all(f[3] for f in found), "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": any(f[3] for f in found),
+        "sym": all(f[4] for f in found), "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
     }  # fmt: skip
 
 

@@ -48,20 +48,31 @@ def _read_layer(layer, prefix) -> QuantizedTensor:
     nbits, axis, packing = number("nbits"), int(number("axis")), text("packing")
     shape = layer.get(f"{prefix}.shape", (torch.int64, torch.int32), (2,)).tolist()
     N, K = shape
+    if min(N, K) < 1:
+        layer.fail(f"{prefix}.shape", f"must hold sizes from 1, got {shape}")
     group = int(number("group_size", 0)) or (K if axis == 1 else N)  # none: a row, or a column
-    if packing not in PACKINGS or axis not in (0, 1) or N * K % group:
+    if packing not in PACKINGS or axis not in (0, 1) or group < 1 or N * K % group:
         layer.fail(f"{prefix}.packing", f"{packing} along axis {axis} in groups of {group} is unknown for {(N, K)}")
-    bits = next((b for b in range(1, 9) if nbits <= b), None)
+    if not 1 <= nbits <= PACKINGS[packing]:
+        layer.fail(f"{prefix}.nbits", f"must be 1 to {PACKINGS[packing]} in the packing {packing}, got {nbits}")
+    bits = math.ceil(nbits)
     format = {1: "int1"}.get(bits, f"int{bits}")
     words = layer.get(f"{prefix}.W_q")
     if number("view_as_float", 0):
-        words = words.contiguous().view(torch.int32 if packing == "3bit_32" else torch.uint8)
+        if words.dim() != 2:
+            layer.fail(f"{prefix}.W_q", f"must have 2 dimensions, got shape {tuple(words.shape)}")
+        to = torch.int32 if packing == "3bit_32" else torch.uint8
+        if words.shape[-1] * words.element_size() % to.itemsize:
+            layer.fail(f"{prefix}.W_q", f"must view as {to}, got shape {tuple(words.shape)} of {words.dtype}")
+        words = words.contiguous().view(to)
     rows, columns = (N * K // group, group) if axis == 1 else (group, N * K // group)
     planes = 10 if packing == "3bit_32" else 8 // PACKINGS[packing]
     wanted = (-(-rows // planes), columns)
     if words.dtype not in (torch.uint8, torch.int32) or tuple(words.shape) != wanted:
         layer.fail(f"{prefix}.W_q", f"must have shape {wanted} of integers, got {tuple(words.shape)} of {words.dtype}")
     codes = _unpack(words, packing)[:rows].reshape(N, K)
+    if int(codes.max()) >= 1 << bits:
+        layer.fail(f"{prefix}.nbits", f"must be that of the codes up to {int(codes.max())}, got {nbits}")
     scales, zeros = (_parameter(layer, f"{prefix}.{key}", rows if axis == 1 else columns) for key in ("scale", "zero"))
     dtype = scales.dtype
     if axis == 1:

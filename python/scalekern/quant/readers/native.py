@@ -51,6 +51,8 @@ def write(path, tensors) -> None:
         for key, p in parts.items():
             if p.is_meta or p.layout != torch.strided:
                 raise ValueError(f"save_quantized: {key} must be dense and hold data, got {p.layout} on {p.device}")
+            if key == "__metadata__":  # the format's own, of which no reader takes a tensor
+                raise ValueError("save_quantized: tensors must have other names than __metadata__, the format's own")
         if taken := flat.keys() & parts.keys():
             raise ValueError(f"save_quantized: two tensors would be called {min(taken)}")
         flat |= {key: p.detach().clone(memory_format=torch.contiguous_format) for key, p in parts.items()}
@@ -59,5 +61,10 @@ def write(path, tensors) -> None:
     try:
         save_file(flat, partial, metadata={KEY: json.dumps(metadata), "format": "pt"})
         os.replace(partial, path)
+    except KeyError as error:  # safetensors' own for a dtype that it does not have
+        for key, p in flat.items():
+            if p.dtype in error.args:
+                raise ValueError(f"save_quantized: {key} must have a dtype of safetensors, got {p.dtype}") from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
