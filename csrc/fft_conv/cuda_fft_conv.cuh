@@ -10,11 +10,11 @@
 //
 // and back with the conjugates in the other order. Python makes the tables (python/scalekern/ops/_fft_conv_cuda.py).
 //
-// N is 4,096 or 8,192 (N1 = 16, 32). Two rows of 2,048 and four of 1,024 are transformed together: F1 and its
-// conjugate are then block diagonal. A longer row is cut into parts of 8,192: what a part sends to the p-th after it is
-// a product with another spectrum of the filters, G_p, whose real lags begin at p N and whose imaginary ones, the lags
-// below zero, at (p - 1) N. So part j costs one transform there and one back whatever j is, and j + 1 products:
-// y_j = sum over i of G_(j - i) x_i. Only filters that do not look ahead.
+// N is 4,096 or 8,192 (N1 = 16, 32). Two rows of 2,048, four of 1,024 and so on to 16 of 256 are transformed together:
+// F1 and its conjugate are then block diagonal. A longer row is cut into parts of 8,192: what a part sends to the p-th
+// after it is a product with another spectrum of the filters, G_p, whose real lags begin at p N and whose imaginary
+// ones, the lags below zero, at (p - 1) N. So part j costs one transform there and one back whatever j is, and j + 1
+// products: y_j = sum over i of G_(j - i) x_i. Only filters that do not look ahead.
 //
 // Never measured. What bounds it, counted for B64 D768 L8,192, gates at both ends, 403 M points: 8 bytes a point, 0.67
 // ms at 4.8 TB/s; products, 8 N1 + 16 16 + 16 16 = 768 flops a point (two factors: 2,048), 0.50 ms of mma.sync's some

@@ -21,6 +21,8 @@ void launch(Exec& exec, Args& a) {
 
 template <class T, class Exec>
 void launch(Exec& exec, Args& a, int64_t points) {
+  if (points == 256) return launch<T, 16, 16, 1>(exec, a);
+  if (points == 512) return launch<T, 16, 8, 1>(exec, a);
   if (points == 1024) return launch<T, 16, 4, 1>(exec, a);
   if (points == 2048) return launch<T, 16, 2, 1>(exec, a);
   if (points == 4096) return launch<T, 16, 1, 1>(exec, a);
@@ -30,8 +32,8 @@ void launch(Exec& exec, Args& a, int64_t points) {
 
 // Rows of these points that are transformed together.
 inline int64_t together(int64_t points) {
-  if (points != 1024 && points != 2048 && points != 4096 && points != 8192)
-    throw std::invalid_argument("fft_conv: 1,024, 2,048, 4,096 or 8,192 points");
+  if (points < 256 || points > 8192 || (points & (points - 1)))
+    throw std::invalid_argument("fft_conv: points must be a power of two from 256 to 8,192");
   return points < 4096 ? 4096 / points : 1;
 }
 
@@ -51,6 +53,8 @@ void fft_filters(
   if (spectrum.size[2] != points * together(points))
     throw std::invalid_argument("fft_conv: a spectrum of another number of points");
   const int64_t blocks = k.size[0] * a.parts;
+  if (points == 256) exec.template launch<Filters<1>>(blocks, Filters<1>::kShared, a);
+  if (points == 512) exec.template launch<Filters<2>>(blocks, Filters<2>::kShared, a);
   if (points == 1024) exec.template launch<Filters<4>>(blocks, Filters<4>::kShared, a);
   if (points == 2048) exec.template launch<Filters<8>>(blocks, Filters<8>::kShared, a);
   if (points == 4096) exec.template launch<Filters<16>>(blocks, Filters<16>::kShared, a);

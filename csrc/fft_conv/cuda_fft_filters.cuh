@@ -65,7 +65,7 @@ SK_DEVICE void transform(Complex (&x)[R]) {
   if constexpr (R == 2) {
     const Complex a = x[0];
     x[0] = a + x[1], x[1] = a - x[1];
-  } else {
+  } else if constexpr (R > 2) {
     constexpr int kRest = R / 4;
     Complex turned[4][kRest > 1 ? kRest : 1];
 #pragma unroll

@@ -34,6 +34,7 @@ struct Rows {
   using Args = fft::Args;
   using Layout = Tables<kN1>;
   static constexpr int kThreads = 32 * kWarps, kN = kN1 * 256, kPacks = kN / 8 / kThreads;
+  static constexpr int kOfARow = kN / 8 / kTogether;           // pieces of 8 samples
   static constexpr int kScales = kTogether > 1 ? kPacks : 1;  // of a thread's pieces
   // Words of 4 bytes between rows of the row as it comes (n1; n2), and of the result.
   static constexpr int kIn1 = 168, kIn2 = 9, kOut1 = 292, kOut2 = 18;
@@ -58,7 +59,6 @@ struct Rows {
   };
   SK_DEVICE Piece piece(int i, int first_row, int part) const {
     const int number = thread_index() + i * kThreads;
-    constexpr int kOfARow = kN / 8 / kTogether;
     if constexpr (kTogether > 1) return {first_row + number / kOfARow, number % kOfARow * 8};
     return {first_row, number * 8 + part * kN};
   }
@@ -104,7 +104,7 @@ struct Rows {
       if (lane == 0) maxima[s * kWarps + warp] = largest[s];
     }
     sync_threads();
-    constexpr int kSharing = kTogether == 4 ? kWarps / 2 : kWarps;  // warps that have a row's pieces
+    constexpr int kSharing = kOfARow < kThreads ? kOfARow / 32 : kWarps;  // warps that have a row's pieces
 #pragma unroll
     for (int s = 0; s < kScales; ++s) {
 #pragma unroll

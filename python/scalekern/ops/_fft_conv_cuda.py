@@ -12,8 +12,7 @@ import torch
 
 from scalekern._dispatch import native
 
-POINTS = (1024, 2048, 4096, 8192)
-LEAST = 512
+POINTS = (256, 512, 1024, 2048, 4096, 8192)
 PARTS = 4  # of 8,192 samples
 _fft_conv, _fft_filters = native("fft_conv", "cuda"), native("fft_filters", "cuda")
 
@@ -35,8 +34,8 @@ def supports(
     if any(t is not None and t.stride(-1) != 1 for t in (u, pregate, postgate)):
         return "samples of a row are not next to each other"
     outputs = count(u, k, mode)
-    if not LEAST < outputs <= PARTS * POINTS[-1]:
-        return f"the output has {outputs} samples, not {LEAST + 1} to {PARTS * POINTS[-1]}"
+    if outputs > PARTS * POINTS[-1]:
+        return f"the output has {outputs} samples, more than {PARTS * POINTS[-1]}"
     if outputs > POINTS[-1] and (mode not in ("causal", "full") or k_reverse is not None):
         return f"the filter looks ahead, and the output has more than {POINTS[-1]} samples"
     shared = _shared_bytes(outputs)
