@@ -15,7 +15,8 @@ ORDERS = {"rising": 0, "falling": 1, "shuffled": 2}
 
 
 def _pack(tensors):
-    describe = lambda t: (t.data_ptr(), DTYPES.index(t.dtype), list(t.shape), list(t.stride()))
+    code = lambda t: DTYPES.index(t.dtype) if t.dtype in DTYPES else -1  # a mask
+    describe = lambda t: (t.data_ptr(), code(t), list(t.shape), list(t.stride()))
     return [None if t is None else describe(t) for t in tensors]
 
 
@@ -115,12 +116,13 @@ def quant_matmul_tiles(x, w, bias=None, out_dtype=None, order="rising", processo
 
 
 def fft_conv(
-    u, k, *, mode="causal", k_reverse=None, skip=None, bias=None, pregate=None, postgate=None, out=None, order="rising",
-    processors=1,
+    u, k, *, mode="causal", k_reverse=None, skip=None, bias=None, pregate=None, postgate=None, mask=None, out=None,
+    order="rising", processors=1,
 ):  # fmt: skip
     if out is None:
         out = u.new_empty(*u.shape[:2], fft.count(u, k, mode))
     spectrum, scale, *rest = prepared = fft.filters(u, k, k_reverse, skip, mode, out.shape[2])
     _run("fft_filters", _poisoned((spectrum, scale)), rest[:3], rest[3:], processors, order)
-    out, *tensors, points = fft.arguments(*_poisoned(out), u, spectrum, scale, bias, pregate, postgate, prepared[-1])
+    rest = bias, pregate, postgate, mask, prepared[-1]
+    out, *tensors, points = fft.arguments(*_poisoned(out), u, spectrum, scale, *rest)
     return _run("fft_conv", (out,), tensors, (points,), processors, order)[0]

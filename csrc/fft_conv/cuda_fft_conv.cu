@@ -7,11 +7,11 @@ namespace {
 using namespace scalekern;
 
 void fft_conv(
-    Tensor out, Tensor u, OptionalTensor pregate, OptionalTensor postgate, OptionalTensor bias, Tensor scale,
-    Tensor spectrum, Tensor tables, int64_t points) {
+    Tensor out, Tensor u, OptionalTensor pregate, OptionalTensor postgate, OptionalTensor mask,
+    OptionalTensor bias, Tensor scale, Tensor spectrum, Tensor tables, int64_t points) {
   Exec exec(u);
-  fft::fft_conv(exec, view(out), view(u), view(pregate), view(postgate), view(bias), view(scale), view(spectrum),
-                view(tables), points);
+  fft::fft_conv(exec, view(out), view(u), view(pregate), view(postgate), view(mask), view(bias), view(scale),
+                view(spectrum), view(tables), points);
 }
 
 void fft_filters(
@@ -26,8 +26,8 @@ void fft_filters(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalekern_native, m) {
   m.def(
-      "fft_conv_cuda(Tensor(a!) out, Tensor u, Tensor? pregate, Tensor? postgate, Tensor? bias, Tensor scale, "
-      "Tensor spectrum, Tensor tables, int points) -> ()");
+      "fft_conv_cuda(Tensor(a!) out, Tensor u, Tensor? pregate, Tensor? postgate, Tensor? mask, Tensor? bias, "
+      "Tensor scale, Tensor spectrum, Tensor tables, int points) -> ()");
   m.def(
       "fft_filters_cuda(Tensor(a!) spectrum, Tensor(b!) scale, Tensor k, Tensor? k_reverse, Tensor? skip, int offset, "
       "int period, int behind, int ahead, int points) -> ()");

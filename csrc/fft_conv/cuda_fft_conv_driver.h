@@ -61,16 +61,18 @@ void fft_filters(
   if (points == 8192) exec.template launch<Filters<32>>(blocks, Filters<32>::kShared, a);
 }
 
-// out (B, D, M), u and gates (B, D, L) and (B, D, M), samples next to each other; bias, scale (D,) float32; spectrum
+// out (B, D, M), u and gates (B, D, L) and (B, D, M), mask (B, L) of bool, samples next to each other; bias and scale
+// (D,) float32; spectrum
 // (D, parts, N, 2) of N points and tables float16. N: of the rows that are transformed together.
 template <class Exec>
 void fft_conv(
-    Exec& exec, const View& out, const View& u, const View& pregate, const View& postgate, const View& bias,
-    const View& scale, const View& spectrum, const View& tables, int64_t points) {
+    Exec& exec, const View& out, const View& u, const View& pregate, const View& postgate, const View& mask,
+    const View& bias, const View& scale, const View& spectrum, const View& tables, int64_t points) {
   Args a{};
   a.x = u.data, a.gate = pregate.data, a.post = postgate.data, a.out = out.data;
   a.x_b = u.stride[0], a.x_d = u.stride[1], a.gate_b = pregate.stride[0], a.gate_d = pregate.stride[1];
   a.post_b = postgate.stride[0], a.post_d = postgate.stride[1], a.out_b = out.stride[0], a.out_d = out.stride[1];
+  a.mask = static_cast<const unsigned char*>(mask.data), a.mask_b = mask.stride[0];
   a.bias = static_cast<const float*>(bias.data), a.scale = static_cast<const float*>(scale.data);
   a.spectrum = static_cast<const uint16_t*>(spectrum.data), a.tables = static_cast<const uint16_t*>(tables.data);
   a.batch = int(u.size[0]), a.channels = int(u.size[1]), a.length_in = int(u.size[2]), a.length_out = int(out.size[2]);

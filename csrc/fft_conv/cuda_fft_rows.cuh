@@ -11,8 +11,9 @@ constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;  // bits of float3
 
 struct Args {
   const void *x, *gate, *post;  // (B, D, L); gates may be absent
+  const unsigned char* mask;    // (B, L), zero where a sample of x is none, whatever lies there; may be absent
   void* out;
-  int64_t x_b, x_d, gate_b, gate_d, post_b, post_d, out_b, out_d;
+  int64_t mask_b, x_b, x_d, gate_b, gate_d, post_b, post_d, out_b, out_d;
   const float *bias, *scale;  // (D,): what is added (may be absent), what a result of the transform is multiplied by
   const uint16_t *spectrum, *tables;  // (D, parts, N, 2) in the order of side II; see Tables
   int length_in, length_out, batch, channels, parts, turns;
@@ -87,6 +88,11 @@ struct Rows {
       const auto [b, t] = piece(i, first_row, part);
       const int length = kTogether == 1 || b < a.batch ? a.length_in : 0;
       read(v[i], static_cast<const T*>(a.x) + b * a.x_b + d * a.x_d, t, length);
+      if (a.mask) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          if (t + j < length && !a.mask[b * a.mask_b + t + j]) v[i][j] = 0;
+      }
       if (a.gate) {
         float by[8];
         read(by, static_cast<const T*>(a.gate) + b * a.gate_b + d * a.gate_d, t, length);

@@ -29,8 +29,6 @@ def supports(
         return f"u is {str(u.dtype)[6:]}, not float16 or bfloat16"
     if k.dim() != 2 or k_reverse is not None and k_reverse.dim() != 2:
         return "a filter for every sample"
-    if mask is not None:
-        return "a mask"
     if any(t is not None and t.stride(-1) != 1 for t in (u, pregate, postgate)):
         return "samples of a row are not next to each other"
     outputs = count(u, k, mode)
@@ -148,10 +146,10 @@ def filters(u, k, k_reverse, skip, mode, outputs):
     return values, scale, k, k_reverse, skip, offset, period, u.shape[2] - 1, outputs - 1, points
 
 
-def arguments(out, u, spectrum, scale, bias, pregate, postgate, points):
+def arguments(out, u, spectrum, scale, bias, pregate, postgate, mask, points):
     """Those of scalekern_native::fft_conv_cuda."""
-    bias = None if bias is None else bias.contiguous()
-    return out, u, pregate, postgate, bias, scale, spectrum, tables(points // 256, u.device), points
+    bias, mask = (None if t is None else t.contiguous() for t in (bias, mask))
+    return out, u, pregate, postgate, mask, bias, scale, spectrum, tables(points // 256, u.device), points
 
 
 def forward(
@@ -160,7 +158,7 @@ def forward(
     """Fill out (B, D, M). A given spectrum is another kernel's: the filters are transformed anew."""
     prepared = filters(u, k, k_reverse, skip, mode, out.shape[2])
     _fft_filters(*prepared)
-    _fft_conv(*arguments(out, u, *prepared[:2], bias, pregate, postgate, prepared[-1]))
+    _fft_conv(*arguments(out, u, *prepared[:2], bias, pregate, postgate, mask, prepared[-1]))
 
 
 forward.native_op = _fft_conv.native_op
