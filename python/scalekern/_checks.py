@@ -135,6 +135,12 @@ def bounds(op: str, name: str, value: torch.Tensor, length) -> None:
         raise ValueError(f"{op}: {name} must rise from 0 to {length}, got {found[:6]}{'...' if len(found) > 6 else ''}")
 
 
+def slots(op: str, name: str, value: torch.Tensor, count: int) -> None:
+    """Rows' slots of a state, for a call without work. Kernels look themselves, but such a call goes to none."""
+    if readable(value) and value.numel() > 0 and (last := int(value.max())) >= count:
+        raise ValueError(f"{op}: {name} must be below {count}, got {last}")
+
+
 def remembered(check: Callable) -> Callable:
     """`check` of tensors (a quantized one too) and None, where shapes, dtypes and devices decide: made once for them.
 
