@@ -229,6 +229,15 @@ def test_a_real_state_of_a_complex_model_is_promoted(L, dtype):
     assert grads[0].dtype == dtype and torch.equal(grads[0], grads[1].real.to(dtype))
 
 
+def test_a_sparse_input_is_refused_after_a_dense_one():
+    A, B, C, dt = model(3, 6, dtype=torch.float32)
+    u = randn(2, 3, 9).float()
+    scalekern.diag_ssm(u, A, B, C, None, dt)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="^diag_ssm: u must be dense, got layout sparse_coo"):
+            scalekern.diag_ssm(u.to_sparse(), A, B, C, None, dt)
+
+
 def test_a_long_sequence_in_chunks_is_the_convolution(monkeypatch):
     monkeypatch.setattr(_diag_ssm_chunks, "CONV_CHUNK", 1000)
     A, B, C, dt = model(2, 5, dtype=torch.float32, decay=0.01)
