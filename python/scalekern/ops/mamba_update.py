@@ -54,6 +54,8 @@ def mamba_update(
         delta_proj_weight, out_proj_weight, out_proj_bias, A_log, D, delta_bias, norm_weight,
     )  # fmt: skip
     accepted = _accepted(*tensors)
+    _checks.writable(NAME, "conv_state", conv_state)  # by strides, which are not looked up
+    _checks.writable(NAME, "ssm_state", ssm_state)
     rms_eps = -1.0 if rms_eps is None else _checks.number(NAME, "rms_eps", rms_eps)
     norm_eps = _checks.number(NAME, "norm_eps", norm_eps)
     args = _library.detached(tensors)
