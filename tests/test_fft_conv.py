@@ -329,6 +329,17 @@ def test_a_spectrum_that_does_not_fit_is_refused():
         scalekern.fft_conv(u, spectrum)
 
 
+@pytest.mark.parametrize("K", [1, 5, 33])
+@pytest.mark.parametrize("method", ["auto", "fft"])
+@pytest.mark.parametrize("mode", ["causal", "same", "circular", "full"])
+def test_gradients_of_no_tokens_are_zero(mode, method, K):
+    u, k = torch.zeros(2, 3, 0, requires_grad=True), randn(3, K, seed=1, dtype=torch.float32).requires_grad_()
+    k_reverse = None if mode == "full" else randn(3, 4, seed=2, dtype=torch.float32).requires_grad_()
+    out = scalekern.fft_conv(u, k, mode=mode, method=method, k_reverse=k_reverse)
+    out.sum().backward()
+    assert u.grad.shape == u.shape and not k.grad.any() and (k_reverse is None or not k_reverse.grad.any())
+
+
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save", "weights"])
 def test_a_copied_spectrum_is_as_good_as_the_first(how, written):

@@ -3,6 +3,8 @@
 Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, M output length, T tokens of a chunk.
 """
 
+import functools
+
 import torch
 
 from scalekern import _checks, _dispatch, _library
@@ -300,6 +302,13 @@ def _empty_bwd(dout, u, k, *rest):
     return u.numel() == 0
 
 
+@functools.wraps(reference_bwd)
+def _reference_bwd(dout, u, *args):
+    """Of no tokens by its sums: the oracle's FFT has no size for them."""
+    *tensors, method, precision, spectrum = args
+    return reference_bwd(dout, u, *tensors, method if u.shape[2] else "direct", precision, spectrum)
+
+
 _TENSORS = (
     "Tensor u, Tensor k, Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, "
     "Tensor? mask, str mode, str method, str? precision, Tensor? spectrum"
@@ -368,7 +377,7 @@ fft_conv_bwd = _library.define(
         Backend("cuda", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("cpu", filling(_allocate_bwd, kernels.backward), kernels.supports_bwd),
         Backend("cpu", filling(_allocate_bwd, blocks.backward), composed=True),
-        Backend("reference", reference_bwd),
+        Backend("reference", _reference_bwd),
     ),
     fake=_allocate_bwd,
     empty=_empty_bwd,
