@@ -184,6 +184,27 @@ def test_accelerate_summary_and_undo(model):
     assert seen.names
 
 
+@pytest.mark.parametrize("options", [dict(hidden_act="gelu"), dict(conv_kernel=9)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_ops_cannot_serve_stays_as_it_was(family, options):
+    """Another activation, a wider filter: logits, gradients and tokens are transformers' own, in train mode too."""
+    model = build(family, **options)
+
+    def run(training, mask):
+        ids, padding = batch()
+        model.train(training)
+        loss = model(ids, attention_mask=padding if mask else None, labels=ids).loss.detach()
+        return {"loss": loss, **differentiate(model, training, mask)}
+
+    modes = [(training, mask) for training in (False, True) for mask in (False, True)]
+    expected, tokens = [run(*mode) for mode in modes], greedy(model, False)
+    with Installed(), SeenOps() as seen:
+        for mode, values in zip(modes, expected):
+            assert_same(run(*mode), values, 2e-5)
+        assert torch.equal(greedy(model, False), tokens)
+    assert not seen.names & (FUSED | STEP | {"causal_conv1d_fwd", "causal_conv1d_update"})
+
+
 def test_accelerate_says_what_it_cannot_do():
     with pytest.raises(
         ValueError, match="Linear has no layer that scalekern replaces; supported are MambaMixer .* and Falcon"

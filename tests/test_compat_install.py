@@ -189,6 +189,11 @@ def test_a_fresh_process(order):
             m.eval().generate(ids, max_new_tokens=2, do_sample=False)
         assert "falling back" not in heard.getvalue(), heard.getvalue()
         print(sorted(compat.calls().items()))
+        compat.reset_calls()
+        config = MambaConfig(vocab_size=16, hidden_size=8, state_size=2, num_hidden_layers=1, hidden_act="gelu")
+        m = MambaForCausalLM(config)
+        m.train()(ids).logits.sum().backward()
+        assert compat.calls() == dict(selective_scan_fn=1), compat.calls()  # the parts that gelu leaves
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

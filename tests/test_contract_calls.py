@@ -280,12 +280,14 @@ def test_a_changed_argument_has_a_new_version(op):
 
 @every_op
 def test_flags_are_true_or_false(op):
-    """Those of an op's schema, but for one whose truth decides before it: what else is wrong is said first."""
+    """Those of an op's schema, but for one whose truth decides before it: what else is wrong is said first. And those
+    that change what is returned."""
     args, kwargs = testing.samples(op)[0].make()
     function = getattr(scalekern, op)
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     flags = {n for o in _library.OPS.values() if o.public == op for _, n in o.flags} - {"grouped", "transposed"}
-    for name in flags & inspect.signature(function).parameters.keys():
+    parameters = inspect.signature(function).parameters.keys()
+    for name in flags & parameters | {n for n in parameters if n.startswith("return_")}:
         for value in (1, None, "yes"):
             with pytest.raises(TypeError, match=f"^{op}: {name} must be True or False, got {value!r}$"):
                 function(**given | {name: value})

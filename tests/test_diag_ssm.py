@@ -211,6 +211,33 @@ def test_splits_and_single_tokens_are_one_call(dtype):
     assert error(scalekern.diag_ssm(u[..., 45:], A, B, C, D, dt), whole[..., 45:]) > 0.05  # the state counts
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("L", [1, 9])
+def test_a_real_state_of_a_complex_model_is_promoted(L, dtype):
+    """The state after it has an imaginary part, whatever the one before it had; gradients flow to the real one."""
+    A, B, C, dt = model(3, 6, dtype=torch.float32)
+    u, D = randn(2, 3, L).float(), randn(3).float()
+    real = randn(2, 3, 6, seed=7).to(dtype).requires_grad_()
+    kind = torch.promote_types(dtype, torch.complex64)
+    wide = real.detach().to(kind).requires_grad_()
+    run = lambda x: scalekern.diag_ssm(u, A, B, C, D, dt, initial_state=x, return_last_state=True)
+    found, expected = run(real), run(wide)
+    assert found[1].dtype == kind and found[1].imag.abs().max() > 0.1
+    assert all(torch.equal(a, e) for a, e in zip(found, expected))
+    grads = [torch.autograd.grad(y.square().sum() + s.abs().square().sum(), x)[0]
+             for (y, s), x in ((found, real), (expected, wide))]  # fmt: skip
+    assert grads[0].dtype == dtype and torch.equal(grads[0], grads[1].real.to(dtype))
+
+
+def test_a_sparse_input_is_refused_after_a_dense_one():
+    A, B, C, dt = model(3, 6, dtype=torch.float32)
+    u = randn(2, 3, 9).float()
+    scalekern.diag_ssm(u, A, B, C, None, dt)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="^diag_ssm: u must be dense, got layout sparse_coo"):
+            scalekern.diag_ssm(u.to_sparse(), A, B, C, None, dt)
+
+
 def test_a_long_sequence_in_chunks_is_the_convolution(monkeypatch):
     monkeypatch.setattr(_diag_ssm_chunks, "CONV_CHUNK", 1000)
     A, B, C, dt = model(2, 5, dtype=torch.float32, decay=0.01)

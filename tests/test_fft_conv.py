@@ -1,6 +1,9 @@
 """fft_conv beyond the contract: sizes of the FFT, methods, blocks, long sequences, streaming, what is not finite."""
 
+import copy
 import dataclasses
+import io
+import pickle
 
 import pytest
 import torch
@@ -324,6 +327,50 @@ def test_a_spectrum_that_does_not_fit_is_refused():
     k.mul_(2)
     with pytest.raises(ValueError, match="made before they were changed"):
         scalekern.fft_conv(u, spectrum)
+
+
+@pytest.mark.parametrize("K", [1, 5, 33])
+@pytest.mark.parametrize("method", ["auto", "fft"])
+@pytest.mark.parametrize("mode", ["causal", "same", "circular", "full"])
+def test_gradients_of_no_tokens_are_zero(mode, method, K):
+    u, k = torch.zeros(2, 3, 0, requires_grad=True), randn(3, K, seed=1, dtype=torch.float32).requires_grad_()
+    k_reverse = None if mode == "full" else randn(3, 4, seed=2, dtype=torch.float32).requires_grad_()
+    out = scalekern.fft_conv(u, k, mode=mode, method=method, k_reverse=k_reverse)
+    out.sum().backward()
+    assert u.grad.shape == u.shape and not k.grad.any() and (k_reverse is None or not k_reverse.grad.any())
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save", "weights"])
+def test_a_copied_spectrum_is_as_good_as_the_first(how, written):
+    """Copies count the writes to their own filters; what had become stale stays so."""
+    u, k = randn(2, 3, 20, dtype=torch.float32), torch.nn.Parameter(randn(3, 20, seed=1, dtype=torch.float32))
+    with torch.no_grad():
+        for _ in range(3 if written else 0):
+            k.mul_(1.5)
+
+    def saved(spectrum):
+        file = io.BytesIO()
+        torch.save(spectrum, file)
+        file.seek(0)
+        with torch.serialization.safe_globals([scalekern.fft_conv_spectrum(k, 4).__class__]):
+            return torch.load(file, weights_only=how == "weights")
+
+    pickled = lambda spectrum: pickle.loads(pickle.dumps(spectrum))
+    again = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": pickled}.get(how, saved)
+    spectrum = scalekern.fft_conv_spectrum(k, 20)
+    found = again(again(spectrum))
+    assert torch.equal(scalekern.fft_conv(u, found), scalekern.fft_conv(u, spectrum))
+    stale = []
+    for changed in (found, spectrum):
+        with torch.no_grad():
+            changed.k.mul_(2)
+        stale += [changed, again(changed), again(again(changed))]
+    with torch.inference_mode():
+        stale.append(again(spectrum))
+    for each in stale:
+        with pytest.raises(ValueError, match="made before they were changed"):
+            scalekern.fft_conv(u, each)
 
 
 def test_a_spectrum_compiles_and_exports():

@@ -261,6 +261,12 @@ def test_bad_input_is_named(name, value, message):
         scalekern.mamba_inner(**{**tensors, name: value})
 
 
+@pytest.mark.parametrize("value", ["x", None])
+def test_an_epsilon_is_a_number(value):
+    with pytest.raises(TypeError, match=f"^mamba_inner: b_c_dt_rms_eps must be a number, got {value!r}$"):
+        scalekern.mamba_inner(**sample(), b_c_dt_rms_eps=value)
+
+
 def test_norms_of_a_given_matrix_are_refused():
     tensors = sample(given=True)
     for name in ("b_rms_weight", "C_proj_bias"):

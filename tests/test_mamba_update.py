@@ -49,3 +49,10 @@ def test_the_edges_of_its_products(sizes, dtype, wider):
     found = scalekern.mamba_update(*args, **options)
     for name, a, b in zip(("out", "conv_state", "ssm_state"), (found, *args[1:3]), (want, *exact[1:3])):
         assert_close(a.double(), b, tolerance=TOLERANCE[dtype], what=name)
+
+
+@pytest.mark.parametrize("name, value", [("norm_eps", "x"), ("norm_eps", None), ("rms_eps", "x")])
+def test_an_epsilon_is_a_number(name, value):
+    args, options = step(1, 3, 2, 1, 1, torch.float32)
+    with pytest.raises(TypeError, match=f"^mamba_update: {name} must be a number, got {value!r}$"):
+        scalekern.mamba_update(*args, **options, **{name: value})

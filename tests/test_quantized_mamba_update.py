@@ -182,6 +182,33 @@ def test_arguments_are_checked_once_for_their_shapes(op, monkeypatch):
             function(*turned(3, lambda w: w.replace(scales=w.scales[:, 1:])), **kwargs)
 
 
+@pytest.mark.parametrize("op", ["mamba_update", "quantized_mamba_update"])
+def test_states_that_cannot_be_written_are_refused(op):
+    """Although dense ones of those shapes were accepted before: strides are not looked up, layouts are."""
+    function, (args, kwargs) = getattr(scalekern, op), testing.samples(op)[0].make()
+    args = [torch.cat([a[:1], a[:1]]) if i < 3 else a for i, a in enumerate(args)]
+    function(*args, **kwargs)
+    for i, name in ((1, "conv_state"), (2, "ssm_state")):
+        for bad, kind, message in (
+            (args[i][:1].expand_as(args[i]), ValueError, "is changed in place and must not be expanded"),
+            (args[i].to_sparse(), TypeError, "must be dense, got layout sparse_coo"),
+        ):
+            before = [t.clone() for t in args[1:3]]
+            with pytest.raises(kind, match=f"^{op}: {name} {message}"):
+                function(*args[:i], bad, *args[i + 1 :], **kwargs)
+            assert all(map(torch.equal, args[1:3], before))
+
+
+def test_a_gathered_block_refuses_expanded_states():
+    block = block_of(CASES[0][0])
+    x, *states = torch.randn(2, 1, block.d_model), *block.allocate_inference_cache(2, 1)
+    for i, name in enumerate(("conv_state", "ssm_state")):
+        given = [s[:1].expand_as(s) if i == j else s for j, s in enumerate(states)]
+        with pytest.raises(ValueError, match=f"^quantized_mamba_update: {name} is changed in place and must no"):
+            block.step(x, *given)
+    assert block in _quantized_step._kept
+
+
 def test_a_linear_layer_calls_its_product_at_once():
     """Bit for bit what the dispatcher gives, whatever the leading axes; with gradients it goes through it."""
     torch.manual_seed(0)

@@ -186,6 +186,17 @@ def test_a_slot_that_does_not_exist_is_refused():
         scalekern.selective_state_update(**inputs(2), state_batch_indices=torch.tensor([0, 2]))
 
 
+def test_a_slot_of_no_slots_is_refused():
+    """Nothing to do for a kernel, which would look; padding names no slot."""
+    x, A, B, weight = torch.randn(2, 6), -torch.rand(6, 4), torch.randn(2, 4), torch.randn(6, 4)
+    slots, padding = torch.tensor([0, 1]), torch.tensor([-1, -1])
+    with pytest.raises(ValueError, match="selective_state_update: state_batch_indices must be below 0, got 1"):
+        scalekern.selective_state_update(torch.zeros(0, 6, 4), x, x, A, B, B, state_batch_indices=slots)
+    assert not scalekern.selective_state_update(torch.zeros(0, 6, 4), x, x, A, B, B, state_batch_indices=padding).any()
+    with pytest.raises(ValueError, match="causal_conv1d_update: conv_state_indices must be below 1, got 1"):
+        scalekern.causal_conv1d_update(x[..., None][..., :0], torch.zeros(1, 6, 3), weight, conv_state_indices=slots)
+
+
 BAD = {
     "state": (dict(state=torch.zeros(2, 5)), ValueError, r"state must have 3 or 4 dimensions, got shape \(2, 5\)"),
     "x": (dict(x=torch.zeros(2, 4)), ValueError, r"x must have shape \(2, 5\), got \(2, 4\)"),

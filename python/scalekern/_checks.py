@@ -137,8 +137,15 @@ def bounds(op: str, name: str, value: torch.Tensor, length) -> None:
         raise ValueError(f"{op}: {name} must rise from 0 to {length}, got {found[:6]}{'...' if len(found) > 6 else ''}")
 
 
+def slots(op: str, name: str, value: torch.Tensor, count: int) -> None:
+    """Rows' slots of a state, in a call without work: kernels look themselves, but it goes to none."""
+    if readable(value) and value.numel() > 0 and (last := int(value.max())) >= count:
+        raise ValueError(f"{op}: {name} must be below {count}, got {last}")
+
+
 def remembered(check: Callable) -> Callable:
-    """`check` of tensors (a quantized one too) and None, where shapes, dtypes and devices decide: made once for them.
+    """`check` of tensors (a quantized one too, which has no layout) and None, where shapes, dtypes, devices and layouts
+    decide: made once for them.
 
     Of a mixer's step, of 16 to 20 values, it costs 22 to 24 us to make, a good part of the step's overhead, and 8 to 11
     to look up. While compiling, and of anything else, it is made. What raises is not kept.
@@ -150,7 +157,9 @@ def remembered(check: Callable) -> Callable:
         if torch.compiler.is_compiling():
             return check(*values)
         try:
-            key = tuple([None if v is None else (type(v), v.shape, v.dtype, v.device) for v in values])
+            key = tuple([
+                None if v is None else (type(v), v.shape, v.dtype, v.device, getattr(v, "layout", None)) for v in values
+            ])  # fmt: skip
             if key in seen:
                 return seen[key]
         except (AttributeError, TypeError):  # no tensor; sizes that are symbols

@@ -40,7 +40,7 @@ def _counted(function):
 def selective_scan_fn(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
 ):  # fmt: skip
-    return scalekern.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    return scalekern.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bool(return_last_state))
 
 
 def selective_scan_ref(
@@ -81,7 +81,7 @@ def mamba_chunk_scan_combined(
     """state_dtype: of upstream's states between chunks. Here they are float32 (float64), whatever it says."""
     return scalekern.ssd_scan(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_limit,
-        return_final_states, return_varlen_states,
+        bool(return_final_states), bool(return_varlen_states),
     )  # fmt: skip
 
 
@@ -135,8 +135,8 @@ def _split_conv1d_scan(
         norm = (rmsnorm_weight, rmsnorm_eps, width // ngroups, norm_before_gate)
     y, states = scan_and_norm(
         xBC, z, dt, A, D.flatten(), dt_bias, headdim=width // heads, ngroups=ngroups, d_state=d_state,
-        dt_limit=dt_limit, norm=norm, initial_states=initial_states, seq_idx=seq_idx, states_wanted=return_final_states,
-        scan=ops.ssd_scan,
+        dt_limit=dt_limit, norm=norm, initial_states=initial_states, seq_idx=seq_idx,
+        states_wanted=bool(return_final_states), scan=ops.ssd_scan,
     )  # fmt: skip
     y = torch.cat([torch.nn.functional.silu(z0) * x0, y], -1) if mlp else y
     if outproj_weight is not None:
@@ -249,7 +249,7 @@ def causal_conv1d_fn(
     x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
     activation=None,
 ):  # fmt: skip
-    wanted = return_final_states or final_states_out is not None
+    wanted = bool(return_final_states) or final_states_out is not None
     result = scalekern.causal_conv1d(x, weight, bias, seq_idx, initial_states, wanted, activation)
     if not wanted:
         return result

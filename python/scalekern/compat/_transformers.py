@@ -7,7 +7,7 @@ already there. On top, the two Mamba-1 mixers and the blocks around them run on 
 where that computes something else than their torch path (MambaMixer masks the padding after the convolution as well,
 FalconMambaMixer normalizes the step size before its projection and not after it). Where their caches are not known
 (integrations.transformers.unknown), the mixers stay transformers' own and call the shims as they would call upstream's
-functions, in train mode too.
+functions; so do those with an activation or a filter that the ops do not have, for the parts that these leave.
 """
 
 import functools
@@ -15,14 +15,18 @@ import importlib.machinery
 import sys
 import warnings
 
+from scalekern.compat import _shims
+from scalekern.ops.causal_conv1d import ACTIVATIONS
+
 MIXERS = {
     "transformers.models.mamba.modeling_mamba": ("MambaMixer", "MambaBlock"),
     "transformers.models.falcon_mamba.modeling_falcon_mamba": ("FalconMambaMixer", "FalconMambaBlock"),
 }
 _CLOSURE = {"applicable_params", "func_name", "implementation", "is_new_implementation", "package", "torch_function"}
-# In train mode the Mamba-2 mixers offer upstream's fused function their whole block. It does not mask the padding after
-# the convolution, as their separate steps do: for those it stays the torch form, which declines.
-_FUSED = "mamba_split_conv1d_scan_combined"
+# In train mode transformers' own mixers offer upstream's fused functions their whole block. These do not mask the
+# padding after the convolution, as the separate steps do, and Mamba-1's is told no activation and takes silu: for those
+# mixers they stay the torch form, which declines.
+_FUSED = ("mamba_split_conv1d_scan_combined", "mamba_inner_fn")
 _AVAILABILITY = ("is_mamba_ssm_available", "is_mamba_2_ssm_available", "is_causal_conv1d_available")
 _packages: set[str] = set()
 
@@ -63,7 +67,7 @@ def patched_spec(name: str, path):
             if module.__name__ in MIXERS:
                 _patch_classes(module)
             for function in list(vars(module).values()):
-                _decline_fused(function)
+                _decline(function)
 
     spec.loader.exec_module = exec_module  # on this instance only: source, path and caching stay the loader's
     return spec
@@ -115,13 +119,42 @@ def _resolve_again() -> None:
         ))  # fmt: skip
         for name in ("implementation", "applicable_params", "is_new_implementation"):
             cells[name].cell_contents = fresh[name].cell_contents
-        _decline_fused(function)
+        _decline(function)
 
 
-def _decline_fused(function) -> None:
+def _decline(function) -> None:
+    """Leave to the torch form of a kernel function what the shim would compute otherwise, or not at all."""
     cells = _cells(function)
-    if _CLOSURE <= set(cells) and cells["func_name"].cell_contents == _FUSED and _packages:
-        cells["implementation"].cell_contents = cells["torch_function"].cell_contents
+    if not (_CLOSURE <= set(cells) and _packages):
+        return
+    name, shim, own = (cells[n].cell_contents for n in ("func_name", "implementation", "torch_function"))
+    if name in _FUSED:
+        cells["implementation"].cell_contents = own
+    elif name in _CONVOLUTIONS and shim is getattr(_shims, name):
+        cells["implementation"].cell_contents = _CONVOLUTIONS[name](shim, own)
+
+
+def _serves(weight, activation) -> bool:
+    return activation in ACTIVATIONS and 2 <= weight.shape[-1] <= 8
+
+
+def _sequence(shim, own):
+    def causal_conv1d_fn(x, weight, bias=None, activation=None, **kwargs):
+        # Packed sequences go to the shim, to be refused: the torch form would not keep them apart.
+        serves = _serves(weight, activation) or kwargs.get("seq_idx") is not None
+        return (shim if serves else own)(x, weight, bias, activation=activation, **kwargs)
+
+    return causal_conv1d_fn
+
+
+def _step(shim, own):
+    def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, **kwargs):
+        return (shim if _serves(weight, activation) else own)(x, conv_state, weight, bias, activation, **kwargs)
+
+    return causal_conv1d_update
+
+
+_CONVOLUTIONS = {"causal_conv1d_fn": _sequence, "causal_conv1d_update": _step}
 
 
 def _cells(function) -> dict:

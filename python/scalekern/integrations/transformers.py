@@ -187,7 +187,8 @@ def mixer_forward(self, hidden_states, cache=None, attention_mask=None, *, cache
 
 
 def mixer_class_forward(original):
-    """`mixer_forward` for a whole class, whose instances may have something that it cannot serve."""
+    """`mixer_forward` for a whole class, whose instances may have something that it cannot serve: they keep their own,
+    whose convolution is then torch's (compat._transformers)."""
     ours = _hooked(mixer_forward)
 
     @functools.wraps(original)

@@ -13,7 +13,7 @@ from torch import nn
 
 from scalekern import _checks
 from scalekern.nn.quant_linear import QuantLinear
-from scalekern.ops.quantized_mamba_update import native_parts, native_step, step
+from scalekern.ops.quantized_mamba_update import NAME, native_parts, native_step, step
 from scalekern.ops.selective_state_update import STATE
 from scalekern.quant.tensor import PARTS
 
@@ -32,6 +32,8 @@ def quantized_step(block, hidden_states, conv_state, ssm_state):
         own = _kept[block] = _Gathered(block)
     if not own.served or own.hooked() or not own.fits(hidden_states, conv_state, ssm_state):
         return None
+    _checks.writable(NAME, "conv_state", conv_state)
+    _checks.writable(NAME, "ssm_state", ssm_state)
     hidden_states, io = hidden_states.squeeze(1), hidden_states.dtype
     in_proj, x_proj, delta, out_proj = own.projections
     native = own.native if delta[1] is not None or delta[0].dtype == io else None

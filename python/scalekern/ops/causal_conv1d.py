@@ -44,6 +44,7 @@ def causal_conv1d(
     Source: Dao-AILab/causal-conv1d's causal_conv1d_fn, whose argument order this is.
     """
     _check(x, weight, bias, seq_idx, initial_states, activation, cu_seqlens)
+    _checks.flag(NAME, "return_final_states", return_final_states)
     out_dtype = x.dtype
     io = x.dtype if initial_states is None else torch.promote_types(x.dtype, initial_states.dtype)
     real = torch.float64 if io == torch.float64 else torch.float32
@@ -139,6 +140,8 @@ def _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_s
         if t is not None:
             _checks.tensor(op, name, t, dims=1, dtypes=(torch.int32, torch.int64))
             _checks.shape(op, name, t, (batch,))
+    if conv_state_indices is not None and (0 in x.shape or 0 in conv_state.shape):
+        _checks.slots(op, "conv_state_indices", conv_state_indices, conv_state.shape[0])
     if conv_state_indices is None and conv_state.shape[0] != batch:
         raise ValueError(
             f"{op}: conv_state must have {batch} slots like x (or pass conv_state_indices), got {conv_state.shape[0]}"

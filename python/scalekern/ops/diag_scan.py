@@ -44,6 +44,7 @@ def diag_scan(a, b, *, dim=-1, initial_state=None, cu_seqlens=None, reverse=Fals
     for Sequence Modeling (S5), 2023, section 2.2.
     """
     dim = _check(a, b, dim, initial_state, cu_seqlens)
+    _checks.flag(NAME, "return_last_state", return_last_state)
     io = torch.promote_types(a.dtype, b.dtype)
     a, b, initial_state = _to(a, io), _to(b, io), _to(initial_state, state_dtype(io))
     out, last_state = diag_scan_fwd(

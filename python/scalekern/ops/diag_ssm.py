@@ -40,8 +40,9 @@ def diag_ssm(
             fast), or "auto", the faster one: a scan for short sequences, and with states on a CPU.
 
     Returns:
-        y (B, H, L) in u's dtype; with `return_last_state` also (B, H, N), in initial_state's dtype, or else complex
-        (real for a real A) of float32, of float64 for a float64 u.
+        y (B, H, L) in u's dtype; with `return_last_state` also (B, H, N), in initial_state's dtype (for a complex A the
+        complex one of at least its precision), or else complex (real for a real A) of float32, of float64 for a
+        float64 u.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
@@ -53,6 +54,9 @@ def diag_ssm(
     _checks.choice(NAME, "method", method, METHODS)
     _checks.flag(NAME, "conjugate_pairs", conjugate_pairs)
     _checks.flag(NAME, "return_last_state", return_last_state)
+    if initial_state is not None and A.is_complex() and not initial_state.is_complex():
+        # The last state comes in the first one's dtype, and would lose its imaginary part.
+        initial_state = initial_state.to(torch.promote_types(initial_state.dtype, torch.complex64))
     out, last = diag_ssm_fwd(u, A, B, C, D, dt, initial_state, disc, conjugate_pairs, method, return_last_state)
     return (out, last) if return_last_state else out
 

@@ -24,7 +24,8 @@ def diag_ssm_kernel(A, B, C, dt, L, disc="zoh", *, conjugate_pairs=True):
         disc        a                      b
         "zoh"       e^z                    B (e^z - 1) / A
         "bilinear"  (1 + z/2) / (1 - z/2)  B dt / (1 - z/2)
-        "dss"       e^z                    B (e^z - 1) / (A (e^{zL} - 1)): the row softmax over the length
+        "dss"       e^z                    B (e^z - 1) / (A (e^{zL} - 1)): the row softmax over the length, of
+                                           which 1 / x is conj(x) / (|x|^2 + 1e-7) as in DSS's code: it has poles
 
     Args:
         A: (H, N), complex64, complex128 or real. Complex parameters are the halves of conjugate pairs, as S4D has them.

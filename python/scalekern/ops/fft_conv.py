@@ -3,6 +3,8 @@
 Shape letters: B batch, D channels, L length, K taps of k, R taps of k_reverse, M output length, T tokens of a chunk.
 """
 
+import functools
+
 import torch
 
 from scalekern import _checks, _dispatch, _library
@@ -18,6 +20,7 @@ NAME = "fft_conv"
 METHODS = ("auto", "direct", "toeplitz", "fft")
 PRECISIONS = (None, "ieee", "tf32", "bf16")
 INTEGERS = (torch.bool, torch.int32, torch.int64)
+_STALE = (-1,)  # the versions of a spectrum that was copied when its filters had been changed
 
 
 def fft_conv(
@@ -121,6 +124,29 @@ def _versions(*tensors):
     return tuple(0 if t is None else t._version for t in tensors)
 
 
+def _is_stale(spectrum):
+    """Whether the filters were changed since, or had been when this copy was made."""
+    if spectrum.versions in (None, _STALE):
+        return spectrum.versions is not None
+    now = _versions(spectrum.k, spectrum.k_reverse)
+    return now is not None and now != spectrum.versions
+
+
+def _state_of(spectrum):
+    return vars(spectrum) | ({"versions": _STALE} if _is_stale(spectrum) else {})
+
+
+def _restore(spectrum, state):
+    """The copies of the filters count from anew."""
+    vars(spectrum).update(state)
+    if spectrum.versions not in (None, _STALE):
+        vars(spectrum)["versions"] = _versions(spectrum.k, spectrum.k_reverse)
+
+
+# deepcopy, pickle and torch.save. Not in the oracle, whose spectra hold nothing that could become stale.
+FFTConvSpectrum.__getstate__, FFTConvSpectrum.__setstate__ = _state_of, _restore
+
+
 def _check_spectrum(u, spectrum, mode, k_reverse):
     _check_input(NAME, "u", u)
     if k_reverse is not None:
@@ -133,8 +159,7 @@ def _check_spectrum(u, spectrum, mode, k_reverse):
         raise TypeError(
             f"{NAME}: k must be a spectrum for {io} u, got one for {made} (make it with dtype=torch.{io})"
         )  # fmt: skip
-    now = None if spectrum.versions is None else _versions(spectrum.k, spectrum.k_reverse)
-    if now is not None and now != spectrum.versions:
+    if _is_stale(spectrum):
         raise ValueError(f"{NAME}: k must be a spectrum of filters as they are, got one made before they were changed")
 
 
@@ -277,6 +302,13 @@ def _empty_bwd(dout, u, k, *rest):
     return u.numel() == 0
 
 
+@functools.wraps(reference_bwd)
+def _reference_bwd(dout, u, *args):
+    """Of no tokens by its sums: the oracle's FFT has no size for them."""
+    *tensors, method, precision, spectrum = args
+    return reference_bwd(dout, u, *tensors, method if u.shape[2] else "direct", precision, spectrum)
+
+
 _TENSORS = (
     "Tensor u, Tensor k, Tensor? k_reverse, Tensor? skip, Tensor? bias, Tensor? pregate, Tensor? postgate, "
     "Tensor? mask, str mode, str method, str? precision, Tensor? spectrum"
@@ -345,7 +377,7 @@ fft_conv_bwd = _library.define(
         Backend("cuda", filling(_allocate_bwd, blocks.backward), composed=True),
         Backend("cpu", filling(_allocate_bwd, kernels.backward), kernels.supports_bwd),
         Backend("cpu", filling(_allocate_bwd, blocks.backward), composed=True),
-        Backend("reference", reference_bwd),
+        Backend("reference", _reference_bwd),
     ),
     fake=_allocate_bwd,
     empty=_empty_bwd,

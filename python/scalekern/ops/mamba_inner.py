@@ -62,6 +62,7 @@ def mamba_inner(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
         delta_bias, B_proj_bias, C_proj_bias, checkpoint_lvl, b_rms_weight, c_rms_weight, dt_rms_weight,
     )  # fmt: skip
+    eps = _checks.number(NAME, "b_c_dt_rms_eps", b_c_dt_rms_eps)
     io = xz.dtype
     real = torch.float64 if io == torch.float64 else torch.float32
     state = real.to_complex() if A.is_complex() else real
@@ -75,7 +76,7 @@ def mamba_inner(
         _to(b_rms_weight, real), _to(c_rms_weight, real), _to(dt_rms_weight, real),
     )  # fmt: skip
     keep = checkpoint_lvl if _library.differentiated(tensors) else KEEP_NOTHING
-    return mamba_inner_fwd(*tensors, b_c_dt_rms_eps, delta_softplus, keep)[0]
+    return mamba_inner_fwd(*tensors, eps, delta_softplus, keep)[0]
 
 
 def _to(tensor, dtype):

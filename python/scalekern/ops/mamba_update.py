@@ -54,12 +54,16 @@ def mamba_update(
         delta_proj_weight, out_proj_weight, out_proj_bias, A_log, D, delta_bias, norm_weight,
     )  # fmt: skip
     accepted = _accepted(*tensors)
+    _checks.writable(NAME, "conv_state", conv_state)  # by strides, which are not looked up
+    _checks.writable(NAME, "ssm_state", ssm_state)
+    rms_eps = -1.0 if rms_eps is None else _checks.number(NAME, "rms_eps", rms_eps)
+    norm_eps = _checks.number(NAME, "norm_eps", norm_eps)
     args = _library.detached(tensors)
     if not accepted:
         args = tuple(t if t is None else t.to(dtype) for t, dtype in zip(args, _dtypes(args)))
     if conv1d_weight.dim() == 3:
         args = (*args[:5], args[5].flatten(1), *args[6:])
-    out = mamba_update_op(*args, -1.0 if rms_eps is None else float(rms_eps), float(norm_eps))
+    out = mamba_update_op(*args, rms_eps, norm_eps)
     return _library.inference_only(NAME, out, *tensors) if torch.is_grad_enabled() else out
 
 

@@ -71,6 +71,8 @@ def quantized_mamba_update(
         if isinstance(w, QuantizedTensor):
             w.check(NAME)
     _check(*tensors, *weights, *biases, *signs)
+    _checks.writable(NAME, "conv_state", conv_state)  # by strides, which are not looked up
+    _checks.writable(NAME, "ssm_state", ssm_state)
     _checks.choice(NAME, "activation", activation, ACTIVATIONS)
     if activation_scale is not None and (activation is None or not activation_scale > 0):
         got = f"{activation_scale!r} and {activation!r}"

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from scalekern import _library
+from scalekern import _checks, _library
 from scalekern._dispatch import Backend, filling, native, triton
 from scalekern._packing import checkpoint_count
 from scalekern.ops import _quantized
@@ -48,6 +48,7 @@ def quantized_selective_scan(
     Gu & Dao, Mamba, 2023, sections 3.2 and 3.3.
     """
     check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, NAME, DTYPES)
+    _checks.flag(NAME, "return_last_state", return_last_state)
     if A.is_complex():
         raise TypeError(f"{NAME}: A must be real, got {A.dtype}")
     for name, m in (("B", B), ("C", C)):

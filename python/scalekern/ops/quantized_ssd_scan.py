@@ -5,7 +5,7 @@ Shape letters: B batch, L length, H heads, P head dim, G groups of B and C, N st
 
 import torch
 
-from scalekern import _library
+from scalekern import _checks, _library
 from scalekern._dispatch import composed, filling
 from scalekern.ops import _quantized
 from scalekern.ops._quantized import DTYPES, all_codes, check_scale, real_of, rounded, to
@@ -43,6 +43,8 @@ def quantized_ssd_scan(
     Source: Chiang et al., Quamba2, 2025 (sort-and-cluster of x, a step a state group of B and C); the scan is that of
     Dao & Gu, Transformers are SSMs, 2024, section 6.
     """
+    _checks.flag(NAME, "return_final_states", return_final_states)
+    _checks.flag(NAME, "return_varlen_states", return_varlen_states)
     check(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states,
         NAME, DTYPES,

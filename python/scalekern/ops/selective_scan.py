@@ -59,6 +59,7 @@ def selective_scan(
     argument order of state-spaces/mamba's selective_scan_fn.
     """
     check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, dims=(3, 4))
+    _checks.flag(NAME, "return_last_state", return_last_state)
     out_dtype = u.dtype
     io = out_dtype
     for x in (delta, z, *(m for m in (B, C) if not m.is_complex())):

@@ -103,6 +103,8 @@ def check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, op=NAME, dt
     if state_batch_indices is not None:
         _checks.tensor(op, "state_batch_indices", state_batch_indices, dims=1, dtypes=(torch.int32, torch.int64))
         _checks.shape(op, "state_batch_indices", state_batch_indices, (batch,))
+        if 0 in state.shape:
+            _checks.slots(op, "state_batch_indices", state_batch_indices, slots)
     elif slots != batch:
         raise ValueError(f"{op}: state must have {batch} slots like x (or pass state_batch_indices), got {slots}")
     _checks.same_device(

@@ -71,6 +71,7 @@ def sparse_attention(
     Source: Dao et al., FlashAttention, 2022, section 3.1; Zhai et al., HSTU, 2024, section 3.2; Liu et al., Swin
     Transformer V2, 2022, section 3.2.
     """
+    _checks.flag(NAME, "return_lse", return_lse)
     mask = masks.everything if mask is None else mask
     if (
         bias is temperature is sinks is softcap is position_table is cu_seqlens is cu_seqlens_k is None

@@ -68,6 +68,7 @@ def sparse_attention_decode(
     Streaming Language Models with Attention Sinks, 2024, section 3.2; Liu et al., KIVI, 2024, section 3.2.
     """
     _check(q, k_cache, v_cache, lengths, budgets, sink, circular, head_offsets, block_table, starts, softcap, sinks)
+    _checks.flag(NAME, "return_lse", return_lse)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     sinks = sinks if sinks is None or sinks.dtype == wide else sinks.to(wide)
     scale = q.shape[3] ** -0.5 if scale is None else _checks.number(NAME, "scale", scale)

@@ -55,6 +55,8 @@ def ssd_scan(
     Source: Dao & Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
     Duality, 2024, section 6 and listing 1.
     """
+    _checks.flag(NAME, "return_final_states", return_final_states)
+    _checks.flag(NAME, "return_varlen_states", return_varlen_states)
     check(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, return_varlen_states
     )  # fmt: skip
