@@ -115,6 +115,19 @@ def test_gates_skip_bias_and_both_filters(dtype, L, order):
     check(u, k, order=order, mode="circular", k_reverse=rest["k_reverse"], skip=rest["skip"])
 
 
+def test_two_filters_longer_than_their_circle():
+    u, k, rest = inputs(300, 1000, k_reverse=(2, 800))
+    check(u, k, mode="circular", **rest)
+
+
+@pytest.mark.parametrize("L", [8192, 32768])
+def test_the_largest_products(L):
+    """Samples and taps that add up in one frequency, in every part: within float16's range."""
+    t = torch.arange(L) * (2 * torch.pi * (1000 + 0.25) / min(L, 8192))
+    u, k = torch.cos(t).sign().to(F16).expand(1, 1, L), torch.cos(t).sign()[None]
+    check(u.contiguous(), k)
+
+
 @pytest.mark.parametrize("L", [200, 1500, 4096, 10000])
 def test_masks(L):
     """Samples that are none, NaN among them; rows of the mask of their own, and as a view."""

@@ -13,7 +13,8 @@
 //
 // Split: a block has a part's spectrum of a channel. A thread transforms the n1 of a column c, then the n2 of (k1, n3),
 // then the n3 of (k1, k2), each in registers, and writes its 16 numbers where side II of the fused transform reads
-// them. Spectra are scaled by a bound of them all, the sum of |h|: twice that for parts, where a lag counts in two.
+// them. Spectra are scaled by a bound of each, the sum of |h|. (In parts a lag counts in two spectra: sums of
+// products come to 2 kFull, times 2 / pi, since the row is real: below float16's 65,504.)
 #pragma once
 #include "fft_conv/cuda_fft_numbers.cuh"
 
@@ -190,7 +191,7 @@ struct Filters {
 
   static SK_DEVICE void run(const Args& args) {
     const Filters f{args};
-    float bound = f.sum_of_all() * (args.parts > 1 ? 2 : 1);
+    float bound = f.sum_of_all();
     bound = bound < 1e-30f ? 1.f : bound;
     if (f.part == 0 && thread_index() == 0) args.scale[f.d] = bound * (256 / kFull);
     f.columns();

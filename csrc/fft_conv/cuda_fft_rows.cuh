@@ -7,7 +7,7 @@
 namespace scalekern::fft {
 
 constexpr int kWarps = 8;
-constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;  // bits of float32
+constexpr uint32_t kInfinity = 0x7f800000;  // bits of float32
 
 struct Args {
   const void *x, *gate, *post;  // (B, D, L); gates may be absent
@@ -78,8 +78,9 @@ struct Rows {
   static SK_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
   // Writes x gate / scale as float16 to `work`; gives each piece's scale, the largest magnitude of its row (of its
-  // part). Where that is not finite, zeros: rows that are transformed together meet in products. Magnitudes are
-  // compared as bits, in whose order infinity is above all numbers and NaN above infinity. Two barriers.
+  // part). Where that is not finite, zeros, of which such a scale makes NaN: rows that are transformed together meet in
+  // products. Magnitudes are compared as bits, in whose order infinity is above all numbers and NaN above infinity. Two
+  // barriers.
   SK_DEVICE void bring(int64_t first_row, int64_t d, int part, float (&scale)[kScales]) const {
     float v[kPacks][8];
     uint32_t largest[kScales] = {};
@@ -130,8 +131,6 @@ struct Rows {
       for (int j = 0; j < 4; ++j)
         to[j] = finite ? narrow_pair<f16>(v[i][2 * j] * inverse, v[i][2 * j + 1] * inverse) : 0;
     }
-#pragma unroll
-    for (int s = 0; s < kScales; ++s) scale[s] = largest[s] < kInfinity ? scale[s] : as_float(kNaN);
     sync_threads();
   }
 
