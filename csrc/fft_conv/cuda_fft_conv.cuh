@@ -24,7 +24,7 @@
 // first, at 0.96 of the byte floor, and what two blocks of an SM do not hide of each other comes on top: 0.6 of the
 // floor is 1.12 ms. As much a point at L 1,024 to 4,096. In parts: at 16,384 55 instructions a point and 6 bytes of
 // spectra from L2, 1.5 ms (0.4 of the byte floor: 3.4 ms); at 32,768 62 and 10 bytes, 3.5 ms (6.7), by 8 warps of an SM
-// where the others have 16.
+// where the others have 16. What spills is read once a row, outside of the loops.
 //
 // Tried, as code: twiddles times float32 numbers, 14 instructions a point more and spills, 5.8e-4 of error for 6.8e-4
 // in float16; spectra times float32 numbers, 4 instructions a point more in one part and 10 in four (7.1e-4 for 6.8e-4
