@@ -147,29 +147,32 @@ struct Filters {
     for (int k1 = 0; k1 < kN1; ++k1) at(k1, c) = x[k1] * unit(c * k1, kN);
   }
 
-  // n2 of (k1, n3), in place.
-  SK_DEVICE void middle() const {
+  // The transform of 16 numbers of a k1, kStep apart, from each of 16 places: then(k1, place, numbers).
+  template <int kStep, class Then>
+  SK_DEVICE void sixteens(Then then) const {
 #pragma unroll 1
     for (int i = thread_index(); i < kN1 * 16; i += kThreads) {
-      const int k1 = i / 16, n3 = i % 16;
+      const int k1 = i / 16, place = i % 16;
       Complex x[16];
 #pragma unroll
-      for (int n2 = 0; n2 < 16; ++n2) x[n2] = at(k1, 16 * n2 + n3);
+      for (int n = 0; n < 16; ++n) x[n] = at(k1, place * (16 / kStep) + n * kStep);
       transform(x);
-#pragma unroll
-      for (int k2 = 0; k2 < 16; ++k2) at(k1, 16 * k2 + n3) = x[k2] * unit(n3 * k2, 256);
+      then(k1, place, x);
     }
   }
 
+  // n2 of (k1, n3), in place.
+  SK_DEVICE void middle() const {
+    sixteens<16>([&](int k1, int n3, const Complex(&x)[16]) {
+#pragma unroll
+      for (int k2 = 0; k2 < 16; ++k2) at(k1, 16 * k2 + n3) = x[k2] * unit(n3 * k2, 256);
+    });
+  }
+
+  // n3 of (k1, k2).
   SK_DEVICE void last(float by) const {
     uint16_t* spectrum = a.spectrum + (d * a.parts + part) * (int64_t(kN) * kTogether * 2);
-#pragma unroll 1
-    for (int i = thread_index(); i < kN1 * 16; i += kThreads) {
-      const int k1 = i / 16, k2 = i % 16;
-      Complex x[16];
-#pragma unroll
-      for (int n3 = 0; n3 < 16; ++n3) x[n3] = at(k1, 16 * k2 + n3);
-      transform(x);
+    sixteens<1>([&](int k1, int k2, const Complex(&x)[16]) {
 #pragma unroll
       for (int together = 0; together < kTogether; ++together) {
         const int row = k1 + together * kN1;  // rho and its lanes: see cuda_fft_conv.cuh
@@ -186,7 +189,7 @@ struct Filters {
           four.store(reinterpret_cast<uint32_t*>(spectrum) + (rho * 4 + q) * 4);
         }
       }
-    }
+    });
   }
 
   static SK_DEVICE void run(const Args& args) {
