@@ -12,7 +12,6 @@ import torch
 from scalekern.ops import selective_scan as scan
 from scalekern.reference.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update_op
 from scalekern.reference.selective_scan import selective_scan_bwd, selective_scan_fwd
-from scalekern.reference.selective_state_update import selective_state_update_op as update_reference
 
 pytest.importorskip("scalekern._C", reason="the pybind11 module was not built (setup.py says why)")
 
@@ -267,45 +266,6 @@ def test_nan_and_infinity_travel_as_in_the_oracle(L):
     got = emulated.selective_scan_fwd(*args, False)[0]
     assert torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got.isnan(), want.isnan())
     assert want.isnan().any() and want.isfinite().any()
-
-
-def update_inputs(H, P, N, dtype, state_dtype, *, groups=1, indices=None, B=5, expanded_A=False, optional="Dzb"):
-    generator = torch.Generator().manual_seed(H + P + N)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    normal = lambda *shape, kind=dtype: torch.randn(*shape, dtype=torch.float64, generator=generator).to(kind)
-    A = -normal(H, P, 1 if expanded_A else N, kind=real).abs()
-    take = lambda key, value: value if key in optional else None
-    slots = B if indices is None else 7
-    return [
-        normal(slots, H, P, N, kind=state_dtype), normal(B, H, P), normal(B, H, P), A.expand(H, P, N),
-        normal(B, groups, N), normal(B, groups, N), take("D", normal(H, P, kind=real)), take("z", normal(B, H, P)),
-        take("b", normal(H, P, kind=real)), indices, True,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        dict(H=1, P=9, N=16, dtype=torch.float32, state_dtype=torch.float32),
-        dict(H=4, P=3, N=5, dtype=torch.bfloat16, state_dtype=torch.float32, groups=2),
-        dict(H=2, P=3, N=150, dtype=torch.float16, state_dtype=torch.bfloat16, expanded_A=True),
-        dict(H=2, P=11, N=16, dtype=torch.bfloat16, state_dtype=torch.float32, indices=torch.tensor([-1, 4, 0, 6, -1])),
-        dict(H=2, P=3, N=128, dtype=torch.float16, state_dtype=torch.float16, expanded_A=True, optional="z"),
-        dict(H=1, P=40, N=16, dtype=torch.float64, state_dtype=torch.float64, optional=""),
-        dict(H=1, P=5, N=8, dtype=torch.float32, state_dtype=torch.float16, indices=torch.tensor([3, -1, 0, 6, 2])),
-    ],
-    ids=lambda c: f"N{c['N']}_{str(c['dtype'])[6:]}_{str(c['state_dtype'])[6:]}",
-)
-def test_emulated_state_update(case):
-    args = update_inputs(**case)
-    mine, oracle = [args[0].clone(), *args[1:]], doubled([args[0].clone(), *args[1:]])
-    got, want = emulated.selective_state_update(*mine), update_reference(*oracle)
-    assert_all_close([got], [want], ["out"], TOLERANCE[case["dtype"]])
-    assert_all_close([mine[0]], [oracle[0]], ["state"], max(TOLERANCE[case["state_dtype"]], TOLERANCE[args[3].dtype]))
-    if case.get("indices") is not None:
-        padded = case["indices"] < 0
-        untouched = [i for i in range(len(args[0])) if i not in case["indices"]]
-        assert torch.equal(mine[0][untouched], args[0][untouched]) and got[padded].abs().max() == 0
 
 
 def conv_inputs(

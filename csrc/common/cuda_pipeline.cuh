@@ -7,14 +7,28 @@
 
 namespace scalekern::device {
 
-// 16 bytes to shared memory, past the L1; zeros unless `on` (`global` is a valid address all the same). Both aligned.
+// Makes the compiler keep a number instead of computing it again from its parts wherever it is used.
+SK_DEVICE int kept(int x) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+r"(x));
+#endif
+  return x;
+}
+
+// kBytes (16, or 8) to shared memory, 16 past the L1; zeros unless `on` (`global` is a valid address all the same). Both
+// aligned.
+template <int kBytes = 16>
 SK_DEVICE void copy_in_group(void* shared, const void* global, bool on = true) {
+  static_assert(kBytes == 8 || kBytes == 16);
 #if defined(__CUDA_ARCH__)
   const unsigned address = unsigned(__cvta_generic_to_shared(shared));
-  const int bytes = on ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  const int bytes = on ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 #elif !defined(__CUDACC__)
-  emulator::block().copy_in_group(shared, on ? global : nullptr);
+  emulator::block().copy_in_group(shared, on ? global : nullptr, kBytes);
 #endif
 }
 

@@ -48,7 +48,7 @@ class Block {
   void copy_async(void* to, const void* from) {
     const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
     if (bits & 15) fail("misaligned asynchronous copy");
-    fibers_[thread]->pending.push_back({to, from, 0});
+    fibers_[thread]->pending.push_back({to, from, 0, 16});
   }
   void copy_wait() {
     for (const Copy& copy : fibers_[thread]->pending) copy.land();
@@ -57,10 +57,10 @@ class Block {
 
   // Copies of a pipeline, in groups; from null: zeros. A device may complete one at any time from its start to the wait
   // for its group: late in rising order, at once in falling order, either in the shuffled one.
-  void copy_in_group(void* to, const void* from) {
+  void copy_in_group(void* to, const void* from, int bytes) {
     const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
-    if (bits & 15) return fail("misaligned asynchronous copy");
-    const Copy copy{to, from, fibers_[thread]->group};
+    if (bits & (bytes - 1)) return fail("misaligned asynchronous copy");
+    const Copy copy{to, from, fibers_[thread]->group, bytes};
     if (order == Order::falling || (order == Order::shuffled && random_() % 2)) copy.land();
     else fibers_[thread]->pending.push_back(copy);
   }
@@ -87,11 +87,11 @@ class Block {
   struct Copy {
     void* to;
     const void* from;
-    int group;
+    int group, bytes;
 
     void land() const {
-      if (from) std::memcpy(to, from, 16);
-      else std::memset(to, 0, 16);
+      if (from) std::memcpy(to, from, size_t(bytes));
+      else std::memset(to, 0, size_t(bytes));
     }
   };
   struct Fiber {
