@@ -199,6 +199,28 @@ def test_step_interface():
         module.step(u, conv_state, ssm_state)
 
 
+@pytest.mark.parametrize("how", ["forward", "hook", "class"])
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "out_proj"])
+def test_a_changed_projection_is_called(name, how):
+    """Somebody's forward, hook or subclass: the fused paths read the weights alone, and would skip it."""
+    layer, seen = Mamba(8, device="cpu").eval(), []
+    x = torch.randn(1, 3, 8)
+    projection = getattr(layer, name)
+    if how == "forward":
+        projection.forward = lambda x: seen.append(name) or F.linear(x, projection.weight, projection.bias)
+    elif how == "hook":
+        projection.register_forward_hook(lambda *_: seen.append(name))
+    else:
+        projection.__class__ = type("Own", (torch.nn.Linear,), {
+            "forward": lambda self, x: seen.append(name) or F.linear(x, self.weight, self.bias)
+        })  # fmt: skip
+    with torch.no_grad():
+        layer(x)
+        assert seen == [name]
+        layer.step(x[:, :1], *layer.allocate_inference_cache(1, 1))
+    assert seen == [name] * 2
+
+
 def test_rows_of_a_shared_cache():
     """batch_size_offset: two halves of a batch that are fed one after the other."""
     module, u = build(), tokens(4, 6, 10)

@@ -13,7 +13,7 @@ import torch
 
 from scalekern.compat import _shims  # upstream's signatures on the ops, counted
 from scalekern.integrations.attention import register  # noqa: F401
-from scalekern.ops._linear import linear, project
+from scalekern.ops._linear import is_plain, linear, project
 from scalekern.ops.causal_conv1d import ACTIVATIONS
 
 # Mixer class -> its module. Their checkpoints, caches and masks stay transformers' own.
@@ -231,8 +231,7 @@ def _is_replaced(module) -> bool:
 def _is_plain(self, hidden_states) -> bool:
     """The projections are nothing but their weights: not quantized, adapted, hooked or cast."""
     for name in _LINEARS:
-        linear = self._modules[name]
-        if type(linear) is not torch.nn.Linear or _is_replaced(linear):
+        if not is_plain(self._modules[name]):
             return False
     return not torch.is_autocast_enabled(hidden_states.device.type) and "_is_quantized" not in self.config.__dict__
 

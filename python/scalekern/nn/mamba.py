@@ -15,7 +15,7 @@ from torch import nn
 from scalekern import _checks
 from scalekern.nn._cached import CachedStates, pair
 from scalekern.nn._quantized_step import quantized_step
-from scalekern.ops._linear import linear, project
+from scalekern.ops._linear import is_plain, linear, project
 from scalekern.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from scalekern.ops.mamba_inner import mamba_inner
 from scalekern.ops.mamba_update import mamba_update
@@ -181,8 +181,7 @@ class Mamba(CachedStates, nn.Module):
     def _plain_projections(self):
         """Whether the fused ops may read the projections' weights: none is quantized, adapted or watched by a hook."""
         for name in ("in_proj", "x_proj", "out_proj"):  # a generator takes 15 us of a step
-            p = self._modules[name]
-            if type(p) is not nn.Linear or p._forward_pre_hooks or p._forward_hooks:
+            if not is_plain(self._modules[name]):
                 return False
         return True
 

@@ -36,14 +36,16 @@ def linear(x, weight, bias=None):
     return product(x, weight, bias)
 
 
+def is_plain(layer) -> bool:
+    """Whether layer(x) is its weight's product and nothing else: not quantized, adapted, hooked or replaced."""
+    return type(layer) is torch.nn.Linear and not (
+        layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__
+    )
+
+
 def project(layer, x):
     """layer(x), by `linear` where that is all that the layer does."""
-    if (
-        type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks
-        or "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__
-    ):  # fmt: skip
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
+    return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
 
 
 @functools.cache

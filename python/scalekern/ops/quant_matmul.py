@@ -206,23 +206,7 @@ quant_matmul_bwd = _library.define(
 )
 
 
-class _KeptWeight(_quant_matmul_cpu.KeptWeight):
-    """One that tells its parts by size and dtype too: a freed address comes back for a tensor of another kind. (Shapes
-    and strides besides would make a product of 4096 x 4096 2.5 us longer, of 123; these take 1.)"""
-
-    def __init__(self, columns: int, *given):
-        super().__init__(columns, *given)
-        self.sizes = [part.nbytes for part in self.parts]
-        self.dtypes = [part.dtype for part in self.parts]
-
-    def is_where_it_was(self) -> bool:
-        for part, where, size, dtype in zip(self.parts, self.where, self.sizes, self.dtypes):
-            if part.data_ptr() != where or part.nbytes != size or part.dtype is not dtype:
-                return False
-        return True
-
-
-def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _KeptWeight | None:
+def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _quant_matmul_cpu.KeptWeight | None:
     """What multiplies with these parts at once; None of tensors that the native call may not read, or without it.
     options: format, group_size, activation, activation_scale, as for the op."""
     parts = data, scales, zeros, offsets, outer, bias
@@ -230,4 +214,4 @@ def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _Kept
         return None
     if _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
-    return _KeptWeight(K, *parts, None, *options)
+    return _quant_matmul_cpu.KeptWeight(K, *parts, None, *options)
