@@ -124,36 +124,49 @@ struct RowTiles : RowBlock {
   template <bool kRest>
   void brief_groups(int64_t first, int64_t end) const {
     for (int64_t tile = 0; in_registers && tile < tokens.tiles; ++tile) brief_groups<kRest>(first, end, tile);
+    const bool lines = layout.group % kLine == 0;
     for (int64_t tile = 0; !in_registers && tile < tokens.tiles; tile += 2)
-      if (tile + 1 < tokens.tiles) brief_groups_in_words<kRest, 8, 2>(first, end, tile);
-      else brief_groups_in_words<kRest, 8, 1>(first, end, tile);
+      if (tile + 1 < tokens.tiles && lines) brief_groups_in_words<kRest, true, 8, 2>(first, end, tile);
+      else if (tile + 1 < tokens.tiles) brief_groups_in_words<kRest, false, 8, 2>(first, end, tile);
+      else if (lines) brief_groups_in_words<kRest, true, 16, 1>(first, end, tile);
+      else brief_groups_in_words<kRest, false, 8, 1>(first, end, tile);
   }
 
   // The same without tile registers: R rows by T tiles of tokens, their totals in registers. Codes are unsigned: sums
   // start with minus the middle one times a group's.
-  template <bool kRest, int R, int T>
+  template <bool kRest, bool kLines, int R, int T>
   __attribute__((noinline)) void brief_groups_in_words(int64_t first, int64_t end, int64_t tile) const {
-    const int64_t rows = count * kTileRows, next = tokens.lines * kTileSize;
+    const int64_t rows = count * kTileRows, next = tokens.lines * kTileSize, pitch = this->pitch;
+    const int64_t words = layout.group / 4, last = end == w.groups ? end - 1 : end;  // of a group of whole lines
+    const int64_t last_words = (layout.begin[end] - layout.begin[end - 1]) * 16;
     for (int64_t r = 0; r < rows; r += R) {
       float* to = totals + (tile * rows + r) * kTileLanes;
       VecF total[R][T];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) total[i][t] = load(to + (t * rows + i) * kTileLanes);
-      for (int64_t g = first; g < end; ++g) {
-        const uint8_t* code = codes + (layout.code_line(g) - layout.code_line(first)) * kTileBytes + r * pitch;
-        const float *s = scale + g * rows + r, *o = rest + g * rows + r;
+      const uint8_t* code = codes + r * pitch;
+      const int8_t* x = token(tile, layout.begin[first]);
+      const float *s = scale + first * rows + r, *o = rest + first * rows + r;
+      const float* x_sums = tokens.sum + (tile * tokens.groups + first) * kTileLanes;
+      for (int64_t g = first; g < end; ++g, s += rows, o += rows, x_sums += kTileLanes) {
         VecF sum[T];
         __m512i acc[R][T];
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) {
-          sum[t] = load(tokens.sum + ((tile + t) * tokens.groups + g) * kTileLanes);
-#pragma GCC unroll 8
+          sum[t] = load(x_sums + t * tokens.groups * kTileLanes);
+#pragma GCC unroll 16
           for (int i = 0; i < R; ++i) acc[i][t] = _mm512_cvtps_epi32((__m512)(sum[t] * -128.0f));
         }
-        add_group(code, token(tile, layout.begin[g]), next, g, acc);
-#pragma GCC unroll 8
+        if (kLines) {
+          add_words<ByteWords>(code, pitch, x, kTileBytes, next, g == last ? last_words : words, acc);
+          code += 4 * words, x += 4 * words * 16;
+        } else {
+          const int64_t line = layout.code_line(g) - layout.code_line(first);
+          add_group(code + line * kTileBytes, token(tile, layout.begin[g]), next, g, acc);
+        }
+#pragma GCC unroll 16
         for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
           for (int t = 0; t < T; ++t) {
@@ -161,7 +174,7 @@ struct RowTiles : RowBlock {
             if (kRest) total[i][t] += o[i] * sum[t];
           }
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) store(to + (t * rows + i) * kTileLanes, total[i][t]);
