@@ -15,6 +15,7 @@
 //   as a tile of AMX, whose columns are the digits of four groups (320 us for 195: a product and two loads of tiles wait).
 #include <optional>
 
+#include "common/tile.h"
 #include "quant_matmul/cpu_quant_digits.h"
 #include "quant_matmul/cpu_quant_lines.h"
 
@@ -88,7 +89,7 @@ class DigitProduct {
   enum Kind { kLong, kOne, kShared };
 
   template <int D, int R, int T, Kind kKind>
-  __attribute__((noinline)) void tile(const Strip<R>& strip, int64_t m, float (&results)[T][R]) const {
+  __attribute__((noinline)) void tile(const Strip<R>& strip, int64_t m, VecF* totals) const {
     constexpr int64_t kStarts = DigitTokens::kMostDigits * 16, kStep = P * D * 64;
     const int8_t* x = tokens.x + m * tokens.pitch;
     const int32_t* starts = tokens.starts(m, 0);
@@ -149,7 +150,7 @@ class DigitProduct {
         for (int64_t g = 0; more && g < s.parts; g += 16)
           total[r][t] = _mm512_fmadd_ps(
               _mm512_loadu_ps(strip.rest[r] + g), _mm512_loadu_ps(tokens.sum + (m + t) * pad + g), total[r][t]);
-        results[t][r] = _mm512_reduce_add_ps(total[r][t]);
+        totals[t * kRows + r] = (VecF)total[r][t];
       }
   }
 
@@ -203,10 +204,20 @@ class DigitProduct {
     return _mm512_loadu_ps(each);
   }
 
+  // Scales of a row's parts by the units of a token's.
+  static void scale_parts(const float* scale, const float* unit, int64_t parts, float* scaled) {
+    for (int64_t i = 0; i < parts; i += 16)
+      _mm512_storeu_ps(scaled + i, _mm512_mul_ps(_mm512_maskz_loadu_ps(until(parts - i), scale + i),
+                                                 _mm512_loadu_ps(unit + i)));
+  }
+
   template <int D, int R, int T>
   void strips(int64_t first, int64_t count, int64_t m, const Memory& memory, float* results) const {
     Strip<R> strip;
-    const int64_t filled = s.shared ? padded : round_up(s.parts, 16);
+    VecF totals[T][kRows];
+    const int64_t parts = s.parts, pad = padded, pitch = w.scales.row;
+    const float* units = tokens.unit + m * pad;
+    const bool in_place = plain && s.split == 1 && !more;
     for (int64_t begin = 0; begin < count; begin += R) {
       for (int r = 0; r < R; ++r) {
         const int64_t own = least(begin + r, count - 1), row = first + own;  // behind the last one: that again
@@ -215,34 +226,36 @@ class DigitProduct {
         if (left)
           _mm512_store_si512(memory.tails + r * 64,
                              _mm512_maskz_loadu_epi8(~__mmask64(0) >> (64 - left), strip.row[r] + whole * 64));
+        float *scaled = memory.scaled + r * T * pad, *rest = memory.rest + r * pad;
+        strip.scale[r] = scaled, strip.rest[r] = rest;
+        const float* scale = plain ? at<float>(w.scales.data, row * pitch) : nullptr;
+        for (int64_t i = 0; plain && i < parts; i += 16) __builtin_prefetch(scale + R * pitch + i);
+        for (int t = 0; s.shared && t < T; ++t)  // lanes behind the last part
+          _mm512_storeu_ps(scaled + (t + 1) * pad - 16, _mm512_setzero_ps());
+        if (in_place) {
+          for (int t = 0; t < T; ++t) scale_parts(scale, units + t * pad, parts, scaled + t * pad);
+          continue;
+        }
         const GroupParts part(memory.parts, w.groups);
         if (!plain || more) part.load(w, row);
-        const float* scale = plain ? at<float>(w.scales.data, row * w.scales.row) : part.scale;
-        float *scaled = memory.scaled + r * T * padded, *rest = memory.rest + r * padded;
-        strip.scale[r] = scaled, strip.rest[r] = rest;
-        for (int64_t i = 0; i < filled; i += 16) {
-          if (plain) __builtin_prefetch(scale + R * w.scales.row + i);
-          const __m512 own = i < s.parts ? by_part(scale, i) : _mm512_setzero_ps();
+        if (!plain) scale = part.scale;
+        for (int64_t i = 0; i < parts; i += 16) {
+          const __m512 own_scale = by_part(scale, i);
           for (int t = 0; t < T; ++t)
-            _mm512_storeu_ps(scaled + t * padded + i,
-                             _mm512_mul_ps(own, _mm512_loadu_ps(tokens.unit + (m + t) * padded + i)));
-        }
-        for (int64_t i = 0; more && i < s.parts; i += 16) {
+            _mm512_storeu_ps(scaled + t * pad + i, _mm512_mul_ps(own_scale, _mm512_loadu_ps(units + t * pad + i)));
+          if (!more) continue;
           const __m512 from_zero = _mm512_sub_ps(by_part(part.zero, i), _mm512_set1_ps(float(tokens.middle)));
-          _mm512_storeu_ps(rest + i, _mm512_fnmadd_ps(by_part(scale, i), from_zero, by_part(part.offset, i)));
+          _mm512_storeu_ps(rest + i, _mm512_fnmadd_ps(own_scale, from_zero, by_part(part.offset, i)));
         }
       }
-      float own[T][R];
-      // One digit comes here for shared lines alone; four are rare, and take the loop for any number of lines.
-      if constexpr (D == 1) {
-        tile<D, R, T, kShared>(strip, m, own);
-      } else {
-        if (s.shared) tile<D, R, T, kShared>(strip, m, own);
-        else if (D < 4 && s.each == 1) tile<D, R, T, kOne>(strip, m, own);
-        else tile<D, R, T, kLong>(strip, m, own);
-      }
-      for (int t = 0; t < T; ++t)
-        for (int r = 0; r < least(R, count - begin); ++r) results[t * kRows + begin + r] = own[t][r];
+      // Four digits are rare, and take the loop for any number of lines.
+      if (s.shared) tile<D, R, T, kShared>(strip, m, totals[0] + begin);
+      else if (D < 4 && s.each == 1) tile<D, R, T, kOne>(strip, m, totals[0] + begin);
+      else tile<D, R, T, kLong>(strip, m, totals[0] + begin);
+    }
+    for (int t = 0; t < T; ++t) {
+      for (int64_t r = round_up(count, R); r < kRows; ++r) totals[t][r] = VecF{};
+      store(results + t * kRows, sum_lanes<float>(totals[t]));
     }
   }
 };
@@ -260,12 +273,15 @@ static void multiply_digits(const QuantMatmulArgs& a, const Sections& s, const D
 
 namespace scalekern::SCALEKERN_ISA {
 
-// Activations rounded to bytes only where groups are so short that several share a line. For cpu_quant_int_lanes.h each
-// would be padded to a line of its own: 4096 x 4096, one token, int4 in groups of 64 0.73 ms to 0.26 to 0.36, of 32 0.96
-// to 0.27 to 0.37, of 16 2 to 0.45, int8 of 32 1.4 to 0.6; four tokens 1.0 to 0.6 of 64.
+// Activations rounded to bytes where groups are so short that several share a line. For cpu_quant_int_lanes.h each would
+// be padded to a line of its own: 4096 x 4096, one token, int4 in groups of 64 0.73 ms to 0.26 to 0.36, of 32 0.96 to
+// 0.27 to 0.37, of 16 2 to 0.45, int8 of 32 1.4 to 0.6; four tokens 1.0 to 0.6 of 64. Of other groups up to two, as
+// their sums are joined here in two operations and no loop: two Zen 5 cores, int4 in groups of 128, 95 to 74 us for
+// one, 119 to 105 for two; three and four, and bits that are spread, take up to 1.4 times as long.
 bool quant_matmul_digits(const QuantMatmulArgs& a, int* digits) {
   const Sections s(a.w);
-  if (!has_vnni() || a.w.table || !s.fits || (a.integer() && !s.shared)) return false;
+  if (!has_vnni() || a.w.table || !s.fits) return false;
+  if (a.integer() && !s.shared && (a.tokens > 2 || s.split > 1 || s.spread)) return false;
   const Buffer<float> scale(a.integer() ? a.tokens : 0);
   const Tokens tokens(a, 1, a.integer() ? +scale : nullptr);
   const DigitTokens held(a, s, tokens, a.integer() ? +scale : nullptr);
