@@ -67,7 +67,7 @@ def test_long_groups():
 @every_level
 def test_extremes():
     K = 1 << 15
-    for bits, M, group in itertools.product((4, 8), (1, 3, 17), (None, 128)):
+    for bits, M, group in itertools.product((4, 8), (1, 2, 3, 17), (None, 128, 1024)):
         for code, number in ((0, 127), ((1 << bits) - 1, -127), (0, -127)):
             codes, size = torch.full((5, K), code), group or K
             scales = torch.ones(5, K // size)
