@@ -25,6 +25,10 @@ namespace {
 struct Sections {
   static constexpr int64_t kLineBytes = 64, kMost = 1024;  // columns of a piece: 128 x 128 x 1024 / 16 < 2^22
   bool spread, shared, fits;
+  bool mapped;      // a table of 16 numbers that are whole ones of some step
+  int middle;       // what is taken from a code, or from what it is mapped to
+  float step;       // of codes
+  uint8_t map[16];  // table[code] / step + middle
   int planes;
   int64_t line, lines;         // columns of a line, lines
   int64_t part, parts, split;  // columns of a part, parts, parts of a group
@@ -33,11 +37,13 @@ struct Sections {
   alignas(64) int32_t lane_part[16];
 
   explicit Sections(const QuantWeight& w)
-      : spread(8 % w.bits != 0), planes(spread ? 1 : 8 / w.bits), line(kLineBytes * planes),
-        lines(pieces(w.columns, line)) {
+      : spread(8 % w.bits != 0), mapped(w.table != nullptr), middle(w.bits == 1 ? 0 : 1 << (w.bits - 1)),
+        step(spread ? from_bits(uint32_t(127 - 8 + w.bits) << 23) : 1), planes(spread ? 1 : 8 / w.bits),
+        line(kLineBytes * planes), lines(pieces(w.columns, line)) {
     part = w.groups == 1 ? round_up(w.columns, line) : w.group, split = 1;
     shared = part < line;
     fits = w.columns > 0 && (shared ? part % (4 * planes) == 0 && line % part == 0 : part % line == 0);
+    if (mapped) fits = fits && make_map(w);
     if (part > kMost) {
       split = w.groups == 1 ? pieces(part, kMost) : part / kMost;
       fits = fits && (w.groups == 1 || part % kMost == 0);
@@ -46,6 +52,19 @@ struct Sections {
     parts = pieces(w.columns, part), padded = round_up(parts, 16) + 16;
     each = shared ? 1 : part / line, count = pieces(lines, each), line_parts = shared ? line / part : 1;
     for (int i = 0; i < 16; ++i) lane_part[i] = int32_t(shared ? i * 4 * planes / part : 0);
+  }
+
+ private:
+  // float4_e2m1 has steps of 1/2 up to 6.
+  bool make_map(const QuantWeight& w) {
+    if (w.bits != 4) return false;
+    middle = 64, step = 0.5f;
+    for (int i = 0; i < 16; ++i) {
+      const float steps = w.table[i] * 2;
+      if (!(steps >= -64 && steps < 64) || steps != float(int(steps))) return false;
+      map[i] = uint8_t(int(steps) + middle);
+    }
+    return true;
   }
 };
 
@@ -147,7 +166,7 @@ struct DigitTokens {
   static constexpr int kMostDigits = 4;
   const QuantWeight& w;
   const Sections& s;
-  int middle;
+  float middle;            // of the zeros: what they differ from it is taken from the sums
   bool more;               // w is more than scale (code - middle)
   int64_t pitch;           // bytes of a token
   Buffer<int8_t> x;        // [token][line][plane][digit][byte]
@@ -158,7 +177,7 @@ struct DigitTokens {
   const float* scale;      // of tokens that are whole numbers up to 127, of one digit; else null
 
   DigitTokens(const QuantMatmulArgs& a, const Sections& s, const Tokens& tokens, const float* scale = nullptr)
-      : w(a.w), s(s), middle(w.bits == 1 ? 0 : 1 << (w.bits - 1)), more(w.has_rest(float(middle))),
+      : w(a.w), s(s), middle(s.mapped ? 0.0f : float(s.middle)), more(w.has_rest(middle)),
         pitch((s.lines * s.planes * kMostDigits + 1) * 64),
         x(a.tokens * pitch), unit(a.tokens * s.padded), sum(a.tokens * s.padded),
         start(a.tokens * s.count * kMostDigits * 16), scale(scale) {
@@ -191,7 +210,7 @@ struct DigitTokens {
       // Up to 15 bytes beyond: of the next part, or 0 at the end.
       const Look seen = look(from + first, here);
       if (!::split(seen, from + first, here, count, allowed, more, plain + first, plain_pitch(), part)) return false;
-      unit[t * s.padded + p] = part.unit * unit_of_codes();
+      unit[t * s.padded + p] = part.unit * s.step;
       sum[t * s.padded + p] = part.sum;
     }
     for (int d = 0; d < count; ++d)
@@ -205,11 +224,9 @@ struct DigitTokens {
     for (int64_t p = 0; p < s.parts; ++p) {
       int total = 0;
       for (int64_t k = p * s.part; more && k < least((p + 1) * s.part, w.columns); ++k) total += plain[k];
-      unit[t * s.padded + p] = unit_of_codes(), sum[t * s.padded + p] = float(total);
+      unit[t * s.padded + p] = s.step, sum[t * s.padded + p] = float(total);
     }
   }
-  float unit_of_codes() const { return s.spread ? from_bits(uint32_t(127 - 8 + w.bits) << 23) : 1; }
-
   template <int D>
   void lay(int64_t t, const int8_t* plain) const {
     for (int d = 0; d < D; ++d) {
@@ -223,7 +240,7 @@ struct DigitTokens {
       }
     }
     // Codes are unsigned: sums start with minus the middle one times the digits they will meet.
-    const __m512i all = _mm512_set1_epi8(char(s.spread ? 128 : middle));
+    const __m512i all = _mm512_set1_epi8(char(s.spread ? 128 : s.middle));
     for (int64_t i = 0; i < s.count; ++i)
       for (int d = 0; d < D; ++d) {
         __m512i total = _mm512_setzero_si512();

@@ -22,7 +22,7 @@
 #if defined(__AVX512F__)
 namespace {
 
-template <int P>
+template <int P, bool kMapped>
 class DigitProduct {
  public:
   static void run(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens) {
@@ -49,18 +49,20 @@ class DigitProduct {
   const bool plain, more;     // scales are read where they lie
   const int64_t whole, left;  // lines of a row, and the bytes behind them
   const int64_t padded;
+  const __m512i map;
 
   DigitProduct(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens)
       : w(a.w), s(s), tokens(tokens),
         plain(w.scales.dtype == QuantDtype::f32 && (w.groups == 1 || w.scales.column == 1) && !w.outer.data &&
               w.step == 1),
         more(tokens.more), whole(s.spread ? s.lines : w.row_bytes() / 64),
-        left(s.spread ? 0 : w.row_bytes() % 64), padded(s.padded) {}
+        left(s.spread ? 0 : w.row_bytes() % 64), padded(s.padded),
+        map(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.map)))) {}
 
   template <int D, int R, int T>
-  static inline __attribute__((always_inline)) void multiply(
+  inline __attribute__((always_inline)) void multiply(
       const uint8_t* const* row, int64_t offset, int64_t ahead, const int8_t* x, int64_t pitch,
-      __m512i (&acc)[R][T * D]) {
+      __m512i (&acc)[R][T * D]) const {
     const __m512i mask = _mm512_set1_epi8(char((1 << 8 / P) - 1));
     __m512i bytes[R], code[R];
 #pragma GCC unroll 4
@@ -71,6 +73,7 @@ class DigitProduct {
       for (int r = 0; r < R; ++r) {
         const __m512i moved = p ? _mm512_srli_epi16(bytes[r], unsigned(p * 8 / P)) : bytes[r];
         code[r] = P == 1 ? bytes[r] : _mm512_and_si512(moved, mask);
+        if (kMapped) code[r] = _mm512_shuffle_epi8(map, code[r]);
       }
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t)
@@ -244,7 +247,7 @@ class DigitProduct {
           for (int t = 0; t < T; ++t)
             _mm512_storeu_ps(scaled + t * pad + i, _mm512_mul_ps(own_scale, _mm512_loadu_ps(units + t * pad + i)));
           if (!more) continue;
-          const __m512 from_zero = _mm512_sub_ps(by_part(part.zero, i), _mm512_set1_ps(float(tokens.middle)));
+          const __m512 from_zero = _mm512_sub_ps(by_part(part.zero, i), _mm512_set1_ps(tokens.middle));
           _mm512_storeu_ps(rest + i, _mm512_fnmadd_ps(own_scale, from_zero, by_part(part.offset, i)));
         }
       }
@@ -262,10 +265,10 @@ class DigitProduct {
 
 static void multiply_digits(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& digits) {
   switch (s.planes) {
-    case 8: return DigitProduct<8>::run(a, s, digits);
-    case 4: return DigitProduct<4>::run(a, s, digits);
-    case 2: return DigitProduct<2>::run(a, s, digits);
-    default: return DigitProduct<1>::run(a, s, digits);
+    case 8: return DigitProduct<8, false>::run(a, s, digits);
+    case 4: return DigitProduct<4, false>::run(a, s, digits);
+    case 2: return s.mapped ? DigitProduct<2, true>::run(a, s, digits) : DigitProduct<2, false>::run(a, s, digits);
+    default: return DigitProduct<1, false>::run(a, s, digits);
   }
 }
 
@@ -280,7 +283,7 @@ namespace scalekern::SCALEKERN_ISA {
 // one, 119 to 105 for two; three and four, and bits that are spread, take up to 1.4 times as long.
 bool quant_matmul_digits(const QuantMatmulArgs& a, int* digits) {
   const Sections s(a.w);
-  if (!has_vnni() || a.w.table || !s.fits) return false;
+  if (!has_vnni() || !s.fits) return false;
   if (a.integer() && !s.shared && (a.tokens > 2 || s.split > 1 || s.spread)) return false;
   const Buffer<float> scale(a.integer() ? a.tokens : 0);
   const Tokens tokens(a, 1, a.integer() ? +scale : nullptr);
