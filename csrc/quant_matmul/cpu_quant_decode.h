@@ -84,6 +84,14 @@ struct GroupParts {
   GroupParts() = default;
   GroupParts(float* memory, int64_t groups) : scale(memory), zero(memory + groups), offset(memory + 2 * groups) {}
 
+  void load_scales(const QuantWeight& w, int64_t row) const {
+    load_row(w.scales, row, w.groups, scale);
+    const float step = w.table == nullptr ? w.step : 1;
+    float outer = 1;
+    if (w.outer.data) load_row(w.outer, row, 1, &outer);
+    if (step * outer != 1)
+      for (int64_t g = 0; g < w.groups; ++g) scale[g] *= step * outer;
+  }
   void load(const QuantWeight& w, int64_t row) const {
     load_row(w.scales, row, w.groups, scale);
     if (w.zeros.data) {

@@ -240,8 +240,9 @@ class DigitProduct {
           continue;
         }
         const GroupParts part(memory.parts, w.groups);
-        if (!plain || more) part.load(w, row);
-        if (!plain) scale = part.scale;
+        if (more) part.load(w, row);
+        else part.load_scales(w, row);
+        scale = part.scale;
         for (int64_t i = 0; i < parts; i += 16) {
           const __m512 own_scale = by_part(scale, i);
           for (int t = 0; t < T; ++t)

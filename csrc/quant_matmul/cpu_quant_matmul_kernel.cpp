@@ -130,7 +130,6 @@ static bool few(const QuantMatmulArgs& a, const Tokens& tokens) {
 }
 
 static bool in_words(const QuantMatmulArgs& a, const Tokens& tokens) {
-  if (a.w.table) return false;
   switch (a.w.bits) {
     case 1: return few<1>(a, tokens);
     case 2: return few<2>(a, tokens);

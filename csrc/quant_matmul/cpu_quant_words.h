@@ -26,18 +26,14 @@ struct InWords {
   // With AVX-512 a permutation of 16 floats, which looks at 4 bits of a lane and no further, is mask, subtraction and
   // conversion in one.
   static constexpr bool kTable = SCALEKERN_VEC_BYTES == 64 && B <= 4;
-  struct Values {
-    float of[16];
-    constexpr Values() : of() {
-      for (int i = 0; i < 16; ++i) of[i] = float((i & ((1 << B) - 1)) - kMiddle);
-    }
-  };
-  static constexpr Values kValues{};
 
   // A lane's J columns are of one group: a vector of words is of one, or of several whole ones (shared).
   static bool fit(const QuantWeight& w) {
+    if (w.table && !(kTable && w.bits == 4)) return false;
     return w.groups == 1 || w.group % kColumns == 0 || (w.group % J == 0 && kColumns % w.group == 0);
   }
+  // Zeros of a table's numbers are such numbers.
+  static float middle_of(const QuantWeight& w) { return w.table ? 0.0f : float(kMiddle); }
   static bool shared(const QuantWeight& w) { return w.groups > 1 && w.group < kColumns; }
 
   // Each lane's scale in the vector of words that begins with a row's group `first`.
@@ -60,12 +56,14 @@ struct InWords {
     int64_t pitch, groups;
     int64_t of_words;  // groups of a vector of words that several share, and each lane's: divisions take long
     alignas(64) int32_t lane_group[W];
+    alignas(64) float values[16];  // of codes (kTable)
     Buffer<float> x, sums;
 
     Laid(const QuantWeight& w, const Tokens& tokens, int64_t count)
         : pitch(round_up(w.columns, kColumns)), groups(w.groups), of_words(shared(w) ? kColumns / w.group : 0),
           x(count * pitch), sums(count * w.groups * W) {
       for (int i = 0; i < W; ++i) lane_group[i] = int32_t(i * of_words / W);
+      for (int i = 0; i < 16; ++i) values[i] = w.table ? w.table[i] : float((i & ((1 << B) - 1)) - kMiddle);
       const Buffer<float> padded(pitch);
       for (int64_t t = 0; t < count; ++t) {
         __builtin_memcpy(padded, tokens[t], sizeof(float) * size_t(w.columns));
@@ -94,13 +92,14 @@ struct InWords {
 
   template <int R, int T>
   static inline void multiply(
-      const uint8_t* const* words, int64_t offset, const float* x, int64_t pitch, VecF (&acc)[R][T]) {
+      const uint8_t* const* words, int64_t offset, const float* x, int64_t pitch, const float* values,
+      VecF (&acc)[R][T]) {
     Words code[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) __builtin_memcpy(&code[r], words[r] + offset, sizeof(Words));
 #if defined(__AVX512F__)
     if constexpr (kTable) {
-      const VecF table = load(kValues.of);
+      const VecF table = load(values);
 #pragma GCC unroll 32
       for (int j = 0; j < J; ++j) {
         VecF v[R];
@@ -143,10 +142,11 @@ struct InWords {
   struct Parts {
     const Buffer<float> memory;
     float *scale, *rest;
+    float middle;
     bool has_rest, in_one;
 
     explicit Parts(const QuantWeight& w)
-        : memory(GroupParts::floats(kRows * w.groups)), has_rest(w.has_rest(kMiddle)),
+        : memory(GroupParts::floats(kRows * w.groups)), middle(middle_of(w)), has_rest(w.has_rest(middle)),
           in_one(!w.outer.data && follow(w, w.scales) && follow(w, w.zeros) && follow(w, w.offsets)) {}
 
     void load(const QuantWeight& w, int64_t first, int64_t rows) {
@@ -166,7 +166,7 @@ struct InWords {
         }
       }
       scale = all.scale, rest = all.offset;
-      for (int64_t i = 0; has_rest && i < count; ++i) rest[i] -= scale[i] * (all.zero[i] - kMiddle);
+      for (int64_t i = 0; has_rest && i < count; ++i) rest[i] -= scale[i] * (all.zero[i] - middle);
     }
 
    private:
@@ -198,7 +198,7 @@ struct InWords {
     for (int64_t b = 0; shared(w) && b < whole + (left > 0); ++b) {
       VecF acc[R][T] = {};
       for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + R * w.pitch + b * kBytes);
-      multiply<R, T>(b < whole ? row : tail, b < whole ? b * kBytes : 0, laid.x + b * kColumns, laid.pitch, acc);
+      multiply<R, T>(b < whole ? row : tail, b < whole ? b * kBytes : 0, laid.x + b * kColumns, laid.pitch, laid.values, acc);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const VecF own = scales_of(w, scale + r * w.groups, b * laid.of_words, lane_group);
@@ -212,9 +212,9 @@ struct InWords {
       int64_t b = g * w.group / kColumns;
       for (; b < end; ++b) {
         for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + R * w.pitch + b * kBytes);  // the next rows
-        multiply<R, T>(row, b * kBytes, laid.x + b * kColumns, laid.pitch, acc);
+        multiply<R, T>(row, b * kBytes, laid.x + b * kColumns, laid.pitch, laid.values, acc);
       }
-      if (g + 1 == w.groups && left) multiply<R, T>(tail, 0, laid.x + whole * kColumns, laid.pitch, acc);
+      if (g + 1 == w.groups && left) multiply<R, T>(tail, 0, laid.x + whole * kColumns, laid.pitch, laid.values, acc);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
