@@ -3,6 +3,7 @@
 Shape letters: B batch, L length, M model width, D channels, N state size, W filter width, R rank of the step size.
 """
 
+import contextlib
 import types
 
 import pytest
@@ -333,6 +334,19 @@ def test_compile_fullgraph():
     assert error(got, exact) < 1e-5
     mask = torch.arange(6).expand(2, 6) >= torch.tensor([[2], [0]])
     assert error(compiled(u, mask=mask), module(u, mask=mask)) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen", "export"])
+def test_compile_for_inference(how):
+    """The choice of a library for float32 products, made where nothing is differentiated, is not traced."""
+    module, u = build(torch.float32).requires_grad_(how != "frozen"), tokens(2, 6, 10, dtype=torch.float32)
+    torch._dynamo.reset()
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, contextlib.nullcontext)():
+        if how == "export":
+            out = torch.export.export(module, (u,), strict=True).module()(u)
+        else:
+            out = torch.compile(module, fullgraph=True, backend="aot_eager")(u)
+        assert error(out, module(u)) < 1e-6
 
 
 def test_an_exported_block_takes_any_length():

@@ -18,6 +18,28 @@
 #if defined(__AVX512F__)
 namespace {
 
+// Small floats of 8 bits, or 6 in the top bits of a byte, as bfloat16: a table of 128 for each of its bytes, the sign
+// from the code. Bytes are put together in quarters of a vector, so the first vector has columns 0 to 7 of each 16.
+struct TileFloats {
+  __m512i low[2], high[2];
+
+  explicit TileFloats(const QuantWeight& w) {
+    alignas(64) uint8_t bytes[2][128];
+    for (int i = 0; i < 128 && w.table; ++i) {
+      uint32_t bits;  // of a number that bfloat16 has
+      __builtin_memcpy(&bits, w.table + (i >> (8 - w.bits)), 4);
+      bytes[0][i] = uint8_t(bits >> 16), bytes[1][i] = uint8_t(bits >> 24);
+    }
+    for (int i = 0; i < 2; ++i)
+      low[i] = _mm512_load_si512(bytes[0] + 64 * i), high[i] = _mm512_load_si512(bytes[1] + 64 * i);
+  }
+  void operator()(__m512i codes, __m512i (&numbers)[2]) const {
+    const __m512i rest = from_bytes(codes, low[0], low[1]), sign = _mm512_set1_epi8(char(0x80));
+    const __m512i top = _mm512_ternarylogic_epi64(codes, sign, from_bytes(codes, high[0], high[1]), 0x6a);
+    numbers[0] = _mm512_unpacklo_epi8(rest, top), numbers[1] = _mm512_unpackhi_epi8(rest, top);
+  }
+};
+
 // Columns of a weight. A line is 64 bytes of codes: as they are stored, plane p of it the p-th code of each byte, or
 // spread (3, 5, 6 and 7 bits), each the top bits of a byte. A part is the columns that share a unit: a group, an equal
 // piece of a long one, or, where a line holds several groups whole (shared), each of them. A section, which is joined
@@ -25,11 +47,12 @@ namespace {
 struct Sections {
   static constexpr int64_t kLineBytes = 64, kMost = 1024;  // columns of a piece: 128 x 128 x 1024 / 16 < 2^22
   bool spread, shared, fits;
+  bool floats;      // small ones, multiplied as bfloat16, which holds them
   bool mapped;      // a table of 16 numbers that are whole ones of some step
   int middle;       // what is taken from a code, or from what it is mapped to
   float step;       // of codes
   uint8_t map[16];  // table[code] / step + middle
-  int planes;
+  int planes, vectors;         // vectors of a token's digit that a line of codes meets
   int64_t line, lines;         // columns of a line, lines
   int64_t part, parts, split;  // columns of a part, parts, parts of a group
   int64_t each, count;         // lines of a section, sections
@@ -37,13 +60,15 @@ struct Sections {
   alignas(64) int32_t lane_part[16];
 
   explicit Sections(const QuantWeight& w)
-      : spread(8 % w.bits != 0), mapped(w.table != nullptr), middle(w.bits == 1 ? 0 : 1 << (w.bits - 1)),
-        step(spread ? from_bits(uint32_t(127 - 8 + w.bits) << 23) : 1), planes(spread ? 1 : 8 / w.bits),
-        line(kLineBytes * planes), lines(pieces(w.columns, line)) {
+      : spread(8 % w.bits != 0), floats(w.table && w.bits > 4 && w.mantissa), mapped(w.table && !floats),
+        middle(w.bits == 1 ? 0 : 1 << (w.bits - 1)), step(spread ? from_bits(uint32_t(127 - 8 + w.bits) << 23) : 1),
+        planes(spread ? 1 : 8 / w.bits), vectors(floats ? 2 : planes), line(kLineBytes * planes),
+        lines(pieces(w.columns, line)) {
     part = w.groups == 1 ? round_up(w.columns, line) : w.group, split = 1;
     shared = part < line;
     fits = w.columns > 0 && (shared ? part % (4 * planes) == 0 && line % part == 0 : part % line == 0);
     if (mapped) fits = fits && make_map(w);
+    if (floats) fits = fits && part % 16 == 0, step = 1;
     if (part > kMost) {
       split = w.groups == 1 ? pieces(part, kMost) : part / kMost;
       fits = fits && (w.groups == 1 || part % kMost == 0);
@@ -169,7 +194,7 @@ struct DigitTokens {
   float middle;            // of the zeros: what they differ from it is taken from the sums
   bool more;               // w is more than scale (code - middle)
   int64_t pitch;           // bytes of a token
-  Buffer<int8_t> x;        // [token][line][plane][digit][byte]
+  Buffer<int8_t> x;        // [token][line][vector][digit][byte]
   Buffer<float> unit;      // [token][part], of the first digit
   Buffer<float> sum;       // [token][part]
   Buffer<int32_t> start;   // [token][section][digit][lane]
@@ -177,15 +202,23 @@ struct DigitTokens {
   const float* scale;      // of tokens that are whole numbers up to 127, of one digit; else null
 
   DigitTokens(const QuantMatmulArgs& a, const Sections& s, const Tokens& tokens, const float* scale = nullptr)
-      : w(a.w), s(s), middle(s.mapped ? 0.0f : float(s.middle)), more(w.has_rest(middle)),
-        pitch((s.lines * s.planes * kMostDigits + 1) * 64),
+      : w(a.w), s(s), middle(w.table ? 0.0f : float(s.middle)), more(w.has_rest(middle)),
+        pitch((s.lines * s.vectors * kMostDigits + 1) * 64),
         x(a.tokens * pitch), unit(a.tokens * s.padded), sum(a.tokens * s.padded),
         start(a.tokens * s.count * kMostDigits * 16), scale(scale) {
     zero<float>(unit, a.tokens * s.padded), zero<float>(sum, a.tokens * s.padded);
     const bool half = a.out.dtype == QuantDtype::f16 || a.out.dtype == QuantDtype::bf16;
     const float allowed = half ? 1e-4f : 1e-6f;
-    const Buffer<int8_t> plain(kMostDigits * plain_pitch());
+    const Buffer<int8_t> plain(s.floats ? 0 : kMostDigits * plain_pitch());
+    if (s.floats) zero<int32_t>(start, a.tokens * s.count * kMostDigits * 16);
     for (int64_t t = 0; t < a.tokens; ++t) {
+      if (s.floats) {
+        digits[t] = !fits_bf16(tokens[t]) ? 0 : scale || a.x.dtype == QuantDtype::bf16 ? 1 : half ? 2 : 3;
+        if (digits[t] == 1) lay_floats<1>(t, tokens[t]);
+        if (digits[t] == 2) lay_floats<2>(t, tokens[t]);
+        if (digits[t] == 3) lay_floats<3>(t, tokens[t]);
+        continue;
+      }
       if (scale) {
         whole(tokens[t], t, plain), lay<1>(t, plain), digits[t] = 1;
         continue;
@@ -202,6 +235,39 @@ struct DigitTokens {
   const int32_t* starts(int64_t t, int64_t section) const { return start + (t * s.count + section) * kMostDigits * 16; }
 
  private:
+  // Three parts of 8 bits are a float, where the smallest part is no subnormal that counts.
+  bool fits_bf16(const float* from) const {
+    const float largest = look(from, w.columns).largest;
+    return largest == 0 || (largest > 0x1p-60f && largest < 0x1p100f);  // and no NaN, which is above them all
+  }
+
+  // What is left of a number, rounded, part by part. Bytes of codes part into 8 and 8 of each 16 (TileFloats).
+  template <int D>
+  void lay_floats(int64_t t, const float* from) const {
+    for (int64_t line = 0; line < s.lines; ++line)
+      for (int v = 0; v < 2; ++v) {
+        VecF low, high;  // columns 0 .. 7 (v = 0) of the first two 16s, of the last two
+        alignas(64) float own[32];
+        for (int i = 0; i < 4; ++i) {
+          const int64_t k = line * 64 + i * 16 + v * 8, left = w.columns - k;
+          _mm256_store_ps(own + i * 8, _mm256_maskz_loadu_ps(
+              left >= 8 ? __mmask8(255) : left > 0 ? __mmask8((1 << left) - 1) : __mmask8(0), from + k));
+        }
+        low = load(own), high = load(own + 16);
+        for (int d = 0; d < D; ++d) {
+          const __m512i part = to_bf16((__m512)low, (__m512)high);
+          _mm512_store_si512(x + t * pitch + ((line * 2 + v) * D + d) * 64, part);
+          low -= (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(part)), 16);
+          high -= (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(part, 1)), 16);
+        }
+      }
+    for (int64_t p = 0; p < s.parts; ++p) {
+      double total = 0;
+      for (int64_t k = p * s.part; more && k < least((p + 1) * s.part, w.columns); ++k) total += from[k];
+      unit[t * s.padded + p] = 1, sum[t * s.padded + p] = float(total);
+    }
+  }
+
   // The digits of a token in the order of its columns; false where they do not hold it well enough.
   bool split(const float* from, int64_t t, int count, float allowed, int8_t* plain) const {
     for (int64_t p = 0; p < s.parts; ++p) {

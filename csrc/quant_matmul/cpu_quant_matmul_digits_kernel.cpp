@@ -22,16 +22,21 @@
 #if defined(__AVX512F__)
 namespace {
 
-template <int P, bool kMapped>
+// What codes are: whole numbers, places in a table of such, or floats.
+enum Codes { kWhole, kMapped, kFloats };
+
+template <int P, Codes kCodes>
 class DigitProduct {
  public:
-  static void run(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens) {
+  // Whether all results are finite: of floats that are not, and parts of the numbers they meet, come other such.
+  static bool run(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens) {
     const DigitProduct self(a, s, tokens);
     const bool worth_it = a.tokens * a.w.rows * a.w.columns >= kParallelWork;
     parallel_stretches(worth_it, pieces(a.w.rows, kRows), 4, [&](const auto& take) {
       const Memory memory(self);
       take([&](int64_t begin, int64_t end) { self.rows(a, begin * kRows, least(end * kRows, a.w.rows), memory); });
     });
+    return !self.strange;
   }
 
  private:
@@ -50,6 +55,8 @@ class DigitProduct {
   const int64_t whole, left;  // lines of a row, and the bytes behind them
   const int64_t padded;
   const __m512i map;
+  const TileFloats floats;
+  mutable int strange = 0;
 
   DigitProduct(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens)
       : w(a.w), s(s), tokens(tokens),
@@ -57,7 +64,7 @@ class DigitProduct {
               w.step == 1),
         more(tokens.more), whole(s.spread ? s.lines : w.row_bytes() / 64),
         left(s.spread ? 0 : w.row_bytes() % 64), padded(s.padded),
-        map(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.map)))) {}
+        map(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.map)))), floats(a.w) {}
 
   template <int D, int R, int T>
   inline __attribute__((always_inline)) void multiply(
@@ -67,13 +74,28 @@ class DigitProduct {
     __m512i bytes[R], code[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) bytes[r] = _mm512_loadu_si512(row[r] + offset);
+#pragma GCC unroll 4
+    for (int r = 0; kCodes == kFloats && r < R; ++r) {
+      __m512i numbers[2];
+      floats(bytes[r], numbers);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+          for (int d = 0; d < D; ++d) {
+            const __m512 sums = _mm512_castsi512_ps(acc[r][t * D + d]);
+            const __m512i own = _mm512_load_si512(x + t * pitch + (v * D + d) * 64);
+            acc[r][t * D + d] = _mm512_castps_si512(add_bf16_pairs(sums, numbers[v], own));
+          }
+    }
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
+    for (int p = 0; kCodes != kFloats && p < P; ++p) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const __m512i moved = p ? _mm512_srli_epi16(bytes[r], unsigned(p * 8 / P)) : bytes[r];
         code[r] = P == 1 ? bytes[r] : _mm512_and_si512(moved, mask);
-        if (kMapped) code[r] = _mm512_shuffle_epi8(map, code[r]);
+        if (kCodes == kMapped) code[r] = _mm512_shuffle_epi8(map, code[r]);
       }
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t)
@@ -93,14 +115,15 @@ class DigitProduct {
 
   template <int D, int R, int T, Kind kKind>
   __attribute__((noinline)) void tile(const Strip<R>& strip, int64_t m, VecF* totals) const {
-    constexpr int64_t kStarts = DigitTokens::kMostDigits * 16, kStep = P * D * 64;
+    constexpr int64_t kStarts = DigitTokens::kMostDigits * 16;
+    constexpr int64_t kStep = (kCodes == kFloats ? 2 : P) * D * 64;
     const int8_t* x = tokens.x + m * tokens.pitch;
     const int32_t* starts = tokens.starts(m, 0);
     const int64_t pitch = tokens.pitch, next = s.count * kStarts, ahead = s.spread ? 0 : R * w.pitch, pad = padded;
     const uint8_t* row[R];
     const float* scale[R];
     for (int r = 0; r < R; ++r) row[r] = strip.row[r], scale[r] = strip.scale[r];
-    const __m512 all = _mm512_set1_ps(DigitSum<D>::kAll);
+    const __m512 all = _mm512_set1_ps(kCodes == kFloats ? 0.0f : DigitSum<D>::kAll);
     const __m512i own = _mm512_load_si512(s.lane_part);
     __m512 total[R][T];
 #pragma GCC unroll 4
@@ -189,10 +212,13 @@ class DigitProduct {
         else if (digits == 2) strips<2, 4, 1>(first, count, m, memory, to);
         else if (digits == 3 && two) strips<3, 2, 2>(first, count, m, memory, to);
         else if (digits == 3) strips<3, 4, 1>(first, count, m, memory, to);
-        else if (digits == 4) strips<4, 4, 1>(first, count, m, memory, to);
+        else if (digits == 4 && kCodes != kFloats) strips<4, 4, 1>(first, count, m, memory, to);
         m += 1 + two;
       }
       load_bias(a, first, count, bias);
+      for (int64_t i = 0; kCodes == kFloats && i < a.tokens * kRows; ++i)
+        if (tokens.digits[i / kRows] && i % kRows < count && !(results[i] * 0 == 0))
+          __atomic_store_n(&strange, 1, __ATOMIC_RELAXED);
       for (int64_t m = 0; m < a.tokens; ++m)
         if (tokens.digits[m])
           store_results(a, m, first, count, results + m * kRows, tokens.scale ? tokens.scale[m] : 1, bias);
@@ -264,12 +290,14 @@ class DigitProduct {
   }
 };
 
-static void multiply_digits(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& digits) {
+static bool multiply_digits(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& digits) {
+  if (s.floats) return DigitProduct<1, kFloats>::run(a, s, digits);
+  if (s.mapped) return DigitProduct<2, kMapped>::run(a, s, digits);
   switch (s.planes) {
-    case 8: return DigitProduct<8, false>::run(a, s, digits);
-    case 4: return DigitProduct<4, false>::run(a, s, digits);
-    case 2: return s.mapped ? DigitProduct<2, true>::run(a, s, digits) : DigitProduct<2, false>::run(a, s, digits);
-    default: return DigitProduct<1, false>::run(a, s, digits);
+    case 8: return DigitProduct<8, kWhole>::run(a, s, digits);
+    case 4: return DigitProduct<4, kWhole>::run(a, s, digits);
+    case 2: return DigitProduct<2, kWhole>::run(a, s, digits);
+    default: return DigitProduct<1, kWhole>::run(a, s, digits);
   }
 }
 
@@ -284,13 +312,16 @@ namespace scalekern::SCALEKERN_ISA {
 // one, 119 to 105 for two; three and four, and bits that are spread, take up to 1.4 times as long.
 bool quant_matmul_digits(const QuantMatmulArgs& a, int* digits) {
   const Sections s(a.w);
-  if (!has_vnni() || !s.fits) return false;
+  if (!s.fits || !(s.floats ? has_bf16() : has_vnni())) return false;
   if (a.integer() && !s.shared && (a.tokens > 2 || s.split > 1 || s.spread)) return false;
-  const Buffer<float> scale(a.integer() ? a.tokens : 0);
-  const Tokens tokens(a, 1, a.integer() ? +scale : nullptr);
-  const DigitTokens held(a, s, tokens, a.integer() ? +scale : nullptr);
-  multiply_digits(a, s, held);
-  for (int64_t t = 0; t < a.tokens; ++t) digits[t] = held.digits[t];
+  // Rounded, a token is bytes, or float8, without its scale.
+  const bool bytes = a.activation_max == 127 || a.activation_max == 7;
+  const bool alone = bytes || (s.floats && a.activation_max != 0);
+  const Buffer<float> scale(alone ? a.tokens : 0);
+  const Tokens tokens(a, 1, alone ? +scale : nullptr);
+  const DigitTokens held(a, s, tokens, alone ? +scale : nullptr);
+  const bool finite = multiply_digits(a, s, held);
+  for (int64_t t = 0; t < a.tokens; ++t) digits[t] = finite ? held.digits[t] : 0;
   return true;
 }
 

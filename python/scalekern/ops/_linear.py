@@ -21,9 +21,9 @@ LEAST = 1 << 21  # multiplications; below, the call costs what the product gains
 def product(x, weight, bias=None):
     """F.linear of (..., K) and (N, K), by oneDNN where MKL would take AVX2 for AVX-512. Below autograd."""
     if (
-        x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _prefers_onednn()
+        not torch.compiler.is_compiling()  # first: a tracer would follow the others
+        and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _prefers_onednn()
         and math.prod(x.shape) * weight.shape[0] >= LEAST and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
     ):  # fmt: skip
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
