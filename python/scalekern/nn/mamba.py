@@ -54,6 +54,10 @@ def negative_exp(A_log):
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
+def _is_plain(layer):
+    return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)
+
+
 class Mamba(CachedStates, nn.Module):
     """Maps (B, L, M) to (B, L, M).
 
@@ -170,9 +174,9 @@ class Mamba(CachedStates, nn.Module):
             return_final_states=True, activation=self.activation, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         dt, B, C = project(self.x_proj, x.transpose(1, 2)).transpose(1, 2).split([self.dt_rank, self.d_state, self.d_state], 1)
-        dt = linear(dt.transpose(1, 2), self.dt_proj.weight).transpose(1, 2)  # its bias is the scan's delta_bias
+        dt, bias = self._steps(dt.transpose(1, 2))
         y, ssm_state = self._scan(
-            x, dt, self._A(), B, C, self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True,
+            x, dt.transpose(1, 2), self._A(), B, C, self.D, z=z, delta_bias=bias, delta_softplus=True,
             return_last_state=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         # The state holds W tokens as upstream's does; the oldest of them is no longer read by anything.
@@ -180,11 +184,15 @@ class Mamba(CachedStates, nn.Module):
 
     def _plain_projections(self):
         """Whether the fused ops may read the projections' weights: none is quantized, adapted or watched by a hook."""
-        for name in ("in_proj", "x_proj", "out_proj"):  # a generator takes 15 us of a step
-            p = self._modules[name]
-            if type(p) is not nn.Linear or p._forward_pre_hooks or p._forward_hooks:
+        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):  # a generator takes 15 us of a step
+            if not _is_plain(self._modules[name]):
                 return False
         return True
+
+    def _steps(self, dt):
+        """(..., R) -> the raw step sizes (..., D), and the bias that is still to be added: the scan adds it in float32."""
+        proj = self._modules["dt_proj"]
+        return (linear(dt, proj.weight), proj.bias) if _is_plain(proj) else (proj(dt), None)
 
     def _A(self):
         return negative_exp(self.A_log)
@@ -209,10 +217,8 @@ class Mamba(CachedStates, nn.Module):
         x = self._before_conv(x)
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        y = self._update(
-            ssm_state, x, F.linear(dt, self.dt_proj.weight), self._A(), B, C, self.D, z=z,
-            dt_bias=self.dt_proj.bias, dt_softplus=True,
-        )  # fmt: skip
+        dt, bias = self._steps(dt)
+        y = self._update(ssm_state, x, dt, self._A(), B, C, self.D, z=z, dt_bias=bias, dt_softplus=True)
         return self.out_proj(y).unsqueeze(1)
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
