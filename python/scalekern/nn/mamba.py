@@ -150,8 +150,8 @@ class Mamba(CachedStates, nn.Module):
         if not (self.use_fast_path and self._plain_projections()):
             return self._forward_states(hidden_states, None, None, None)[0]
         return mamba_inner(
-            project(self.in_proj, hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
-            self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(), D=self.D,
+            project(self.in_proj, hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias,
+            self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(), D=self.D,
             delta_bias=self.dt_proj.bias,
         )  # fmt: skip
 
@@ -173,7 +173,8 @@ class Mamba(CachedStates, nn.Module):
             initial_states=None if conv_state is None else conv_state[..., 1:].to(x.dtype),
             return_final_states=True, activation=self.activation, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        dt, B, C = project(self.x_proj, x.transpose(1, 2)).transpose(1, 2).split([self.dt_rank, self.d_state, self.d_state], 1)
+        parts = project(self.x_proj, x.transpose(1, 2)).transpose(1, 2)
+        dt, B, C = parts.split([self.dt_rank, self.d_state, self.d_state], 1)
         dt, bias = self._steps(dt.transpose(1, 2))
         y, ssm_state = self._scan(
             x, dt.transpose(1, 2), self._A(), B, C, self.D, z=z, delta_bias=bias, delta_softplus=True,
@@ -190,7 +191,7 @@ class Mamba(CachedStates, nn.Module):
         return True
 
     def _steps(self, dt):
-        """(..., R) -> the raw step sizes (..., D), and the bias that is still to be added: the scan adds it in float32."""
+        """(..., R) -> the raw step sizes (..., D), and their bias where the scan is to add it, in float32."""
         proj = self._modules["dt_proj"]
         return (linear(dt, proj.weight), proj.bias) if _is_plain(proj) else (proj(dt), None)
 
