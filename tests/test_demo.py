@@ -258,12 +258,19 @@ def test_other_arguments_that_cannot_be_used(tmp_path, text, capsys, monkeypatch
     ):
         code, _, err = call(capsys, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1, err
+    (tmp_path / "odd" / "checkpoint.safetensors").mkdir(parents=True)
+    code, _, err = call(capsys, "--text", text, "--out", tmp_path / "odd")
+    assert code == 2 and "is a folder" in err
     monkeypatch.setattr("os.access", lambda path, mode: False)
     code, _, err = call(capsys, "--text", text, "--out", tmp_path)
     assert code == 2 and err.strip().endswith("cannot be written to")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    code, out, err = call(capsys, "--text", text, "--out", tmp_path)
+    assert (code, out) == (2, "") and "pip install safetensors" in err and err.count("\n") == 1
 
 
 def test_a_checkpoint_that_cannot_be_resumed(tmp_path):
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     (tmp_path / "noise").write_bytes(b"noise" * 100)
@@ -272,6 +279,13 @@ def test_a_checkpoint_that_cannot_be_resumed(tmp_path):
     for name, message in (("noise", "cannot be read"), ("foreign", "is not a checkpoint"), ("other", "another text")):
         with pytest.raises(InputError, match=message):
             Trainer.resume(tmp_path / name, corpus(seed=4), None, "cpu")
+    with safe_open(tmp_path / "other", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    name = "model.embedding.weight"
+    for changed, message in (({name: torch.zeros(3, 3)}, r"has shape \(3, 3\), expected \("), ({}, "is missing")):
+        save_file({n: t for n, t in tensors.items() if n != name} | changed, tmp_path / "sizes", metadata)
+        with pytest.raises(InputError, match=f"{name} {message}"):
+            Trainer.resume(tmp_path / "sizes", corpus(), None, "cpu")
 
 
 def test_logits_that_disagree_fail_the_run(tiny, text, tmp_path, capsys, monkeypatch):

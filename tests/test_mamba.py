@@ -4,6 +4,7 @@ Shape letters: B batch, L length, M model width, D channels, N state size, W fil
 """
 
 import contextlib
+import copy
 import types
 
 import pytest
@@ -220,6 +221,38 @@ def test_a_changed_projection_is_called(name, how):
         assert seen == [name]
         layer.step(x[:, :1], *layer.allocate_inference_cache(1, 1))
     assert seen == [name] * 2
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer and a low-rank update beside it, as adapters hang them into a model."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight = base, base.weight
+        self.down = torch.nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype))
+        self.up = torch.nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_adapters_and_hooks_on_a_projection_count(name):
+    module, u = build(), tokens(2, 5, 10)
+    merged, seen = copy.deepcopy(module), []
+    setattr(module, name, layer := Adapted(getattr(module, name)))
+    with torch.no_grad():
+        getattr(merged, name).weight += layer.up @ layer.down
+    expected = paper_batch(merged, u)
+    out = module(u)
+    assert error(out, expected) < 1e-12
+    out.sum().backward()
+    assert layer.down.grad.any() and layer.up.grad.any()
+    states = module.allocate_inference_cache(2, 5)
+    with torch.no_grad():
+        assert error(torch.cat([module.step(u[:, t : t + 1], *states)[0] for t in range(5)], 1), expected) < 1e-12
+    getattr(merged, name).register_forward_hook(lambda *call: seen.append(1))
+    assert error(merged(u), expected) < 1e-12 and seen
 
 
 def test_rows_of_a_shared_cache():

@@ -133,6 +133,20 @@ def test_works_without_triton(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+def test_works_without_numpy(tmp_path):
+    """torch alone is required, and torch does not require it."""
+    code = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import torch, scalekern; from scalekern.masks import causal, window\n"
+        "q, k, v = torch.randn(3, 1, 2, 9, 8)\n"
+        "assert scalekern.sparse_attention(q, k, v, causal & window(3, 0)).shape == q.shape\n"
+        "assert causal.code() is causal.code()\n"
+    )
+    run = python(code, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_forced_backend_that_cannot_run_is_an_error_with_every_reason(tmp_path):
     code = "import torch, scalekern; scalekern.causal_conv1d(torch.randn(1, 2, 5), torch.randn(2, 3))"
     run = python(code, cwd=tmp_path, SCALEKERN_BACKEND="cuda")

@@ -25,13 +25,15 @@ import importlib.metadata
 import importlib.util
 import sys
 
-from scalekern.compat import _flashfftconv, _h3, _hadamard, _mamba_lm, _shims, _transformers
+from scalekern.compat import _flashfftconv, _h3, _hadamard, _mamba_lm, _mamba_parts, _shims, _transformers
 from scalekern.compat._flex import flex_attention
 
 __all__ = ["calls", "flex_attention", "install", "installed", "reset_calls", "uninstall"]
 
 VERSIONS = _shims.VERSIONS | _flashfftconv.VERSIONS | _h3.VERSIONS | _hadamard.VERSIONS
-MODULES = _shims.MODULES | _mamba_lm.MODULES | _flashfftconv.MODULES | _h3.MODULES | _hadamard.MODULES
+MODULES = (
+    _shims.MODULES | _mamba_lm.MODULES | _mamba_parts.MODULES | _flashfftconv.MODULES | _h3.MODULES | _hadamard.MODULES
+)
 
 _finder: "_Finder | None" = None
 _last: "_Finder | None" = None  # asked after everybody else

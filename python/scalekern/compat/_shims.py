@@ -198,6 +198,14 @@ class RMSNorm(nn.GatedRMSNorm):
         super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype)
         self.register_parameter("bias", None)
 
+    def reset_parameters(self):
+        torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x, z=None):
+        return super().forward(x, z)
+
 
 class LayerNorm(RMSNorm):
     def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):

@@ -6,6 +6,7 @@ Leaves in --out: checkpoint.safetensors, results.json, sample.txt and demo.png.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -65,6 +66,9 @@ def _run(args) -> int:
     device = _device(args.device)
     if args.steps is not None and args.steps < 1:
         raise data.InputError(f"--steps must be at least 1, got {args.steps}")
+    missing = [name for name in ("numpy", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:  # said before the training, not at its first checkpoint
+        raise data.InputError(f"checkpoints need {' and '.join(missing)}: pip install {' '.join(missing)}")
     corpus = data.load(args.text, Settings.window)
     out = _folder(args.out)
     say = console.say
@@ -136,6 +140,8 @@ def _folder(name: str) -> pathlib.Path:
         raise InputError(f"--out {name}: cannot be made a folder ({error.strerror})") from None
     if not os.access(out, os.W_OK | os.X_OK):  # said before the training, not after it
         raise InputError(f"--out {name}: cannot be written to")
+    if (out / CHECKPOINT).is_dir():
+        raise InputError(f"--out {name}: {CHECKPOINT} in it is a folder, where the checkpoint has to be")
     return out
 
 

@@ -149,14 +149,25 @@ class Trainer:
         settings = Settings(**state["settings"])
         settings = dataclasses.replace(settings, steps=max(steps or settings.steps, state["step"]))
         trainer = cls(corpus, Config(**state["config"]), settings, device)
-        trainer.model.load_state_dict({name: tensors[f"model.{name}"] for name in trainer.model.state_dict()})
+        own = trainer.model.state_dict()
+        for name, value in own.items():
+            _check_tensor(path, f"model.{name}", tensors, value.shape)
+        trainer.model.load_state_dict({name: tensors[f"model.{name}"] for name in own})
         for name, parameter in trainer.model.named_parameters():
             moments = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if all(value is not None for value in moments.values()):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    _check_tensor(path, f"optimizer.{key}.{name}", tensors, parameter.shape)
                 trainer.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
         trainer.step, trainer.seconds = state["step"], state["seconds"]
         trainer.losses, trainer.curve = state["losses"], [tuple(point) for point in state["curve"]]
         return trainer
+
+
+def _check_tensor(path: pathlib.Path, name: str, tensors: dict, shape: torch.Size) -> None:
+    if name not in tensors or tensors[name].shape != shape:
+        got = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        raise InputError(f"{path} does not hold the model that it names: {name} {got}, expected {tuple(shape)}")
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ runs.
 """
 
 import collections
+import ctypes
 import dataclasses
 import threading
 
@@ -65,9 +66,15 @@ def remember_host(code: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
     return code
 
 
+def _bytes(host: torch.Tensor) -> bytes:
+    """Of its elements. Not by numpy, which torch does not require."""
+    host = host.contiguous()
+    return ctypes.string_at(host.data_ptr(), host.nbytes)
+
+
 def interned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`host`, a code on the CPU, on `device`: the tensor that was given for the same content and device, if small."""
-    key = host.numel() <= _INTERNED_WORDS and (host.numpy().tobytes(), device)
+    key = host.numel() <= _INTERNED_WORDS and (_bytes(host), device)
     with _lock:
         code = _interned.get(key)
     if code is None:

@@ -1,6 +1,7 @@
 """What Mamba and Mamba2 share: a layer whose states between calls lie in upstream's `inference_params`."""
 
 import torch
+import torch.nn.functional as F
 
 
 class CachedStates:
@@ -10,10 +11,12 @@ class CachedStates:
     `cu_seqlens` besides, where a layer passes that on: of whole sequences end to end.
     """
 
+    act = staticmethod(F.silu)  # of upstream's layers, for subclasses with a forward of their own
+
     def _forward_cached(self, hidden_states, inference_params, mask, cu_seqlens=None):
         packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         rows = cu_seqlens.shape[0] - 1 if packed else hidden_states.shape[0]
-        conv_state, ssm_state = self._states_from_cache(inference_params, rows)
+        conv_state, ssm_state = self._get_states_from_cache(inference_params, rows)
         if inference_params.seqlen_offset == 0:
             before = None
         elif packed:
@@ -30,15 +33,19 @@ class CachedStates:
             ssm_state.copy_(after[1])
         return out
 
-    def _states_from_cache(self, inference_params, batch_size):
-        """This layer's rows of the cache, which is made at the first call."""
+    def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):
+        """This layer's rows of the cache, which is made at the first call. Upstream's name: subclasses call it."""
         if self.layer_idx is None:
             raise ValueError(f"{self.NAME}: inference_params need a layer_idx, which this layer was built without")
         cache = inference_params.key_value_memory_dict
         if self.layer_idx not in cache:
             cache[self.layer_idx] = self.allocate_inference_cache(batch_size, None)
         offset = getattr(inference_params, "batch_size_offset", 0)
-        return tuple(state[offset : offset + batch_size] for state in cache[self.layer_idx])
+        states = tuple(state[offset : offset + batch_size] for state in cache[self.layer_idx])
+        if initialize_states:
+            for state in states:
+                state.zero_()
+        return states
 
 
 def pair(name, initial_states):

@@ -146,8 +146,8 @@ class Mamba(CachedStates, nn.Module):
         if not (self.use_fast_path and self._plain_projections()):
             return self._forward_states(hidden_states, None, None, None)[0]
         return mamba_inner(
-            project(self.in_proj, hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
-            self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(), D=self.D,
+            project(self.in_proj, hidden_states).transpose(1, 2), self.conv1d.weight, self.conv1d.bias,
+            self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(), D=self.D,
             delta_bias=self.dt_proj.bias,
         )  # fmt: skip
 
@@ -169,10 +169,11 @@ class Mamba(CachedStates, nn.Module):
             initial_states=None if conv_state is None else conv_state[..., 1:].to(x.dtype),
             return_final_states=True, activation=self.activation, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        dt, B, C = project(self.x_proj, x.transpose(1, 2)).transpose(1, 2).split([self.dt_rank, self.d_state, self.d_state], 1)
-        dt = linear(dt.transpose(1, 2), self.dt_proj.weight).transpose(1, 2)  # its bias is the scan's delta_bias
+        parts = project(self.x_proj, x.transpose(1, 2)).transpose(1, 2)
+        dt, B, C = parts.split([self.dt_rank, self.d_state, self.d_state], 1)
+        dt, bias = self._steps(dt.transpose(1, 2))
         y, ssm_state = self._scan(
-            x, dt, self._A(), B, C, self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True,
+            x, dt.transpose(1, 2), self._A(), B, C, self.D, z=z, delta_bias=bias, delta_softplus=True,
             return_last_state=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         # The state holds W tokens as upstream's does; the oldest of them is no longer read by anything.
@@ -180,10 +181,15 @@ class Mamba(CachedStates, nn.Module):
 
     def _plain_projections(self):
         """Whether the fused ops may read the projections' weights: none is quantized, adapted or watched by a hook."""
-        for name in ("in_proj", "x_proj", "out_proj"):  # a generator takes 15 us of a step
+        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):  # a generator takes 15 us of a step
             if not is_plain(self._modules[name]):
                 return False
         return True
+
+    def _steps(self, dt):
+        """(..., R) -> the raw step sizes (..., D), and their bias where the scan is to add it, in float32."""
+        proj = self._modules["dt_proj"]
+        return (linear(dt, proj.weight), proj.bias) if is_plain(proj) else (proj(dt), None)
 
     def _A(self):
         return negative_exp(self.A_log)
@@ -208,10 +214,8 @@ class Mamba(CachedStates, nn.Module):
         x = self._before_conv(x)
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        y = self._update(
-            ssm_state, x, F.linear(dt, self.dt_proj.weight), self._A(), B, C, self.D, z=z,
-            dt_bias=self.dt_proj.bias, dt_softplus=True,
-        )  # fmt: skip
+        dt, bias = self._steps(dt)
+        y = self._update(ssm_state, x, dt, self._A(), B, C, self.D, z=z, dt_bias=bias, dt_softplus=True)
         return self.out_proj(y).unsqueeze(1)
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):

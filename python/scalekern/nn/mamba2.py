@@ -106,6 +106,9 @@ class Mamba2(CachedStates, nn.Module):
         self.nheads = self.d_ssm // headdim
         self.rmsnorm, self.norm_before_gate = rmsnorm, norm_before_gate
         self.D_has_hdim, self.chunk_size, self.layer_idx = D_has_hdim, chunk_size, layer_idx
+        self.conv_init, self.use_mem_eff_path = conv_init, use_mem_eff_path
+        self.process_group, self.sequence_parallel = process_group, sequence_parallel
+        self.world_size, self.local_rank = 1, 0
         self.activation = "silu"
         self.conv_dim = self.d_ssm + 2 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **factory)
