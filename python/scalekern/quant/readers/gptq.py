@@ -21,6 +21,8 @@ def read(tensors, config) -> dict:
     version = config.get("checkpoint_format", "gptq")
     if version not in ("gptq", "gptq_v2", "gptq_p"):
         raise ValueError(f"gptq: checkpoint_format must be gptq, gptq_v2 or gptq_p, got {version!r}")
+    if config.get("is_marlin_format"):
+        raise ValueError("gptq: the config's is_marlin_format is set: matrices in Marlin's own order are not read")
     if "bits" not in config:
         raise ValueError("gptq: the config must say bits (quantization_config of config.json, or quantize_config.json)")
     taken, found = set(), {}
