@@ -144,6 +144,7 @@ class QuantLinear(nn.Module):
 
     def train_scales(self, mode: bool = True) -> "QuantLinear":
         """Whether the floating parts get gradients; those of 8 bits never do."""
+        _checks.flag(NAME, "train_scales", mode)
         for name in ("scales", "zeros", "offsets", "outer"):
             if (part := getattr(self, f"weight_{name}")) is not None and part.dtype in TRAINED:
                 part.requires_grad_(mode)
@@ -279,6 +280,8 @@ def _alike(first, layer) -> bool:
 
 def _signs(K, rotation, seed, device):
     _checks.choice(NAME, "rotation", rotation, ROTATIONS)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{NAME}: seed must be an integer, got {seed!r}")
     if rotation is None:
         return None
     if block_of(K) == 1:
