@@ -7,10 +7,11 @@ import itertools
 
 import pytest
 import torch
+from conftest import INTERPRET
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map
 
-from scalekern import quant_matmul
+from scalekern import quant_matmul, quantize_kv, sparse_attention_decode
 from scalekern.quant import FORMATS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._formats import BLOCK_FORMATS
 from scalekern.quant._pack import unpack
@@ -195,3 +196,28 @@ def test_options_of_another_kind_are_refused():
     ):
         with pytest.raises((ValueError, TypeError), match=f"^quantize: .*{message}"):
             quantize(randn(6, 40), "int4", **options)
+
+
+class Product(torch.nn.Module):
+    def forward(self, x, w):
+        return quant_matmul(x, w)
+
+
+class Decode(torch.nn.Module):
+    def forward(self, q, k, v, lengths):
+        return sparse_attention_decode(q, k, v, lengths)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels")
+@pytest.mark.parametrize("kind", ["weight", "cache"])
+def test_an_exported_program_takes_one_as_input_and_is_saved(kind):
+    if kind == "weight":
+        module, given = Product(), (randn(3, 40), quantize(randn(6, 40), "int4", group_size=16, symmetric=False))
+    else:
+        k, v = quantize_kv(randn(1, 2, 8, 16)), quantize_kv(randn(1, 2, 8, 16), bits=4, symmetric=True)
+        module, given = Decode(), (randn(1, 4, 1, 16), k, v, torch.tensor([7]))
+    exported, file = torch.export.export(module, given), io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    for program in (exported, torch.export.load(file)):
+        assert torch.equal(program.module()(*given), module(*given))

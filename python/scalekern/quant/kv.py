@@ -183,5 +183,13 @@ def _unflatten(parts, rest) -> QuantizedKV:
     return QuantizedKV(data, scales, offsets, *rest)
 
 
+def _flatten_with_keys(cache: QuantizedKV):
+    return [(_pytree.GetAttrKey(name), t) for name, t in cache.tensors().items()], _flatten(cache)[1]
+
+
 torch.serialization.add_safe_globals([QuantizedKV])
-_pytree.register_pytree_node(QuantizedKV, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedKV")
+_pytree.register_pytree_node(
+    QuantizedKV, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedKV",
+    # As an input of a program that torch.export makes, and saves.
+    flatten_with_keys_fn=_flatten_with_keys, to_dumpable_context=list, from_dumpable_context=tuple,
+)  # fmt: skip

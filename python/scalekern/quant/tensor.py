@@ -274,5 +274,24 @@ def _unflatten(parts, context) -> QuantizedTensor:
     return QuantizedTensor(**dict(zip(names, parts)), **dict(rest))
 
 
+def _flatten_with_keys(w: QuantizedTensor):
+    return [(_pytree.GetAttrKey(name), part) for name, part in w.tensors().items()], _flatten(w)[1]
+
+
+def _to_json(context):
+    names, *rest = context
+    return [list(names), [[name, str(v) if name == "dtype" else v] for name, v in rest]]
+
+
+def _from_json(found):
+    names, rest = found
+    dtypes = {str(d): d for d in FLOATING}
+    return (tuple(names), *((name, dtypes[v] if name == "dtype" else v) for name, v in rest))
+
+
 torch.serialization.add_safe_globals([QuantizedTensor])  # its fields are tensors, numbers, a name and a dtype
-_pytree.register_pytree_node(QuantizedTensor, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedTensor")
+_pytree.register_pytree_node(
+    QuantizedTensor, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedTensor",
+    # As an input of a program that torch.export makes, and saves.
+    flatten_with_keys_fn=_flatten_with_keys, to_dumpable_context=_to_json, from_dumpable_context=_from_json,
+)  # fmt: skip
