@@ -1,13 +1,14 @@
 """quantize_model over modules that are no nn.Linear, and arguments that are none of its own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from scalekern.nn import QuantLinear
-from scalekern.quant import QuantConfig, quantize_model
+from scalekern.quant import FoldedRotation, QuantConfig, fold_rotation, quantize_model
 
 IDS = torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -92,3 +93,71 @@ def test_arguments_of_other_kinds():
     with pytest.raises(TypeError, match="progress must be None, True, False or a function, got 'yes'"):
         quantize_model(model, "int4", progress="yes")
     assert type(model[0]) is nn.Linear
+
+
+class SharedHeads(nn.Module):
+    """Four heads of 6 that read two heads of values, as grouped queries do, between a value and an output layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.value, self.out = nn.Linear(16, 24), nn.Linear(48, 16)
+
+    def forward(self, x):
+        averages = torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=x.dtype)) / x.shape[1]
+        heads = (averages @ self.value(x)).unflatten(-1, (2, 12)).repeat_interleave(2, -2)
+        return self.out(heads.flatten(-2))
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "random_hadamard"])
+def test_values_of_shared_heads_are_folded_by_blocks(rotation):
+    plain, x = SharedHeads().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    turned = copy.deepcopy(plain)
+    fold_rotation(turned, FoldedRotation(("value",), ("out",), rotation=rotation, block=12))
+    assert (turned(x) - plain(x)).norm() < 1e-13 * plain(x).norm()
+    assert (turned.value.weight - plain.value.weight).norm() > 0.1 * plain.value.weight.norm()
+    for block, message in ((None, "all widths must be equal, or"), (16, "divide 24 and 48, got 16")):
+        with pytest.raises(ValueError, match=f"^fold_rotation: .*{message}"):
+            fold_rotation(turned, FoldedRotation(("value",), ("out",), block=block))
+
+
+def test_a_skeleton_is_folded_as_its_model_is():
+    fold = FoldedRotation(("0",), ("2",), norms={"1": ("2",)})
+
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 8))
+
+    model = made()
+    quantize_model(model, QuantConfig((("*", "int4"),), (fold,)))
+    with torch.device("meta"):
+        skeleton = made()
+    quantize_model(skeleton, QuantConfig((("*", "int4"),), (fold,)))
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(skeleton(torch.ones(3, 8)), model(torch.ones(3, 8)))
+
+
+def test_folds_of_other_kinds():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = copy.deepcopy(model.state_dict())
+    for fold, message in (
+        (None, "fold must be a FoldedRotation, got NoneType"),
+        (FoldedRotation("0", ("1",)), "producers must be a tuple of patterns, got '0'"),
+        (FoldedRotation(("0",), (1,)), "consumers must be a tuple of patterns, got"),
+        (FoldedRotation(("0",), ()), "producers and consumers must name modules"),
+        (FoldedRotation(("0",), ("1",), norms=None), "norms must be a dict of names to patterns, got None"),
+        (FoldedRotation(("0",), ("1",), seed="x"), "seed must be an integer, got 'x'"),
+        (FoldedRotation(("0",), ("1",), block="8"), "block must be an integer of at least 2, got '8'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^fold_rotation: {message}"):
+            fold_rotation(model, fold)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_copied_layer_keeps_nothing_of_the_first():
+    layer = QuantLinear(32, 8, format="int4", group_size=16)
+    with torch.no_grad():
+        expected = layer(torch.ones(2, 32))
+        assert "_kept" in layer.__dict__
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert "_kept" not in other.__dict__ and torch.equal(other(torch.ones(2, 32)), expected)

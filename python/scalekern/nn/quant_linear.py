@@ -214,6 +214,10 @@ class QuantLinear(nn.Module):
             self._kept = found and (now, found)
         return self._kept and self._kept[1]
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without what was kept for the next call, which goes by the parameters' ids."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
     def extra_repr(self) -> str:
         bits = 8 * self.quantized_weight.nbytes / max(1, self.in_features * self.out_features)
         rest = {"activation": self.activation, "rotation": self.rotation}
