@@ -48,6 +48,18 @@ def test_an_index_of_another_name(config_name, tmp_path):
         read_checkpoint(tmp_path)
 
 
+def test_a_config_in_gptqmodels_new_words():
+    """`method` and `format` are what it goes by now: zeros of version 2 under version 1 would be one too many."""
+    tensors, config, expected = RECORDED["gptq"]["4_v2"]
+    new = {"method": "gptq", "format": "gptq_v2", "bits": 4, "group_size": config["group_size"]}
+    assert torch.equal(dequantize(read_checkpoint(tensors, config=new)["m.weight"]), expected["m.weight"])
+    tensors, config, expected = RECORDED["awq"]["gemm"]
+    new = {"method": "awq", "format": "gemm", "bits": 4, "group_size": config["group_size"], "zero_point": True}
+    assert torch.equal(dequantize(read_checkpoint(tensors, config=new)["m.weight"]), expected["m.weight"])
+    with pytest.raises(ValueError, match="only 4 bits of version gemm or gemv are read, the .* 4 of gemv_fast"):
+        read_checkpoint(tensors, config={**new, "format": "gemv_fast"})
+
+
 def test_shards_without_an_index(tmp_path):
     tensors, config = gptq_tensors()
     names = sorted(tensors)

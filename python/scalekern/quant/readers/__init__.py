@@ -72,8 +72,9 @@ def read_checkpoint(
 def _detect(tensors, config: dict, metadata: dict) -> str:
     if native.KEY in metadata:
         return native.METHOD
-    if "quant_method" in config:
-        return config["quant_method"]
+    for key in ("quant_method", "method"):  # GPTQModel writes both, and calls the first one deprecated
+        if key in config:
+            return config[key]
     if "checkpoint_format" in config or "desc_act" in config:
         return gptq.METHOD
     for name in tensors:
