@@ -205,6 +205,7 @@ def test_long_rows_in_two_launches(monkeypatch):
         lambda x: scalekern.hadamard_transform(x, order=16),
         lambda x: scalekern.hadamard_transform(x, matrices="sloane"),
         lambda x: scalekern.hadamard_transform(x, torch.ones(())),
+        lambda x: scalekern.hadamard_transform(x, transposed="no"),
         lambda x: scalekern.hadamard_transform(x[0, 0]),
         lambda x: scalekern.hadamard_transform(x.int()),
         lambda x: scalekern.fused_hadamard_quantize(x, bits=9),

@@ -39,6 +39,11 @@ def same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
+def signed(package, *values):
+    """bitsandbytes has FP4's code 8 as -0, in its CPU kernels as 0 from 0.50 on: the sign of a zero is a release's."""
+    return [value + 0.0 if package == "bitsandbytes" else value for value in values]
+
+
 def found(package, tensors, config):
     if package == "torchao":
         w = quantize(tensors["w"], config["format"])
@@ -55,7 +60,7 @@ def agrees(package, case, tensors, config, expected):
         if case == "nvfp4" and name == "m":  # two scales and an element, in another order
             torch.testing.assert_close(value, wanted, rtol=2.4e-7, atol=0)
         else:
-            assert same(value, wanted.reshape(value.shape)), (package, case, name)
+            assert same(*signed(package, value, wanted.reshape(value.shape))), (package, case, name)
         assert value.float().norm() > 0
 
 
@@ -77,7 +82,7 @@ def test_the_record_is_what_the_package_makes(package):
     for case, tensors, config, expected in quant_peers.PEERS[package]():
         recorded = RECORDED[package][case]
         assert all(same(t, tensors[name]) for name, t in recorded[0].items()) and recorded[1] == config
-        assert all(same(t, expected[name]) for name, t in recorded[2].items())
+        assert all(same(*signed(package, t, expected[name])) for name, t in recorded[2].items())
         agrees(package, case, tensors, config, expected)
 
 

@@ -1,12 +1,17 @@
 """scalekern.quant.QuantizedTensor: slices are views, parts fit each other, transport, gradients."""
 
+import copy
+import dataclasses
+import io
 import itertools
 
 import pytest
 import torch
+from conftest import INTERPRET
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map
 
+from scalekern import quant_matmul, quantize_kv, sparse_attention_decode
 from scalekern.quant import FORMATS, QuantizedTensor, dequantize, quantize
 from scalekern.quant._formats import BLOCK_FORMATS
 from scalekern.quant._pack import unpack
@@ -144,3 +149,75 @@ def test_gradients_of_dequantize():
     perm = torch.randperm(10)
     values = lambda *parts: dequantize(q.replace(**dict(zip(names, parts)), perm=perm))
     assert torch.autograd.gradcheck(values, [p.clone().requires_grad_() for p in parts])
+
+
+def test_to_a_tensors_place_keeps_the_codes():
+    """Tensor.to(tensor) gives its dtype to what it moves: float codes would be no codes."""
+    q = quantize(randn(6, 40), "int4", symmetric=False)
+    for like in (torch.zeros(1, dtype=torch.float16), q.to(torch.float16)):
+        moved = q.to(like)
+        assert moved.dtype == torch.float16 and moved.data.dtype == torch.uint8
+        assert torch.equal(moved.dequantize(), q.dequantize(torch.float16))
+    assert q.to(torch.empty(0, device="meta")).device.type == "meta"
+    with pytest.raises(TypeError, match="QuantizedTensor.to: dtype must be one of .*, got int64"):
+        q.to(torch.arange(3))
+
+
+def test_clone_sizes_and_gradients():
+    q = quantize(randn(6, 40), "int3", symmetric=False, scale_dtype=torch.int8)
+    other = q.clone()
+    _equal(other, q)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(other.tensors().values(), q.tensors().values()))
+    assert q.dim() == 2 and q.numel() == 240
+    assert q.requires_grad_() is q and not q.scales.requires_grad and q.outer.requires_grad and q.zeros.requires_grad
+    assert not any(t.requires_grad for t in q.requires_grad_(False).tensors().values())
+
+
+def test_copies_and_pickles_hold_the_fields_alone():
+    """Also after a product, which leaves addresses with a weight; and torch.load reads them with weights_only."""
+    q, x = quantize(randn(6, 40), "nvfp4"), randn(3, 40, seed=1)
+    expected = quant_matmul(x, q)
+    file = io.BytesIO()
+    torch.save({"w": q}, file)
+    file.seek(0)
+    for other in (copy.copy(q), copy.deepcopy(q), torch.load(file, weights_only=True)["w"]):
+        assert other.__dict__.keys() == {f.name for f in dataclasses.fields(q)}
+        _equal(other, q)
+        assert torch.equal(quant_matmul(x, other), expected)
+
+
+def test_options_of_another_kind_are_refused():
+    for options, message in (
+        ({"symmetric": "no"}, "symmetric must be True or False, got 'no'"),
+        ({"symmetric": None}, "symmetric must be True or False, got None"),
+        ({"group_size": True}, "group_size must be None, 'tensor' or an integer of at least 1, got True"),
+        ({"axis": True}, "axis be one of the last two"),
+        ({"scale_dtype": []}, "scale_dtype must be one of"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^quantize: .*{message}"):
+            quantize(randn(6, 40), "int4", **options)
+
+
+class Product(torch.nn.Module):
+    def forward(self, x, w):
+        return quant_matmul(x, w)
+
+
+class Decode(torch.nn.Module):
+    def forward(self, q, k, v, lengths):
+        return sparse_attention_decode(q, k, v, lengths)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter's process tests kernels")
+@pytest.mark.parametrize("kind", ["weight", "cache"])
+def test_an_exported_program_takes_one_as_input_and_is_saved(kind):
+    if kind == "weight":
+        module, given = Product(), (randn(3, 40), quantize(randn(6, 40), "int4", group_size=16, symmetric=False))
+    else:
+        k, v = quantize_kv(randn(1, 2, 8, 16)), quantize_kv(randn(1, 2, 8, 16), bits=4, symmetric=True)
+        module, given = Decode(), (randn(1, 4, 1, 16), k, v, torch.tensor([7]))
+    exported, file = torch.export.export(module, given), io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    for program in (exported, torch.export.load(file)):
+        assert torch.equal(program.module()(*given), module(*given))

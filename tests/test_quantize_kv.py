@@ -196,3 +196,22 @@ def test_bad_calls(place):
         for starts in ([-3, 0], [0, 9]):  # -3 would be a slot counted from the end
             with pytest.raises(ValueError, match="quantize_kv_update: starts must be from 0 to 8, got"):
                 scalekern.quantize_kv_update(cache, k[:, :, :1], torch.tensor([1, 1]), starts=torch.tensor(starts))
+
+
+def test_a_cache_keeps_its_dtypes_where_it_moves():
+    cache = scalekern.quantize_kv(torch.randn(2, 2, 3, 8), bits=4)
+    for moved in (cache.to(torch.zeros(1)), cache.cpu(), cache.clone()):
+        assert {n: t.dtype for n, t in moved.tensors().items()} == {n: t.dtype for n, t in cache.tensors().items()}
+        assert torch.equal(moved.dequantize(), cache.dequantize())
+    assert cache.clone().data.data_ptr() != cache.data.data_ptr()
+    with pytest.raises(TypeError, match="QuantizedKV.to: device must be a device, got torch.float16"):
+        cache.to(torch.float16)
+    for lead in (-2, 2.5):
+        with pytest.raises(ValueError, match="QuantizedKV.empty: lead must be an integer of at least 0, got"):
+            QuantizedKV.empty(lead, channels=8)
+
+
+def test_a_cache_whose_batches_share_their_memory_is_not_written():
+    cache = QuantizedKV.empty(1, 2, 8, channels=8).map(lambda t: t.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="cache.data is changed in place and must not be expanded"):
+        scalekern.quantize_kv_update(cache, torch.randn(2, 2, 3, 8), torch.tensor([3, 3]))

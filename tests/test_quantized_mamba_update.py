@@ -225,3 +225,13 @@ def test_a_linear_layer_calls_its_product_at_once():
     x = torch.randn(2, 40, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.abs().amax() > 0
+
+
+def test_a_static_scale_is_a_number_above_0():
+    args, kwargs = testing.samples("quantized_mamba_update")[0].make()
+    states = [args[1].clone(), args[2].clone()]
+    for scale, message in (("x", "must be a number, got 'x'"), ([0.1], "must be a number"), (torch.ones(3), "number"),
+                           (-1.0, "must be above 0"), (1e-60, "must lie in float32's range")):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=f"^quantized_mamba_update: activation_scale .*{message}"):
+            scalekern.quantized_mamba_update(*args, **{**kwargs, "activation": "int8", "activation_scale": scale})
+    assert torch.equal(args[1], states[0]) and torch.equal(args[2], states[1])

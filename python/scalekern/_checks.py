@@ -86,7 +86,7 @@ def choice(op: str, name: str, value, allowed: Sequence) -> None:
 
 
 def at_least(op: str, name: str, value, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or value < least or isinstance(value, bool):
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
 
 

@@ -144,6 +144,7 @@ class QuantLinear(nn.Module):
 
     def train_scales(self, mode: bool = True) -> "QuantLinear":
         """Whether the floating parts get gradients; those of 8 bits never do."""
+        _checks.flag(NAME, "train_scales", mode)
         for name in ("scales", "zeros", "offsets", "outer"):
             if (part := getattr(self, f"weight_{name}")) is not None and part.dtype in TRAINED:
                 part.requires_grad_(mode)
@@ -213,6 +214,10 @@ class QuantLinear(nn.Module):
             self._kept = found and (now, found)
         return self._kept and self._kept[1]
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without what was kept for the next call, which goes by the parameters' ids."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
     def extra_repr(self) -> str:
         bits = 8 * self.quantized_weight.nbytes / max(1, self.in_features * self.out_features)
         rest = {"activation": self.activation, "rotation": self.rotation}
@@ -279,6 +284,8 @@ def _alike(first, layer) -> bool:
 
 def _signs(K, rotation, seed, device):
     _checks.choice(NAME, "rotation", rotation, ROTATIONS)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{NAME}: seed must be an integer, got {seed!r}")
     if rotation is None:
         return None
     if block_of(K) == 1:

@@ -44,7 +44,8 @@ def hadamard_transform(x, scale=1.0, *, order=None, matrices="fast_hadamard_tran
     determinant theorem and the sum of four squares, 1944.
     """
     _check(NAME, x, scale, order, matrices)
-    return hadamard_transform_fwd(x, _checks.number(NAME, "scale", scale), order or 0, matrices, bool(transposed))
+    _checks.flag(NAME, "transposed", transposed)
+    return hadamard_transform_fwd(x, _checks.number(NAME, "scale", scale), order or 0, matrices, transposed)
 
 
 def fused_hadamard_quantize(

@@ -85,6 +85,8 @@ def quantize_kv_update(
     if not isinstance(cache, QuantizedKV):
         raise TypeError(f"{UPDATE}: cache must be a QuantizedKV, got {type(cache).__name__}")
     cache.check(UPDATE)
+    for part, found in cache.tensors().items():
+        _checks.writable(UPDATE, f"cache.{part}", found)
     _checks.tensor(UPDATE, "x", x, dims=4, dtypes=_checks.FLOATING)
     batch, heads, _, channels = x.shape
     ragged, paged = head_offsets is not None, block_table is not None

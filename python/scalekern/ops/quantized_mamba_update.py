@@ -20,7 +20,7 @@ from scalekern.ops._quant_matmul_cpu import code_values
 from scalekern.ops.causal_conv1d import causal_conv1d_update_op
 from scalekern.ops.hadamard_transform import hadamard_transform_fwd
 from scalekern.ops.mamba_update import check_states
-from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul_fwd
+from scalekern.ops.quant_matmul import ACTIVATIONS, quant_matmul_fwd, static_scale
 from scalekern.ops.selective_state_update import selective_state_update_op
 from scalekern.quant import QuantizedTensor
 from scalekern.quant._rotation import block_of
@@ -74,9 +74,8 @@ def quantized_mamba_update(
     _checks.writable(NAME, "conv_state", conv_state)  # by strides, which are not looked up
     _checks.writable(NAME, "ssm_state", ssm_state)
     _checks.choice(NAME, "activation", activation, ACTIVATIONS)
-    if activation_scale is not None and (activation is None or not activation_scale > 0):
-        got = f"{activation_scale!r} and {activation!r}"
-        raise ValueError(f"{NAME}: activation_scale must be above 0 and come with an activation, got {got}")
+    if activation_scale is not None:
+        activation_scale = static_scale(NAME, activation_scale, activation)
     io = hidden_states.dtype
     if not isinstance(delta_proj_weight, QuantizedTensor):
         weights = (*weights[:2], delta_proj_weight.to(io), weights[3])

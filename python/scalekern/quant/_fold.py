@@ -6,6 +6,7 @@ import fnmatch
 import torch
 from torch import nn
 
+from scalekern import _checks
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate
 
 NAME = "fold_rotation"
@@ -25,7 +26,8 @@ class FoldedRotation:
         consumers: patterns of names of nn.Linear.
         norms: {name of an RMSNorm: patterns of the consumers behind it}.
         rotation: "hadamard" or "random_hadamard" with signs from `seed`.
-        block: the order of the Hadamard matrices; None for the largest that divides the width.
+        block: the order of the Hadamard matrices; None for the largest that divides the width. With one, widths may
+            differ, as those of values and outputs do where heads share keys: every block then has the same signs.
 
     Source: Ashkboos et al., SliceGPT, 2024, section 3 (computational invariance); QuaRot, 2024, section 4.
     """
@@ -46,8 +48,8 @@ def fold_rotation(model: nn.Module, fold: FoldedRotation) -> None:
         fold: see FoldedRotation.
 
     Raises:
-        ValueError: a pattern that matches nothing of its kind, widths that differ, a tied weight, a norm that is not
-            x / rms(x) * weight; before anything has changed.
+        TypeError, ValueError: a pattern that matches nothing of its kind, widths that differ, a tied weight, a norm
+            that is not x / rms(x) * weight; before anything has changed.
     """
     planned(model, fold)()
 
@@ -55,6 +57,7 @@ def fold_rotation(model: nn.Module, fold: FoldedRotation) -> None:
 @torch.no_grad()
 def planned(model: nn.Module, fold: FoldedRotation):
     """What turns the weights when it is called, once all that may be wrong has been said."""
+    _check(fold)
     producers = _matched(model, "producers", fold.producers, (nn.Linear, nn.Embedding))
     consumers = _matched(model, "consumers", fold.consumers, (nn.Linear,))
     behind = {n: _matched(model, f"norms[{n!r}]", patterns, (nn.Linear,)) for n, patterns in fold.norms.items()}
@@ -64,15 +67,20 @@ def planned(model: nn.Module, fold: FoldedRotation):
     for name, found in behind.items():
         if stray := found.keys() - consumers.keys():
             raise ValueError(f"{NAME}: norms[{name!r}] must be followed by consumers, got {min(stray)}")
-    n = _width(producers, consumers, norms)
+    widths = _widths(producers, consumers, norms, fold.block)
+    n = max(widths)
     b = fold.block or block_of(n)
     if fold.rotation not in ROTATIONS[1:]:
         raise ValueError(f"{NAME}: rotation must be 'hadamard' or 'random_hadamard', got {fold.rotation!r}")
-    if n % b or b < 2 or block_of(b) != b:
-        raise ValueError(f"{NAME}: block must be the order of a Hadamard matrix and divide {n}, got {b}")
+    if any(width % b for width in widths) or b < 2 or block_of(b) != b:
+        divided = " and ".join(map(str, sorted(widths)))
+        raise ValueError(f"{NAME}: block must be the order of a Hadamard matrix and divide {divided}, got {b}")
     _refuse_tied(model, {**producers, **consumers})
-    signs = draw_signs(n, fold.rotation, fold.seed)
-    turned = lambda x: rotate(_wide(x), None if signs is None else signs.to(x.device), b)
+    signs = draw_signs(n if len(widths) == 1 else b, fold.rotation, fold.seed)
+
+    def turned(x):
+        own = None if signs is None else signs.repeat(x.shape[-1] // len(signs)).to(x.device)
+        return rotate(_wide(x), own, b)
 
     @torch.no_grad()
     def turn():
@@ -89,6 +97,23 @@ def planned(model: nn.Module, fold: FoldedRotation):
             linear.weight.copy_(turned(linear.weight))
 
     return turn
+
+
+def _check(fold) -> None:
+    if not isinstance(fold, FoldedRotation):
+        raise TypeError(f"{NAME}: fold must be a FoldedRotation, got {type(fold).__name__}")
+    if not isinstance(fold.norms, dict):
+        raise TypeError(f"{NAME}: norms must be a dict of names to patterns, got {fold.norms!r}")
+    named = {"producers": fold.producers, "consumers": fold.consumers}
+    for what, patterns in (named | {f"norms[{n!r}]": found for n, found in fold.norms.items()}).items():
+        if not isinstance(patterns, (tuple, list)) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"{NAME}: {what} must be a tuple of patterns, got {patterns!r}")
+    if not all(named.values()):
+        raise ValueError(f"{NAME}: producers and consumers must name modules, got {named}")
+    if not isinstance(fold.seed, int) or isinstance(fold.seed, bool):
+        raise TypeError(f"{NAME}: seed must be an integer, got {fold.seed!r}")
+    if fold.block is not None:
+        _checks.at_least(NAME, "block", fold.block, 2)
 
 
 def _wide(x):
@@ -112,6 +137,8 @@ def _rms_norm(model, name):
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 1:
         raise ValueError(f"{NAME}: norms must name modules with a weight of one dimension, got {name!r}")
+    if weight.is_meta:  # a skeleton, which has no numbers to try
+        return module
     x = 1e3 * torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     found, wanted = _wide(module(x)), _wide(x) * _wide(x).square().mean(-1, keepdim=True).rsqrt() * _wide(weight)
     if not (found - wanted).norm() <= 0.02 * wanted.norm():
@@ -119,12 +146,12 @@ def _rms_norm(model, name):
     return module
 
 
-def _width(producers, consumers, norms) -> int:
+def _widths(producers, consumers, norms, block) -> set[int]:
     sizes = {name: m.weight.shape[-1 if isinstance(m, nn.Embedding) else 0] for name, m in producers.items()}
     sizes |= {name: m.in_features for name, m in consumers.items()} | {n: len(m.weight) for n, m in norms.items()}
-    if len(set(sizes.values())) != 1:
-        raise ValueError(f"{NAME}: all widths must be equal, got {sizes}")
-    return next(iter(sizes.values()))
+    if len(set(sizes.values())) > 1 and (block is None or norms):
+        raise ValueError(f"{NAME}: all widths must be equal, or without norms multiples of block, got {sizes}")
+    return set(sizes.values())
 
 
 def _refuse_tied(model, modules):

@@ -120,17 +120,19 @@ def _resolve(w, format, group_size, symmetric, axis, method, scale_dtype):
     if not isinstance(w, torch.Tensor) or w.dtype not in _checks.FLOATING or w.layout != torch.strided:
         got = f"{w.layout} of {w.dtype}" if isinstance(w, torch.Tensor) else type(w).__name__
         raise TypeError(f"{NAME}: w must be a dense torch.Tensor of float64, float32, float16 or bfloat16, got {got}")
-    if w.dim() < 2 or not isinstance(axis, int) or axis not in (-2, -1, w.dim() - 2, w.dim() - 1):
+    if w.dim() < 2 or type(axis) is not int or axis not in (-2, -1, w.dim() - 2, w.dim() - 1):
         got = f"{tuple(w.shape)} and {axis}"
         raise ValueError(f"{NAME}: w must have at least 2 dimensions and axis be one of the last two, got {got}")
     if not isinstance(format, str) or format not in FORMATS and format not in BLOCK_FORMATS:
         raise ValueError(f"{NAME}: format must be one of {', '.join([*FORMATS, *BLOCK_FORMATS])}, got {format!r}")
     if method not in ("absmax", "least_squares"):
         raise ValueError(f"{NAME}: method must be 'absmax' or 'least_squares', got {method!r}")
-    element, block, block_scales = BLOCK_FORMATS.get(format, (format, group_size, scale_dtype or torch.float32))
+    element, block, block_scales = BLOCK_FORMATS.get(format, (format, group_size, scale_dtype))
+    block_scales = torch.float32 if block_scales is None else block_scales
+    _checks.flag(NAME, "symmetric", symmetric)
     if not symmetric and not (FORMATS[element].is_integer and element != "ternary"):
         raise ValueError(f"{NAME}: symmetric=False needs one of int2 to int8, got {format}")
-    if block not in (None, "tensor") and (not isinstance(block, int) or block < 1):
+    if block not in (None, "tensor") and (not isinstance(block, int) or isinstance(block, bool) or block < 1):
         raise ValueError(f"{NAME}: group_size must be None, 'tensor' or an integer of at least 1, got {group_size!r}")
     if block_scales not in SCALE_DTYPES:
         raise TypeError(f"{NAME}: scale_dtype must be one of {', '.join(map(str, SCALE_DTYPES))}, got {scale_dtype}")

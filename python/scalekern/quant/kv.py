@@ -46,6 +46,8 @@ class QuantizedKV:
     ) -> "QuantizedKV":  # fmt: skip
         """A cache of (*lead, channels) to be written by `quantize_kv_update`; nothing of it is initialized."""
         group_size = channels if group_size is None else group_size
+        for size in lead:
+            _checks.at_least("QuantizedKV.empty", "lead", size, 0)
         _check_options("QuantizedKV.empty", "", bits, channels, group_size)
         _checks.choice("QuantizedKV.empty", "scale_dtype", scale_dtype, SCALE_DTYPES)
         data = torch.empty(*lead, packed_bytes(channels, bits), dtype=torch.int8, device=device)
@@ -106,7 +108,18 @@ class QuantizedKV:
         return self.replace(**{name: function(t) for name, t in self.tensors().items()})
 
     def to(self, device, non_blocking: bool = False) -> "QuantizedKV":
-        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
+        """Its parts on another device, or on that of a tensor; they keep their dtypes."""
+        if isinstance(device, (torch.Tensor, QuantizedKV)):
+            device = device.device
+        if isinstance(device, torch.dtype):  # Tensor.to would give it to the codes
+            raise TypeError(f"QuantizedKV.to: device must be a device, got {device}")
+        return self.map(lambda t: t.to(device=device, non_blocking=non_blocking))
+
+    def cpu(self) -> "QuantizedKV":
+        return self.to("cpu")
+
+    def clone(self) -> "QuantizedKV":
+        return self.map(torch.clone)
 
     def __getitem__(self, index) -> "QuantizedKV":
         """cache[rows, heads, slots] on the leading axes: views where torch gives views."""
@@ -170,4 +183,13 @@ def _unflatten(parts, rest) -> QuantizedKV:
     return QuantizedKV(data, scales, offsets, *rest)
 
 
-_pytree.register_pytree_node(QuantizedKV, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedKV")
+def _flatten_with_keys(cache: QuantizedKV):
+    return [(_pytree.GetAttrKey(name), t) for name, t in cache.tensors().items()], _flatten(cache)[1]
+
+
+torch.serialization.add_safe_globals([QuantizedKV])
+_pytree.register_pytree_node(
+    QuantizedKV, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedKV",
+    # As an input of a program that torch.export makes, and saves.
+    flatten_with_keys_fn=_flatten_with_keys, to_dumpable_context=list, from_dumpable_context=tuple,
+)  # fmt: skip

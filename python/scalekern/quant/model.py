@@ -73,7 +73,8 @@ def quantize_model(
     A model on the meta device becomes a skeleton to load a quantized checkpoint into. A layer's hooks stay with it.
 
     Args:
-        model: any module that holds nn.Linear layers (not a subclass's, which may mean something else).
+        model: any module that holds nn.Linear layers (not a subclass's, which may mean something else), or the Conv1D
+            of transformers' GPT-2, which is one with its weight transposed.
         config: a QuantConfig, or what QuantConfig.of takes: [("*.head", None), ("*.mlp.*", "int2"), ("*", {"format":
             "int4", "group_size": 64, "method": "hqq", "symmetric": False, "rotation": "hadamard"})], or "int4".
         inputs: batches to calibrate on and to measure output errors with, each a tensor, a tuple of arguments or a
@@ -94,7 +95,9 @@ def quantize_model(
         raise TypeError(f"{NAME}: model must be an nn.Module, got {type(model).__name__}")
     config = QuantConfig.of(config)
     _check(config)
-    if inputs is not None and (isinstance(inputs, dict) or not isinstance(inputs, Iterable)):
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"{NAME}: progress must be None, True, False or a function, got {progress!r}")
+    if inputs is not None and (isinstance(inputs, (dict, str, bytes)) or not isinstance(inputs, Iterable)):
         raise TypeError(f"{NAME}: inputs must be an iterable of batches, got {type(inputs).__name__}")
     before = _bytes(model)
     for turn in [planned(model, fold) for fold in config.folds]:  # all that may be wrong is said before the first
@@ -106,8 +109,9 @@ def quantize_model(
         report(len(layers), len(chosen), name)
         x = seen.pop(name, None)
         with torch.no_grad():
-            quantized = _quantized(linear, options, x)
-            layers.append(_measured(name, linear, quantized, options, x))
+            dense = _as_linear(linear)
+            quantized = _quantized(dense, options, x)
+            layers.append(_measured(name, dense, quantized, options, x))
         for attribute in _HOOKS:  # the same dictionaries, so that a hook's handle still removes it
             setattr(quantized, attribute, getattr(linear, attribute))
         for parent in list(model.modules()):
@@ -126,6 +130,9 @@ def _check(config: QuantConfig) -> None:
     """Every rule on a layer of two inputs: what is wrong with it is said before a model has changed."""
     from scalekern.nn.quant_linear import QuantLinear
 
+    for name in ("rules", "folds"):
+        if not isinstance(found := getattr(config, name), (list, tuple)):
+            raise TypeError(f"{NAME}: {name} of a QuantConfig must be a tuple, got {found!r}")
     known = set(inspect.signature(QuantLinear.from_linear).parameters) - {"linear", "inputs"}
     for rule in config.rules:
         if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], (str, dict, type(None))):
@@ -145,16 +152,24 @@ def _check(config: QuantConfig) -> None:
 
 def _select(model, config):
     """{name: (layer, options)} of what is to be quantized, {name: reason} of the other linear layers."""
+    from scalekern.nn.quant_linear import QuantLinear
+
     chosen, skipped, names = {}, {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, QuantLinear)) or _is_conv1d(module):
             names.setdefault(module, []).append(name)
+        elif not type(module).__module__.startswith("torch.nn."):
+            skipped |= _stacks(name, module, config)
     for linear, own in names.items():
-        name, others = own[0], tied(model, linear.weight, {f"{n}.weight" for n in own})
-        options = config.options(name)
+        name, options = own[0], config.options(own[0])
         if isinstance(options, str):
             skipped[name] = options
-        elif type(linear) is not nn.Linear:
+            continue
+        if isinstance(linear, QuantLinear):
+            skipped[name] = f"quantized already, to {linear.format}"
+            continue
+        others = tied(model, linear.weight, {f"{n}.weight" for n in own})
+        if type(linear) is not nn.Linear and not _is_conv1d(linear):
             skipped[name] = f"a {type(linear).__name__}, not a plain nn.Linear"
         elif "weight" not in linear._parameters:  # a hook that would set QuantLinear's too
             skipped[name] = "its weight is made by a hook (pruning, weight_norm): make it a parameter first"
@@ -168,11 +183,36 @@ def _select(model, config):
             skipped[name] = f"shape {tuple(linear.weight.shape)} holds no weight"
         elif linear.weight.dtype not in FLOATING:
             skipped[name] = f"a weight of {str(linear.weight.dtype).removeprefix('torch.')}"
-        elif options.get("rotation") and block_of(linear.in_features) == 1:
-            skipped[name] = f"shape {tuple(linear.weight.shape)}: {linear.in_features} columns cannot be rotated"
+        elif options.get("rotation") and block_of(columns := linear.weight.shape[_is_conv1d(linear) - 1]) == 1:
+            skipped[name] = f"shape {tuple(linear.weight.shape)}: {columns} columns cannot be rotated"
         else:
             chosen[name] = linear, options
     return chosen, skipped
+
+
+def _is_conv1d(module) -> bool:
+    """x W + b with W (K, N), a linear layer that GPT-2 calls a convolution; told without importing transformers."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _as_linear(layer) -> nn.Linear:
+    """Itself, or the nn.Linear of the same numbers that a Conv1D is."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    linear = nn.Linear(*layer.weight.shape, device="meta").train(layer.training)
+    linear.weight, linear.bias = nn.Parameter(layer.weight.detach().mT, requires_grad=False), layer.bias
+    return linear
+
+
+def _stacks(name, module, config) -> dict[str, str]:
+    """{name: reason} of a module's own matrices in stacks, as mixtures of experts have them: most of such a model."""
+    found = {}
+    for own, p in module.named_parameters(name, recurse=False):
+        if p.dim() == 3 and min(p.shape) > 1 and p.dtype in FLOATING:
+            options = config.options(own)
+            reason = f"a stack of matrices {tuple(p.shape)}, not an nn.Linear"
+            found[own] = options if isinstance(options, str) else reason
+    return found
 
 
 def _inputs_of(model, layers: dict[str, nn.Linear], batches) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ class QuantReport:
     """What `quantize_model` returns: str() is a table, `to_dict()` is JSON.
 
     layers          a LayerReport each, in the model's order
-    skipped         {name: reason} of the linear layers that stayed as they were
+    skipped         {name: reason} of the linear layers, and stacks of matrices, that stayed as they were
     bytes_before    of all parameters and buffers; bytes_after likewise
     """
 

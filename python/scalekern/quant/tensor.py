@@ -144,9 +144,11 @@ class QuantizedTensor:
         return dataclasses.replace(self, **changes)
 
     def to(self, device=None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "QuantizedTensor":
-        """Its parts on another device; `dtype` is that of `dequantize` and changes no part."""
+        """Its parts on another device; `dtype` is that of `dequantize` and changes no part. Of a tensor: both of it."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        elif isinstance(device, (torch.Tensor, QuantizedTensor)):  # Tensor.to would give the codes its dtype
+            device, dtype = device.device, dtype or device.dtype
         if dtype is not None:
             check_dtype("QuantizedTensor.to", dtype)
         move = lambda t: t if device is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
@@ -160,6 +162,27 @@ class QuantizedTensor:
 
     def detach(self) -> "QuantizedTensor":
         return self.replace(**{name: t.detach() for name, t in self.tensors().items()})
+
+    def clone(self) -> "QuantizedTensor":
+        """Parts of its own, differentiable as Tensor.clone is."""
+        return self.replace(**{name: t.clone() for name, t in self.tensors().items()})
+
+    def requires_grad_(self, requires_grad: bool = True) -> "QuantizedTensor":
+        """Itself: the floating parts of 16 bits and more get gradients, or none. Codes have none."""
+        for part in self.tensors().values():
+            if part.dtype in FLOATING:
+                part.requires_grad_(requires_grad)
+        return self
+
+    def dim(self) -> int:
+        return self.data.dim()
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: the fields, and not what a product has kept of them (addresses, which checks)."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         from scalekern.quant._quantize import dequantize
@@ -251,4 +274,24 @@ def _unflatten(parts, context) -> QuantizedTensor:
     return QuantizedTensor(**dict(zip(names, parts)), **dict(rest))
 
 
-_pytree.register_pytree_node(QuantizedTensor, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedTensor")
+def _flatten_with_keys(w: QuantizedTensor):
+    return [(_pytree.GetAttrKey(name), part) for name, part in w.tensors().items()], _flatten(w)[1]
+
+
+def _to_json(context):
+    names, *rest = context
+    return [list(names), [[name, str(v) if name == "dtype" else v] for name, v in rest]]
+
+
+def _from_json(found):
+    names, rest = found
+    dtypes = {str(d): d for d in FLOATING}
+    return (tuple(names), *((name, dtypes[v] if name == "dtype" else v) for name, v in rest))
+
+
+torch.serialization.add_safe_globals([QuantizedTensor])  # its fields are tensors, numbers, a name and a dtype
+_pytree.register_pytree_node(
+    QuantizedTensor, _flatten, _unflatten, serialized_type_name="scalekern.QuantizedTensor",
+    # As an input of a program that torch.export makes, and saves.
+    flatten_with_keys_fn=_flatten_with_keys, to_dumpable_context=_to_json, from_dumpable_context=_from_json,
+)  # fmt: skip

@@ -19,7 +19,10 @@ METHODS = (*READERS, gguf.METHOD, native.METHOD)
 __all__ = ["METHODS", "load_quantized", "read_checkpoint", "save_quantized"]
 
 # Names that only one format has; .qweight is GPTQ's and AWQ's, which a config has to tell apart.
-MARKS = {".weight_packed": "compressed-tensors", ".W_q": "hqq", "_blocks": "mxfp4", ".SCB": "bitsandbytes"}
+MARKS = {
+    ".weight_packed": "compressed-tensors", ".W_q": "hqq", "_blocks": "mxfp4", ".blocks": "mxfp4",
+    ".SCB": "bitsandbytes",
+}  # fmt: skip
 
 
 def read_checkpoint(
@@ -40,7 +43,7 @@ def read_checkpoint(
     Raises:
         ValueError: an unknown method, a truncated file, a missing tensor, a wrong shape or dtype; the message names
             the tensor, and nothing is returned in part.
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file; a shard that an index or the others' names speak of is not there.
         ImportError: a GGUF file without the package gguf.
 
     Source: the formats' own packages; see the modules of scalekern.quant.readers.
@@ -69,8 +72,9 @@ def read_checkpoint(
 def _detect(tensors, config: dict, metadata: dict) -> str:
     if native.KEY in metadata:
         return native.METHOD
-    if "quant_method" in config:
-        return config["quant_method"]
+    for key in ("quant_method", "method"):  # GPTQModel writes both, and calls the first one deprecated
+        if key in config:
+            return config[key]
     if "checkpoint_format" in config or "desc_act" in config:
         return gptq.METHOD
     for name in tensors:

@@ -3,7 +3,9 @@
 import collections.abc
 import contextlib
 import json
+import os
 import pathlib
+import re
 
 import torch
 
@@ -69,28 +71,55 @@ def _checked_header(path):
 def open_source(source):
     """(tensors, config, path) of a mapping of tensors, a file, or a directory with its index and config.json."""
     if isinstance(source, collections.abc.Mapping):
+        if strange := [name for name in source if not isinstance(name, str)]:
+            raise TypeError(f"read_checkpoint: tensors must have names, got {strange[0]!r}")
         return source, {}, None
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"read_checkpoint: source must be a path or a dict of tensors, got {type(source).__name__}")
     path = pathlib.Path(source)
     if path.is_file():
         return (None if is_gguf(path) else Files([path])), _config(path.parent), path
     if not path.is_dir():
         raise FileNotFoundError(f"read_checkpoint: no file or directory {path}")
-    index = path / "model.safetensors.index.json"
-    if index.exists():
+    if (index := _index(path)) is not None:
         wanted = _json(index).get("weight_map")
         if not isinstance(wanted, dict):
             raise ValueError(f"read_checkpoint: {index} must hold a weight_map of names to files")
         for name, file in wanted.items():
             if not isinstance(file, str):
                 raise ValueError(f"read_checkpoint: {name} must be in a file by its name, {index.name} says {file!r}")
+            if not (path / file).is_file():
+                raise FileNotFoundError(f"read_checkpoint: {name} is in {file} by {index.name}, which {path} has not")
         files = Files([path / name for name in sorted(set(wanted.values()))])
         if missing := [name for name in wanted if name not in files]:
             raise ValueError(f"read_checkpoint: {missing[0]} is in {index.name}, not in {wanted[missing[0]]}")
         return files, _config(path), path
-    paths = sorted(path.glob("*.safetensors"))
-    if not paths:
+    if (path / "model.safetensors").exists():  # what is beside is another wrapping of it, or an adapter
+        paths = [path / "model.safetensors"]
+    elif not (paths := sorted(path.glob("*.safetensors"))):
         raise FileNotFoundError(f"read_checkpoint: no .safetensors file in {path} (pickled weights are not read)")
+    _refuse_missing_shards(path, paths)
     return Files(paths), _config(path), path
+
+
+def _index(folder):
+    """model.safetensors.index.json, or the only one of another name (GPTQ's tools put theirs before)."""
+    usual, others = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors.index.json"))
+    if usual.exists() or (folder / "model.safetensors").exists() or not others:
+        return usual if usual.exists() else None
+    if len(others) > 1:
+        raise ValueError(f"read_checkpoint: {folder} must have one index, got {', '.join(p.name for p in others)}")
+    return others[0]
+
+
+def _refuse_missing_shards(folder, paths) -> None:
+    """Names like model-00001-of-00003.safetensors tell how many there are; a download may have been broken off."""
+    for path in paths:
+        if found := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", path.name):
+            stem, number, of, count, end = found.groups()
+            for i in range(1, int(count) + 1):
+                if not (other := folder / f"{stem}{i:0{len(number)}}{of}{count}{end}").exists():
+                    raise FileNotFoundError(f"read_checkpoint: {folder} has {path.name}, but no {other.name}")
 
 
 def is_gguf(path) -> bool:
@@ -134,6 +163,8 @@ class Layer:
             raise ValueError(f"{self.method}: {name} is missing")
         t = self.tensors[name]
         self.taken.add(name)
+        if not isinstance(t, torch.Tensor):
+            self.fail(name, f"must be a torch.Tensor, got {type(t).__name__}")
         if dtypes is not None and t.dtype not in (dtypes if isinstance(dtypes, tuple) else (dtypes,)):
             self.fail(name, f"must have dtype {_names(dtypes)}, got {_names(t.dtype)}")
         if shape is not None and (t.dim() != len(shape) or any(s not in (None, n) for s, n in zip(shape, t.shape))):

@@ -16,7 +16,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, in each nibble from th
 
 def read(tensors, config) -> dict:
     """{name: QuantizedTensor or Tensor}; `X.weight` for the tensors X.qweight, X.qzeros and X.scales."""
-    bits, version = config.get("bits", config.get("w_bit", 4)), str(config.get("version", "gemm")).lower()
+    bits = config.get("bits", config.get("w_bit", 4))
+    version = str(config.get("version", config.get("format", "gemm"))).lower()
     if bits != 4 or version not in VERSIONS:
         raise ValueError(f"awq: only 4 bits of version gemm or gemv are read, the config says {bits} of {version}")
     taken, found = set(), {}

@@ -17,6 +17,7 @@ from scalekern.quant.tensor import QuantizedTensor
 METHOD = "bitsandbytes"
 STATE = ".quant_state.bitsandbytes__"
 KINDS = {"nf4": "nf4", "fp4": "fp4_bnb"}
+STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -32,6 +33,8 @@ def read(tensors, config) -> dict:
     for name, t in others.items():
         if name.endswith(".weight") and t.dtype == torch.int8 and t.dim() == 2:  # codes that would pass for numbers
             raise ValueError(f"{METHOD}: {name.removesuffix('weight')}SCB is missing, the scales of the int8 {name}")
+        if name.endswith(".weight") and t.dtype == torch.uint8:
+            raise ValueError(f"{METHOD}: {name}{STATE}nf4 or fp4 is missing, which says what the uint8 {name} holds")
     return found | others
 
 
@@ -53,7 +56,11 @@ def _read_4bit(layer, name, kind) -> QuantizedTensor:
     state = _state(layer, name + STATE + kind)
     (N, K), block = state["shape"], state["blocksize"]
     fmt = FORMATS[KINDS[kind]]
-    data = layer.get(name, torch.uint8)
+    data = layer.get(name)
+    if data.dtype in STORED and data.dim():  # bnb_4bit_quant_storage: the same bytes, which FSDP shards beside the rest
+        data = data.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    else:
+        layer.get(name, torch.uint8)
     if data.numel() != -(-N * K // 2):
         layer.fail(name, f"must hold {-(-N * K // 2)} bytes for shape {(N, K)}, got {data.numel()}")
     table = layer.get(name + ".quant_map", torch.float32, (16,))

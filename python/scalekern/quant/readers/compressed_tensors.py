@@ -14,6 +14,8 @@ from scalekern.quant.tensor import QuantizedTensor
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+# What a plain tensor is not called: codes of another format, a byte each, have a scale too; sparse ones a bitmask.
+PARTS = (".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_scale", ".weight_global_scale", ".bitmask")
 
 
 def read(tensors, config) -> dict:
@@ -29,7 +31,8 @@ def read(tensors, config) -> dict:
                 f"strings, got {weights!r} and {targets!r}"
             )
     groups = list(groups.values())
-    for format in (config.get("format"), *(g.get("format") for g in groups)):
+    mixed = config.get("format") == "mixed-precision" and groups  # then each group says its own
+    for format in (None if mixed else config.get("format"), *(g.get("format") for g in groups)):
         if format not in (None, FORMAT):
             raise ValueError(f"compressed-tensors: only the format {FORMAT} is read, the config says {format}")
     groups = [group for group in groups if group.get("weights")]  # others are of activations, or of a cache
@@ -38,7 +41,7 @@ def read(tensors, config) -> dict:
         layer = Layer(METHOD, tensors, taken)
         weights = _weights_of(layer, prefix, groups, names) if groups else {}
         found[prefix + ".weight"] = _read_layer(layer, prefix + ".weight", weights)
-    return found | rest(tensors, taken, METHOD, (".weight_shape", ".weight_zero_point", ".weight_g_idx"))
+    return found | rest(tensors, taken, METHOD, PARTS)
 
 
 def _all_text(values) -> bool:
@@ -87,6 +90,8 @@ def _unpack(words, bits: int, columns: int):
 
 def _read_layer(layer, name, weights) -> QuantizedTensor:
     bits, size = weights.get("num_bits"), weights.get("group_size")
+    if weights.get("type", "int") != "int":
+        layer.fail(f"{name}_packed", f"must be of integers, the config says type {weights['type']!r}")
     if not (bits is None or type(bits) is int and 1 <= bits <= 8):
         layer.fail(f"{name}_packed", f"must have 1 to 8 bits, the config says num_bits {bits!r}")
     if not (size is None or type(size) is int and (size == -1 or size >= 1)):

@@ -12,7 +12,10 @@ from scalekern.quant._pack import pack
 from scalekern.quant.tensor import QuantizedTensor
 
 METHOD = "gguf"
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PLAIN = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I8": torch.int8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 
 
 def read(path) -> dict:
@@ -27,6 +30,11 @@ def read(path) -> dict:
         reader = _reader(gguf)(str(path))
     except Exception as error:  # whatever parsing a broken header or a cut file runs into
         raise ValueError(f"gguf: {path} is truncated or no GGUF file: {error}") from error
+    if getattr(reader, "byte_order", "I") != "I":  # gguf's word for this machine's own
+        raise ValueError(f"gguf: {path} must be in this machine's byte order, its numbers are in the other")
+    split = getattr(reader, "fields", {}).get("split.count")
+    if split is not None and (count := int(split.parts[-1][0])) > 1:
+        raise ValueError(f"gguf: {path} is one of {count} parts of a model: join them (llama-gguf-split --merge)")
     found = {}
     for t in reader.tensors:
         kind, shape = t.tensor_type.name, [int(n) for n in reversed(t.shape)]

@@ -18,9 +18,11 @@ PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # of gptq_p: widths, f
 
 def read(tensors, config) -> dict:
     """{name: QuantizedTensor or Tensor}; `X.weight` for the tensors X.qweight, X.qzeros, X.scales and X.g_idx."""
-    version = config.get("checkpoint_format", "gptq")
+    version = config.get("checkpoint_format", config.get("format", "gptq"))  # GPTQModel's old word for it and its new
     if version not in ("gptq", "gptq_v2", "gptq_p"):
         raise ValueError(f"gptq: checkpoint_format must be gptq, gptq_v2 or gptq_p, got {version!r}")
+    if config.get("is_marlin_format"):
+        raise ValueError("gptq: the config's is_marlin_format is set: matrices in Marlin's own order are not read")
     if "bits" not in config:
         raise ValueError("gptq: the config must say bits (quantization_config of config.json, or quantize_config.json)")
     taken, found = set(), {}

@@ -65,8 +65,11 @@ def _read_layer(layer, prefix) -> QuantizedTensor:
         if words.shape[-1] * words.element_size() % to.itemsize:
             layer.fail(f"{prefix}.W_q", f"must view as {to}, got shape {tuple(words.shape)} of {words.dtype}")
         words = words.contiguous().view(to)
-    rows, columns = (N * K // group, group) if axis == 1 else (group, N * K // group)
     planes = 10 if packing == "3bit_32" else 8 // PACKINGS[packing]
+    whole = layer.get(f"{prefix}.scale", FLOATS).numel() == 1 and tuple(words.shape) == (-(-N // planes), K)
+    if whole:  # channel_wise=False: one scale, and rows as they were
+        axis, group = 1, K
+    rows, columns = (N * K // group, group) if axis == 1 else (group, N * K // group)
     wanted = (-(-rows // planes), columns)
     if words.dtype not in (torch.uint8, torch.int32) or tuple(words.shape) != wanted:
         layer.fail(f"{prefix}.W_q", f"must have shape {wanted} of integers, got {tuple(words.shape)} of {words.dtype}")

@@ -1,6 +1,7 @@
 """MXFP4 checkpoints as gpt-oss has them: blocks of 32 elements in 16 bytes, low nibble first, scales as exponents.
 
-Source: OCP Microscaling Formats, 2023, 5.3.3; the tensors X_blocks and X_scales of the gpt-oss model card.
+Source: OCP Microscaling Formats, 2023, 5.3.3; the tensors X_blocks and X_scales of the gpt-oss model card, X.blocks and
+X.scales of its original files.
 """
 
 import torch
@@ -15,17 +16,17 @@ BLOCK = 32
 def read(tensors, config) -> dict:
     """{name: QuantizedTensor (..., N, K) or Tensor}; `X` for X_blocks (..., N, G, 16) and X_scales (..., N, G)."""
     taken, found = set(), {}
-    for name in prefixes(tensors, "_blocks"):
+    for name, mark in [(name, mark) for mark in "_." for name in prefixes(tensors, f"{mark}blocks")]:
         layer = Layer(METHOD, tensors, taken)
-        blocks = layer.get(name + "_blocks", torch.uint8)
+        blocks = layer.get(f"{name}{mark}blocks", torch.uint8)
         if blocks.dim() < 3 or blocks.shape[-1] != BLOCK // 2:
-            layer.fail(name + "_blocks", f"must have shape (..., rows, groups, 16), got {tuple(blocks.shape)}")
-        scales = layer.get(name + "_scales", (torch.uint8, torch.float8_e8m0fnu), blocks.shape[:-1])
+            layer.fail(f"{name}{mark}blocks", f"must have shape (..., rows, groups, 16), got {tuple(blocks.shape)}")
+        scales = layer.get(f"{name}{mark}scales", (torch.uint8, torch.float8_e8m0fnu), blocks.shape[:-1])
         found[name] = QuantizedTensor(
             blocks.flatten(-2).contiguous(), scales.contiguous().view(torch.float8_e8m0fnu), format="fp4_e2m1",
             columns=blocks.shape[-2] * BLOCK, group_size=BLOCK, dtype=torch.bfloat16,
         ).check(f"mxfp4: {name}")  # fmt: skip
-    return found | rest(tensors, taken, METHOD, ("_scales",))
+    return found | rest(tensors, taken, METHOD, ("_scales", ".scales"))
 
 
 def write(tensors) -> tuple[dict[str, torch.Tensor], dict]:

@@ -56,7 +56,12 @@ def write(path, tensors) -> None:
         if taken := flat.keys() & parts.keys():
             raise ValueError(f"save_quantized: two tensors would be called {min(taken)}")
         flat |= {key: p.detach().clone(memory_format=torch.contiguous_format) for key, p in parts.items()}
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"save_quantized: path must be that of a file, got {type(path).__name__}")
     path = pathlib.Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a directory" if path.is_dir() else f"{path.parent} is none"
+        raise FileNotFoundError(f"save_quantized: path must be that of a file in a directory, got {path}: {why}")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(flat, partial, metadata={KEY: json.dumps(metadata), "format": "pt"})
