@@ -143,6 +143,9 @@ CPU = [
     *(_cpu(functools.partial(matmul, format="int4", group_size=g, activation="int8"), f"w4g{g}a8", 16, 48,
            {"dense bfloat16": 1.0}) for g in (64, 32)),
     *(_cpu(_W8A8, "w8a8", M, 47, {"torch._int_mm": 1.0}) for M in (1, 16, 128)),
+    *(_cpu(functools.partial(matmul, format=f, group_size=g), note, 1, 49, {"dense bfloat16": 1.0}, dtype=t)
+      for f, g, note in (("nf4", 64, "nf4g64"), ("mxfp4", 32, "mxfp4"), ("nvfp4", 16, "nvfp4"),
+                         ("fp8_e4m3", 128, "fp8g128")) for t in (FP32, BF16)),
     _cpu(functools.partial(_W4, train=True), "w4g128", 128, 90, {}, OPS, "fwd+bwd"),
     *(case("qmm", experts, OPS[:1], "fwd", "cpu", 93, {"E": 16, "M": M, "N": 1024, "K": 1024}, backends=_FAST,
            note="experts_w4g128", targets={"one by one": 1.0}) for M in (8, 128)),

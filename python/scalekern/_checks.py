@@ -111,6 +111,8 @@ def padding(op: str, mask, x: torch.Tensor, *sizes: int) -> None:
 
 def number(op: str, name: str, value) -> float:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}") from None
