@@ -1,8 +1,8 @@
 // Products of float activations with a low-bit weight.
 //
 // A few tokens (kFewTokens): bound by the weight's bytes, so the weight is read once and stays in registers. Integer
-//   codes where there is VNNI: cpu_quant_matmul_digits_kernel.cpp, but rows of up to kShort columns, and where there is
-//   none: cpu_quant_words.h; tables, and other widths of code: cpu_quant_few_tokens.h.
+//   codes, fp4 and small floats where there are instructions for them: cpu_quant_matmul_digits_kernel.cpp, but rows of
+//   up to kShort columns; elsewhere cpu_quant_words.h, nf4 with AVX-512 too; what is left: cpu_quant_few_tokens.h.
 // More tokens: where there is VNNI, integer codes in cpu_quant_digit_tiles.h, as bytes; others, and what it leaves, in
 //   cpu_quant_tiles.h, as bfloat16, where that is faster than floats.
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
