@@ -58,11 +58,15 @@ struct RowBlock {
   void load_parts(int64_t first, int64_t rows, float middle, float* memory, int64_t tiles = 1) {
     count = round_up(pieces(rows, kTileRows), tiles);
     const VecF power = VecF{} + from_bits(uint32_t(127 - layout.shift) << 23), one = VecF{} + 1.0f;
+    const bool more = w.has_rest(middle);
     RowParts part[kTileRows];
     for (int64_t tile = 0; tile < count; ++tile) {
-      for (int64_t r = 0; r < kTileRows; ++r)
-        part[r] = RowParts(w, first + least(tile * kTileRows + r, rows - 1), middle,
-                           memory + r * RowParts::floats(w.groups));
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const int64_t row = first + least(tile * kTileRows + r, rows - 1);
+        float* own = memory + r * RowParts::floats(w.groups);
+        if (more) part[r] = RowParts(w, row, middle, own);
+        else part[r].scale = own, part[r].load_scales(w, row);
+      }
       const auto lay = [&](float* to, float* RowParts::*from, VecF factor) {
         for (int64_t g = 0; g < w.groups; g += kTileLanes) {
           VecF v[kTileLanes];
@@ -73,7 +77,7 @@ struct RowBlock {
         }
       };
       lay(scale, static_cast<float* RowParts::*>(&RowParts::scale), power);
-      if (!w.has_rest(middle)) continue;
+      if (!more) continue;
       lay(zero, static_cast<float* RowParts::*>(&RowParts::zero), one);
       lay(offset, static_cast<float* RowParts::*>(&RowParts::offset), one);
       lay(rest, &RowParts::rest, one);
