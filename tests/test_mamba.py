@@ -202,7 +202,7 @@ def test_step_interface():
 
 
 @pytest.mark.parametrize("how", ["forward", "hook", "class"])
-@pytest.mark.parametrize("name", ["in_proj", "x_proj", "out_proj"])
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
 def test_a_changed_projection_is_called(name, how):
     """Somebody's forward, hook or subclass: the fused paths read the weights alone, and would skip it."""
     layer, seen = Mamba(8, device="cpu").eval(), []

@@ -86,31 +86,32 @@ struct GroupParts {
 
   void load_scales(const QuantWeight& w, int64_t row) const {
     load_row(w.scales, row, w.groups, scale);
-    const float step = w.table == nullptr ? w.step : 1;
-    float outer = 1;
-    if (w.outer.data) load_row(w.outer, row, 1, &outer);
-    if (step * outer != 1)
-      for (int64_t g = 0; g < w.groups; ++g) scale[g] *= step * outer;
+    const float by = outer(w, row) * (w.table == nullptr ? w.step : 1);
+    for (int64_t g = 0; by != 1 && g < w.groups; ++g) scale[g] *= by;
   }
   void load(const QuantWeight& w, int64_t row) const {
-    load_row(w.scales, row, w.groups, scale);
+    load_scales(w, row);
     if (w.zeros.data) {
       load_row(w.zeros, row, w.groups, zero);
     } else {
       const float all = w.zero;
       for (int64_t g = 0; g < w.groups; ++g) zero[g] = all;
     }
-    if (w.offsets.data) load_row(w.offsets, row, w.groups, offset);
-    else ::zero(offset, w.groups);
     if (w.table == nullptr && (w.step != 1 || w.base != 0)) {
       const float step = w.step, base = w.base;
-      for (int64_t g = 0; g < w.groups; ++g) scale[g] *= step, zero[g] = (zero[g] - base) / step;
+      for (int64_t g = 0; g < w.groups; ++g) zero[g] = (zero[g] - base) / step;
     }
-    if (w.outer.data) {
-      float outer;
-      load_row(w.outer, row, 1, &outer);
-      for (int64_t g = 0; g < w.groups; ++g) scale[g] *= outer, offset[g] *= outer;
-    }
+    if (!w.offsets.data) return ::zero(offset, w.groups);
+    load_row(w.offsets, row, w.groups, offset);
+    const float by = outer(w, row);
+    for (int64_t g = 0; by != 1 && g < w.groups; ++g) offset[g] *= by;
+  }
+
+ private:
+  static float outer(const QuantWeight& w, int64_t row) {
+    float of = 1;
+    if (w.outer.data) load_row(w.outer, row, 1, &of);
+    return of;
   }
 };
 

@@ -12,33 +12,11 @@
 //   Each token by itself: it is the same in any company.
 // 3.5 us for a token of 4096 (the units 1.2, the digits 2.3).
 #pragma once
-#include "common/amx.h"
+#include "quant_matmul/cpu_quant_float_bytes.h"
 #include "quant_matmul/cpu_quant_tokens.h"
 
 #if defined(__AVX512F__)
 namespace {
-
-// Small floats of 8 bits, or 6 in the top bits of a byte, as bfloat16: a table of 128 for each of its bytes, the sign
-// from the code. Bytes are put together in quarters of a vector, so the first vector has columns 0 to 7 of each 16.
-struct TileFloats {
-  __m512i low[2], high[2];
-
-  explicit TileFloats(const QuantWeight& w) {
-    alignas(64) uint8_t bytes[2][128];
-    for (int i = 0; i < 128 && w.table; ++i) {
-      uint32_t bits;  // of a number that bfloat16 has
-      __builtin_memcpy(&bits, w.table + (i >> (8 - w.bits)), 4);
-      bytes[0][i] = uint8_t(bits >> 16), bytes[1][i] = uint8_t(bits >> 24);
-    }
-    for (int i = 0; i < 2; ++i)
-      low[i] = _mm512_load_si512(bytes[0] + 64 * i), high[i] = _mm512_load_si512(bytes[1] + 64 * i);
-  }
-  void operator()(__m512i codes, __m512i (&numbers)[2]) const {
-    const __m512i rest = from_bytes(codes, low[0], low[1]), sign = _mm512_set1_epi8(char(0x80));
-    const __m512i top = _mm512_ternarylogic_epi64(codes, sign, from_bytes(codes, high[0], high[1]), 0x6a);
-    numbers[0] = _mm512_unpacklo_epi8(rest, top), numbers[1] = _mm512_unpackhi_epi8(rest, top);
-  }
-};
 
 // Columns of a weight. A line is 64 bytes of codes: as they are stored, plane p of it the p-th code of each byte, or
 // spread (3, 5, 6 and 7 bits), each the top bits of a byte. A part is the columns that share a unit: a group, an equal
@@ -241,7 +219,7 @@ struct DigitTokens {
     return largest == 0 || (largest > 0x1p-60f && largest < 0x1p100f);  // and no NaN, which is above them all
   }
 
-  // What is left of a number, rounded, part by part. Bytes of codes part into 8 and 8 of each 16 (TileFloats).
+  // What is left of a number, rounded, part by part. Bytes of codes part into 8 and 8 of each 16 (FloatBytes).
   template <int D>
   void lay_floats(int64_t t, const float* from) const {
     for (int64_t line = 0; line < s.lines; ++line)

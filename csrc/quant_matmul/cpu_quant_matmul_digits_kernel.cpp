@@ -21,6 +21,7 @@
 //   a rounded token 1). Two Zen 5 cores, 4096 x 4096, one token, as float lanes (cpu_quant_few_tokens.h) and so: fp4
 //   691 to 132 us, mxfp4 676 to 145, nvfp4 1230 to 220, e4m3 767 to 305, of bfloat16 tokens 161.
 #include <optional>
+#include <type_traits>
 
 #include "common/tile.h"
 #include "quant_matmul/cpu_quant_digits.h"
@@ -62,7 +63,10 @@ class DigitProduct {
   const int64_t whole, left;  // lines of a row, and the bytes behind them
   const int64_t padded;
   const __m512i map;
-  const TileFloats floats;
+  struct None {
+    explicit None(const QuantWeight&) {}
+  };
+  const std::conditional_t<kCodes == kFloats, FloatBytes, None> floats;
   mutable int strange = 0;
 
   DigitProduct(const QuantMatmulArgs& a, const Sections& s, const DigitTokens& tokens)
@@ -81,20 +85,22 @@ class DigitProduct {
     __m512i bytes[R], code[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) bytes[r] = _mm512_loadu_si512(row[r] + offset);
+    if constexpr (kCodes == kFloats) {
 #pragma GCC unroll 4
-    for (int r = 0; kCodes == kFloats && r < R; ++r) {
-      __m512i numbers[2];
-      floats(bytes[r], numbers);
+      for (int r = 0; r < R; ++r) {
+        __m512i numbers[2];
+        floats(bytes[r], numbers);
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v)
+        for (int v = 0; v < 2; ++v)
 #pragma GCC unroll 2
-        for (int t = 0; t < T; ++t)
+          for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-          for (int d = 0; d < D; ++d) {
-            const __m512 sums = _mm512_castsi512_ps(acc[r][t * D + d]);
-            const __m512i own = _mm512_load_si512(x + t * pitch + (v * D + d) * 64);
-            acc[r][t * D + d] = _mm512_castps_si512(add_bf16_pairs(sums, numbers[v], own));
-          }
+            for (int d = 0; d < D; ++d) {
+              const __m512 sums = _mm512_castsi512_ps(acc[r][t * D + d]);
+              const __m512i own = _mm512_load_si512(x + t * pitch + (v * D + d) * 64);
+              acc[r][t * D + d] = _mm512_castps_si512(add_bf16_pairs(sums, numbers[v], own));
+            }
+      }
     }
 #pragma GCC unroll 8
     for (int p = 0; kCodes != kFloats && p < P; ++p) {

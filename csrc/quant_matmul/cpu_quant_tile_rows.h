@@ -6,8 +6,7 @@
 // but small floats of 8 bits in one part (TileBytes).
 // Two groups of 16 columns have half of the table each. Others that cut 32 columns are decoded as for the float path.
 #pragma once
-#include "common/amx.h"
-#include "quant_matmul/cpu_quant_decode.h"
+#include "quant_matmul/cpu_quant_float_bytes.h"
 
 #if defined(__AVX512F__)
 namespace {
@@ -149,27 +148,14 @@ struct TileWide {  // integers; small floats as in AsSmallFloat
 // operations for 32 weights; powers of two as scales are added to exponents, 3 more; other scales 7. As floats they
 // were 20, put together in 16-bit lanes 13. 4096 x 4096, 16 bfloat16 tokens, in turns: e4m3 in groups of 128 2.3 to 1.9
 // ms, of 64 2.9 to 2.4, of 32 3.7 to 3.1, mxfp8 2.8 to 2.4.
-struct TileBytes {
+struct TileBytes : FloatBytes {
   enum Scales { kOnes, kPowers, kAny };
-  __m512i low[2], high[2];
   __m512i exponents_low[2], exponents_high[2];  // of what powers are added to: less that of 1
   uint8_t special;
 
-  explicit TileBytes(const QuantWeight& w) : special(w.mantissa == 3 ? 0x7f : 0x7c) {
-    alignas(64) uint8_t bytes[4][128];
-    for (int i = 0; i < 128; i += 32) {
-      const __m512i words = to_bf16((__m512)load(w.table + i), (__m512)load(w.table + i + 16));
-      const uint32_t upto = special - i >= 32 ? ~0u : (1u << (special - i)) - 1, own = i ? upto : upto & ~1u;
-      const __m512i less = _mm512_mask_sub_epi16(words, own, words, _mm512_set1_epi16(0x3f80));
-      const auto put = [&](int to, __m512i v) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[to] + i), _mm512_cvtepi16_epi8(v));
-      };
-      put(0, words), put(1, _mm512_srli_epi16(words, 8)), put(2, less), put(3, _mm512_srli_epi16(less, 8));
-    }
-    for (int i = 0; i < 2; ++i) {
-      low[i] = _mm512_load_si512(bytes[0] + 64 * i), high[i] = _mm512_load_si512(bytes[1] + 64 * i);
-      exponents_low[i] = _mm512_load_si512(bytes[2] + 64 * i), exponents_high[i] = _mm512_load_si512(bytes[3] + 64 * i);
-    }
+  explicit TileBytes(const QuantWeight& w) : FloatBytes(w), special(w.mantissa == 3 ? 0x7f : 0x7c) {
+    tables([&](int i) { return uint16_t(number(w, i) - (i > 0 && i < special ? 0x3f80 : 0)); },
+           exponents_low, exponents_high);
   }
   // Of groups [g, end).
   static Scales scales(const GroupParts& of, int64_t g, int64_t end) {

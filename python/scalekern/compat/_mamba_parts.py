@@ -32,24 +32,9 @@ def swiglu(xy):
     return F.silu(x) * y
 
 
-def layer_norm_ref(
-    x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None,
-    prenorm=False, dropout_mask=None, dropout_mask1=None, upcast=False,
-):  # fmt: skip
-    return _norm_ref(False, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
-                     dropout_mask, dropout_mask1, upcast)  # fmt: skip
-
-
-def rms_norm_ref(
-    x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None,
-    prenorm=False, dropout_mask=None, dropout_mask1=None, upcast=False,
-):  # fmt: skip
-    return _norm_ref(True, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
-                     dropout_mask, dropout_mask1, upcast)  # fmt: skip
-
-
 def _norm_ref(
-    is_rms_norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, mask, mask1, upcast
+    is_rms_norm, x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0,
+    rowscale=None, prenorm=False, dropout_mask=None, dropout_mask1=None, upcast=False,
 ):  # fmt: skip
     """layer_norm_fn with the dropout's masks given (True is kept). `upcast`: a sum that is returned is float32."""
 
@@ -60,12 +45,15 @@ def _norm_ref(
 
     kind, wide = x.dtype, at_least_float32(x)
     x, x1 = x.to(wide), None if x1 is None else x1.to(wide)
-    x = dropped(x if rowscale is None else x * rowscale[..., None], mask)
+    x = dropped(x if rowscale is None else x * rowscale[..., None], dropout_mask)
     *out, total = layer_norm_fn(
-        x, weight, bias, residual, dropped(x1, mask1), weight1, bias1, eps, prenorm=True, is_rms_norm=is_rms_norm
+        x, weight, bias, residual, dropped(x1, dropout_mask1), weight1, bias1, eps, prenorm=True, is_rms_norm=is_rms_norm
     )
     out = [t.to(kind) for t in out] + ([total.to(wide if upcast else kind)] if prenorm else [])
     return out[0] if len(out) == 1 else tuple(out)
+
+
+layer_norm_ref, rms_norm_ref = (functools.partial(_norm_ref, rms) for rms in (False, True))
 
 
 def layer_norm_linear_fn(
