@@ -54,6 +54,7 @@ def test_conv1d_on_meta_takes_a_checkpoint():
     with torch.device("meta"):
         skeleton = gpt2()
     quantize_model(skeleton, "int4")
+    assert any(isinstance(module, QuantLinear) for module in skeleton.modules())
     skeleton.load_state_dict(model.state_dict(), assign=True)
     skeleton.tie_weights()
     assert torch.equal(skeleton(IDS).logits, model(IDS).logits)
