@@ -4,6 +4,9 @@ Shape letters: M tokens, N outputs, K inputs, G groups.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -89,3 +92,40 @@ def test_rounding():
             runs.append(scalekern.quant_matmul(x, w, activation="int8"))
         assert error(runs[0], rounded) < 5e-7, (format, group, M)
         assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2]), (format, group, M)
+
+
+BOUNDS = """
+import ctypes, itertools, mmap, torch, scalekern
+from scalekern.quant import quantize
+
+page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+
+def at_the_end(t):  # of memory: the page behind it may not be read
+    size = -(-t.nbytes // page) * page
+    area = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
+    out = torch.frombuffer(area, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).view(t.shape)
+    return out.copy_(t)
+
+torch.manual_seed(0)
+formats = [f"int{bits}" for bits in range(1, 9)] + ["nf4", "fp8_e4m3", "fp6_e2m3", "mxfp4"]
+shapes = (16, 512, 128), (32, 1024, 512), (17, 512, 64), (16, 72, 24), (33, 200, 40), (16, 320, 320)
+for format, (N, K, group) in itertools.product(formats, shapes):
+    w = quantize(torch.randn(N, K), format, **({} if format == "mxfp4" else {"group_size": group}))
+    end = w.replace(data=at_the_end(w.data))
+    for M, dtype, activation in itertools.product((1, 5, 40), (torch.float32, torch.bfloat16), (None, "int8")):
+        if activation is None or format.startswith("int"):
+            x = torch.randn(M, K).to(dtype)
+            out = (scalekern.quant_matmul(x, v, activation=activation) for v in (end, w))
+            assert torch.equal(*out), (format, N, K, group, M, activation)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks Linux for a page that may not be read")
+@every_level
+def test_nothing_behind_the_last_code_is_read(level):
+    """A read would end that process: it has codes at the end of memory."""
+    environment = os.environ | ({"SCALEKERN_CPU_ISA": level} if level else {})
+    found = subprocess.run([sys.executable, "-c", BOUNDS], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

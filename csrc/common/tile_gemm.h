@@ -42,8 +42,7 @@ static void word_products(const TileOperand& a, const TileOperand& b, int64_t st
 #pragma GCC unroll 2
       for (int j = 0; j < C; ++j) sums[r][j] = kAdd ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();
     for (int64_t s = 0; s < steps; ++s)
-      add_words<Bf16Words>(a.at(half / 2, s) + half % 2 * kHalf * a.pitch, a.pitch, b.at(0, s), b.pitch, b.block, 16,
-                           sums);
+      add_words(a.at(half / 2, s) + half % 2 * kHalf * a.pitch, a.pitch, b.at(0, s), b.pitch, b.block, 16, sums);
 #pragma GCC unroll 8
     for (int r = 0; r < kHalf; ++r)
 #pragma GCC unroll 2

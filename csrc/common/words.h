@@ -1,4 +1,4 @@
-// Products of tiles as common/amx.h has them, without tile registers: words of four bytes or of two bfloat16.
+// Products of tiles as common/amx.h has them, without tile registers: words of two bfloat16.
 //
 //   c[r][lane] += sum over words of a[r][word] . b[word][lane]     R rows of a, C vectors of 16 lanes of b
 //
@@ -6,37 +6,19 @@
 // Bound: R C products for R + C loads, of which a cycle has two. 8 x 2 of a Zen 5 at 4.2 GHz, all in L1: 0.119 ns a
 //   product, its limit; 8 x 3 and 12 x 2 the same; 8 x 1 0.139 and 16 x 1 0.13, by loads (two sets of sums, so that
 //   none waits for itself: the same).
-// 4096 x 4096 of int4 in groups of 128, two cores of it, ms, medians in turns, before (as floats, or bytes of one token
-//   in lanes) and now; the dense bfloat16 product beside them:
-//
-//   tokens   dense   bfloat16       float16        float32        int8 activations
-//   16       1.8     3.3    0.9     3.2    0.9     3.5    1.2     0.94   0.52
-//   64       3.5     8.8    2.9     8.8    2.9     9.0    4.1            1.6
-//   128      5.8     16.4   5.1     16.3   5.8     16.3   8.2     6.0    2.9
-//
-//   int8 activations in groups of 32 and 16, dense bfloat16 / this, 16 and 128 tokens: 1.7, 1.5; 1.2, 1.1 (a line for
-//   each group: 1.4, 1.0; 0.8, 0.5). Attention in bfloat16, 4 heads of 4,096: window 3.7 to 2.6 ms, backward with it
-//   12.6 to 8.7; causal 21 to 13, 78 to 48. float32 in three bfloat16 parts would take longer than its own products.
+// Attention in bfloat16, 4 heads of 4,096, two cores of it, medians in turns, before (as floats) and now: window 3.7 to
+//   2.6 ms, backward with it 12.6 to 8.7; causal 21 to 13, 78 to 48. float32 in three bfloat16 parts would take longer
+//   than its own products. Bytes have products of their own, of codes as they are stored (cpu_quant_row_block.h).
 #pragma once
 #include "common/amx.h"
 
 #if defined(__AVX512F__)
 namespace {
 
-struct ByteWords {  // a unsigned, b signed; exact
-  using Sum = __m512i;
-  static Sum add(Sum sum, __m512i a, __m512i b) { return add_byte_products(sum, a, b); }
-};
-struct Bf16Words {
-  using Sum = __m512;
-  static Sum add(Sum sum, __m512i a, __m512i b) { return add_bf16_pairs(sum, a, b); }
-};
-
 // Rows of a are `pitch` bytes apart, words of b `step`, its vectors `next`.
-template <class Words, int R, int C>
+template <int R, int C>
 static inline __attribute__((always_inline)) void add_words(
-    const void* a, int64_t pitch, const void* b, int64_t step, int64_t next, int64_t words,
-    typename Words::Sum (&sums)[R][C]) {
+    const void* a, int64_t pitch, const void* b, int64_t step, int64_t next, int64_t words, __m512 (&sums)[R][C]) {
   const char *word = static_cast<const char*>(a), *row = static_cast<const char*>(b);
   for (int64_t i = 0; i < words; ++i, word += 4, row += step) {
     __m512i lanes[C];
@@ -48,7 +30,7 @@ static inline __attribute__((always_inline)) void add_words(
       __builtin_memcpy(&number, word + r * pitch, 4);
       const __m512i all = _mm512_set1_epi32(number);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sums[r][c] = Words::add(sums[r][c], all, lanes[c]);
+      for (int c = 0; c < C; ++c) sums[r][c] = add_bf16_pairs(sums[r][c], all, lanes[c]);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Many float tokens with integer codes on AMX's byte products, or VNNI's (common/words.h): tokens as fixed point in
-// digits of a byte, as in cpu_quant_digits.h, codes as bytes, sums of a part (a group, as a rule) exact in int32.
+// Many float tokens with integer codes on AMX's byte products, or VNNI's (cpu_quant_row_block.h): tokens as fixed point
+// in digits of a byte, as in cpu_quant_digits.h, codes as bytes, sums of a part (a group, as a rule) exact in int32.
 //
 // 16-bit results take two digits, float32 three, which is 1.5 of bfloat16's products where its parts are three; a part
 //   of a token that needs more takes up to four, by itself: what it leaves is 0 beside others, and no bit differs.
@@ -158,8 +158,9 @@ struct DigitRows : RowBlock {
   int32_t* late = sums;
   static constexpr int64_t kPair = 2 * kTileSums, kStep = DigitTiles::kDigits * kPair;
 
-  DigitRows(const QuantWeight& w, const LineLayout& layout, const DigitTiles& tokens, int64_t lines)
-      : RowBlock(w, layout, lines), tokens(tokens), totals(tokens.tiles * kRows * kTileLanes), sums(2 * kStep) {}
+  DigitRows(const QuantWeight& w, const LineLayout& layout, const DigitTiles& tokens, int64_t lines, bool packed)
+      : RowBlock(w, layout, lines, packed), tokens(tokens), totals(tokens.tiles * kRows * kTileLanes),
+        sums(2 * kStep) {}
 
   struct Pending {
     int digits = 0;
@@ -229,25 +230,26 @@ struct DigitRows : RowBlock {
   }
 
   // totals += a part of one tile of tokens, R rows at a time, without tile registers. Codes are unsigned.
-  template <int D, bool kRest>
-  __attribute__((noinline)) void multiply_words(const uint8_t* code, const int8_t* x, int64_t part, const Pending& p) {
-    constexpr int R = D < 4 ? kWordRows : kWordRows / 2;
+  template <int P, int D, bool kRest>
+  __attribute__((noinline)) void in_words(
+      const uint8_t* code, int64_t pitch, const int8_t* x, int64_t part, const Pending& p) {
+    constexpr int R = kAtOnce<P, D>;
     const int64_t lines = layout.begin[part + 1] - layout.begin[part], next = lines * kTileSize;
     const VecF unit = load(p.unit), sum = kRest ? load(p.sum) : VecF{};
     __m512i start[D];
     starts(x, next, lines * 16, start);
     for (int64_t r = 0; r < count * kTileRows; r += R) {
-      __m512i acc[R][D];
+      __m512i acc[R][1][D];
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int d = 0; d < D; ++d) acc[i][d] = start[d];
-      add_group(code + r * pitch, x, next, part, acc);
+        for (int d = 0; d < D; ++d) acc[i][0][d] = start[d];
+      multiply_group<P>(code + r * pitch, pitch, x, next, part, acc);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
-        VecF v = (VecF)_mm512_cvtepi32_ps(acc[i][D - 1]);
+        VecF v = (VecF)_mm512_cvtepi32_ps(acc[i][0][D - 1]);
 #pragma GCC unroll 4
-        for (int d = D - 2; d >= 0; --d) v = v * 0x1p-8f + (VecF)_mm512_cvtepi32_ps(acc[i][d]);
+        for (int d = D - 2; d >= 0; --d) v = v * 0x1p-8f + (VecF)_mm512_cvtepi32_ps(acc[i][0][d]);
         float* to = p.totals + (r + i) * kTileLanes;
         VecF total = load(to) + p.scale[r + i] * (v * unit);
         if (kRest) total += p.rest[r + i] * sum;
@@ -256,30 +258,32 @@ struct DigitRows : RowBlock {
     }
   }
 
-  // Parts first .. end, which `codes` begins with.
+  // Parts first .. end, which `from` begins with.
   template <bool kRest>
-  void add_parts(int64_t first, int64_t end, int64_t each, int64_t tile) {
+  void add_parts(const Source& from, int64_t first, int64_t end, int64_t each, int64_t tile) {
     for (int64_t part = first; part < end; ++part) {
       const int64_t g = part / each, lines = layout.begin[part + 1] - layout.begin[part];
-      const uint8_t* code = codes + (layout.code_line(part) - layout.code_line(first)) * kTileBytes;
+      const uint8_t* code = from.at + (layout.code_line(part) - layout.code_line(first)) * from.line_bytes;
       const int8_t* x = tokens.at(tile, part);
       const int digits = tokens.digits[tile * tokens.parts + part];
       const int64_t own = (tile * tokens.parts + part) * kTileLanes;
       if (!in_registers) {
         const Pending part_of{digits, nullptr, tokens.unit + own, tokens.sum + own, scale + g * count * kTileRows,
                               rest + g * count * kTileRows, totals + tile * count * kTileSums};
-        if (digits == 2) multiply_words<2, kRest>(code, x, part, part_of);
-        else if (digits == 3) multiply_words<3, kRest>(code, x, part, part_of);
-        else multiply_words<4, kRest>(code, x, part, part_of);
+        by_planes(from.planes, [&]<int P>() {
+          if (digits == 2) in_words<P, 2, kRest>(code, from.pitch, x, part, part_of);
+          else if (digits == 3) in_words<P, 3, kRest>(code, from.pitch, x, part, part_of);
+          else in_words<P, 4, kRest>(code, from.pitch, x, part, part_of);
+        });
         continue;
       }
       if (pending.digits != digits) finish<kRest>();
       for (int64_t r = 0; r < count; r += 2, ++step) {
         int32_t* to = sums + step % 2 * kStep;
-        const uint8_t* from = code + r * kTileRows * pitch;
-        if (digits == 2) multiply<2, kRest>(from, x, lines, to);
-        else if (digits == 3) multiply<3, kRest>(from, x, lines, to);
-        else multiply<4, kRest>(from, x, lines, to);
+        const uint8_t* rows = code + r * kTileRows * pitch;
+        if (digits == 2) multiply<2, kRest>(rows, x, lines, to);
+        else if (digits == 3) multiply<3, kRest>(rows, x, lines, to);
+        else multiply<4, kRest>(rows, x, lines, to);
         const int64_t row = (g * count + r) * kTileRows;
         pending = {digits, to, tokens.unit + own, tokens.sum + own, scale + row, rest + row,
                    totals + (tile * count + r) * kTileSums};
@@ -309,6 +313,8 @@ static bool in_digit_tiles(const QuantMatmulArgs& all, const Redo& redo, const O
   const LineLayout layout(parts.cut);
   const float middle = float(1 << w.bits >> 1);
   const bool more = w.has_rest(middle);
+  // Three digits leave four rows in registers, with which it is 7 % slower.
+  const bool packed = all.out.dtype != QuantDtype::f32 && RowBlock::may_stay(w, layout);
   const int64_t block = most(1, kBlock / layout.group);  // parts
   const int64_t lines = pieces(block * layout.group, kLine) + 1, row_blocks = pieces(w.rows, RowBlock::kRows);
   const Buffer<bool> strange(row_blocks);
@@ -318,7 +324,7 @@ static bool in_digit_tiles(const QuantMatmulArgs& all, const Redo& redo, const O
     const DigitTiles tokens(a, parts, layout, more);
     parallel_stretches(a.tokens * w.rows * w.columns >= kParallelWork, row_blocks, 1, [&](const auto& take) {
       const Tiles registers;
-      DigitRows rows(w, layout, tokens, lines);
+      DigitRows rows(w, layout, tokens, lines, packed);
       const CodeLines codes(parts.cut, layout, rows.flip());
       const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes);
       const Buffer<float> results(kTileLanes * RowBlock::kRows);
@@ -330,10 +336,10 @@ static bool in_digit_tiles(const QuantMatmulArgs& all, const Redo& redo, const O
         for (int64_t part = 0; part < tokens.parts; part += block) {
           const int64_t stop = least(part + block, tokens.parts), line = layout.code_line(part);
           const int64_t last = pieces(least(stop * layout.group, w.columns), kLine);
-          codes.unpack(first, count, line, last - line, rows.codes, rows.pitch);
+          const auto from = rows.source(codes, first, count, line, last);
           for (int64_t tile = 0; tile < tokens.tiles; ++tile)
-            if (more) rows.add_parts<true>(part, stop, parts.each, tile);
-            else rows.add_parts<false>(part, stop, parts.each, tile);
+            if (more) rows.add_parts<true>(from, part, stop, parts.each, tile);
+            else rows.add_parts<false>(from, part, stop, parts.each, tile);
         }
         if (more) rows.finish<true>();
         else rows.finish<false>();

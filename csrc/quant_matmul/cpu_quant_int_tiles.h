@@ -1,5 +1,5 @@
 // Integer products on AMX: 16 rows of the weight by 16 tokens by 64 columns an instruction, int32, exact within a
-// group. Without tile registers, in words (common/words.h), which has those figures.
+// group. Without tile registers, in words (cpu_quant_row_block.h has those figures).
 //
 // Rows of C are rows of the weight, so that a scale is one number beside a vector of 16 tokens. A block of 64 rows is
 //   unpacked a few lines at a time, stays in L1 and meets all tokens; tokens are laid for it once a call.
@@ -7,7 +7,7 @@
 //   float additions of the one before that. Alone, two products take 11 ns, the additions 9: so together 18, and 32
 //   with four tiles of C stored and added up at once, which the core's window does not see past; 26 with the totals in
 //   registers, where both sides are loaded for each group.
-// Longer groups: 2 x 2 tiles, their sums in memory between parts of kPartLines; zeros subtracted exactly at the end.
+// Longer groups: 2 x 2 tiles, their sums in memory between parts of some lines; zeros subtracted exactly at the end.
 //
 // Bound, 4096 x 4096 of 4 bits in groups of 128, by the bytes at M = 16 (8.9 MB at 23 GB/s: 0.4 ms; products 0.07), at
 //   M = 128 by products and additions (65536 times 18 ns on two cores: 0.6 ms; to unpack 0.1, tokens 0.2). Measured on
@@ -19,7 +19,6 @@
 // Lost: blocks of 32 rows (5 % at M = 128), parts of 512 to 1024 columns (5 to 20 %), codes fetched to L1, not L2;
 //   up to four tokens (8 bits: 1.1 ms on one core, cpu_quant_int_lanes.h 0.7).
 #pragma once
-#include "common/words.h"
 #include "quant_matmul/cpu_quant_row_block.h"
 
 #if defined(__AVX512F__)
@@ -61,8 +60,8 @@ struct RowTiles : RowBlock {
   Buffer<float> totals;
   Buffer<int32_t> sums;  // of two tiles; of all, for long groups
 
-  RowTiles(const QuantWeight& w, const LineLayout& layout, const TokenTiles& tokens, int64_t lines)
-      : RowBlock(w, layout, lines), tokens(tokens), totals(tokens.tiles * kRows * kTileLanes),
+  RowTiles(const QuantWeight& w, const LineLayout& layout, const TokenTiles& tokens, int64_t lines, bool packed)
+      : RowBlock(w, layout, lines, packed), tokens(tokens), totals(tokens.tiles * kRows * kTileLanes),
         sums(most(2, tokens.tiles * kMost) * kTileSums) {}
 
   const int8_t* token(int64_t tile, int64_t line) const { return tokens.x + (tile * tokens.lines + line) * kTileSize; }
@@ -122,23 +121,21 @@ struct RowTiles : RowBlock {
   }
 
   template <bool kRest>
-  void brief_groups(int64_t first, int64_t end) const {
+  void brief_groups(const Source& from, int64_t first, int64_t end) const {
     for (int64_t tile = 0; in_registers && tile < tokens.tiles; ++tile) brief_groups<kRest>(first, end, tile);
-    const bool lines = layout.group % kLine == 0;
     for (int64_t tile = 0; !in_registers && tile < tokens.tiles; tile += 2)
-      if (tile + 1 < tokens.tiles && lines) brief_groups_in_words<kRest, true, 8, 2>(first, end, tile);
-      else if (tile + 1 < tokens.tiles) brief_groups_in_words<kRest, false, 8, 2>(first, end, tile);
-      else if (lines) brief_groups_in_words<kRest, true, 16, 1>(first, end, tile);
-      else brief_groups_in_words<kRest, false, 8, 1>(first, end, tile);
+      by_planes(from.planes, [&]<int P>() {
+        if (tile + 1 < tokens.tiles) in_words<kRest, P, 2>(from, first, end, tile);
+        else in_words<kRest, P, 1>(from, first, end, tile);
+      });
   }
 
-  // The same without tile registers: R rows by T tiles of tokens, their totals in registers. Codes are unsigned: sums
-  // start with minus the middle one times a group's.
-  template <bool kRest, bool kLines, int R, int T>
-  __attribute__((noinline)) void brief_groups_in_words(int64_t first, int64_t end, int64_t tile) const {
-    const int64_t rows = count * kTileRows, next = tokens.lines * kTileSize, pitch = this->pitch;
-    const int64_t words = layout.group / 4, last = end == w.groups ? end - 1 : end;  // of a group of whole lines
-    const int64_t last_words = (layout.begin[end] - layout.begin[end - 1]) * 16;
+  // The same without tile registers: R rows by T tiles of tokens, their totals in registers; of unpacked codes (P = 0)
+  // or P planes. Codes are unsigned: sums start with minus the middle one times a group's.
+  template <bool kRest, int P, int T>
+  __attribute__((noinline)) void in_words(const Source& from, int64_t first, int64_t end, int64_t tile) const {
+    constexpr int R = kAtOnce<P, T>, Q = kApart<P, T>;
+    const int64_t rows = count * kTileRows, next = tokens.lines * kTileSize, pitch = from.pitch;
     for (int64_t r = 0; r < rows; r += R) {
       float* to = totals + (tile * rows + r) * kTileLanes;
       VecF total[R][T];
@@ -146,31 +143,25 @@ struct RowTiles : RowBlock {
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) total[i][t] = load(to + (t * rows + i) * kTileLanes);
-      const uint8_t* code = codes + r * pitch;
-      const int8_t* x = token(tile, layout.begin[first]);
       const float *s = scale + first * rows + r, *o = rest + first * rows + r;
       const float* x_sums = tokens.sum + (tile * tokens.groups + first) * kTileLanes;
       for (int64_t g = first; g < end; ++g, s += rows, o += rows, x_sums += kTileLanes) {
+        const uint8_t* code = from.at + r * pitch + (layout.code_line(g) - layout.code_line(first)) * from.line_bytes;
+        const int8_t* x = token(tile, layout.begin[g]);
         VecF sum[T];
-        __m512i acc[R][T];
+        __m512i acc[R][Q][T] = {};
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) {
           sum[t] = load(x_sums + t * tokens.groups * kTileLanes);
 #pragma GCC unroll 16
-          for (int i = 0; i < R; ++i) acc[i][t] = _mm512_cvtps_epi32((__m512)(sum[t] * -128.0f));
+          for (int i = 0; i < R; ++i) acc[i][Q - 1][t] = _mm512_cvtps_epi32((__m512)(sum[t] * -128.0f));
         }
-        if (kLines) {
-          add_words<ByteWords>(code, pitch, x, kTileBytes, next, g == last ? last_words : words, acc);
-          code += 4 * words, x += 4 * words * 16;
-        } else {
-          const int64_t line = layout.code_line(g) - layout.code_line(first);
-          add_group(code + line * kTileBytes, token(tile, layout.begin[g]), next, g, acc);
-        }
+        multiply_group<P>(code, pitch, x, next, g, acc);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
           for (int t = 0; t < T; ++t) {
-            total[i][t] += s[i] * (VecF)_mm512_cvtepi32_ps(acc[i][t]);
+            total[i][t] += s[i] * (VecF)_mm512_cvtepi32_ps(join_planes(acc[i], t));
             if (kRest) total[i][t] += o[i] * sum[t];
           }
       }
@@ -181,26 +172,27 @@ struct RowTiles : RowBlock {
     }
   }
 
-  template <int T>
-  __attribute__((noinline)) void add_lines_in_words(int64_t line, int64_t lines, bool fresh, int64_t tile) const {
-    constexpr int R = kWordRows;
+  template <int P, int T>
+  __attribute__((noinline)) void lines_in_words(
+      const Source& from, int64_t line, int64_t lines, bool fresh, int64_t tile) const {
+    constexpr int R = kAtOnce<P, T>, Q = kApart<P, T>;
     const int64_t next = tokens.lines * kTileSize, rows = count * kTileRows;
     const int8_t* x = token(tile, line);
     __m512i start[T];
     starts(x, next, lines * 16, start);
     for (int64_t r = 0; r < rows; r += R) {
       const auto own = [&](int i, int t) { return sums + ((tile + t) * rows + r + i) * kTileLanes; };
-      __m512i acc[R][T];
+      __m512i acc[R][Q][T] = {};
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t)
-          acc[i][t] = fresh ? start[t] : _mm512_add_epi32(start[t], _mm512_load_si512(own(i, t)));
-      add_words<ByteWords>(codes + r * pitch, pitch, x, kTileBytes, next, lines * 16, acc);
+          acc[i][Q - 1][t] = fresh ? start[t] : _mm512_add_epi32(start[t], _mm512_load_si512(own(i, t)));
+      multiply_lines<P>(from.at + r * from.pitch, from.pitch, x, next, lines, acc);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-        for (int t = 0; t < T; ++t) _mm512_store_si512(own(i, t), acc[i][t]);
+        for (int t = 0; t < T; ++t) _mm512_store_si512(own(i, t), join_planes(acc[i], t));
     }
   }
 
@@ -230,10 +222,12 @@ struct RowTiles : RowBlock {
     if (R > 1) store_tile<2>(c0 + kTileSums, kTileBytes);
     if (R > 1 && T > 1) store_tile<3>(c1 + kTileSums, kTileBytes);
   }
-  void add_lines(int64_t line, int64_t lines, bool fresh) const {
+  void add_lines(const Source& from, int64_t line, int64_t lines, bool fresh) const {
     for (int64_t tile = 0; !in_registers && tile < tokens.tiles; tile += 2)
-      if (tile + 1 < tokens.tiles) add_lines_in_words<2>(line, lines, fresh, tile);
-      else add_lines_in_words<1>(line, lines, fresh, tile);
+      by_planes(from.planes, [&]<int P>() {
+        if (tile + 1 < tokens.tiles) lines_in_words<P ? P : 1, 2>(from, line, lines, fresh, tile);
+        else lines_in_words<P ? P : 1, 1>(from, line, lines, fresh, tile);
+      });
     for (int64_t tile = 0; in_registers && tile < tokens.tiles; tile += 2)
       for (int64_t row = 0; row < count; row += 2) {
         const bool two_rows = row + 1 < count, two = tile + 1 < tokens.tiles;
@@ -266,18 +260,21 @@ struct RowTiles : RowBlock {
 };
 
 static void tile_product(const QuantMatmulArgs& a) {
-  constexpr int64_t kRows = RowTiles::kRows, kBlockLines = 4, kPartLines = 8;  // of groups, and of a long one
+  constexpr int64_t kRows = RowTiles::kRows;
   const QuantWeight& w = a.w;
   const LineLayout layout(w);
   const WholeLines whole(a, layout);
   const TokenTiles tokens(whole, a.tokens, layout, w.groups);
   const float middle = float(1 << w.bits >> 1);
   const bool more = w.has_rest(middle), brief = w.groups > 1 && w.group <= kLaneGroup;
-  const int64_t block = most(1, kBlockLines * kLine / layout.group);  // groups
-  const int64_t lines = brief ? pieces(block * layout.group, kLine) + 1 : kPartLines;
+  // Lines of groups, and of a long one, that a block's rows have at a time: unpacked in L1, or only their tokens.
+  const bool packed = RowTiles::may_stay(w, layout);
+  const int64_t block_lines = packed ? 16 : 4, part_lines = packed ? 16 : 8;
+  const int64_t block = most(1, block_lines * kLine / layout.group);  // groups
+  const int64_t lines = brief ? pieces(block * layout.group, kLine) + 1 : part_lines;
   parallel_stretches(a.tokens * w.rows * w.columns >= kParallelWork, pieces(w.rows, kRows), 1, [&](const auto& take) {
     const Tiles registers;
-    RowTiles rows(w, layout, tokens, lines);
+    RowTiles rows(w, layout, tokens, lines, packed);
     const CodeLines codes(w, layout, rows.flip());
     const Buffer<float> memory(kTileRows * RowParts::floats(w.groups) + kTileLanes), results(kTileLanes * kRows);
     float bias[kRows];
@@ -289,15 +286,14 @@ static void tile_product(const QuantMatmulArgs& a) {
         const int64_t stop = brief ? least(g + block, w.groups) : g + 1;
         if (brief) {
           const int64_t line = layout.code_line(g), end = pieces(least(stop * layout.group, w.columns), kLine);
-          codes.unpack(first, count, line, end - line, rows.codes, rows.pitch);
-          if (more) rows.brief_groups<true>(g, stop);
-          else rows.brief_groups<false>(g, stop);
+          const auto from = rows.source(codes, first, count, line, end);
+          if (more) rows.brief_groups<true>(from, g, stop);
+          else rows.brief_groups<false>(from, g, stop);
         } else {
           const int64_t start = layout.begin[g], all = layout.begin[g + 1] - start;
-          for (int64_t line = 0; line < all; line += kPartLines) {
-            const int64_t here = least(kPartLines, all - line);
-            codes.unpack(first, count, layout.code_line(g) + line, here, rows.codes, rows.pitch);
-            rows.add_lines(start + line, here, line == 0);
+          for (int64_t line = 0; line < all; line += part_lines) {
+            const int64_t here = least(part_lines, all - line), own = layout.code_line(g) + line;
+            rows.add_lines(rows.source(codes, first, count, own, own + here), start + line, here, line == 0);
           }
           rows.add_long_group(g, middle, more);
         }

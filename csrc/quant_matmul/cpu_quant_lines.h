@@ -74,6 +74,20 @@ class CodeLines {
       : w_(w), layout_(layout), spread_(w.bits), top_(_mm512_set1_epi8(char(0xff << layout.shift))),
         flip_(_mm512_set1_epi8(char(flip))) {}
 
+  // The bytes of lines as they are stored, one behind the other.
+  void copy(int64_t first, int64_t rows, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {
+    const int64_t each = kLine / 8 * w_.bits, offset = line * each, bytes = lines * each;
+    const int64_t ahead = offset + 2 * bytes <= w_.row_bytes() ? bytes : rows * w_.pitch - offset;
+    const int64_t end = least(bytes, w_.row_bytes() - offset);
+    const uint8_t* row = w_.data + first * w_.pitch + offset;
+    for (int64_t r = 0; r < rows; ++r, row += w_.pitch, dst += pitch)
+      for (int64_t i = 0; i < end; i += kLine) {
+        __builtin_prefetch(row + i + ahead, 0, 2);
+        if (end - i >= kLine) _mm512_storeu_si512(dst + i, _mm512_loadu_si512(row + i));
+        else __builtin_memcpy(dst + i, row + i, size_t(end - i));
+      }
+  }
+
   // Lines of `rows` rows; of planes, all of the bytes they are of.
   void unpack(int64_t first, int64_t rows, int64_t line, int64_t lines, uint8_t* dst, int64_t pitch) const {
     if (layout_.halves) return unpack<-2>(first, rows, line, lines, dst, pitch);

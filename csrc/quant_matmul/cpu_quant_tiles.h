@@ -76,8 +76,8 @@ static __attribute__((noinline)) void multiply_words(
   for (int64_t s = 0; s < steps; ++s)
     for (int j = 0; j < b.parts; ++j)
       for (int i = 0; i < a.parts && i + j < limit; ++i)
-        add_words<Bf16Words>(a.tiles + (s * a.parts + i) * kTile, kTileBytes, b.tiles + (s * b.parts + j) * kTile,
-                             kTileBytes, b.pitch, 16, sums);
+        add_words(a.tiles + (s * a.parts + i) * kTile, kTileBytes, b.tiles + (s * b.parts + j) * kTile, kTileBytes,
+                  b.pitch, 16, sums);
 #pragma GCC unroll 2
   for (int c = 0; c < C; ++c, totals += next)
 #pragma GCC unroll 8
