@@ -34,8 +34,8 @@ def hadamard_transform(x, scale=1.0, *, order=None, matrices="fast_hadamard_tran
         transposed: multiply by H's transpose instead, which is n / scale^2 times the inverse where nothing is padded.
 
     Returns:
-        out (..., n) in x's dtype, summed in float32, or float64 for float64 x, and rounded once. On a CPU with AMX
-        tiles subnormal numbers of a bfloat16 x count as 0.
+        out (..., n) in x's dtype, summed in float32, or float64 for float64 x, and rounded once. On a CPU with
+        instructions of bfloat16 subnormal numbers count as 0 where x is bfloat16.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or value, named in the message.
