@@ -98,6 +98,14 @@ def test_activations(activation, format, group):
     check(x, w, activation=activation, activation_scale=0.03 if group == 20 else None)
 
 
+@pytest.mark.parametrize("activation", ("int8", "fp8"))
+@pytest.mark.parametrize("format, group", (("int4", 64), ("int4", 20), ("fp4_e2m1", 32)))
+def test_activations_of_float64(activation, format, group):
+    """What the products are summed in too: float32 holds the integers of small groups, and nothing of float8."""
+    x, w = inputs(6, 17, 100, format, group, F64, symmetric=format[:3] != "int")
+    check(x, w, activation=activation)
+
+
 def test_rounded_tokens_are_the_oracles():
     """Ties, numbers of every binade, zeros, tokens that are not finite; all bits."""
     torch.manual_seed(2)

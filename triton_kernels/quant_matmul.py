@@ -144,7 +144,7 @@ def _quant_matmul_fwd_kernel(
     SUMS: tl.constexpr = offsets_ptr is not None or (WHOLE and zeros_ptr is not None)
     DIRECT: tl.constexpr = zeros_ptr is not None and not WHOLE
     SUM: tl.constexpr = tl.int32 if WHOLE else ACC
-    PART: tl.constexpr = tl.int32 if OPERAND == tl.int8 else ACC
+    PART: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float64 if OPERAND == tl.float64 else tl.float32
 
     small = None
     if SMALL > 0:
@@ -220,8 +220,8 @@ def _operand(dtype, rounded, format, zeros, group, groups):
     if rounded == torch.int8 and whole:
         return tl.int8 if fits else tl.float16  # whose smallest tile is of 16 columns, int8's of 32
     exact = (whole or format in MANTISSA) and (zeros is None or not zeros.is_floating_point())
-    if rounded is not None and (exact or dtype in (torch.float16, torch.bfloat16)):
-        return tl.float16
+    if rounded is not None and (exact and dtype != torch.float64 or dtype in (torch.float16, torch.bfloat16)):
+        return tl.float16  # whose sums are float32's
     return TYPES[dtype]
 
 
@@ -410,4 +410,7 @@ for _name, _args, _options in (
     ("_nvfp4", (64, "fp4_e2m1", 16), {"scales": torch.float8_e4m3fn}), ("_experts", (64,), {"experts": 8}),
 ):  # fmt: skip
     compile_spec(f"quant_matmul_fwd{_name}")(lambda dtype, a=_args, o=_options: _spec(dtype, *a, **o)[0])
+# Of float64, in groups that no int8 tile fits: no matrix unit adds products of float16 in float64.
+compile_spec("quant_matmul_fwd_float64_int8")(lambda dtype: _spec(torch.float64, 16, "int4", 100, "int8")[0])
+compile_spec("quant_matmul_fwd_float64_fp8")(lambda dtype: _spec(torch.float64, 16, "int4", 128, "fp8")[0])
 compile_spec("quant_matmul_sum")(lambda dtype: _spec(dtype, 16)[1])
