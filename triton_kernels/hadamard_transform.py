@@ -34,7 +34,7 @@ import triton.language as tl
 from .. import _env
 from ..ops._hadamard import tile
 from ..reference.hadamard_transform import base_matrix, factor
-from .common import Launch, compile_spec, index, meta
+from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2
 from .toeplitz_conv import _operand
 from .tuning import config
 
@@ -233,7 +233,7 @@ def _table(m: int, matrices: str, transposed: bool, device: torch.device) -> tor
     """H_m (M, M) int8 with zeros up to the next power of two; None for m = 1."""
     if m == 1:
         return None
-    h, size = base_matrix(m, matrices), triton.next_power_of_2(m)
+    h, size = base_matrix(m, matrices), next_power_of_2(m)
     return torch.nn.functional.pad(h.mT if transposed else h, (0, size - m, 0, size - m)).contiguous().to(device)
 
 
@@ -270,7 +270,7 @@ def _common(x: torch.Tensor, n: int, scale: float, group: int, most: int) -> dic
 
 
 def _key(x: torch.Tensor, n: int) -> str:
-    return f"{str(x.dtype)[6:]}-n{triton.next_power_of_2(n)}"
+    return f"{str(x.dtype)[6:]}-n{next_power_of_2(n)}"
 
 
 def plan_hadamard_rows(out, scales, x, k, scale, group=0, most=0) -> Launch:
@@ -281,7 +281,7 @@ def plan_hadamard_rows(out, scales, x, k, scale, group=0, most=0) -> Launch:
     rows = max(16, 128 // A // x.dtype.itemsize)
     blocks = config("hadamard_rows", _key(x, n), x.device, {"R": rows, "num_warps": 8 if x.dtype.itemsize == 4 else 4})
     args = _common(x, n, scale, group, most)
-    tiles = triton.cdiv(args["rows"], blocks["R"])
+    tiles = cdiv(args["rows"], blocks["R"])
     args |= dict(out_ptr=out, scales_ptr=scales, tiles=tiles, A=A, B=B, R=blocks["R"])
     return Launch(_hadamard_rows_kernel, (min(tiles, PROGRAMS),), args, blocks["num_warps"])
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..quant._formats import FORMATS
-from .common import Launch, compile_spec, meta
+from .common import Launch, cdiv, compile_spec, meta, next_power_of_2
 from .quant_device import PER_UNIT, codes_of, parts_args, plain, store, table_of, weights_of
 
 DENSE_TOKENS = 512
@@ -48,8 +48,8 @@ def _dequantize_kernel(
 def plan_dequantize(w, data, scales, zeros, offsets, outer, format, group_size, K, first=0) -> Launch:
     """w (N, columns) bfloat16: the weight's columns from `first` on."""
     bits, outer = FORMATS[format].bits, plain(outer)
-    units = triton.cdiv(w.shape[1], PER_UNIT[bits])
-    block = min(128, triton.next_power_of_2(units))
+    units = cdiv(w.shape[1], PER_UNIT[bits])
+    block = min(128, next_power_of_2(units))
     args = dict(
         w_ptr=w, data_ptr=data, table_ptr=table_of(format, torch.float32, w.device), outer_ptr=outer, N=w.shape[0],
         first=first, end=first + w.shape[1], group=K if scales.shape[1] == 1 else group_size, stride_w_n=w.stride(0),
@@ -57,7 +57,7 @@ def plan_dequantize(w, data, scales, zeros, offsets, outer, format, group_size, 
         stride_outer_n=0 if outer is None or outer.shape[0] == 1 else outer.stride(0), FORMAT=format,
         P=PER_UNIT[bits], BLOCK_N=16, BLOCK_U=block,
     )  # fmt: skip
-    return Launch(_dequantize_kernel, (triton.cdiv(units, block), triton.cdiv(w.shape[0], 16)), args, 4)
+    return Launch(_dequantize_kernel, (cdiv(units, block), cdiv(w.shape[0], 16)), args, 4)
 
 
 def dense_serves(out: torch.Tensor, x: torch.Tensor) -> bool:

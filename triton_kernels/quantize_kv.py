@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..reference.quantize_kv import factor
-from .common import Launch, compile_spec, index, meta, strides, wide
+from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 
 MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 x 2^23: added and subtracted, it leaves halves to even
 
@@ -123,8 +123,8 @@ def plan(
         **strides("lengths", lengths, "b"), **strides("heads", head_offsets, "h"),
         **strides("table", block_table, "bj"), **strides("starts", starts, "b"), H=H, T=T, P=P, GROUP=group_size,
         BITS=bits, PAGE=page, CIRCULAR=bool(circular),
-        INT64=wide(x, data), BLOCK_G=triton.next_power_of_2(triton.cdiv(P, group_size)),
-        BLOCK_U=triton.next_power_of_2(group_size), BLOCK_BYTES=triton.next_power_of_2(triton.cdiv(P, 2)),
+        INT64=wide(x, data), BLOCK_G=next_power_of_2(cdiv(P, group_size)),
+        BLOCK_U=next_power_of_2(group_size), BLOCK_BYTES=next_power_of_2(cdiv(P, 2)),
     )  # fmt: skip
     return Launch(_quantize_kv_kernel, (B * H * T,), args, 1 if P <= 256 else 4)
 

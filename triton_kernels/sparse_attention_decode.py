@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .. import _env
-from .common import LN2, LOG2E, Launch, compile_spec, index, meta, strides, wide
+from .common import LN2, LOG2E, Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 from .tuning import config
 
 INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())
@@ -292,7 +292,7 @@ def _splits(batch, key_heads, group, tokens, slots, sink, budgets, chunk) -> tup
         reach = [max(budgets[g * group : (g + 1) * group]) for g in range(key_heads)]
         most = [min(slots, max(sink, b) + tokens - 1) for b in reach]
     chunk = max(chunk, batch * sum(most) // (4 * PROCESSORS))
-    return tuple(max(1, triton.cdiv(m, chunk)) for m in most)
+    return tuple(max(1, cdiv(m, chunk)) for m in most)
 
 
 def plan_sparse_attention_decode(
@@ -309,8 +309,8 @@ def plan_sparse_attention_decode(
     group, page = heads // key_heads, k_cache.shape[2] if paged else 0
     rows = group * tokens
     slots = block_table.shape[1] * page if paged else k_cache.shape[-2]
-    block_pv = max(triton.next_power_of_2(value_dim), 16)
-    block_p = max(triton.next_power_of_2(dim), 16)
+    block_pv = max(next_power_of_2(value_dim), 16)
+    block_p = max(next_power_of_2(dim), 16)
     row = max(block_p, block_pv) * q.element_size()  # bytes: three stages of two blocks of rows have to fit
     # Without matrix units (float32) a thread holds its part of the products' operands: 4 warps spill 352 bytes.
     default = {"BLOCK_N": 64 if row <= 256 else 32 if row <= 1024 else 16, "CHUNK": 128, "num_warps": 4}
@@ -318,7 +318,7 @@ def plan_sparse_attention_decode(
         default["num_warps"] = 8
     if k_bits and k_group < dim or v_bits and v_group < value_dim:  # a pointer a number: 4 warps spill 752 bytes
         default |= {"BLOCK_N": max(default["BLOCK_N"] // 2, 16), "num_warps": 8}
-    key = f"{str(q.dtype)[6:]}-P{block_p}-R{triton.next_power_of_2(rows)}"
+    key = f"{str(q.dtype)[6:]}-P{block_p}-R{next_power_of_2(rows)}"
     blocks = config("sparse_attention_decode", key, q.device, default)
     known = None
     if budgets is not None and budgets.device.type == "cpu":
@@ -338,7 +338,7 @@ def plan_sparse_attention_decode(
     }  # fmt: skip
     steps = {key: step for name, x in parts.items() for key, step in strides(name, x, cache_axes).items()}
     steps |= {f"stride_{name}_h": 0 for name in parts} if ragged else {}
-    block_r = min(max(triton.next_power_of_2(rows), 16), 64 if row <= 512 else 16)
+    block_r = min(max(next_power_of_2(rows), 16), 64 if row <= 512 else 16)
     args = dict(
         acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scales_ptr=k_scales,
         k_offsets_ptr=k_offsets, v_scales_ptr=v_scales, v_offsets_ptr=v_offsets, lengths_ptr=lengths,
@@ -353,7 +353,7 @@ def plan_sparse_attention_decode(
         INT64=wide(q, k_cache, v_cache, block_table), BLOCK_R=block_r, BLOCK_N=blocks["BLOCK_N"], BLOCK_P=block_p,
         BLOCK_PV=block_pv,
     )  # fmt: skip
-    grid = (count, batch, triton.cdiv(rows, block_r))
+    grid = (count, batch, cdiv(rows, block_r))
     merge = dict(
         out_ptr=out, lse_ptr=lse, acc_ptr=acc, state_ptr=state, sinks_ptr=sinks, plan_ptr=work, splits_of_all=count,
         rows_of_all=rows, **strides("out", out, "bhtp"), **strides("lse", lse, "bht"), **strides("sinks", sinks, "h"),
