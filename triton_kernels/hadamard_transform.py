@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _env
+from .. import _env, _kept
 from ..ops._hadamard import tile
 from ..reference.hadamard_transform import base_matrix, factor
 from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2
@@ -234,7 +234,8 @@ def _table(m: int, matrices: str, transposed: bool, device: torch.device) -> tor
     if m == 1:
         return None
     h, size = base_matrix(m, matrices), next_power_of_2(m)
-    return torch.nn.functional.pad(h.mT if transposed else h, (0, size - m, 0, size - m)).contiguous().to(device)
+    table = torch.nn.functional.pad(h.mT if transposed else h, (0, size - m, 0, size - m)).contiguous()
+    return _kept.made(lambda: table.to(device), device)
 
 
 def _folded(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:

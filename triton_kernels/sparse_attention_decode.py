@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _env
+from .. import _env, _kept
 from .common import LN2, LOG2E, Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 from .tuning import config
 
@@ -272,17 +272,17 @@ def _sparse_attention_decode_merge_kernel(
     tl.store(lse_ptr + b * stride_lse_b + h.to(tl.int64) * stride_lse_h + t * stride_lse_t, lse)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without an end: CUDA graphs go on reading what they were made with
 def _work(splits: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """int32: where each head's splits begin, Hkv + 1 numbers; then (head, split) of each program."""
     begins = [0, *itertools.accumulate(splits)]
     pairs = [number for g, count in enumerate(splits) for j in range(count) for number in (g, j)]
-    return torch.tensor(begins + pairs, dtype=torch.int32, device=device)
+    return _integers((*begins, *pairs), device)
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(budgets: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(budgets, dtype=torch.int32, device=device)
+@functools.cache
+def _integers(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return _kept.made(lambda: torch.tensor(values, dtype=torch.int32, device=device), device)
 
 
 def _splits(batch, key_heads, group, tokens, slots, sink, budgets, chunk) -> tuple[int, ...]:
@@ -323,7 +323,7 @@ def plan_sparse_attention_decode(
     known = None
     if budgets is not None and budgets.device.type == "cpu":
         known = tuple(budgets.tolist())
-        budgets = _on_device(known, q.device)
+        budgets = _integers(known, q.device)
     splits = _splits(batch, key_heads, group, tokens, slots, sink, known, blocks["CHUNK"])
     alike = known is not None and all(known[h] == known[h // group * group] for h in range(heads))
     same = budgets is None or group == 1 or alike

@@ -5,8 +5,9 @@ Shape letters: N outputs, K inputs, G groups; T tiles of 256 outputs, S steps of
 What is kept lies in the device's memory beside the weight for as long as that lives, as large as its codes and scales
 again (rows and columns filled up to whole tiles; the shifts of a weight with zeros or offsets are float32). It is no
 part of a state_dict, a pickle or a copy. Writing into the weight (its version counter, or new memory behind it) makes
-it anew at the next call; what goes behind the counter's back (`w.data.data.copy_`) is not seen. A view of a weight
-has a layout of its own, kept with the weight that it is a view of, the KEPT last of them.
+it anew at the next call; what goes behind the counter's back (`w.data.data.copy_`) is not seen, nor is anything by a
+CUDA graph that has been made: it goes on reading the layout of then, which is kept as long as the weight is. A view of
+a weight has a layout of its own, kept with the weight that it is a view of, the KEPT last of them.
 """
 
 import weakref
@@ -14,6 +15,7 @@ import weakref
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from scalekern._kept import made
 from scalekern.quant._pack import pack, unpack
 
 ROWS, STEP = 256, 64  # of a tile and of a step, as in the kernel
@@ -21,17 +23,26 @@ PIECE = 1 << 24  # codes that lie unpacked, a byte each, while a layout is made
 KEPT = 4
 
 _kept = WeakTensorKeyDictionary()
+_captured = WeakTensorKeyDictionary()  # layouts that CUDA graphs read
 
 
 def layout(data, scales, zeros, offsets, bits: int, K: int):
     """(codes, scales, shifts or None) of `codes_of` and `scales_of`, kept."""
-    if data.is_cuda and torch.cuda.is_current_stream_capturing() and not _is_kept(data, scales, zeros, offsets):
+    captured = _is_captured(data)
+    if captured and not _is_kept(data, scales, zeros, offsets):
         # Memory of the graph: nothing that another call could read before the graph runs.
         return codes_of(data, bits, K), *scales_of(scales, zeros, offsets, data.shape[0], bits)
     codes = _keep(data, (bits, K), (data,), lambda: codes_of(data, bits, K))
     parts = _parts(scales, zeros, offsets)
     rest = _keep(data, (bits, "scales"), parts, lambda: scales_of(scales, zeros, offsets, data.shape[0], bits))
+    if captured:
+        held = _captured.setdefault(_base(data), {})
+        held |= {id(part): part for part in (codes, *rest)}
     return codes, *rest
+
+
+def _is_captured(data) -> bool:
+    return data.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _keep(owner, key, tensors, make):
@@ -39,10 +50,10 @@ def _keep(owner, key, tensors, make):
     key = (_place(owner), *key)
     found = views.pop(key, None)
     if found is None or not _is_fresh(found, tensors):
-        made = make()
+        new = made(make, owner.device)
         if owner.is_cuda:  # once: from here on any stream may read it
             torch.cuda.current_stream(owner.device).synchronize()
-        found = tuple((weakref.ref(_base(t)), _place(t), t._version) for t in tensors), made
+        found = tuple((weakref.ref(_base(t)), _place(t), t._version) for t in tensors), new
     views[key] = found  # the last one used is the last one
     for old in list(views)[: -2 * KEPT]:
         del views[old]
