@@ -120,6 +120,12 @@ def test_products_of_the_backward_run_on_wgmma(name):
     assert "wgmma.mma_async" in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
+def test_a_tile_of_rows_is_not_divided_in_64_bits():
+    """Each such division is a call; eight rows a thread made 24 of them, beside 64 numbers."""
+    compiled = COMPILE_SPECS["hadamard_rows_128"](torch.bfloat16).compile(GPUTarget("cuda", 90, 32))
+    assert "div.s64" not in compiled.asm["ptx"]
+
+
 @pytest.mark.parametrize("dtype, half", ((torch.bfloat16, 0), (torch.float32, 1)), ids=("bfloat16", "float32"))
 def test_the_longest_fused_transform_of_tensor_memory(dtype, half, monkeypatch):
     """On sm_100 it compiles to products, twice its length to a trap: which is what the limit is for.

@@ -91,10 +91,10 @@ def _of_signs(h, x, PARTS: tl.constexpr, acc: tl.constexpr):
 
 @triton.jit
 def _row(row, size_1, size_2, stride_0, stride_1, stride_2):
-    """The offset of a row of x, whose leading axes are three."""
-    row = tl.cast(row, tl.int64)
+    """The offset of a row of x, whose leading axes are three. Rows are divided as they come: in 64 bits by a call."""
     outer = row // size_2
-    return outer // size_1 * stride_0 + outer % size_1 * stride_1 + row % size_2 * stride_2
+    at = tl.cast(outer // size_1, tl.int64) * stride_0 + tl.cast(outer % size_1, tl.int64) * stride_1
+    return at + tl.cast(row % size_2, tl.int64) * stride_2
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _hadamard_tile_kernel(
     j = (p // A * run)[:, None] + inner
     inside = (inner < run) & (j < n) & (p // A < M)[:, None]
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = _row(row, size_1, size_2, stride_x_0, stride_x_1, stride_x_2)
+        at = _row(tl.cast(row, tl.int64), size_1, size_2, stride_x_0, stride_x_1, stride_x_2)  # of one, which costs nothing
         x = tl.load(x_ptr + at + index(j, INT64) * stride_x_n, mask=inside, other=0.0)  # [P, B]
         y = _of_signs(left, _times(x, right, acc), PARTS, acc) * scale
         row = tl.cast(row, tl.int64)
