@@ -201,7 +201,7 @@ def _hadamard_tile_kernel(
     j = (p // A * run)[:, None] + inner
     inside = (inner < run) & (j < n) & (p // A < M)[:, None]
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = _row(tl.cast(row, tl.int64), size_1, size_2, stride_x_0, stride_x_1, stride_x_2)  # of one, which costs nothing
+        at = _row(tl.cast(row, tl.int64), size_1, size_2, stride_x_0, stride_x_1, stride_x_2)  # of one
         x = tl.load(x_ptr + at + index(j, INT64) * stride_x_n, mask=inside, other=0.0)  # [P, B]
         y = _of_signs(left, _times(x, right, acc), PARTS, acc) * scale
         row = tl.cast(row, tl.int64)
