@@ -213,6 +213,26 @@ def test_the_same_view_has_the_same_layout_and_few_views_have_one(made):
     assert len(kept._kept[w.data]) == 2 * kept.KEPT
 
 
+def test_parts_of_a_weight_that_lie_beside_each_other_all_have_one(made):
+    """Of 12 experts, each is made once."""
+    x, w = inputs(9, 12 * 256, 64, "int4", 64)
+    for _ in range(2):
+        for rows in range(0, 12 * 256, 256):
+            layout(w[rows : rows + 256])
+    assert len(taken(made)) == 2 * 12
+
+
+def test_other_memory_in_the_same_place_is_seen(made):
+    """As when a parameter's data is replaced twice, and the second time gets what the first set free."""
+    _, w = inputs(9, 40, 128, "int4", 64)
+    memory = bytearray(w.data.numpy().tobytes())
+    weight = w.replace(data=torch.frombuffer(memory, dtype=torch.uint8).view(w.data.shape).detach())
+    layout(weight)
+    memory[:] = w.data.flip(0).numpy().tobytes()
+    weight.data.data = torch.frombuffer(memory, dtype=torch.uint8).view(w.data.shape)
+    assert torch.equal(layout(weight)[0], kept.codes_of(w.data.flip(0), w.bits, 128))
+
+
 def test_a_layout_goes_with_its_weight_and_is_no_part_of_it():
     x, w = inputs(9, 40, 128, "int4", 64)
     layer = QuantLinear.from_quantized(w)
