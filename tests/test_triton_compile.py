@@ -24,7 +24,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from scalekern import triton_kernels  # noqa: E402
-from scalekern.triton_kernels import fft_conv, fft_device, fft_long_device, selective_scan_bwd, tuning  # noqa: E402
+from scalekern.triton_kernels import (  # noqa: E402
+    fft_conv, fft_device, fft_long_device, hadamard_transform, selective_scan_bwd, tuning,
+)  # fmt: skip
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = [
@@ -118,6 +120,12 @@ def test_products_run_on_the_matrix_units(name, arch, instruction):
 @pytest.mark.parametrize("name", ("ssd_scan_bwd", "ssd_scan_matrices", "ssd_scan_states"))
 def test_products_of_the_backward_run_on_wgmma(name):
     assert "wgmma.mma_async" in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+@pytest.mark.parametrize("k", (6, 7))
+def test_float64_transforms_of_few_points_fit_an_a100(k):
+    compiled = hadamard_transform._spec(torch.float64, 1, k).compile(GPUTarget("cuda", 80, 32))
+    assert compiled.metadata.shared <= SHARED_MEMORY[80]
 
 
 def test_a_tile_of_rows_is_not_divided_in_64_bits():

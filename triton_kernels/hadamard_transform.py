@@ -225,6 +225,7 @@ def _hadamard_tile_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 PROGRAMS = 8 * 132  # that walk over the rows; eight a multiprocessor of an H100/H200, more of one warp
+SMALL = {4: 8, 8: 6}  # k of the most points of the first kernel: float64's matrix of 128 is 128 of an A100's 163 KB
 RUN_BITS = {4: 13, 8: 12}  # of what the first of two launches transforms, by the bytes of a point
 
 
@@ -256,7 +257,7 @@ def _folded(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
 
 def _is_small(x: torch.Tensor, m: int, k: int, group: int = 0) -> bool:
     """Whether the sums of all parts of 16 rows fit the registers of a program."""
-    most = {8: 7, 4: 8}.get(x.dtype.itemsize, 9)
+    most = SMALL.get(x.dtype.itemsize, 9)
     return m == 1 and k <= most and (group in (0, x.shape[-1]) or group <= min(128, 1 << k))
 
 
@@ -354,7 +355,7 @@ def _spec(dtype: torch.dtype, m: int, k: int, bits: int = 0, group: int = 0) -> 
     return plan_hadamard_tile(out, scales, x, m, k, 1.0, "fast_hadamard_transform", False, group, most)
 
 
-compile_spec("hadamard_rows")(lambda dtype: _spec(dtype, 1, {8: 7, 4: 8}.get(dtype.itemsize, 9)))
+compile_spec("hadamard_rows")(lambda dtype: _spec(dtype, 1, SMALL.get(dtype.itemsize, 9)))
 compile_spec("hadamard_tile")(lambda dtype: _spec(dtype, 1, 12 if dtype.itemsize == 8 else 13))
 compile_spec("hadamard_rows_128")(lambda dtype: _spec(dtype, 1, 7))
 compile_spec("hadamard_tile_16384")(lambda dtype: _spec(dtype, 1, 14))
