@@ -60,7 +60,8 @@ def _codes(ptr, at, p, in_n, in_p, stride_p, BITS: tl.constexpr):
         return tl.interleave((byte << 4) >> 4, byte >> 4)
     else:
         # The same again: as they are the compiler would load them into the layout of an operand, byte by byte.
-        return tl.interleave(*tl.split(tl.reshape(byte, [byte.shape[0], byte.shape[1] // 2, 2])))
+        even, odd = tl.split(tl.reshape(byte, [byte.shape[0], byte.shape[1] // 2, 2]))
+        return tl.interleave(even, odd)
 
 
 @triton.jit
