@@ -196,6 +196,8 @@ def _hadamard_tile_kernel(
     left = _signs(p[:, None] % A, p[None, :] % A).to(tl.float32)  # [P, P]
     if M > 1:
         left *= tl.load(table_ptr + p[:, None] // A * (P // A) + p[None, :] // A).to(tl.float32)
+        if acc == tl.float64:  # DMMA has no layout of bytes: a sum of one term ends the compiler's search for a load
+            left = tl.sum(left[:, :, None], axis=2)
     left = _operand(left, acc if PARTS == 0 else tl.bfloat16)
     inner = (p % A * B)[:, None] + b[None, :]  # [P, B], place in a run
     j = (p // A * run)[:, None] + inner
@@ -317,9 +319,9 @@ def _transform(out, x, m, k, scale, matrices, transposed) -> None:
 
 
 def _in_two(out, x, m, k, scale, matrices, transposed) -> None:
-    """Runs of 2^RUN_BITS points, then across them, in float32 (float64) between the two."""
+    """Runs of 2^RUN_BITS points, or of all 2^k, then across them, in float32 (float64) between the two."""
     n, real = x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
-    bits = RUN_BITS[real.itemsize]
+    bits = min(RUN_BITS[real.itemsize], k)
     padded = torch.nn.functional.pad(x.to(real), (0, (m << k) - n)).unflatten(-1, (-1, 1 << bits))
     between = torch.empty_like(padded, memory_format=torch.contiguous_format)
     _transform(between, padded, 1, bits, 1.0, matrices, False)
@@ -360,6 +362,7 @@ compile_spec("hadamard_tile")(lambda dtype: _spec(dtype, 1, 12 if dtype.itemsize
 compile_spec("hadamard_rows_128")(lambda dtype: _spec(dtype, 1, 7))
 compile_spec("hadamard_tile_16384")(lambda dtype: _spec(dtype, 1, 14))
 compile_spec("hadamard_tile_14336")(lambda dtype: _spec(dtype, 28, 9))
+compile_spec("hadamard_tile_float64")(lambda dtype: _spec(torch.float64, 12, 4))
 compile_spec("hadamard_rows_quantize")(lambda dtype: _spec(dtype, 1, 9, 8))
 compile_spec("hadamard_tile_quantize")(lambda dtype: _spec(dtype, 1, 12, 8))
 compile_spec("hadamard_tile_quantize_groups")(lambda dtype: _spec(dtype, 28, 9, 4, 128))
