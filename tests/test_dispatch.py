@@ -45,6 +45,12 @@ def test_what_the_fastest_kernel_declines_goes_to_the_others_before_torch(record
     assert first(own[:1] + own[2:])[0] == ("cuda", True)  # there is no kernel of that name: torch's ops were measured
 
 
+def test_a_gpu_is_asked_for_its_name_once(records, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: asked.append(device) or "Some GPU")
+    assert [order("scan", 900) for _ in range(3)] == [["triton", "cuda", "reference"]] * 3 and len(asked) == 1
+
+
 def test_without_a_record_the_order_is_the_ops_own(records):
     assert order("unmeasured", 900) == ["cuda", "triton", "reference"]
 

@@ -184,6 +184,17 @@ def test_halves_that_are_not_finite_stay_in_their_row(dtype):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the interpreter's process tests Triton")
+@pytest.mark.parametrize("dtype, m, k", [(torch.float32, 40, 8), (torch.float64, 12, 9)])
+def test_rows_whose_runs_are_short_in_two_launches(dtype, m, k):
+    """Too long for one program, and of runs of fewer points than the first launch takes."""
+    x = rows(1, m << k, dtype=dtype)
+    with scalekern.backend("triton"):
+        out = scalekern.hadamard_transform(x, 0.3)
+    tolerance = 5e-7 if dtype == torch.float32 else 1e-14
+    assert_close(out, oracle.hadamard_transform(x.double(), 0.3), tolerance=tolerance)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the interpreter's process tests Triton")
 def test_long_rows_in_two_launches(monkeypatch):
     """Runs and then across them; rows of n points that need zeros as well; offsets of 64 bits."""
     kernels = importlib.import_module("scalekern.triton_kernels.hadamard_transform")

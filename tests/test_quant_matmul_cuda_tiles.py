@@ -3,9 +3,12 @@
 Shape letters: M tokens, N outputs, K inputs.
 """
 
+import contextlib
 import copy
 import gc
 import pickle
+import threading
+import weakref
 
 import cuda_emulation as emulated
 import pytest
@@ -14,6 +17,7 @@ from cuda_emulation import PRODUCT_TOLERANCE as TOLERANCE
 from cuda_emulation import inputs_of_a_product as inputs
 
 from scalekern import reference
+from scalekern._kept import made as made_to_be_kept
 from scalekern.nn import QuantLinear
 from scalekern.ops import _quant_matmul_cuda as cuda
 from scalekern.ops import _quant_matmul_tiles as tiles
@@ -209,6 +213,26 @@ def test_the_same_view_has_the_same_layout_and_few_views_have_one(made):
     assert len(kept._kept[w.data]) == 2 * kept.KEPT
 
 
+def test_parts_of_a_weight_that_lie_beside_each_other_all_have_one(made):
+    """Of 12 experts, each is made once."""
+    x, w = inputs(9, 12 * 256, 64, "int4", 64)
+    for _ in range(2):
+        for rows in range(0, 12 * 256, 256):
+            layout(w[rows : rows + 256])
+    assert len(taken(made)) == 2 * 12
+
+
+def test_other_memory_in_the_same_place_is_seen(made):
+    """As when a parameter's data is replaced twice, and the second time gets what the first set free."""
+    _, w = inputs(9, 40, 128, "int4", 64)
+    memory = bytearray(w.data.numpy().tobytes())
+    weight = w.replace(data=torch.frombuffer(memory, dtype=torch.uint8).view(w.data.shape).detach())
+    layout(weight)
+    memory[:] = w.data.flip(0).numpy().tobytes()
+    weight.data.data = torch.frombuffer(memory, dtype=torch.uint8).view(w.data.shape)
+    assert torch.equal(layout(weight)[0], kept.codes_of(w.data.flip(0), w.bits, 128))
+
+
 def test_a_layout_goes_with_its_weight_and_is_no_part_of_it():
     x, w = inputs(9, 40, 128, "int4", 64)
     layer = QuantLinear.from_quantized(w)
@@ -224,6 +248,34 @@ def test_a_layout_goes_with_its_weight_and_is_no_part_of_it():
     del layer, other
     gc.collect()
     assert len(kept._kept) == before
+
+
+def test_what_a_cuda_graph_reads_stays_as_long_as_its_weight(monkeypatch):
+    _, w = inputs(9, 40, 128, "int4", 64, symmetric=False)
+    layout(w)
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "_is_captured", lambda data: True)
+        read = [weakref.ref(part) for part in layout(w)]
+    w.data.zero_(), w.scales.zero_()
+    layout(w), [layout(w[:rows]) for rows in range(1, 10)]
+    assert all(part() is not None for part in read)
+    del w
+    gc.collect()
+    assert not any(part() is not None for part in read)
+
+
+def test_what_is_kept_on_a_gpu_is_made_by_another_thread(monkeypatch):
+    """Whose memory is not of the pool that torch.compile lets a first run allocate from, and expects to get back."""
+    here, captured, device = threading.get_ident(), False, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(stream))
+    assert made_to_be_kept(threading.get_ident, device) != here
+    assert made_to_be_kept(threading.get_ident, torch.device("cpu")) == here
+    with pytest.raises(ZeroDivisionError):
+        made_to_be_kept(lambda: 1 / 0, device)
+    captured = True
+    assert made_to_be_kept(threading.get_ident, device) == here
 
 
 def test_a_layout_made_in_pieces_is_the_same(monkeypatch):

@@ -215,3 +215,17 @@ def test_a_cache_whose_batches_share_their_memory_is_not_written():
     cache = QuantizedKV.empty(1, 2, 8, channels=8).map(lambda t: t.expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="cache.data is changed in place and must not be expanded"):
         scalekern.quantize_kv_update(cache, torch.randn(2, 2, 3, 8), torch.tensor([3, 3]))
+
+
+@compiled_only
+def test_one_kernel_serves_every_number_of_tokens():
+    """A prompt's length is no constant of the kernel, and only a grid's first axis goes beyond 65,535."""
+    kernels = pytest.importorskip("scalekern.triton_kernels.quantize_kv", reason="Triton is not installed")
+    constants = set()
+    for B, T in ((1, 1000), (2, 1008), (70_000, 16)):
+        x, integers = torch.empty(B, 8, T, 64, device="meta"), torch.empty(B, dtype=torch.int32, device="meta")
+        cache = QuantizedKV.empty(B, 8, 2048, channels=64, device="meta")
+        launch = kernels.plan(*cache.tensors().values(), x, integers, None, None, None, 0, False, 8, 64)
+        constants.add(str([launch.args[p.name] for p in launch.kernel.params if p.is_constexpr]))
+        assert launch.grid == (B * 8 * T,)
+    assert len(constants) == 1

@@ -24,7 +24,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from scalekern import triton_kernels  # noqa: E402
-from scalekern.triton_kernels import fft_conv, fft_device, fft_long_device, selective_scan_bwd, tuning  # noqa: E402
+from scalekern.triton_kernels import (  # noqa: E402
+    fft_conv, fft_device, fft_long_device, hadamard_transform, selective_scan_bwd, tuning,
+)  # fmt: skip
 from scalekern.triton_kernels.common import COMPILE_SPECS  # noqa: E402
 
 MODULES = [
@@ -120,6 +122,18 @@ def test_products_of_the_backward_run_on_wgmma(name):
     assert "wgmma.mma_async" in COMPILE_SPECS[name](torch.bfloat16).compile(GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
+@pytest.mark.parametrize("k", (6, 7))
+def test_float64_transforms_of_few_points_fit_an_a100(k):
+    compiled = hadamard_transform._spec(torch.float64, 1, k).compile(GPUTarget("cuda", 80, 32))
+    assert compiled.metadata.shared <= SHARED_MEMORY[80]
+
+
+def test_a_tile_of_rows_is_not_divided_in_64_bits():
+    """Each such division is a call; eight rows a thread made 24 of them, beside 64 numbers."""
+    compiled = COMPILE_SPECS["hadamard_rows_128"](torch.bfloat16).compile(GPUTarget("cuda", 90, 32))
+    assert "div.s64" not in compiled.asm["ptx"]
+
+
 @pytest.mark.parametrize("dtype, half", ((torch.bfloat16, 0), (torch.float32, 1)), ids=("bfloat16", "float32"))
 def test_the_longest_fused_transform_of_tensor_memory(dtype, half, monkeypatch):
     """On sm_100 it compiles to products, twice its length to a trap: which is what the limit is for.
@@ -139,6 +153,17 @@ def test_the_longest_fused_transform_of_tensor_memory(dtype, half, monkeypatch):
     assert fft_device.limit(operands, device) == points
     rows = COMPILE_SPECS["fft_conv_long_rows"](dtype).compile(target).asm["ptx"]
     assert fft_long_device.fits(operands, device) == ("trap;" not in rows)
+
+
+def test_plans_use_no_helper_of_the_compiler(monkeypatch):
+    """Those of Triton take 1.5 us a call outside of kernels, and a product of one token is planned in 30."""
+    def refuse(self, *args, _semantic=None, **kwargs):
+        raise AssertionError(f"{self.fn.__name__} called by a launcher")
+
+    monkeypatch.setattr(type(triton.cdiv), "__call__", refuse)
+    for name in COMPILE_SPECS:
+        if name.startswith(("quant", "dequantize", "hadamard", "sparse_attention_decode", "selective_state_update")):
+            COMPILE_SPECS[name](torch.bfloat16)
 
 
 SHAPES = [

@@ -98,6 +98,14 @@ def test_activations(activation, format, group):
     check(x, w, activation=activation, activation_scale=0.03 if group == 20 else None)
 
 
+@pytest.mark.parametrize("activation", ("int8", "fp8"))
+@pytest.mark.parametrize("format, group", (("int4", 64), ("int4", 20), ("fp4_e2m1", 32)))
+def test_activations_of_float64(activation, format, group):
+    """What the products are summed in too: float32 holds the integers of small groups, and nothing of float8."""
+    x, w = inputs(6, 17, 100, format, group, F64, symmetric=format[:3] != "int")
+    check(x, w, activation=activation)
+
+
 def test_rounded_tokens_are_the_oracles():
     """Ties, numbers of every binade, zeros, tokens that are not finite; all bits."""
     torch.manual_seed(2)
@@ -241,6 +249,22 @@ def test_many_tokens_are_left_to_torch(monkeypatch):
     with scalekern.backend("triton"):
         (dx,) = torch.autograd.grad(scalekern.quant_matmul(x.requires_grad_(), w), x, dout)
     assert error(dx, dout.double() @ w.dequantize(F64)) < 4e-3
+
+
+@pytest.mark.parametrize(
+    "format, group", (("int4", 64), ("int8", None), ("int3", 128), ("int2", 64), ("int1", 256), ("nf4", 64))
+)
+def test_weights_of_whole_tiles_are_the_oracles(format, group):
+    """In tiles of one group each, with rows behind the last one, and in tiles that are not whole."""
+    _, w = inputs(1, 37, 768, format, group, symmetric=format[:3] != "int" or format == "int1")
+    w = w.replace(outer=torch.rand(37, 1) + 0.5, offsets=torch.randn_like(w.scales))
+    parts = w.data, w.scales, w.zeros, w.offsets, w.outer, w.format, w.group_size, 768
+    for first, columns, one_group in ((0, 768, True), (256, 512, True), (256, 510, False)):
+        found = torch.full((37, columns), NAN, dtype=F32)
+        launch = dense.plan_dequantize(found, *parts, first)
+        assert launch.args["ONE_GROUP"] == one_group
+        launch.run()
+        assert error(found, w.dequantize(F64)[:, first : first + columns]) < 2e-7
 
 
 BROKEN = (lambda x: x * 0, lambda x: x.roll(1, -1), lambda x: x.roll(1, 0), lambda x: x * 1.001)

@@ -31,10 +31,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _env
+from .. import _env, _kept
 from ..ops._hadamard import tile
 from ..reference.hadamard_transform import base_matrix, factor
-from .common import Launch, compile_spec, index, meta
+from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2
 from .toeplitz_conv import _operand
 from .tuning import config
 
@@ -91,10 +91,10 @@ def _of_signs(h, x, PARTS: tl.constexpr, acc: tl.constexpr):
 
 @triton.jit
 def _row(row, size_1, size_2, stride_0, stride_1, stride_2):
-    """The offset of a row of x, whose leading axes are three."""
-    row = tl.cast(row, tl.int64)
+    """The offset of a row of x, whose leading axes are three. Rows are divided as they come: in 64 bits by a call."""
     outer = row // size_2
-    return outer // size_1 * stride_0 + outer % size_1 * stride_1 + row % size_2 * stride_2
+    at = tl.cast(outer // size_1, tl.int64) * stride_0 + tl.cast(outer % size_1, tl.int64) * stride_1
+    return at + tl.cast(row % size_2, tl.int64) * stride_2
 
 
 @triton.jit
@@ -196,12 +196,14 @@ def _hadamard_tile_kernel(
     left = _signs(p[:, None] % A, p[None, :] % A).to(tl.float32)  # [P, P]
     if M > 1:
         left *= tl.load(table_ptr + p[:, None] // A * (P // A) + p[None, :] // A).to(tl.float32)
+        if acc == tl.float64:  # DMMA has no layout of bytes: a sum of one term ends the compiler's search for a load
+            left = tl.sum(left[:, :, None], axis=2)
     left = _operand(left, acc if PARTS == 0 else tl.bfloat16)
     inner = (p % A * B)[:, None] + b[None, :]  # [P, B], place in a run
     j = (p // A * run)[:, None] + inner
     inside = (inner < run) & (j < n) & (p // A < M)[:, None]
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = _row(row, size_1, size_2, stride_x_0, stride_x_1, stride_x_2)
+        at = _row(tl.cast(row, tl.int64), size_1, size_2, stride_x_0, stride_x_1, stride_x_2)  # of one
         x = tl.load(x_ptr + at + index(j, INT64) * stride_x_n, mask=inside, other=0.0)  # [P, B]
         y = _of_signs(left, _times(x, right, acc), PARTS, acc) * scale
         row = tl.cast(row, tl.int64)
@@ -225,6 +227,7 @@ def _hadamard_tile_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 PROGRAMS = 8 * 132  # that walk over the rows; eight a multiprocessor of an H100/H200, more of one warp
+SMALL = {4: 8, 8: 6}  # k of the most points of the first kernel: float64's matrix of 128 is 128 of an A100's 163 KB
 RUN_BITS = {4: 13, 8: 12}  # of what the first of two launches transforms, by the bytes of a point
 
 
@@ -233,8 +236,9 @@ def _table(m: int, matrices: str, transposed: bool, device: torch.device) -> tor
     """H_m (M, M) int8 with zeros up to the next power of two; None for m = 1."""
     if m == 1:
         return None
-    h, size = base_matrix(m, matrices), triton.next_power_of_2(m)
-    return torch.nn.functional.pad(h.mT if transposed else h, (0, size - m, 0, size - m)).contiguous().to(device)
+    h, size = base_matrix(m, matrices), next_power_of_2(m)
+    table = torch.nn.functional.pad(h.mT if transposed else h, (0, size - m, 0, size - m)).contiguous()
+    return _kept.made(lambda: table.to(device), device)
 
 
 def _folded(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
@@ -255,7 +259,7 @@ def _folded(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
 
 def _is_small(x: torch.Tensor, m: int, k: int, group: int = 0) -> bool:
     """Whether the sums of all parts of 16 rows fit the registers of a program."""
-    most = {8: 7, 4: 8}.get(x.dtype.itemsize, 9)
+    most = SMALL.get(x.dtype.itemsize, 9)
     return m == 1 and k <= most and (group in (0, x.shape[-1]) or group <= min(128, 1 << k))
 
 
@@ -270,7 +274,7 @@ def _common(x: torch.Tensor, n: int, scale: float, group: int, most: int) -> dic
 
 
 def _key(x: torch.Tensor, n: int) -> str:
-    return f"{str(x.dtype)[6:]}-n{triton.next_power_of_2(n)}"
+    return f"{str(x.dtype)[6:]}-n{next_power_of_2(n)}"
 
 
 def plan_hadamard_rows(out, scales, x, k, scale, group=0, most=0) -> Launch:
@@ -281,7 +285,7 @@ def plan_hadamard_rows(out, scales, x, k, scale, group=0, most=0) -> Launch:
     rows = max(16, 128 // A // x.dtype.itemsize)
     blocks = config("hadamard_rows", _key(x, n), x.device, {"R": rows, "num_warps": 8 if x.dtype.itemsize == 4 else 4})
     args = _common(x, n, scale, group, most)
-    tiles = triton.cdiv(args["rows"], blocks["R"])
+    tiles = cdiv(args["rows"], blocks["R"])
     args |= dict(out_ptr=out, scales_ptr=scales, tiles=tiles, A=A, B=B, R=blocks["R"])
     return Launch(_hadamard_rows_kernel, (min(tiles, PROGRAMS),), args, blocks["num_warps"])
 
@@ -315,9 +319,9 @@ def _transform(out, x, m, k, scale, matrices, transposed) -> None:
 
 
 def _in_two(out, x, m, k, scale, matrices, transposed) -> None:
-    """Runs of 2^RUN_BITS points, then across them, in float32 (float64) between the two."""
+    """Runs of 2^RUN_BITS points, or of all 2^k, then across them, in float32 (float64) between the two."""
     n, real = x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
-    bits = RUN_BITS[real.itemsize]
+    bits = min(RUN_BITS[real.itemsize], k)
     padded = torch.nn.functional.pad(x.to(real), (0, (m << k) - n)).unflatten(-1, (-1, 1 << bits))
     between = torch.empty_like(padded, memory_format=torch.contiguous_format)
     _transform(between, padded, 1, bits, 1.0, matrices, False)
@@ -353,11 +357,12 @@ def _spec(dtype: torch.dtype, m: int, k: int, bits: int = 0, group: int = 0) -> 
     return plan_hadamard_tile(out, scales, x, m, k, 1.0, "fast_hadamard_transform", False, group, most)
 
 
-compile_spec("hadamard_rows")(lambda dtype: _spec(dtype, 1, {8: 7, 4: 8}.get(dtype.itemsize, 9)))
+compile_spec("hadamard_rows")(lambda dtype: _spec(dtype, 1, SMALL.get(dtype.itemsize, 9)))
 compile_spec("hadamard_tile")(lambda dtype: _spec(dtype, 1, 12 if dtype.itemsize == 8 else 13))
 compile_spec("hadamard_rows_128")(lambda dtype: _spec(dtype, 1, 7))
 compile_spec("hadamard_tile_16384")(lambda dtype: _spec(dtype, 1, 14))
 compile_spec("hadamard_tile_14336")(lambda dtype: _spec(dtype, 28, 9))
+compile_spec("hadamard_tile_float64")(lambda dtype: _spec(torch.float64, 12, 4))
 compile_spec("hadamard_rows_quantize")(lambda dtype: _spec(dtype, 1, 9, 8))
 compile_spec("hadamard_tile_quantize")(lambda dtype: _spec(dtype, 1, 12, 8))
 compile_spec("hadamard_tile_quantize_groups")(lambda dtype: _spec(dtype, 28, 9, 4, 128))

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .. import _env
 from ..quant._formats import FORMATS
+from .launch import next_power_of_2
 
 # The interpreter holds bfloat16 as integers, computes with those, and truncates where a GPU rounds.
 INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())
@@ -236,7 +237,7 @@ def experts_args(offs: torch.Tensor | None) -> dict:
     """The arguments of expert_of; EXPERTS is 0 for a product that has none."""
     if offs is None:
         return {"offs_ptr": None, "EXPERTS": 0, "LANES": 0}
-    return {"offs_ptr": offs.contiguous(), "EXPERTS": len(offs), "LANES": triton.next_power_of_2(len(offs))}
+    return {"offs_ptr": offs.contiguous(), "EXPERTS": len(offs), "LANES": next_power_of_2(len(offs))}
 
 
 def table_of(format: str, dtype: torch.dtype, device) -> torch.Tensor | None:

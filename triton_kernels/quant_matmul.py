@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 
 from ..quant._formats import FORMATS
-from .common import Launch, compile_spec, index, meta, strides, wide
+from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 from .quant_device import (
     MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, expert_of, experts_args, finish, is_whole, operand, part_strides,
     parts_args, plain, rows_first, scales_of, store, table_of, values_of,
@@ -144,7 +144,7 @@ def _quant_matmul_fwd_kernel(
     SUMS: tl.constexpr = offsets_ptr is not None or (WHOLE and zeros_ptr is not None)
     DIRECT: tl.constexpr = zeros_ptr is not None and not WHOLE
     SUM: tl.constexpr = tl.int32 if WHOLE else ACC
-    PART: tl.constexpr = tl.int32 if OPERAND == tl.int8 else ACC
+    PART: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float64 if OPERAND == tl.float64 else tl.float32
 
     small = None
     if SMALL > 0:
@@ -220,8 +220,8 @@ def _operand(dtype, rounded, format, zeros, group, groups):
     if rounded == torch.int8 and whole:
         return tl.int8 if fits else tl.float16  # whose smallest tile is of 16 columns, int8's of 32
     exact = (whole or format in MANTISSA) and (zeros is None or not zeros.is_floating_point())
-    if rounded is not None and (exact or dtype in (torch.float16, torch.bfloat16)):
-        return tl.float16
+    if rounded is not None and (exact and dtype != torch.float64 or dtype in (torch.float16, torch.bfloat16)):
+        return tl.float16  # whose sums are float32's
     return TYPES[dtype]
 
 
@@ -250,10 +250,10 @@ def _tiles(kind, per, M, N, K, bits, groups, group, device) -> dict:
                     "num_stages": 3}  # fmt: skip
     elif M > 16:
         default |= {"BLOCK_M": 32} if M <= 32 else {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8}
-    tiles = dict(config("quant_matmul_fwd", f"{kind}-{bits}-M{triton.next_power_of_2(M)}", device, default))
-    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], max(16, triton.next_power_of_2(N)))
-    units, least = triton.cdiv(min(group, K), per), 32 if kind == tl.int8 else 16
-    block = max(least, min(tiles.pop("COLUMNS") // per, triton.next_power_of_2(units)))
+    tiles = dict(config("quant_matmul_fwd", f"{kind}-{bits}-M{next_power_of_2(M)}", device, default))
+    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], max(16, next_power_of_2(N)))
+    units, least = cdiv(min(group, K), per), 32 if kind == tl.int8 else 16
+    block = max(least, min(tiles.pop("COLUMNS") // per, next_power_of_2(units)))
     while groups > 1 and block > least and units % block:
         block //= 2
     return {**tiles, "P": per, "BLOCK_U": block}
@@ -274,19 +274,19 @@ def plan_quant_matmul_fwd(
     bits, group = FORMATS[format].bits, K if groups == 1 else group_size
     kind = _operand(dtype, None if tokens is None else x.dtype, format, zeros, group, groups)
     per = _planes(kind, bits, group, groups)
-    tiles = _tiles(kind, per, triton.cdiv(M, E or 1), N, K, bits, groups, group, x.device)
+    tiles = _tiles(kind, per, cdiv(M, E or 1), N, K, bits, groups, group, x.device)
     block, acc = per * tiles["BLOCK_U"], real_of(dtype)
-    programs = (triton.cdiv(M, tiles["BLOCK_M"]) + E) * triton.cdiv(N, tiles["BLOCK_N"])
-    wanted = 1 if E else max(1, min(WANTED // programs, triton.cdiv(K, LEAST_COLUMNS)))
+    programs = (cdiv(M, tiles["BLOCK_M"]) + E) * cdiv(N, tiles["BLOCK_N"])
+    wanted = 1 if E else max(1, min(WANTED // programs, cdiv(K, LEAST_COLUMNS)))
     segment = group
     if groups == 1:
-        segment = triton.cdiv(triton.cdiv(K, wanted), block) * block
+        segment = cdiv(cdiv(K, wanted), block) * block
     if kind == tl.int8:
         segment = min(segment, INT32_COLUMNS)
-    per_group = triton.cdiv(group, segment)
+    per_group = cdiv(group, segment)
     segments = groups * per_group
-    each = triton.cdiv(segments, wanted)
-    parts = triton.cdiv(segments, each)
+    each = cdiv(segments, wanted)
+    parts = cdiv(segments, each)
     ends = _ends(outer, tokens, bias)
     to = out[None] if parts == 1 else x.new_empty(parts, M, N, dtype=acc)
     stride_u, stride_p = (x.stride(1) * per, x.stride(1)) if x.dim() == 2 else (x.stride(2), x.stride(1))
@@ -322,12 +322,12 @@ def without(ends: dict) -> dict:
 def plan_sum(out, parts, ends) -> Launch:
     """parts (S, M, N) added to out (M, N), with what ends a product."""
     M, N = out.shape
-    block = min(512, max(16, triton.next_power_of_2(N)))
+    block = min(512, max(16, next_power_of_2(N)))
     args = dict(
         out_ptr=out, parts_ptr=parts, N=N, parts=parts.shape[0], **strides("out", out, "mn"),
         stride_parts_s=parts.stride(0), stride_parts_m=parts.stride(1), **ends, BLOCK_N=block,
     )  # fmt: skip
-    return Launch(_quant_matmul_sum_kernel, (triton.cdiv(N, block), M), args, 4)
+    return Launch(_quant_matmul_sum_kernel, (cdiv(N, block), M), args, 4)
 
 
 def quant_matmul_fwd(
@@ -384,9 +384,9 @@ def _planes_of(dtype, scales, zeros, offsets, format, group_size, activation) ->
 
 def sample(M, dtype, format="int4", group=128, *, zeros=None, offsets=False, N=8192, K=8192, scales=torch.float16):
     """(out, x, data, scales, zeros, offsets) on meta tensors; zeros: their dtype."""
-    groups = 1 if group is None else triton.cdiv(K, group)
+    groups = 1 if group is None else cdiv(K, group)
     part = lambda dtype: meta(N, groups, dtype=dtype)
-    data = meta(N, triton.cdiv(K * FORMATS[format].bits, 8), dtype=torch.uint8)
+    data = meta(N, cdiv(K * FORMATS[format].bits, 8), dtype=torch.uint8)
     zeros, offsets = part(zeros) if zeros else None, part(torch.float16) if offsets else None
     return meta(M, N, dtype=dtype), meta(M, K, dtype=dtype), data, part(scales), zeros, offsets
 
@@ -410,4 +410,7 @@ for _name, _args, _options in (
     ("_nvfp4", (64, "fp4_e2m1", 16), {"scales": torch.float8_e4m3fn}), ("_experts", (64,), {"experts": 8}),
 ):  # fmt: skip
     compile_spec(f"quant_matmul_fwd{_name}")(lambda dtype, a=_args, o=_options: _spec(dtype, *a, **o)[0])
+# Of float64, in groups that no int8 tile fits: no matrix unit adds products of float16 in float64.
+compile_spec("quant_matmul_fwd_float64_int8")(lambda dtype: _spec(torch.float64, 16, "int4", 100, "int8")[0])
+compile_spec("quant_matmul_fwd_float64_fp8")(lambda dtype: _spec(torch.float64, 16, "int4", 128, "fp8")[0])
 compile_spec("quant_matmul_sum")(lambda dtype: _spec(dtype, 16)[1])

@@ -22,7 +22,7 @@ import triton.language as tl
 from ..ops import _quant_matmul
 from ..ops._quant_matmul import _parts_backward, activations
 from ..quant._formats import FORMATS
-from .common import Launch, compile_spec, index, strides, wide
+from .common import Launch, cdiv, compile_spec, index, next_power_of_2, strides, wide
 from .quant_device import (
     codes_of, expert_of, experts_args, operand, parts_args, plain, rows_first, store, table_of, weights_of,
 )  # fmt: skip
@@ -75,10 +75,10 @@ def plan_quant_matmul_bwd(dx, dout, data, scales, zeros, offsets, outer, offs, f
     (M, K), N, acc, experts = dx.shape, dout.shape[1], real_of(dx.dtype), experts_args(offs)
     half = dx.element_size() == 2
     default = {"BLOCK_M": 64 if half else 32, "BLOCK_N": 32, "BLOCK_K": 64 if half else 32, "num_warps": 4}
-    key = f"{str(dx.dtype)[6:]}-{FORMATS[format].bits}-M{triton.next_power_of_2(M)}"
+    key = f"{str(dx.dtype)[6:]}-{FORMATS[format].bits}-M{next_power_of_2(M)}"
     tiles = dict(config("quant_matmul_bwd", key, dx.device, default))
     for name, size in (("M", M), ("N", N), ("K", K)):
-        tiles[f"BLOCK_{name}"] = max(16, min(tiles[f"BLOCK_{name}"], triton.next_power_of_2(size)))
+        tiles[f"BLOCK_{name}"] = max(16, min(tiles[f"BLOCK_{name}"], next_power_of_2(size)))
     outer, warps = plain(outer), tiles.pop("num_warps")
     args = dict(
         dx_ptr=dx, dout_ptr=dout, data_ptr=data, table_ptr=table_of(format, acc, dx.device), outer_ptr=outer,
@@ -89,7 +89,7 @@ def plan_quant_matmul_bwd(dx, dout, data, scales, zeros, offsets, outer, offs, f
         PRECISION={torch.float16: "tf32", torch.float32: "tf32x3"}.get(dx.dtype, "ieee"),
         INT64=wide(dx, dout) or K * FORMATS[format].bits >= 2**31, **tiles, **experts,
     )  # fmt: skip
-    grid = (triton.cdiv(M, tiles["BLOCK_M"]) + experts["EXPERTS"], triton.cdiv(K, tiles["BLOCK_K"]))
+    grid = (cdiv(M, tiles["BLOCK_M"]) + experts["EXPERTS"], cdiv(K, tiles["BLOCK_K"]))
     return Launch(_quant_matmul_bwd_kernel, grid, args, warps)
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..quant._formats import FORMATS
-from .common import Launch, compile_spec, index, meta, strides, wide
+from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 from .quant_device import (
     PER_UNIT, bits_of, centre_of, codes_of, finish, is_whole, masked, parts_args, scales_of, store, table_of, values_of,
 )  # fmt: skip
@@ -160,21 +160,21 @@ def plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, g
     out (M, N), x (M, K); ends: the arguments of what ends a product.
     """
     (M, K), N, bits, groups = x.shape, data.shape[0], FORMATS[format].bits, scales.shape[1]
-    tokens, group = triton.next_power_of_2(M), K if scales.shape[1] == 1 else group_size
+    tokens, group = next_power_of_2(M), K if scales.shape[1] == 1 else group_size
     data = _words(data, bits, group, groups, tokens)
     words = data.dtype == torch.int32
     per = 32 // bits if words else PER_UNIT[bits]
-    units = triton.cdiv(K, per)
+    units = cdiv(K, per)
     vector = max(1, min(4, NUMBERS // (tokens * per) * (1 if words else 4)))
     default = {"BLOCK_U": 32 * vector, "BLOCK_N": 64 // vector // (2 if tokens > 2 else 1), "num_warps": 4}
     blocks = dict(config("quant_matmul_gemv", f"{str(x.dtype)[6:]}-{bits}-M{tokens}", x.device, default))
-    blocks["BLOCK_U"] = min(blocks["BLOCK_U"], triton.next_power_of_2(units))
-    blocks["BLOCK_N"] = min(blocks["BLOCK_N"], triton.next_power_of_2(N))
+    blocks["BLOCK_U"] = min(blocks["BLOCK_U"], next_power_of_2(units))
+    blocks["BLOCK_N"] = min(blocks["BLOCK_N"], next_power_of_2(N))
     per_group = units if groups == 1 else group // per
     share = vector
     while share > 1 and (per_group % share and groups > 1 or share > blocks["BLOCK_U"]):
         share //= 2
-    parts, tiles = triton.cdiv(units, blocks["BLOCK_U"]), triton.cdiv(N, blocks["BLOCK_N"])
+    parts, tiles = cdiv(units, blocks["BLOCK_U"]), cdiv(N, blocks["BLOCK_N"])
     steps = blocks.pop("STEPS", max(1, min(8, tiles * parts // WANTED)))
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     to = out[None] if parts == 1 else x.new_empty(parts, M, N, dtype=real)
@@ -189,7 +189,7 @@ def plan_quant_matmul_gemv(out, x, data, scales, zeros, offsets, ends, format, g
         FORMAT=format, P=per, WORDS=words, ONE_GROUP=groups == 1, MASKED=units % blocks["BLOCK_U"] != 0,
         INT64=wide(x), TOKENS=tokens, VECTOR=vector, SHARE=share, **blocks,
     )  # fmt: skip
-    return Launch(_quant_matmul_gemv_kernel, (triton.cdiv(tiles, steps), parts), args, warps)
+    return Launch(_quant_matmul_gemv_kernel, (cdiv(tiles, steps), parts), args, warps)
 
 
 # --- what tests compile -----------------------------------------------------------------------------------------------

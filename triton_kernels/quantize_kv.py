@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..reference.quantize_kv import factor
-from .common import Launch, compile_spec, index, meta, strides, wide
+from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 
 MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 x 2^23: added and subtracted, it leaves halves to even
 
@@ -33,15 +33,17 @@ def _code(x, scale, offset, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
 @triton.jit
 def _quantize_kv_kernel(
     data_ptr, scales_ptr, offsets_ptr, x_ptr, lengths_ptr, head_offsets_ptr, table_ptr, starts_ptr, factor, sink, slots,
+    H, T,
     stride_data_b, stride_data_h, stride_data_s, stride_data_p, stride_scales_b, stride_scales_h, stride_scales_s,
     stride_scales_p, stride_offsets_b, stride_offsets_h, stride_offsets_s, stride_offsets_p, stride_x_b, stride_x_h,
     stride_x_t, stride_x_p, stride_lengths_b, stride_heads_h, stride_table_b, stride_table_j, stride_starts_b,
-    T: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
+    P: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
     CIRCULAR: tl.constexpr, INT64: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_U: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, H, B)."""
-    t, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """Grid (B H T,): along one axis, since the others end at 65,535. T is no constant: prompts have many lengths."""
+    head, t = tl.program_id(0) // T, tl.program_id(0) % T
+    h, b = (head % H).to(tl.int64), (head // H).to(tl.int64)
     lead, slot, written = b, t, True
     if lengths_ptr is not None:
         n = tl.load(lengths_ptr + b * stride_lengths_b).to(tl.int32)
@@ -119,12 +121,12 @@ def plan(
         head_offsets_ptr=head_offsets, table_ptr=block_table, starts_ptr=starts,
         factor=factor(bits, offsets is None, scales.dtype), sink=sink, slots=slots, **steps, **strides("x", x, "bhtp"),
         **strides("lengths", lengths, "b"), **strides("heads", head_offsets, "h"),
-        **strides("table", block_table, "bj"), **strides("starts", starts, "b"), T=T, P=P, GROUP=group_size, BITS=bits,
-        PAGE=page, CIRCULAR=bool(circular),
-        INT64=wide(x, data), BLOCK_G=triton.next_power_of_2(triton.cdiv(P, group_size)),
-        BLOCK_U=triton.next_power_of_2(group_size), BLOCK_BYTES=triton.next_power_of_2(triton.cdiv(P, 2)),
+        **strides("table", block_table, "bj"), **strides("starts", starts, "b"), H=H, T=T, P=P, GROUP=group_size,
+        BITS=bits, PAGE=page, CIRCULAR=bool(circular),
+        INT64=wide(x, data), BLOCK_G=next_power_of_2(cdiv(P, group_size)),
+        BLOCK_U=next_power_of_2(group_size), BLOCK_BYTES=next_power_of_2(cdiv(P, 2)),
     )  # fmt: skip
-    return Launch(_quantize_kv_kernel, (T, H, B), args, 1 if P <= 256 else 4)
+    return Launch(_quantize_kv_kernel, (B * H * T,), args, 1 if P <= 256 else 4)
 
 
 def quantize_kv(data, scales, offsets, x, bits, group_size, symmetric, scale_dtype) -> None:

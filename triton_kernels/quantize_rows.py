@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..reference.quant_matmul import ACTIVATION_MAX
-from .common import Launch, compile_spec, index, meta, strides, wide
+from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 
 MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 x 2^23
 HUGE: tl.constexpr = tl.constexpr(3.4028234663852886e38)
@@ -60,7 +60,7 @@ def _quantize_rows_kernel(
 
 def plan_quantize_rows(q, tokens, x, activation, static=None) -> Launch:
     """x (M, K), q (M, P, U)."""
-    block = min(1024, max(16, triton.next_power_of_2(x.shape[1])))
+    block = min(1024, max(16, next_power_of_2(x.shape[1])))
     args = dict(
         q_ptr=q, tokens_ptr=tokens, x_ptr=x, K=x.shape[1], static=float(static or 0.0), stride_q_m=q.stride(0),
         stride_q_p=q.stride(1), **strides("x", x, "mk"), P=q.shape[1], TOP=ACTIVATION_MAX[activation],
@@ -77,7 +77,7 @@ def rounded_type(activation: str) -> torch.dtype:
 def quantize_rows(x, activation, static=None, planes=1) -> tuple[torch.Tensor, torch.Tensor]:
     """(the rounded numbers (M, P, U) in planes: column u P + p at (p, u); their scales (M,) float32)"""
     M, K = x.shape
-    q = x.new_empty(M, planes, triton.cdiv(K, planes), dtype=rounded_type(activation))
+    q = x.new_empty(M, planes, cdiv(K, planes), dtype=rounded_type(activation))
     tokens = x.new_empty(M, dtype=torch.float32)
     plan_quantize_rows(q, tokens, x, activation, static).run()
     return q, tokens

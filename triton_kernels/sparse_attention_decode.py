@@ -27,8 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _env
-from .common import LN2, LOG2E, Launch, compile_spec, index, meta, strides, wide
+from .. import _env, _kept
+from .common import LN2, LOG2E, Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
 from .tuning import config
 
 INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())
@@ -36,11 +36,20 @@ PROCESSORS = 132  # of an H100: how many programs are worth starting is no matte
 
 
 @triton.jit
+def _operand(x, TYPE: tl.constexpr):
+    """Numbers that were codes, or weights by their scales, as an operand of a product."""
+    if TYPE == tl.float64:  # DMMA has no layout of narrower loads: a sum of one term ends the search for one
+        return tl.sum(x.to(TYPE)[:, :, None], axis=2)
+    else:
+        return x.to(TYPE)
+
+
+@triton.jit
 def _product(a, b, real: tl.constexpr):
     """a b, exactly summed; the interpreter would multiply bfloat16 as the integers that it holds."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee", out_dtype=real)
+    return tl.dot(_operand(a, a.dtype), b, input_precision="ieee", out_dtype=real)
 
 
 @triton.jit
@@ -50,7 +59,9 @@ def _codes(ptr, at, p, in_n, in_p, stride_p, BITS: tl.constexpr):
     if BITS == 4:
         return tl.interleave((byte << 4) >> 4, byte >> 4)
     else:
-        return byte
+        # The same again: as they are the compiler would load them into the layout of an operand, byte by byte.
+        even, odd = tl.split(tl.reshape(byte, [byte.shape[0], byte.shape[1] // 2, 2]))
+        return tl.interleave(even, odd)
 
 
 @triton.jit
@@ -67,14 +78,32 @@ def _row_offsets(lead, g, slot, stride_b, stride_h, stride_s):
 
 @triton.jit
 def _dequantized(codes, scales_ptr, at_scales, stride_g, offsets_ptr, at_offsets, stride_offsets_g, in_n, p, in_p,
-                 GROUP_SIZE: tl.constexpr, real: tl.constexpr):  # fmt: skip
-    """scale * code + offset [N, P] in float32 (float64)."""
-    inside = in_n[:, None] & in_p[None, :]
-    g = (p // GROUP_SIZE)[None, :]
-    x = codes.to(real) * tl.load(scales_ptr + at_scales[:, None] + g * stride_g, mask=inside, other=0.0).to(real)
-    if offsets_ptr is not None:
-        x += tl.load(offsets_ptr + at_offsets[:, None] + g * stride_offsets_g, mask=inside, other=0.0).to(real)
-    return x
+                 P: tl.constexpr, GROUP_SIZE: tl.constexpr, real: tl.constexpr):  # fmt: skip
+    """scale * code + offset [N, P] in float32 (float64); 0 behind the last channel."""
+    N: tl.constexpr = codes.shape[0]
+    # Pointers as many as scales: as many as numbers were 64 loads a thread, and 254 registers where 93 to 128 do.
+    if GROUP_SIZE >= P:
+        x = codes.to(real) * tl.load(scales_ptr + at_scales, mask=in_n, other=0.0).to(real)[:, None]
+        if offsets_ptr is not None:
+            x += tl.load(offsets_ptr + at_offsets, mask=in_n, other=0.0).to(real)[:, None]
+    elif GROUP_SIZE & (GROUP_SIZE - 1) == 0:
+        G: tl.constexpr = codes.shape[1] // GROUP_SIZE
+        g = tl.arange(0, G)
+        inside = in_n[:, None] & (g * GROUP_SIZE < P)[None, :]  # [N, G]
+        at = at_scales[:, None] + (g * stride_g)[None, :]
+        x = tl.reshape(codes.to(real), [N, G, GROUP_SIZE])
+        x *= tl.load(scales_ptr + at, mask=inside, other=0.0).to(real)[:, :, None]
+        if offsets_ptr is not None:
+            at = at_offsets[:, None] + (g * stride_offsets_g)[None, :]
+            x += tl.load(offsets_ptr + at, mask=inside, other=0.0).to(real)[:, :, None]
+        x = tl.reshape(x, [N, G * GROUP_SIZE])
+    else:
+        inside = in_n[:, None] & in_p[None, :]
+        g = (p // GROUP_SIZE)[None, :]
+        x = codes.to(real) * tl.load(scales_ptr + at_scales[:, None] + g * stride_g, mask=inside, other=0.0).to(real)
+        if offsets_ptr is not None:
+            x += tl.load(offsets_ptr + at_offsets[:, None] + g * stride_offsets_g, mask=inside, other=0.0).to(real)
+    return x if P == codes.shape[1] else tl.where(in_p[None, :], x, 0.0)
 
 
 @triton.jit
@@ -179,15 +208,15 @@ def _sparse_attention_decode_kernel(
             at_scale = _row_offsets(lead, g, slot, stride_k_scales_b, stride_k_scales_h, stride_k_scales_s)
             at_offset = _row_offsets(lead, g, slot, stride_k_offsets_b, stride_k_offsets_h, stride_k_offsets_s)
             if k_folds:
-                s = _product(q, tl.trans(codes.to(real).to(q.dtype)), real)
+                s = _product(q, tl.trans(_operand(codes.to(real), q.dtype)), real)
                 s *= tl.load(k_scales_ptr + at_scale, mask=in_n, other=0.0).to(real)[None, :]
                 if k_offsets_ptr is not None:
                     offset = tl.load(k_offsets_ptr + at_offset, mask=in_n, other=0.0).to(real)
                     s += q_sum[:, None] * offset[None, :]
             else:
                 k = _dequantized(codes, k_scales_ptr, at_scale, stride_k_scales_p, k_offsets_ptr, at_offset,
-                                 stride_k_offsets_p, in_n, p, in_p, K_GROUP, real)
-                s = _product(q, tl.trans(k.to(q.dtype)), real)
+                                 stride_k_offsets_p, in_n, p, in_p, P, K_GROUP, real)
+                s = _product(q, tl.trans(_operand(k, q.dtype)), real)
             s *= scale
         else:
             k = tl.load(k_ptr + at_k[None, :] + p[:, None] * stride_k_p, mask=in_n[None, :] & in_p[:, None], other=0.0)
@@ -207,7 +236,8 @@ def _sparse_attention_decode_kernel(
             at_scale = _row_offsets(lead, g, slot, stride_v_scales_b, stride_v_scales_h, stride_v_scales_s)
             at_offset = _row_offsets(lead, g, slot, stride_v_offsets_b, stride_v_offsets_h, stride_v_offsets_s)
             v = _dequantized(codes, v_scales_ptr, at_scale, stride_v_scales_p, v_offsets_ptr, at_offset,
-                             stride_v_offsets_p, in_n, pv, in_pv, V_GROUP, real).to(q.dtype)
+                             stride_v_offsets_p, in_n, pv, in_pv, PV, V_GROUP, real)
+            v = _operand(v, q.dtype)
         else:
             inside = in_n[:, None] & in_pv[None, :]
             v = tl.load(v_ptr + at_v[:, None] + pv[None, :] * stride_v_p, mask=inside, other=0.0)
@@ -272,17 +302,17 @@ def _sparse_attention_decode_merge_kernel(
     tl.store(lse_ptr + b * stride_lse_b + h.to(tl.int64) * stride_lse_h + t * stride_lse_t, lse)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without an end: CUDA graphs go on reading what they were made with
 def _work(splits: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """int32: where each head's splits begin, Hkv + 1 numbers; then (head, split) of each program."""
     begins = [0, *itertools.accumulate(splits)]
     pairs = [number for g, count in enumerate(splits) for j in range(count) for number in (g, j)]
-    return torch.tensor(begins + pairs, dtype=torch.int32, device=device)
+    return _integers((*begins, *pairs), device)
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(budgets: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(budgets, dtype=torch.int32, device=device)
+@functools.cache
+def _integers(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return _kept.made(lambda: torch.tensor(values, dtype=torch.int32, device=device), device)
 
 
 def _splits(batch, key_heads, group, tokens, slots, sink, budgets, chunk) -> tuple[int, ...]:
@@ -292,7 +322,7 @@ def _splits(batch, key_heads, group, tokens, slots, sink, budgets, chunk) -> tup
         reach = [max(budgets[g * group : (g + 1) * group]) for g in range(key_heads)]
         most = [min(slots, max(sink, b) + tokens - 1) for b in reach]
     chunk = max(chunk, batch * sum(most) // (4 * PROCESSORS))
-    return tuple(max(1, triton.cdiv(m, chunk)) for m in most)
+    return tuple(max(1, cdiv(m, chunk)) for m in most)
 
 
 def plan_sparse_attention_decode(
@@ -309,21 +339,23 @@ def plan_sparse_attention_decode(
     group, page = heads // key_heads, k_cache.shape[2] if paged else 0
     rows = group * tokens
     slots = block_table.shape[1] * page if paged else k_cache.shape[-2]
-    block_pv = max(triton.next_power_of_2(value_dim), 16)
-    block_p = max(triton.next_power_of_2(dim), 16)
+    block_pv = max(next_power_of_2(value_dim), 16)
+    block_p = max(next_power_of_2(dim), 16)
     row = max(block_p, block_pv) * q.element_size()  # bytes: three stages of two blocks of rows have to fit
     # Without matrix units (float32) a thread holds its part of the products' operands: 4 warps spill 352 bytes.
     default = {"BLOCK_N": 64 if row <= 256 else 32 if row <= 1024 else 16, "CHUNK": 128, "num_warps": 4}
     if row > 256:
         default["num_warps"] = 8
-    if k_bits and k_group < dim or v_bits and v_group < value_dim:  # a pointer a number: 4 warps spill 752 bytes
+    # Groups that no power of two counts have a pointer a number: 4 warps spill 752 bytes.
+    groups = (k_bits, k_group, dim), (v_bits, v_group, value_dim)
+    if any(bits and size < channels and size & (size - 1) for bits, size, channels in groups):
         default |= {"BLOCK_N": max(default["BLOCK_N"] // 2, 16), "num_warps": 8}
-    key = f"{str(q.dtype)[6:]}-P{block_p}-R{triton.next_power_of_2(rows)}"
+    key = f"{str(q.dtype)[6:]}-P{block_p}-R{next_power_of_2(rows)}"
     blocks = config("sparse_attention_decode", key, q.device, default)
     known = None
     if budgets is not None and budgets.device.type == "cpu":
         known = tuple(budgets.tolist())
-        budgets = _on_device(known, q.device)
+        budgets = _integers(known, q.device)
     splits = _splits(batch, key_heads, group, tokens, slots, sink, known, blocks["CHUNK"])
     alike = known is not None and all(known[h] == known[h // group * group] for h in range(heads))
     same = budgets is None or group == 1 or alike
@@ -338,7 +370,7 @@ def plan_sparse_attention_decode(
     }  # fmt: skip
     steps = {key: step for name, x in parts.items() for key, step in strides(name, x, cache_axes).items()}
     steps |= {f"stride_{name}_h": 0 for name in parts} if ragged else {}
-    block_r = min(max(triton.next_power_of_2(rows), 16), 64 if row <= 512 else 16)
+    block_r = min(max(next_power_of_2(rows), 16), 64 if row <= 512 else 16)
     args = dict(
         acc_ptr=acc, state_ptr=state, q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scales_ptr=k_scales,
         k_offsets_ptr=k_offsets, v_scales_ptr=v_scales, v_offsets_ptr=v_offsets, lengths_ptr=lengths,
@@ -353,7 +385,7 @@ def plan_sparse_attention_decode(
         INT64=wide(q, k_cache, v_cache, block_table), BLOCK_R=block_r, BLOCK_N=blocks["BLOCK_N"], BLOCK_P=block_p,
         BLOCK_PV=block_pv,
     )  # fmt: skip
-    grid = (count, batch, triton.cdiv(rows, block_r))
+    grid = (count, batch, cdiv(rows, block_r))
     merge = dict(
         out_ptr=out, lse_ptr=lse, acc_ptr=acc, state_ptr=state, sinks_ptr=sinks, plan_ptr=work, splits_of_all=count,
         rows_of_all=rows, **strides("out", out, "bhtp"), **strides("lse", lse, "bht"), **strides("sinks", sinks, "h"),
@@ -398,3 +430,4 @@ compile_spec("sparse_attention_decode_ragged")(functools.partial(_spec, part=0, 
 compile_spec("sparse_attention_decode_int8")(functools.partial(_spec, part=0, bits=8))
 compile_spec("sparse_attention_decode_int4")(functools.partial(_spec, part=0, bits=4))
 compile_spec("sparse_attention_decode_int4_groups")(functools.partial(_spec, part=0, bits=4, group=32, paged=True))
+compile_spec("sparse_attention_decode_float64_int8")(lambda dtype: _spec(torch.float64, 0, bits=8))

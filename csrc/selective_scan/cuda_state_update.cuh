@@ -10,8 +10,8 @@
 // sums over N are exchanged so that lane i ends with row i % 4's.
 //
 // The states of the next kStages - 1 groups of rows are on their way to shared memory while one is worked on: 147 KB an
-// SM at 6 blocks, all the time, where 22 to 29 KB would keep the memory busy. No thread reads what another one copied,
-// so there is no barrier. A, the bias and D stay in registers for all rows of a block.
+// SM at 6 blocks (an A100 has room for 4), all the time, where 22 to 29 KB would keep the memory busy. No thread reads
+// what another one copied, so there is no barrier. A, the bias and D stay in registers for all rows of a block.
 //
 // Predicted for an H200 (bf16, fp32 state, B 256, D 8192, N 16): 75 us, 89 % of the copy bandwidth: 286 MB at its full
 // rate are 67 us, the launch and the first rows 4, the last blocks' end 3. Never measured.
@@ -279,7 +279,8 @@ void selective_state_update(
         a.row_blocks = int(ceil_div(a.rows, Kernel::kThreads >> a.lane_bits)), a.by_row_blocks = Divisor(a.row_blocks);
         a.batch = int(u.batch), a.groups = int(ceil_div(u.batch, Kernel::kBatch));
         a.slot_bytes = u.state_s * int64_t(sizeof(S));
-        a.groups_of_block = groups_of_block(a.groups, a.row_blocks, int64_t(Kernel::kBlocks) * exec.processors());
+        const int64_t places = exec.template places<Kernel>(Kernel::shared_bytes(Kernel::kStages));
+        a.groups_of_block = groups_of_block(a.groups, a.row_blocks, places);
         const int64_t blocks = a.row_blocks * ceil_div(a.groups, a.groups_of_block);
         exec.template launch<Kernel>(blocks, Kernel::shared_bytes(a.groups_of_block), a);
       };

@@ -153,15 +153,16 @@ FASTEST = pathlib.Path(__file__).parent / "fastest.json"
 
 
 @functools.cache
-def _measured(device_name: str) -> dict[str, dict[int, str]]:
+def _measured(device: torch.device) -> dict[str, dict[int, str]]:
     """{op: {log2 of the elements of its first argument: the backend that the records found fastest}}"""
     table = json.loads(FASTEST.read_text()) if FASTEST.exists() else {}
-    return {op: {int(size): name for size, name in sizes.items()} for op, sizes in table.get(device_name, {}).items()}
+    found = table.get(torch.cuda.get_device_name(device), {})  # the name of a GPU takes torch microseconds
+    return {op: {int(size): name for size, name in sizes.items()} for op, sizes in found.items()}
 
 
 def _fastest_first(op_name: str, usable: tuple[Backend, ...], first: torch.Tensor) -> tuple[Backend, ...]:
     """The order of the tuple, with the fastest of the measured case of the nearest size in front."""
-    sizes = _measured(torch.cuda.get_device_name(first.device)).get(op_name)
+    sizes = _measured(first.device).get(op_name)
     if not sizes:
         return usable
     fastest = sizes[min(sizes, key=lambda size: abs(size - int(first.numel()).bit_length()))]

@@ -5,55 +5,90 @@ Shape letters: N outputs, K inputs, G groups; T tiles of 256 outputs, S steps of
 What is kept lies in the device's memory beside the weight for as long as that lives, as large as its codes and scales
 again (rows and columns filled up to whole tiles; the shifts of a weight with zeros or offsets are float32). It is no
 part of a state_dict, a pickle or a copy. Writing into the weight (its version counter, or new memory behind it) makes
-it anew at the next call; what goes behind the counter's back (`w.data.data.copy_`) is not seen. A view of a weight
-has a layout of its own, kept with the weight that it is a view of, the KEPT last of them.
+it anew at the next call; what goes behind the counter's back (`w.data.data.copy_`) is not seen, nor is anything by a
+CUDA graph that has been made: it goes on reading the layout of then, which is kept as long as the weight is. A view of
+a weight has a layout of its own, kept with the weight that it is a view of: of parts that lie beside each other, as
+experts do, all; of others the KEPT last ones, and what together takes up to MOST times the weight's memory.
 """
 
 import weakref
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from scalekern._kept import made
 from scalekern.quant._pack import pack, unpack
 
 ROWS, STEP = 256, 64  # of a tile and of a step, as in the kernel
 PIECE = 1 << 24  # codes that lie unpacked, a byte each, while a layout is made
-KEPT = 4
+KEPT, MOST = 4, 4
 
 _kept = WeakTensorKeyDictionary()
+_captured = WeakTensorKeyDictionary()  # layouts that CUDA graphs read
 
 
 def layout(data, scales, zeros, offsets, bits: int, K: int):
     """(codes, scales, shifts or None) of `codes_of` and `scales_of`, kept."""
-    if data.is_cuda and torch.cuda.is_current_stream_capturing() and not _is_kept(data, scales, zeros, offsets):
+    captured = _is_captured(data)
+    if captured and not _is_kept(data, scales, zeros, offsets):
         # Memory of the graph: nothing that another call could read before the graph runs.
         return codes_of(data, bits, K), *scales_of(scales, zeros, offsets, data.shape[0], bits)
     codes = _keep(data, (bits, K), (data,), lambda: codes_of(data, bits, K))
     parts = _parts(scales, zeros, offsets)
     rest = _keep(data, (bits, "scales"), parts, lambda: scales_of(scales, zeros, offsets, data.shape[0], bits))
+    if captured:
+        held = _captured.setdefault(_base(data), {})
+        held |= {id(part): part for part in (codes, *rest)}
     return codes, *rest
 
 
+def _is_captured(data) -> bool:
+    return data.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _keep(owner, key, tensors, make):
-    views = _kept.setdefault(_base(owner), {})
+    base = _base(owner)
+    views = _kept.setdefault(base, {})
     key = (_place(owner), *key)
     found = views.pop(key, None)
-    if found is None or not _is_fresh(found, tensors):
-        made = make()
-        if owner.is_cuda:  # once: from here on any stream may read it
-            torch.cuda.current_stream(owner.device).synchronize()
-        found = tuple((weakref.ref(_base(t)), _place(t), t._version) for t in tensors), made
-    views[key] = found  # the last one used is the last one
-    for old in list(views)[: -2 * KEPT]:
-        del views[old]
-    return found[1]
+    if found is not None and _is_fresh(found, tensors):
+        views[key] = found  # the last one used is the last one
+        return found[1]
+    new = made(make, owner.device)
+    if owner.is_cuda:  # once: from here on any stream may read it
+        torch.cuda.current_stream(owner.device).synchronize()
+    # A storage that is known weakly leaves its place to no other one; memory that has been freed does.
+    seen = tuple((weakref.ref(_base(t)), StorageWeakRef(t.untyped_storage()), _place(t), t._version) for t in tensors)
+    views[key] = seen, new
+    _drop(views, MOST * base.untyped_storage().nbytes())
+    return new
+
+
+def _drop(views, most: int):
+    """Those of memory that is gone, then those used longest ago, down to `most` bytes or KEPT of codes and scales."""
+    sizes = {}
+    for key, (seen, new) in list(views.items()):
+        if any(storage.expired() for _, storage, *_ in seen):
+            views.pop(key, None)
+        else:
+            sizes[key] = _nbytes(new)
+    for key in list(sizes)[: -2 * KEPT]:
+        if sum(sizes.values()) > most:
+            views.pop(key, None)
+            del sizes[key]
+
+
+def _nbytes(parts) -> int:
+    return sum(part.nbytes for part in ((parts,) if isinstance(parts, torch.Tensor) else parts) if part is not None)
 
 
 def _is_fresh(found, tensors) -> bool:
-    return len(found[0]) == len(tensors) and all(
-        seen() is _base(t) and place == _place(t) and version == t._version
-        for (seen, place, version), t in zip(found[0], tensors)
-    )
+    def same(seen, storage, place, version, t):
+        same_memory = storage.cdata == t.untyped_storage()._cdata and place == _place(t)
+        return same_memory and version == t._version and seen() is _base(t)
+
+    return len(found[0]) == len(tensors) and all(same(*seen, t) for seen, t in zip(found[0], tensors))
 
 
 def _is_kept(data, scales, zeros, offsets) -> bool:

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from scalekern import _kept
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -70,7 +72,7 @@ def _values(name: str, dtype, device: str) -> torch.Tensor:
 @functools.lru_cache(64)
 def _kept_values(name: str, dtype, device: str) -> torch.Tensor:
     with torch.inference_mode(False):
-        return _values(name, dtype, device)
+        return _kept.made(lambda: _values(name, dtype, device), torch.device(device))
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int, *, special=None) -> tuple[float, ...]:
