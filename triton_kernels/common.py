@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import _env
-from .launch import COMPILE_SPECS, Launch, cdiv, compile_spec, next_power_of_2  # noqa: F401 (for launchers)
+from .launch import COMPILE_SPECS, Launch, compile_spec  # noqa: F401 (launchers take them from here)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOG2E_HI: tl.constexpr = tl.constexpr(1.4426950216293335)  # the float32 nearest to log2(e), and the rest

@@ -34,7 +34,8 @@ import triton.language as tl
 from .. import _env, _kept
 from ..ops._hadamard import tile
 from ..reference.hadamard_transform import base_matrix, factor
-from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2
+from .common import Launch, compile_spec, index, meta
+from .host_math import cdiv, next_power_of_2
 from .toeplitz_conv import _operand
 from .tuning import config
 

@@ -16,15 +16,6 @@ _TYPES = {
 }  # fmt: skip
 
 
-def cdiv(n: int, d: int) -> int:
-    """triton.cdiv unwraps constexprs for the compiler, 1.5 us a call; a plan asks ten times."""
-    return -(n // -d)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n > 0 else 0
-
-
 def _specialized(value) -> tuple[str, list]:
     """An argument's type in a signature, and its attributes."""
     if value is None or isinstance(value, tl.constexpr) or (isinstance(value, int) and value == 1):

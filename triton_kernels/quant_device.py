@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .. import _env
 from ..quant._formats import FORMATS
-from .launch import next_power_of_2
+from .host_math import next_power_of_2
 
 # The interpreter holds bfloat16 as integers, computes with those, and truncates where a GPU rounds.
 INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())

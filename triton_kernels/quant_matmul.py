@@ -40,7 +40,8 @@ import triton
 import triton.language as tl
 
 from ..quant._formats import FORMATS
-from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
+from .common import Launch, compile_spec, index, meta, strides, wide
+from .host_math import cdiv, next_power_of_2
 from .quant_device import (
     MANTISSA, PER_UNIT, bits_of, centre_of, codes_of, expert_of, experts_args, finish, is_whole, operand, part_strides,
     parts_args, plain, rows_first, scales_of, store, table_of, values_of,

@@ -22,7 +22,8 @@ import triton.language as tl
 from ..ops import _quant_matmul
 from ..ops._quant_matmul import _parts_backward, activations
 from ..quant._formats import FORMATS
-from .common import Launch, cdiv, compile_spec, index, next_power_of_2, strides, wide
+from .common import Launch, compile_spec, index, strides, wide
+from .host_math import cdiv, next_power_of_2
 from .quant_device import (
     codes_of, expert_of, experts_args, operand, parts_args, plain, rows_first, store, table_of, weights_of,
 )  # fmt: skip

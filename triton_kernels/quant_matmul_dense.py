@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from ..quant._formats import FORMATS
-from .common import Launch, cdiv, compile_spec, meta, next_power_of_2
+from .common import Launch, compile_spec, meta
+from .host_math import cdiv, next_power_of_2
 from .quant_device import (
     PER_UNIT, centre_of, codes_of, parts_args, plain, scales_of, store, table_of, values_of, weights_of,
 )  # fmt: skip

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from ..reference.quant_matmul import ACTIVATION_MAX
-from .common import Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
+from .common import Launch, compile_spec, index, meta, strides, wide
+from .host_math import cdiv, next_power_of_2
 
 MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 x 2^23
 HUGE: tl.constexpr = tl.constexpr(3.4028234663852886e38)

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 
 from .. import _env, _kept
-from .common import LN2, LOG2E, Launch, cdiv, compile_spec, index, meta, next_power_of_2, strides, wide
+from .common import LN2, LOG2E, Launch, compile_spec, index, meta, strides, wide
+from .host_math import cdiv, next_power_of_2
 from .tuning import config
 
 INTERPRETED: tl.constexpr = tl.constexpr(_env.triton_interpret())

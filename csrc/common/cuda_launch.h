@@ -63,16 +63,6 @@ class Exec {
     return count;
   }
 
-  // Blocks of a kernel that the GPU holds at a time: an A100 has shared memory for fewer than an H100.
-  template <class Kernel>
-  int64_t places(int64_t shared_bytes) const {
-    int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel_entry<Kernel>, Kernel::kThreads,
-                                                        size_t(shared_bytes)),
-          "occupancy");
-    return int64_t(processors()) * (blocks > 0 ? blocks : 1);
-  }
-
   // Uninitialized device memory, until the op returns (stream-ordered: torch's caching allocator).
   void* scratch(int64_t bytes) {
     using torch::headeronly::ScalarType;

@@ -46,10 +46,6 @@ class HostExec {
   HostExec(int processors, int order) : processors_(processors) { block().order = Order(order); }
 
   int processors() const { return processors_; }
-  template <class Kernel>
-  int64_t places(int64_t) const {
-    return int64_t(processors_) * Kernel::kBlocks;
-  }
 
   void* scratch(int64_t bytes) {  // poisoned: NaN in every type
     kept_.emplace_back(new (std::align_val_t(16)) unsigned char[size_t(bytes)]);

@@ -24,6 +24,7 @@
 //   divisions of 64 bits for a thread's place: 269 us, 358 instructions a row and quad of states, 114 registers.
 #pragma once
 #include "common/cuda_pipeline.cuh"
+#include "common/cuda_places.h"
 #include "common/view.h"
 #include "selective_scan/state_update.h"
 
@@ -279,7 +280,7 @@ void selective_state_update(
         a.row_blocks = int(ceil_div(a.rows, Kernel::kThreads >> a.lane_bits)), a.by_row_blocks = Divisor(a.row_blocks);
         a.batch = int(u.batch), a.groups = int(ceil_div(u.batch, Kernel::kBatch));
         a.slot_bytes = u.state_s * int64_t(sizeof(S));
-        const int64_t places = exec.template places<Kernel>(Kernel::shared_bytes(Kernel::kStages));
+        const int64_t places = scalekern::places<Kernel>(exec, Kernel::shared_bytes(Kernel::kStages));
         a.groups_of_block = groups_of_block(a.groups, a.row_blocks, places);
         const int64_t blocks = a.row_blocks * ceil_div(a.groups, a.groups_of_block);
         exec.template launch<Kernel>(blocks, Kernel::shared_bytes(a.groups_of_block), a);
