@@ -66,8 +66,11 @@ def test_a_checkpoint_keeps_the_dtypes_of_its_parts():
     other.load_state_dict(layer.state_dict())
     assert other.weight_scales.dtype == torch.bfloat16 and other.weight_scales.requires_grad
     assert torch.equal(other.weight, layer.weight)
+    wider = QuantLinear.from_linear(linear(), "int4", group_size=10, symmetric=False).state_dict()
+    with pytest.raises(ValueError, match="weight must have group_size 8, the checkpoint's has 10"):
+        other.load_state_dict(wider)
     with pytest.raises(RuntimeError, match="size mismatch for weight_scales"):
-        other.load_state_dict(QuantLinear.from_linear(linear(), "int4", group_size=10, symmetric=False).state_dict())
+        other.load_state_dict(dict(wider))  # as of a file that does not say it
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])

@@ -40,6 +40,42 @@ def test_a_skeleton_and_a_fake(format):
     assert torch.equal(compiled(inputs(8, 40)), weight.dequantize())
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"format": "nf4"}, {"group_size": 36}, {"rotation": "hadamard"}, {"in_features": 39}],
+    ids=lambda other: min(other),
+)
+def test_a_checkpoint_of_another_meaning(other, tmp_path):
+    """Its parts have the very shapes of the layer's, and would be read as other numbers."""
+    layer = QuantLinear(**{"in_features": 40, "out_features": 24, "format": "int4", "group_size": 32} | other)
+    torch.save(nn.Sequential(layer).state_dict(), tmp_path / "layer.pt")
+    found = torch.load(tmp_path / "layer.pt")
+    holder = nn.Sequential(QuantLinear(40, 24, format="int4", group_size=32))
+    (name, value), own = min(other.items()), holder[0]
+    with pytest.raises(ValueError, match=f"0.weight must have {name} {getattr(own, name)!r}, .* has {value!r}"):
+        holder.load_state_dict(found)
+    nn.Sequential(layer).load_state_dict(found)
+    holder.load_state_dict(dict(nn.Sequential(QuantLinear(40, 24, group_size=32)).state_dict()))  # says nothing of it
+    QuantLinear(40, 24, group_size=64).load_state_dict(QuantLinear(40, 24, group_size=None).state_dict())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "name, shape",
+    [("weight_data", (24, 3)), ("weight_scales", (5, 2)), ("weight_zeros", (24, 1)), ("bias", (2,)), ("bias", ())],
+    ids=str,
+)
+def test_parts_put_in_later_that_do_not_fit(name, shape, grad):
+    """They would be read past their ends."""
+    layer, x = QuantLinear(40, 24, group_size=32, symmetric=False), inputs(3, 40)
+    with torch.set_grad_enabled(grad):
+        layer(x)
+        part = torch.zeros(shape, dtype=getattr(layer, name).dtype)
+        setattr(layer, name, nn.Parameter(part, requires_grad=False))
+        with pytest.raises(ValueError, match=rf"{name.removeprefix('weight_')} must have .*, got "):
+            layer(x)
+
+
 def test_parts_that_do_not_fit_are_refused():
     """forward looks at no bias again: a short one would be read past its end."""
     weight = quant.quantize(inputs(24, 40), "int4")

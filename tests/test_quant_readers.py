@@ -8,6 +8,7 @@ import types
 import pytest
 import quant_peers
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from scalekern import quant_matmul
@@ -300,6 +301,11 @@ def test_writers_own_weights():
         (gptq.write, "a.weight", q.replace(zeros=q.zeros + 0.5), "whole zeros of 0 to 15"),
         (lambda t: gptq.write(t, version=1), "a.weight", q.replace(zeros=q.zeros * 0), "whole zeros of 1 to 15"),
         (gptq.write, "a.weight", quantize(w, "int4", scale_dtype=torch.int8), "one level"),
+        (gptq.write, "a.weight", q[:0], r"a.weight must fill whole 32-bit words .* got shape \(0, "),
+        (lambda t: gptq.write(t, version="1"), "a.weight", q, "version must be 1 or 2, got '1'"),
+        (lambda t: gptq.write(t, version=3), "a.weight", q, "version must be 1 or 2, got 3"),
+        (compressed_tensors.write, "a.weight", q[:0], r"a.weight must be a matrix with elements .* got shape \(0, "),
+        (compressed_tensors.write, "a.weight", q[:, :0], r"a.weight must be a matrix with elements .*, 0\)"),
         (compressed_tensors.write, "a.weight", quantize(w, "fp8_e4m3"), "a.weight must be int2 to int8"),
         (compressed_tensors.write, "a.weight", q.replace(zeros=q.zeros - 0.5), "whole zeros"),
         (mxfp4.write, "a", q, "a must be mxfp4"),
@@ -355,6 +361,12 @@ def test_own_files(tmp_path):
         save_file(kept, path, metadata={key: json.dumps(metadata)})
         with pytest.raises(ValueError, match=message):
             load_quantized(path)
+    save_quantized(path, {"z": quantize(randn(4, 8), "int4", symmetric=False)})
+    with safe_open(path, "pt") as file:
+        kept, metadata = {name: file.get_tensor(name) for name in file.keys() if name != "z.zeros"}, file.metadata()
+    save_file(kept, path, metadata=metadata)
+    with pytest.raises(ValueError, match="scalekern: z.zeros is missing"):  # and not read as the format's own
+        load_quantized(path)
 
 
 # GGUF

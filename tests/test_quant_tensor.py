@@ -134,6 +134,10 @@ def test_an_order_of_columns_out_of_a_file_is_one():
     _equal(QuantizedTensor.from_tensors(q.tensors(), q.metadata()), q)
     with pytest.raises(ValueError, match="perm must hold each of the 40 columns once"):
         QuantizedTensor.from_tensors({**q.tensors(), "perm": torch.zeros(40, dtype=torch.int64)}, q.metadata())
+    twice = q.replace(perm=q.perm.where(q.perm != 3, 4))  # of which dequantize and the product would make two weights
+    for use in (dequantize, lambda w: quant_matmul(randn(2, 40), w)):
+        with pytest.raises(ValueError, match="perm must hold each of the 40 columns once"):
+            use(twice)
 
 
 def test_leaves_are_tensors():

@@ -167,6 +167,10 @@ def test_what_cannot_be_quantized_is_skipped_with_its_reason():
             quantize_model(other, "int4", inputs=inputs)
     alone = quantize_model(nn.Linear(4, 4), "int4")
     assert alone.skipped == {"": "the model itself, which cannot be replaced in place"}
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    found = quantize_model(lazy, "int4")
+    assert found.skipped == {"0": "its weight has no shape yet: call the model once first"}
+    assert [layer.name for layer in found.layers] == ["1"]
     strange = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     prune.l1_unstructured(strange[0], "weight", 0.5)
     strange[1].forward = lambda x: x

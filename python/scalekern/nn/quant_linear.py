@@ -11,7 +11,8 @@ from torch import nn
 from scalekern import _checks, _dispatch, _library
 from scalekern.ops._quant_matmul_cpu import products_of_kept
 from scalekern.ops.quant_matmul import ACTIVATIONS, kept_weight, quant_matmul, quant_matmul_fwd, static_scale
-from scalekern.quant import METHODS, QuantizedTensor, dequantize, quantize
+from scalekern.quant import FORMATS, METHODS, QuantizedTensor, dequantize, quantize
+from scalekern.quant._pack import row_bytes
 from scalekern.quant._rotation import ROTATIONS, block_of, draw_signs, rotate, unrotate
 from scalekern.quant.tensor import PART_DTYPES, PARTS, check_dtype
 from scalekern.reference.quant_matmul import TRAINED
@@ -31,6 +32,7 @@ class QuantLinear(nn.Module):
     float32 scales stay float32. A checkpoint's parts keep the dtypes that they have in it.
 
     `model.requires_grad_(True)` is refused by torch, since codes have no gradient: `requires_grad_` what shall train.
+    A moving average of all parameters would average codes: leave out those that do not train.
 
     Args:
         in_features: K.   out_features: N.   bias: whether there is one.
@@ -181,14 +183,25 @@ class QuantLinear(nn.Module):
         data = own["weight_data"]
         fits = dense and x.dim() > 1 and x.shape[-1] == self.in_features
         if fits and x.dtype in _checks.FLOATING and own["weight_perm"] is None and x.device == data.device:
-            # What quant_matmul would check of the parts held when they were put in, and decoding has no time for it.
+            # What else quant_matmul would check held when the parts were put in, and training has no time for it.
             parts = own["weight_scales"], own["weight_zeros"], own["weight_offsets"], own["weight_outer"], own["bias"]
-            options = self.format, self.group_size, self.activation or "", self.activation_scale
-            return quant_matmul_fwd(x, data, *parts, None, *options, None)
+            if self._are_of_its_size(data, *parts):
+                options = self.format, self.group_size, self.activation or "", self.activation_scale
+                return quant_matmul_fwd(x, data, *parts, None, *options, None)
         return quant_matmul(
             x, self.quantized_weight, bias=self.bias, activation=self.activation,
             activation_scale=self.activation_scale,
         )  # fmt: skip
+
+    def _are_of_its_size(self, data, scales, zeros, offsets, outer, bias) -> bool:
+        """Whether parts that may have been put in since are still of the sizes that kernels go by: 1.2 us."""
+        N, groups = self.out_features, -(-self.in_features // self.group_size)
+        if data.shape != (N, row_bytes(self.in_features, FORMATS[self.format].bits)):
+            return False
+        for part, width in ((scales, groups), (zeros, groups), (offsets, groups), (outer, 1)):
+            if part is not None and part.shape != (N, width) and part.shape != (1, width):
+                return False
+        return bias is None or bias.shape == (N,)
 
     def _at_once(self, x):
         """The product with what the layer held when it was last called on the CPU, 5 us before the kernel begins where
@@ -206,11 +219,11 @@ class QuantLinear(nn.Module):
             *parts, perm = [own[f"weight_{name}"] for name in PARTS]
             options = self.format, self.group_size, self.activation or "", self.activation_scale
             served = perm is None and parts[0].is_cpu
-            found = kept_weight(self.in_features, *parts, own["bias"], *options) if served else None
-            if found:  # the native call goes by these sizes
+            if served:  # the native call goes by these sizes
                 self.quantized_weight.check(NAME)
                 if own["bias"] is not None:
                     _checks.shape(NAME, "bias", own["bias"], parts[0].shape[:1])
+            found = kept_weight(self.in_features, *parts, own["bias"], *options) if served else None
             self._kept = found and (now, found)
         return self._kept and self._kept[1]
 
@@ -243,8 +256,25 @@ class QuantLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_data.device)).dtype
         return super()._apply(moved, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def state_dict(self, *args, prefix="", **options):
+        """With what the parts mean in its metadata, which goes where torch.save takes it and adds no names."""
+        prefix = args[1] if len(args) > 1 else prefix  # as nn.Module still allows
+        found = super().state_dict(*args, **({} if len(args) > 1 else {"prefix": prefix}), **options)
+        if hasattr(found, "_metadata"):
+            found._metadata.setdefault(prefix[:-1], {}).update(self._meaning())
+        return found
+
+    def _meaning(self) -> dict:
+        """What a checkpoint's parts do not tell by themselves. A row's one group is one of any size from K on."""
+        group_size = min(self.group_size, max(1, self.in_features))
+        own = {"format": self.format, "in_features": self.in_features, "group_size": group_size}
+        return {**own, "rotation": self.rotation}
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """A part takes the dtype that it has in a checkpoint, rather than be rounded to this layer's."""
+        for name, own in self._meaning().items():  # parts of another format may have the very same shapes
+            if (found := local_metadata.get(name, own)) != own:
+                raise ValueError(f"{NAME}: {prefix}weight must have {name} {own!r}, the checkpoint's has {found!r}")
         for name, part in self._own().items():
             found = state_dict.get(prefix + name)
             allowed = PART_DTYPES.get(name.removeprefix("weight_"), SIGN_DTYPES)
@@ -256,7 +286,7 @@ class QuantLinear(nn.Module):
             if isinstance(found, torch.Tensor) and found.dtype != part.dtype and found.shape == part.shape:
                 trained = part.requires_grad and found.dtype in TRAINED
                 self._parameters[name] = nn.Parameter(torch.empty_like(part, dtype=found.dtype), requires_grad=trained)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def products(x, *layers) -> list:

@@ -162,6 +162,6 @@ def _refuse_tied(model, modules):
 
 def tied(model, parameter, own: set[str]) -> list[str]:
     """Names, other than its own, under which a model has this parameter or its memory."""
-    place = lambda p: id(p) if p.is_meta or p.numel() == 0 else p.data_ptr()
+    place = lambda p: id(p) if nn.parameter.is_lazy(p) or p.is_meta or p.numel() == 0 else p.data_ptr()
     named = model.named_parameters(remove_duplicate=False)
     return [n for n, p in named if n not in own and (p is parameter or place(p) == place(parameter))]

@@ -168,6 +168,9 @@ def _select(model, config):
         if isinstance(linear, QuantLinear):
             skipped[name] = f"quantized already, to {linear.format}"
             continue
+        if nn.parameter.is_lazy(linear._parameters.get("weight")):
+            skipped[name] = "its weight has no shape yet: call the model once first"
+            continue
         others = tied(model, linear.weight, {f"{n}.weight" for n in own})
         if type(linear) is not nn.Linear and not _is_conv1d(linear):
             skipped[name] = f"a {type(linear).__name__}, not a plain nn.Linear"
@@ -279,4 +282,4 @@ def _relative(actual, expected) -> float:
 
 def _bytes(model) -> int:
     tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-    return sum(t.nbytes for t in tensors.values())
+    return sum(t.nbytes for t in tensors.values() if not nn.parameter.is_lazy(t))

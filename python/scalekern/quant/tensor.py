@@ -90,6 +90,8 @@ class QuantizedTensor:
                 least, most = (int(bound) for bound in self.perm.aminmax())
                 if least < 0 or most >= self.columns:
                     raise ValueError(f"{op}: perm must hold columns 0 to {self.columns - 1}, got {least} to {most}")
+                if not self.perm.new_zeros(self.columns, dtype=torch.bool).index_fill_(0, self.perm.long(), True).all():
+                    raise ValueError(f"{op}: perm must hold each of the {self.columns} columns once")
         for name, part in self.tensors().items():
             if part.device != self.data.device:
                 raise ValueError(f"{op}: {name} must be on {self.data.device} like data, got {part.device}")

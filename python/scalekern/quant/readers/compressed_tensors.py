@@ -194,8 +194,8 @@ def write(tensors) -> tuple[dict[str, torch.Tensor], dict]:
 def _write_layer(name, w: QuantizedTensor) -> dict[str, torch.Tensor]:
     fmt, fail = FORMATS[w.format], Layer(METHOD, {}, set()).fail
     N, K = w.shape[-2:]
-    if not name.endswith(".weight") or w.data.dim() != 2:
-        fail(name, "must be a matrix whose name ends in .weight")
+    if not name.endswith(".weight") or w.data.dim() != 2 or not N * K:
+        fail(name, f"must be a matrix with elements whose name ends in .weight, got shape {tuple(w.shape)}")
     if not fmt.is_integer or w.format == "ternary" or w.offsets is not None or w.outer is not None:
         fail(name, f"must be int2 to int8 without offsets and with one level of scales, got {w.format}")
     if w.scales.dtype not in FLOATS:

@@ -113,8 +113,10 @@ def write(tensors, *, version: int = 2) -> tuple[dict[str, torch.Tensor], dict]:
         ({name: Tensor}, the config with bits, group_size, desc_act, sym, checkpoint_format).
 
     Raises:
-        ValueError: a tensor that the format cannot hold, by its name.
+        ValueError: a tensor that the format cannot hold, by its name; another version.
     """
+    if type(version) is not int or version not in (1, 2):
+        raise ValueError(f"gptq: version must be 1 or 2, got {version!r}")
     out, found = {}, []
     for name, w in tensors.items():
         if not isinstance(w, QuantizedTensor):
@@ -147,7 +149,7 @@ def _write_layer(name, w: QuantizedTensor, version: int) -> dict[str, torch.Tens
         fail(name, f"must be int2, int3, int4 or int8 without offsets, got {w.format}")
     if w.outer is not None or w.scales.dtype not in FLOATS:
         fail(name, "must have one level of floating scales")
-    if N * fmt.bits % 32 or K * fmt.bits % 32:
+    if not N * K or N * fmt.bits % 32 or K * fmt.bits % 32:
         fail(name, f"must fill whole 32-bit words along both axes, got shape {(N, K)} of {fmt.bits} bits")
     groups = torch.arange(K, device=w.device) // w.group_size
     codes, g_idx = unpack(w.data, fmt.bits, K), groups

@@ -10,6 +10,7 @@ from scalekern.quant.tensor import PARTS, QuantizedTensor
 
 METHOD = "scalekern"
 KEY = "scalekern.quant"
+PARTS_KEY = "scalekern.quant.parts"  # which each has: without its zeros a weight would be another, not broken
 
 
 def read(tensors, metadata: dict) -> dict:
@@ -17,12 +18,13 @@ def read(tensors, metadata: dict) -> dict:
     try:
         quantized = json.loads(metadata.get(KEY, "{}"))
         items = [(str(name), str(fields)) for name, fields in quantized.items()]
-    except (ValueError, AttributeError) as error:
+        saved = {name: list(parts) for name, parts in json.loads(metadata.get(PARTS_KEY, "{}")).items()}
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"scalekern: the file's metadata {KEY} must be JSON: {error}") from error
     taken, found = set(), {}
     for name, fields in items:
         parts = {part: f"{name}.{part}" for part in PARTS if f"{name}.{part}" in tensors}
-        for part in ("data", "scales"):
+        for part in saved.get(name, ("data", "scales")):
             if part not in parts:
                 raise ValueError(f"scalekern: {name}.{part} is missing")
         try:
@@ -39,12 +41,12 @@ def write(path, tensors) -> None:
 
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise TypeError(f"save_quantized: tensors must be a dict by name, got {type(tensors).__name__}")
-    flat, metadata = {}, {}
+    flat, metadata, saved = {}, {}, {}
     for name, t in tensors.items():
         parts = {name: t}
         if isinstance(t, QuantizedTensor):
             t.check(f"save_quantized: {name}")
-            metadata[name] = t.metadata()
+            metadata[name], saved[name] = t.metadata(), list(t.tensors())
             parts = {f"{name}.{part}": p for part, p in t.tensors().items()}
         elif not isinstance(t, torch.Tensor):
             raise TypeError(f"save_quantized: {name} must be a QuantizedTensor or a Tensor, got {type(t).__name__}")
@@ -64,7 +66,7 @@ def write(path, tensors) -> None:
         raise FileNotFoundError(f"save_quantized: path must be that of a file in a directory, got {path}: {why}")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(flat, partial, metadata={KEY: json.dumps(metadata), "format": "pt"})
+        save_file(flat, partial, metadata={KEY: json.dumps(metadata), PARTS_KEY: json.dumps(saved), "format": "pt"})
         os.replace(partial, path)
     except KeyError as error:  # safetensors' own for a dtype that it does not have
         for key, p in flat.items():
