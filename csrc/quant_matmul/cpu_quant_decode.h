@@ -153,6 +153,78 @@ struct EightCodes {
   }
 };
 
+#if defined(__AVX512F__)
+// Sixteen codes to what they stand for, scale (value - zero) + offset: `of` takes a group's parts, `operator()` the
+// words of the first and the last eight.
+struct AsCode {
+  __m512 s, z, o;
+  void of(float scale, float zero, float offset) {
+    s = _mm512_set1_ps(scale), z = _mm512_set1_ps(zero), o = _mm512_set1_ps(offset);
+  }
+  __m512 affine(__m512 value) const { return _mm512_fmadd_ps(_mm512_sub_ps(value, z), s, o); }
+  static __m512i in_lanes(const EightCodes& codes, uint64_t first, uint64_t last) {
+    return _mm512_cvtepu8_epi32(_mm_set_epi64x(int64_t(codes.in_bytes(last)), int64_t(codes.in_bytes(first))));
+  }
+  __m512 operator()(const EightCodes& codes, uint64_t first, uint64_t last) const {
+    return affine(_mm512_cvtepi32_ps(in_lanes(codes, first, last)));
+  }
+};
+// Up to 4 bits: the parts go into the table. Permutations look at the lowest 4 bits of a lane: nothing is masked.
+template <bool>
+struct AsTable {
+  __m512 table, given;
+  AsTable(const float* table, int bits) {
+    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i code = _mm512_and_si512(places, _mm512_set1_epi32((1 << bits) - 1));
+    const __mmask16 all = __mmask16((1 << (1 << bits)) - 1);
+    given = table ? _mm512_permutexvar_ps(code, _mm512_maskz_loadu_ps(all, table)) : _mm512_cvtepi32_ps(code);
+  }
+  void of(float scale, float zero, float offset) {
+    AsCode parts;
+    parts.of(scale, zero, offset);
+    table = parts.affine(given);
+  }
+  __m512 operator()(const EightCodes& codes, uint64_t first, uint64_t last) const {
+    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(int32_t(first)), 0xff00, int32_t(last));
+    const __m512i shifts = _mm512_broadcast_i64x4(codes.shifts);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table);
+  }
+};
+// Sign, exponent and mantissa moved to where float16 has them, which has as many or more bits of both: its conversion
+// is exact for subnormals too, and 2^(difference of the biases) puts the exponent right. e4m3 has no Inf but a NaN.
+struct AsSmallFloat : AsCode {
+  int sign_shift, shift;
+  __m512i sign, rest, nan;
+  __m512 power;
+  AsSmallFloat(int bits, int mantissa) : sign_shift(16 - bits), shift(10 - mantissa) {
+    const int exponent = bits - 1 - mantissa, bias = (1 << (exponent - 1)) - 1;
+    sign = _mm512_set1_epi32(1 << (bits - 1)), rest = _mm512_set1_epi32((1 << (bits - 1)) - 1);
+    nan = _mm512_set1_epi32(bits == 8 && mantissa == 3 ? 0x7f : -1);
+    power = _mm512_set1_ps(from_bits(uint32_t(127 + 15 - bias) << 23));
+  }
+  __m512 operator()(const EightCodes& codes, uint64_t first, uint64_t last) const {
+    const __m512i code = in_lanes(codes, first, last), magnitude = _mm512_and_si512(code, rest);
+    const __m512i half = _mm512_or_si512(_mm512_sll_epi32(_mm512_and_si512(code, sign), _mm_cvtsi32_si128(sign_shift)),
+                                         _mm512_sll_epi32(magnitude, _mm_cvtsi32_si128(shift)));
+    const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), power);
+    return affine(_mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(magnitude, nan), value,
+                                       _mm512_set1_ps(__builtin_nanf(""))));
+  }
+};
+
+// dst[i] = what code first + i stands for; first is a multiple of 8.
+template <class Value>
+static inline void decode_run(const EightCodes& codes, const Value& value, int64_t first, int64_t count, float* dst) {
+  const int64_t safe = least(codes.safe() - first, count) - 15;
+  int64_t i = 0;
+  for (; i < safe; i += 16) _mm512_storeu_ps(dst + i, value(codes, codes.word(first + i), codes.word(first + i + 8)));
+  for (; i < count; i += 16) {
+    const uint64_t last = count - i > 8 ? codes.last_word(first + i + 8) : 0;
+    const __mmask16 some = count - i < 16 ? __mmask16((1 << (count - i)) - 1) : __mmask16(0xffff);
+    _mm512_mask_storeu_ps(dst + i, some, value(codes, codes.last_word(first + i), last));
+  }
+}
+#else
 // Eight codes to what they stand for, scale (value - zero) + offset: `of` takes a group's parts, `operator()` a word.
 struct AsCode {
   __m256 s, z, o;
@@ -216,6 +288,8 @@ static inline void decode_run(const EightCodes& codes, const Value& value, int64
   for (; i < safe; i += 8) _mm256_storeu_ps(dst + i, value(codes, codes.word(first + i)));
   for (; i < count; i += 8) _mm256_storeu_ps(dst + i, value(codes, codes.last_word(first + i)));
 }
+
+#endif
 
 template <class Value>
 static inline void decode_with(

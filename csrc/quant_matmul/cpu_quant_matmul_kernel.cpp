@@ -7,15 +7,18 @@
 //   cpu_quant_tiles.h, as bfloat16, where that is faster than floats.
 // More tokens elsewhere, or groups that cut vectors, or what is not finite: rows of the weight are decoded into L2 a
 //   block at a time (rows x kDepth) and meet all tokens there. Lanes run along K on both sides: nothing is transposed.
+//   With AVX-512 a token is a lane (cpu_quant_token_lanes.h).
 // An output's additions have one order, whatever the number of threads and its place among the others.
 #include "quant_matmul/cpu_quant_digit_tiles.h"
 #include "quant_matmul/cpu_quant_few_tokens.h"
 #include "quant_matmul/cpu_quant_tiles.h"
+#include "quant_matmul/cpu_quant_token_lanes.h"
 #include "quant_matmul/cpu_quant_words.h"
 
 namespace {
 
 constexpr int64_t kFewTokens = 4;
+constexpr int64_t kHalfLanes = 8;  // up to here lanes of tokens would be empty, and those along K are faster
 // Columns up to which words beat digits, which read each row's parts by themselves: one token, 16-bit scales and zeros,
 // 4 bits 1.9 times as fast at 128 and 1.5 at 512, 8 bits 1.4 and 1.0; with float32 scales alone 0.95 at 512.
 constexpr int64_t kShort = 512;
@@ -108,7 +111,12 @@ static void by_blocks(const QuantMatmulArgs& a, bool few) {
   });
 }
 
-static void by_blocks(const QuantMatmulArgs& a) { by_blocks(a, a.tokens <= kFewTokens); }
+static void by_blocks(const QuantMatmulArgs& a) {
+#if defined(__AVX512F__)
+  if (a.tokens > kHalfLanes) return TokenLanes::product(a);
+#endif
+  by_blocks(a, a.tokens <= kFewTokens);
+}
 
 // --- a few tokens ---
 
@@ -204,7 +212,7 @@ static bool few_tokens(const QuantMatmulArgs& a) {
 
 #if defined(__AVX512F__)
 // Of some of many tokens: each is the same in any company.
-static void by_blocks_of_many(const QuantMatmulArgs& a) { by_blocks(a, false); }
+static void by_blocks_of_many(const QuantMatmulArgs& a) { TokenLanes::product(a); }
 
 // Digits take half a bfloat16 product each: one for the two of a 16-bit result, as tiles need for bfloat16 tokens; they
 // win there where unpacking is what counts, and codes part with a shift.
@@ -229,7 +237,9 @@ static bool in_tiles(const QuantMatmulArgs& a) {
     if (product.is_faster_than_floats()) product.run(by_blocks_of_many);
     else by_blocks_of_many(own);
   };
-  if (!worth_digits(a) || !in_digit_tiles(a, by_blocks_of_many, in_floats)) in_floats(a);
+  if (worth_digits(a) && in_digit_tiles(a, by_blocks_of_many, in_floats)) return true;
+  if (a.tokens <= kHalfLanes && !TileProduct{a}.is_faster_than_floats()) by_blocks(a);
+  else in_floats(a);
   return true;
 #else
   return false;
