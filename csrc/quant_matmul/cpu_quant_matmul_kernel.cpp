@@ -120,14 +120,21 @@ static void by_blocks(const QuantMatmulArgs& a) {
 
 // --- a few tokens ---
 
-static bool finite(const float* x, int64_t count) {
+// Registers sum codes before scales: larger numbers could leave float32's range on the way, and Inf would be NaN beside
+// a code of 0.
+static bool in_range(const float* x, int64_t count) {
   constexpr int W = kLanes<float>;
-  VecF sum = {};
+  constexpr float kMost = 0x1p100f;
+  VecI strange = {};
   int64_t k = 0;
-  for (; k + W <= count; k += W) sum += load(x + k) * 0.0f;
-  float all = sum_of<float>(sum);
-  for (; k < count; ++k) all += x[k] * 0.0f;
-  return all == 0;
+  for (; k + W <= count; k += W) {
+    const VecF v = load(x + k);
+    strange |= ~((v < kMost) & (v > -kMost));
+  }
+  bool all = true;
+  for (int i = 0; i < W; ++i) all = all && strange[i] == 0;
+  for (; k < count; ++k) all = all && x[k] < kMost && x[k] > -kMost;
+  return all;
 }
 
 template <int B>
@@ -156,14 +163,14 @@ static bool in_lanes(const QuantMatmulArgs& a, const Tokens& tokens) {
   return false;
 }
 
-static bool all_finite(const QuantMatmulArgs& a, const Tokens& tokens) {
+static bool all_in_range(const QuantMatmulArgs& a, const Tokens& tokens) {
   for (int64_t t = 0; t < a.tokens; ++t)
-    if (!finite(tokens[t], a.w.columns)) return false;
+    if (!in_range(tokens[t], a.w.columns)) return false;
   return true;
 }
 
 static bool in_registers(const QuantMatmulArgs& a, const Tokens& tokens) {
-  if (!all_finite(a, tokens)) return false;  // Inf would be NaN beside a code of 0
+  if (!all_in_range(a, tokens)) return false;
   return in_words(a, tokens) || in_lanes(a, tokens);
 }
 
@@ -191,7 +198,7 @@ static bool few_tokens(const QuantMatmulArgs& a) {
 #if defined(__AVX512F__)
   if (a.w.columns <= kShort) {
     const Tokens tokens(a, 1);
-    if (all_finite(a, tokens)) {
+    if (all_in_range(a, tokens)) {
       if (in_words(a, tokens)) return true;
     } else if (a.tokens > 1) {
       return one_by_one(a);
