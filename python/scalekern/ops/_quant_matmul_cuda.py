@@ -1,7 +1,7 @@
 """quant_matmul of few tokens by the CUDA C++ kernels: arguments, and which calls are whose.
 
-Up to GEMV_TOKENS tokens cuda_quant_gemv.cuh reads any weight as it lies; some formats of 8 to 64 go to the pipeline of
-_quant_matmul_tiles.py, with a layout of its own.
+Up to GEMV_TOKENS tokens cuda_quant_gemv.cuh reads any weight as it lies, on the tensor cores before Triton is asked
+(`supports_few`); some formats of 8 to 64 go to the pipeline of _quant_matmul_tiles.py, with a layout of its own.
 
 Shape letters: M tokens, N outputs, K inputs.
 """
@@ -12,12 +12,13 @@ from scalekern import _dispatch
 from scalekern._dispatch import native
 from scalekern.ops import _quant_matmul_tiles
 from scalekern.ops._quant_matmul_cpu import code_values
+from scalekern.quant import FORMATS
 
 GEMV_TOKENS = 8  # of a pass; beyond them the weight is decoded once more for each eight
 _gemv = native("quant_matmul_gemv", "cuda")
 # Formats that go to the tensor cores: of groups that are multiples of 128 columns, and the least that will do too.
 TILES = dict.fromkeys(("int1", "ternary", "int3", "int6", "int8"), 128) | {"int2": 64}
-UNREAD = (torch.float64, torch.float8_e4m3fn, torch.int8)  # as scales
+UNREAD = (torch.float64, torch.float8_e4m3fn, torch.int8)  # as scales, zeros and offsets
 TILES |= dict.fromkeys(("int4", "nf4", "fp4_bnb", "fp4_e2m1"), 32)
 
 
@@ -33,18 +34,38 @@ def supports_fwd(
         return None
     if x.numel() > GEMV_TOKENS * x.shape[-1]:
         return f"it takes up to {GEMV_TOKENS} tokens, not {x.numel() // x.shape[-1]}, as they are; {refused}"
-    if not _on_tiles(x, scales, format, group_size) and _dispatch.forced() != "cuda":
+    if not _on_tiles(x, data, scales, zeros, offsets, format, group_size) and _dispatch.forced() != "cuda":
         if _dispatch.unavailable("triton", "cuda") is None:
-            return "it would take these dtypes and groups a code at a time; Triton's kernel does not"
+            return "it would take these dtypes, groups and places a code at a time; Triton's kernel does not"
     return None
 
 
-def _on_tiles(x, scales, format, group_size) -> bool:
-    """Whether the tensor cores take the call, if it is aligned (rows of whole words, of 16 bytes for 4 and 8 bits)."""
-    least = TILES.get(format)
-    if least is None or x.dtype == torch.float32 or x.shape[-1] % 32 or scales.dtype in UNREAD:
+def supports_few(
+    x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, activation, activation_scale, out_dtype
+) -> str | None:
+    """Of calls that come here before they come to Triton, which so far is a count of instructions and no measurement:
+    2.4 for an int4 code of up to 8 tokens, where Triton's kernel has 4.5 for one token and 11.2 for four, and a launch
+    where that has two, which an eager call of 10 us waits for. Records decide between the two as between any."""
+    if x.numel() > GEMV_TOKENS * x.shape[-1]:
+        return f"few tokens are up to {GEMV_TOKENS}, not {x.numel() // x.shape[-1]}"
+    if activation or offs is not None:
+        return "rounded activations and experts are left to the other kernels"
+    if not _on_tiles(x, data, scales, zeros, offsets, format, group_size):
+        return "tensor cores do not take these dtypes, groups and places as they are"
+    return None
+
+
+def _on_tiles(x, data, scales, zeros, offsets, format, group_size) -> bool:
+    """Whether the tensor cores take a call of few tokens, as cuda_quant_gemv_driver.h asks of it."""
+    least, bits, together = TILES.get(format), FORMATS[format].bits, scales.shape[1] == 1 or group_size % 128 == 0
+    if least is None or not together and group_size % least or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return scales.shape[1] == 1 or group_size % least == 0
+    if any(part is not None and part.dtype in UNREAD for part in (scales, zeros, offsets)):
+        return False
+    if x.shape[-1] % (32 if together else least) or x.stride(-1) != 1 or x.data_ptr() % 16:
+        return False
+    align = 16 if bits % 4 == 0 or not together else 4 * (2 - bits % 2)  # of the codes' rows
+    return all(s % 8 == 0 for s in x.stride()[:-1]) and (data.data_ptr() | data.stride(0)) % align == 0
 
 
 def arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_size) -> tuple:
@@ -66,4 +87,10 @@ def forward(
     _gemv(*arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_size))
 
 
+def forward_few(out, x, data, scales, zeros, offsets, outer, bias, offs, format, group_size, *rest):
+    """Fill out (..., N)."""
+    _gemv(*arguments(out, x, data, scales, zeros, offsets, outer, bias, format, group_size))
+
+
+forward_few.native_op = _gemv.native_op
 forward.native_op = _quant_matmul_tiles.forward.native_op  # the newer of the two: a library that has it has both

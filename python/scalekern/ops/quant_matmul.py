@@ -180,6 +180,7 @@ quant_matmul_fwd = _library.define(
     NAME,
     f"quant_matmul_fwd(Tensor x, {_PARTS}, {_OPTIONS}, ScalarType? out_dtype) -> Tensor",
     backends=(
+        Backend("cuda", filling(_allocate_fwd, _quant_matmul_cuda.forward_few), _quant_matmul_cuda.supports_few),
         Backend("triton", filling(_allocate_fwd, triton(NAME, "quant_matmul_fwd"))),
         Backend("cuda", filling(_allocate_fwd, _quant_matmul_cuda.forward), _quant_matmul_cuda.supports_fwd),
         _on_cpu,
