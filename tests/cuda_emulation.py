@@ -99,11 +99,17 @@ def _product(arguments, x, w, bias, out_dtype):
 
 def quant_matmul_gemv(x, w, bias=None, out_dtype=None, order="rising"):
     """w: QuantizedTensor."""
+    out, args = _product(gemv.arguments, x, w, bias, out_dtype)
+    fill_gemv(*args, order=order)
+    return out
+
+
+def fill_gemv(*args, order="rising"):
+    """args: of scalekern_native::quant_matmul_gemv_cuda."""
     from scalekern import _C
 
-    out, (*args, powers) = _product(gemv.arguments, x, w, bias, out_dtype)
+    *args, powers = args
     _C.emulate_quant_matmul_gemv(_kinds(args[:9], [3] if powers else []), *args[9:], 132, ORDERS[order])
-    return out
 
 
 def quant_matmul_tiles(x, w, bias=None, out_dtype=None, order="rising", processors=2):

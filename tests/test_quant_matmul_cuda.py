@@ -177,3 +177,35 @@ def test_which_calls_it_takes(monkeypatch):
     assert "code at a time" in reason(1, "int4", 128, F32) and "code at a time" in reason(1, "int4", None, K=50)
     monkeypatch.setattr(cuda._dispatch, "unavailable", lambda name, device: "triton is not installed")
     assert reason(1, "int4", 20) is None
+
+
+def test_it_knows_what_the_tensor_cores_take():
+    """Before a call is made, from what its driver goes by: formats, groups, columns, dtypes, places."""
+    seen = set()
+
+    def agree(x, w, took=None):
+        took = run(x, w)[1] is not None
+        said = cuda._on_tiles(x, w.data, w.scales, w.zeros, w.offsets, w.format, w.group_size)
+        assert said == took, (w, x.dtype, x.stride(), took)
+        seen.add((w.format, took))
+
+    for format in FORMATS:
+        for K, group in ((256, 128), (256, 64), (192, 64), (96, 64), (256, 32), (96, None), (80, None), (96, 48)):
+            agree(*inputs(2, 3, K, format, group))
+    assert seen == {(f, on) for f in FORMATS for on in ((True, False) if f in TILED else (False,))}
+    x, w = inputs(4, 8, 512, "int4", 32, symmetric=False)
+    for dtype in (F32, F16, BF16):
+        agree(x.to(dtype), w)
+    for dtype in (torch.float64, F16, BF16):
+        agree(x, w.replace(zeros=w.zeros.to(dtype)))
+        agree(x, w.replace(offsets=w.scales.to(dtype)))
+        agree(x, w.replace(scales=w.scales.to(dtype)))
+    for first in (0, 8, 32, 64):  # codes and tokens that begin there
+        agree(x[:, first : first + 128], w[:, :128])
+        for format, group in (("int4", 32), ("int2", 128), ("int2", 64), ("int6", 128), ("int3", 128), ("int1", 128)):
+            _, wide = inputs(4, 8, 512, format, group)
+            part = wide[:, :128]
+            agree(x[:, :128], part.replace(data=wide.data[:, first * wide.bits // 8 :][:, : part.data.shape[1]]))
+    agree(x[:, :128].mT.contiguous().mT, w[:, :128])
+    agree(torch.zeros(4 * 132, dtype=F16)[: 4 * 132].view(4, 132)[:, :128], w[:, :128])
+    agree(x[:1].expand(4, -1), w)

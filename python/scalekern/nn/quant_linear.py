@@ -49,7 +49,7 @@ class QuantLinear(nn.Module):
     Source: Frantar et al., GPTQ, 2023 (weights by groups); Ashkboos et al., QuaRot, 2024 (rotation).
     """
 
-    _kept = None  # what the parameters were (their ids) when it was last called on the CPU, and their KeptWeight
+    _kept = None  # what the parameters were (their ids) when it was last called without gradients, and their KeptWeight
 
     def __init__(
         self, in_features, out_features, bias=True, format="int4", *, group_size=128, symmetric=True, scale_dtype=None,
@@ -204,12 +204,13 @@ class QuantLinear(nn.Module):
         return bias is None or bias.shape == (N,)
 
     def _at_once(self, x):
-        """The product with what the layer held when it was last called on the CPU, 5 us before the kernel begins where
+        """The product with what the layer held when it was last called, on the CPU 5 us before the kernel begins where
         the op takes 23; None where it is not for the native call."""
-        if not x.is_cpu or not _dispatch.allows("cpu"):
+        on_cpu = x.is_cpu
+        if not _dispatch.allows("cpu" if on_cpu else "cuda"):
             return None
         kept = self._held()
-        return kept and kept.product(x)
+        return kept.product(x) if kept and kept.is_cpu is on_cpu else None
 
     def _held(self):
         """The KeptWeight of what the layer holds now; None of what the native call does not serve."""
@@ -218,12 +219,12 @@ class QuantLinear(nn.Module):
         if self._kept is None or self._kept[0] != now or not self._kept[1].is_where_it_was():
             *parts, perm = [own[f"weight_{name}"] for name in PARTS]
             options = self.format, self.group_size, self.activation or "", self.activation_scale
-            served = perm is None and parts[0].is_cpu
-            if served:  # the native call goes by these sizes
+            if perm is None:  # the native call goes by these sizes
                 self.quantized_weight.check(NAME)
                 if own["bias"] is not None:
                     _checks.shape(NAME, "bias", own["bias"], parts[0].shape[:1])
-            found = kept_weight(self.in_features, *parts, own["bias"], *options) if served else None
+                    _checks.same_device(NAME, "weight", parts[0], bias=own["bias"])
+            found = kept_weight(self.in_features, *parts, own["bias"], *options) if perm is None else None
             self._kept = found and (now, found)
         return self._kept and self._kept[1]
 
@@ -297,7 +298,7 @@ def products(x, *layers) -> list:
         kept = x.is_cpu and x.layout is _STRIDED and _dispatch.allows("cpu")
         kept = kept and all([_alike(first, layer) for layer in layers])
         kept = [layer._held() for layer in layers] if kept else [None]
-        if None not in kept:
+        if all([own and own.is_cpu for own in kept]):
             turned = x if first.rotation is None else rotate(x, first.rotation_signs)
             if (found := products_of_kept(turned, kept)) is not None:
                 return found

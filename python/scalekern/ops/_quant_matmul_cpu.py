@@ -83,14 +83,19 @@ class KeptWeight:
     strides besides would make a product of 4096 x 4096 2.5 us longer, of 123; these take 1.)
     """
 
+    is_cpu, backend = True, "cpu"
+
     def __init__(self, columns: int, *given):
-        data, scales, zeros, offsets, outer, bias, _, table, *numbers = weight(*given)
-        self._table = table
         self.parts = [part for part in given[:6] if part is not None]  # and not views of them, as powers of two are
         self.where = [part.data_ptr() for part in self.parts]
         self.sizes = [part.nbytes for part in self.parts]
         self.dtypes = [part.dtype for part in self.parts]
-        self._arguments = _keep(data, scales, zeros, offsets, outer, bias, table, columns, *numbers)
+        self._arguments = self._prepared(columns, *given)
+
+    def _prepared(self, columns, *given):
+        """given: the arguments of `weight`."""
+        data, scales, zeros, offsets, outer, bias, _, self._table, *numbers = weight(*given)
+        return _keep(data, scales, zeros, offsets, outer, bias, self._table, columns, *numbers)
 
     def is_where_it_was(self) -> bool:
         """`parameter.data = ...` moves a tensor that stays the same object."""

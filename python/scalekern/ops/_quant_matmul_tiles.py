@@ -9,7 +9,8 @@ from scalekern._dispatch import native
 from scalekern.ops import _quant_tiles_layout
 from scalekern.quant import FORMATS
 
-# 8 are one pass of the other kernel, at the price of one: which of the two takes them is for records to say.
+# 8 are one pass of the other kernel, which takes those of a weight that it has on the tensor cores: as fast by
+# prediction, in one launch, and with no second copy of the weight. Of others they come here.
 FEWEST_TOKENS, MOST_TOKENS = 8, 64
 TAKEN = ("int4", "int8")
 _tiles = native("quant_matmul_tiles", "cuda")

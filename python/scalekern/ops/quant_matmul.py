@@ -79,7 +79,7 @@ def quant_matmul(x, w, *, bias=None, activation=None, activation_scale=None, out
         _checks.choice(NAME, "out_dtype", out_dtype, _checks.FLOATING)
     if x.device != w.data.device or bias is not None or offs is not None:
         _checks.same_device(NAME, "x", x, bias=bias, w=w.data, offs=offs)
-    if usual and x.is_cpu and not torch.compiler.is_compiling():
+    if usual and not torch.compiler.is_compiling():
         _keep(w, activation)
     if w.perm is not None:
         x = x.index_select(-1, w.perm)
@@ -104,7 +104,8 @@ def static_scale(op: str, scale, activation) -> float:
 
 def _keep(w: QuantizedTensor, activation) -> None:
     """Leave with a sound weight what the native call takes of it: of the next call only x is looked at."""
-    if w.perm is None:
+    known = w.__dict__.get("_native", {}).get(activation)
+    if w.perm is None and not (known and known.is_where_it_was()):
         parts = w.data, w.scales, w.zeros, w.offsets, w.outer, None
         if (weight := kept_weight(w.columns, *parts, w.format, w.group_size, activation or "", None)) is not None:
             w.__dict__.setdefault("_native", {})[activation] = weight
@@ -115,9 +116,9 @@ def _at_once(x, w, activation):
     leaves nothing of Python in L2, each function or attribute on the way there takes a microsecond or two."""
     kept = w.__dict__.get("_native") if type(w) is QuantizedTensor and activation in ACTIVATIONS else None
     weight = kept and kept.get(activation)
-    if weight is None or not _library.is_plain((x,)) or not isinstance(x, torch.Tensor) or not x.is_cpu:
+    if weight is None or not _library.is_plain((x,)) or not isinstance(x, torch.Tensor):
         return None
-    if x.layout is not _STRIDED or not _dispatch.allows("cpu"):
+    if x.is_cpu is not weight.is_cpu or x.layout is not _STRIDED or not _dispatch.allows(weight.backend):
         return None
     grad = torch.is_grad_enabled()
     for part, where, size, dtype in zip(weight.parts, weight.where, weight.sizes, weight.dtypes):
@@ -180,6 +181,7 @@ quant_matmul_fwd = _library.define(
     NAME,
     f"quant_matmul_fwd(Tensor x, {_PARTS}, {_OPTIONS}, ScalarType? out_dtype) -> Tensor",
     backends=(
+        Backend("cuda", filling(_allocate_fwd, _quant_matmul_cuda.forward_few), _quant_matmul_cuda.supports_few),
         Backend("triton", filling(_allocate_fwd, triton(NAME, "quant_matmul_fwd"))),
         Backend("cuda", filling(_allocate_fwd, _quant_matmul_cuda.forward), _quant_matmul_cuda.supports_fwd),
         _on_cpu,
@@ -207,11 +209,13 @@ quant_matmul_bwd = _library.define(
 
 
 def kept_weight(K, data, scales, zeros, offsets, outer, bias, *options) -> _quant_matmul_cpu.KeptWeight | None:
-    """What multiplies with these parts at once; None of tensors that the native call may not read, or without it.
-    options: format, group_size, activation, activation_scale, as for the op."""
+    """What multiplies with these parts at once; None of tensors that the native call may not read, or on the CPU
+    without it. options: format, group_size, activation, activation_scale, as for the op."""
     parts = data, scales, zeros, offsets, outer, bias
     if not _library.is_plain(parts) or not (data.shape[0] and data.stride(-1) == 1):
         return None
+    if data.is_cuda:
+        return _quant_matmul_cuda.KeptWeight(K, *parts, None, *options)
     if _dispatch.select(quant_matmul_fwd.name, quant_matmul_fwd.backends, "cpu", ()) is not _on_cpu:
         return None
     return _quant_matmul_cpu.KeptWeight(K, *parts, None, *options)
