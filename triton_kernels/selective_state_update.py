@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .common import Launch, compile_spec, index, meta, sigmoid, softplus, strides, wide
+from .host_math import cdiv, next_power_of_2
 from .tuning import config
 
 
@@ -96,11 +97,11 @@ def plan_selective_state_update(
     """The launch, from shapes, strides and dtypes alone."""
     batch, heads, dim = x.shape
     states = A.shape[2]
-    block_n = triton.next_power_of_2(states)
+    block_n = next_power_of_2(states)
     # A batch of 1 needs many small programs, a large one fewer and larger.
     size = 2048 if batch * heads * dim * states < 2**21 else 4096
-    default = {"BLOCK_P": min(triton.next_power_of_2(dim), max(size // block_n, 1)), "num_warps": size // 1024}
-    key = f"{str(state.dtype)[6:]}-N{block_n}-H{heads}-B{triton.next_power_of_2(batch)}"
+    default = {"BLOCK_P": min(next_power_of_2(dim), max(size // block_n, 1)), "num_warps": size // 1024}
+    key = f"{str(state.dtype)[6:]}-N{block_n}-H{heads}-B{next_power_of_2(batch)}"
     blocks = config("selective_state_update", key, x.device, default)
     args = dict(
         out_ptr=out, state_ptr=state, x_ptr=x, dt_ptr=dt, A_ptr=A, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z,
@@ -113,7 +114,7 @@ def plan_selective_state_update(
         SOFTPLUS=bool(dt_softplus),
         INT64=wide(out, state, x, dt, A, B, C, z), BLOCK_P=blocks["BLOCK_P"], BLOCK_N=block_n,
     )  # fmt: skip
-    grid = (batch, heads, triton.cdiv(dim, blocks["BLOCK_P"]))
+    grid = (batch, heads, cdiv(dim, blocks["BLOCK_P"]))
     return Launch(_selective_state_update_kernel, grid, args, blocks["num_warps"])
 
 
