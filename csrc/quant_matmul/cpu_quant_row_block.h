@@ -93,15 +93,13 @@ struct RowBlock {
   const bool in_registers = scalekern::has_amx();
   const QuantWeight& w;
   const LineLayout& layout;
-  const bool packed;  // codes are not unpacked
+  const bool packed;      // codes are not unpacked
   int64_t count, pitch;  // tiles of rows; bytes from row to row of codes
   Buffer<uint8_t> codes;
   Buffer<float> scale, zero, offset, rest;  // [g][rows]
 
   RowBlock(const QuantWeight& w, const LineLayout& layout, int64_t lines, bool packed)
-      : w(w), layout(layout),
-        packed(packed), count(kMost),
-        pitch((lines | 1) * kTileBytes), codes(kRows * pitch),
+      : w(w), layout(layout), packed(packed), count(kMost), pitch((lines | 1) * kTileBytes), codes(kRows * pitch),
         scale(kRows * w.groups), zero(kRows * w.groups), offset(kRows * w.groups), rest(kRows * w.groups) {}
 
   // What the top bits of codes meet: signed in tile registers, in words unsigned.
